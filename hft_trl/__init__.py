@@ -1,0 +1,1 @@
+"""Half Fine-Tuning (HFT) for TRL."""
