@@ -23,8 +23,8 @@ class HFTConfig:
         ratio (`float`, *optional*, defaults to `0.5`):
             Share of the transformer layers' parameters that learn, in (0, 1] (the paper sweeps 10 % to 100 %).
         strategy (`str`, *optional*, defaults to `"category"`):
-            `"category"` takes the share of each category (self-attention, feed-forward, norm, ...), the paper's choice,
-            `"layer"` takes whole layers, `"model"` takes matrices whatever their category.
+            `"category"` takes the share of each category (self-attention, feed-forward, norm, ...): the paper's
+            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
