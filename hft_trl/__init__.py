@@ -1,1 +1,32 @@
-"""Half Fine-Tuning (HFT) for TRL."""
+"""Half Fine-Tuning (HFT) for TRL: a random half of every layer learns, the other half keeps its bits."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+
+if TYPE_CHECKING:
+    from hft_trl.selection import Selection, select
+    from hft_trl.trainers import HFTDPOTrainer, HFTMixin, HFTSFTTrainer
+
+__all__ = ["HFTConfig", "HFTDPOTrainer", "HFTError", "HFTMixin", "HFTSFTTrainer", "Selection", "select"]
+
+# Loaded when first asked for, so that `import hft_trl` and `hft-trl --help` need neither torch nor TRL.
+_HOMES = {
+    "Selection": "hft_trl.selection",
+    "select": "hft_trl.selection",
+    "HFTDPOTrainer": "hft_trl.trainers",
+    "HFTMixin": "hft_trl.trainers",
+    "HFTSFTTrainer": "hft_trl.trainers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,84 @@
+"""The keys of a recipe: what its sections take beside the fields of TRL's configs and of `HFTConfig`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from hft_trl.config import HFTConfig
+
+
+@dataclass
+class RunArguments:
+    """What belongs to the run as a whole: the keys above the sections."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run; each stage gets a folder in it."})
+    method: Literal["hft", "fft"] = field(default="hft", metadata={"help": "Method of every stage."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})
+
+
+@dataclass
+class ModelArguments:
+    """The model that the first stage starts from; the names are those of TRL's `ModelConfig`."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder, or demo."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="float32", metadata={"help": "Type in which the weights are loaded, trained and saved."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the hub repository."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """What a stage adds to TRL's config."""
+
+    dataset: str = field(metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
+    split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for eval_strategy."})
+    method: Literal["hft", "fft"] | None = field(
+        default=None, metadata={"help": "This stage's method, if it is another than the run's."}
+    )
+    drop_equal_pairs: bool = field(
+        default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
+    )
+
+
+@dataclass
+class HFTArguments(HFTConfig):
+    """
+    [`HFTConfig`] for a flat parser, in which `--seed` belongs to the trainer's config.
+
+    Args:
+        hft_seed (`int`, *optional*):
+            Seed of the selection. By default the trainer's `seed`.
+    """
+
+    seed: int = field(init=False, default=42)
+    hft_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the selection; by default the trainer's seed."}
+    )
+
+    def config(self, seed: int) -> HFTConfig:
+        """The settings as a plain [`HFTConfig`], with the trainer's `seed` unless `hft_seed` is set."""
+        values = asdict(self)
+        own_seed = values.pop("hft_seed")
+        return HFTConfig(**{**values, "seed": seed if own_seed is None else own_seed})
+
+
+@dataclass
+class StageArguments:
+    """What a single-stage recipe adds to the flags of TRL's own scripts."""
+
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
+    )
+    drop_equal_pairs: bool = field(
+        default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})

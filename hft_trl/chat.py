@@ -1,0 +1,66 @@
+"""Chat templates: Tülu's where a tokenizer has none, and answers that can be told apart from the rest."""
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from hft_trl.errors import HFTError, first_line
+
+
+@cache
+def tulu_template() -> str:
+    """Tülu's chat template, with generation markers around each answer and its end-of-sequence token."""
+    return files("hft_trl").joinpath("tulu.jinja").read_text(encoding="utf-8")
+
+
+def load_tokenizer(
+    model: str, template: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """
+    Load a tokenizer that has a chat template.
+
+    Args:
+        model (`str`):
+            Folder or hub id of the model.
+        template (`str`, *optional*):
+            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+
+    Raises:
+        [`HFTError`]: If there is no tokenizer or no such template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise HFTError(f"no tokenizer was found for {model!r}: {first_line(error)}") from error
+    if template is not None and template != "tulu":
+        if not Path(template).is_file():
+            raise HFTError(f"chat_template is {template!r}: give 'tulu' or the path of a .jinja file.")
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif template == "tulu" or tokenizer.chat_template is None:
+        tokenizer.chat_template = tulu_template()
+    return tokenizer
+
+
+def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that the loss can be restricted to the assistant's tokens.
+
+    Raises:
+        [`HFTError`]: If the chat template has no generation markers and TRL knows no marked version of it.
+    """
+    if has_generation_markers(tokenizer.chat_template):
+        return
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise HFTError(
+            f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, so the assistant's tokens "
+            "can't be told apart: set chat_template to 'tulu', or assistant_only_loss to false."
+        ) from error

@@ -1,0 +1,122 @@
+"""Checkpoints: which one is whole, and whether a run may go on from it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import cached_file, logging
+
+from hft_trl.errors import HFTError
+from hft_trl.selection import SELECTION_FILE, Selection
+from hft_trl.weights import check_readable, weight_files
+
+logger = logging.get_logger(__name__)
+
+
+def selection_of(model: PreTrainedModel) -> Selection | None:
+    """The selection that a loaded model was trained with, from its folder or hub repository; `None` if it has none."""
+    source = model.config._name_or_path
+    if Path(source).is_dir():
+        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
+    try:
+        file = cached_file(
+            source,
+            SELECTION_FILE,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone by now, or a name that is no hub id
+        return None
+    return Selection.load(Path(file).parent) if file is not None else None
+
+
+def torn_because(checkpoint: str | Path) -> str | None:
+    """
+    Why a checkpoint can't be resumed from, or `None` if it is whole.
+
+    The trainer writes the weights first and its state last, so a readable state beside readable weights means that
+    the process was not killed half-way.
+    """
+    checkpoint = Path(checkpoint)
+    for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        check_readable(weight_files(str(checkpoint)).values())
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def last_whole_checkpoint(folder: str | Path, finite: bool = False) -> str | None:
+    """
+    The newest checkpoint of a trainer's output folder that can be resumed from.
+
+    Args:
+        folder (`str` or `Path`):
+            The trainer's `output_dir`.
+        finite (`bool`, *optional*, defaults to `False`):
+            Whether to pass over checkpoints whose weights hold NaN or infinity, too.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder. Torn checkpoints are named in a warning and left where they are.
+    """
+    if not Path(folder).is_dir():
+        return None
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        reason = torn_because(checkpoint)
+        if reason is not None:
+            logger.warning(f"Passing over the torn checkpoint {checkpoint}: {reason}.")
+        elif not finite or _is_finite(checkpoint):
+            return checkpoint
+    return None
+
+
+def _is_finite(checkpoint: str) -> bool:
+    for name, path in weight_files(checkpoint).items():
+        with safe_open(path, framework="pt") as file:
+            if not torch.isfinite(file.get_tensor(name)).all():
+                return False
+    return True
+
+
+def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
+    """
+    Refuse to resume a checkpoint that was trained with another selection or from another start model.
+
+    With another mask the optimizer's states would be handed to the wrong parameters, silently where shapes agree.
+
+    Args:
+        selection ([`Selection`]):
+            The selection of the trainer that wants to resume.
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder.
+
+    Raises:
+        [`HFTError`]: With both digests and the settings that differ.
+    """
+    saved = Selection.load(checkpoint)
+    if saved.digest != selection.digest:
+        ours, theirs = selection.config, saved.config
+        settings = [f"{key} {theirs[key]!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
+        if saved.seed != selection.seed:
+            settings.append(f"effective seed {saved.seed} there, {selection.seed} here")
+        raise HFTError(
+            f"{checkpoint} was trained with selection {saved.digest[:16]}, this run has {selection.digest[:16]} "
+            f"({'; '.join(settings) or 'the parameter names differ'}): resume with the checkpoint's settings, or train "
+            "into another output_dir."
+        )
+    if saved.start_model and selection.start_model and saved.start_model != selection.start_model:
+        start, here = saved.start_model, selection.start_model
+        if start["weights_digest"] != here["weights_digest"]:
+            raise HFTError(
+                f"{checkpoint} was started from {start['name_or_path']!r} (weights {start['weights_digest'][:16]}), this "
+                f"run from {here['name_or_path']!r} (weights {here['weights_digest'][:16]}): start from the same model, "
+                "or train into another output_dir."
+            )

@@ -1,0 +1,230 @@
+"""Data sets: a hub id, a folder or a file becomes a checked data set in the shape that TRL's trainers take."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from hft_trl.errors import HFTError, first_line
+
+ROLES = ("system", "user", "assistant", "tool")
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_split(source: str, split: str = "train", config: str | None = None) -> Dataset:
+    """
+    Load one split of a data set.
+
+    Args:
+        source (`str`):
+            A hub id, a folder saved by `datasets` or made of data files, or a `.jsonl`, `.json` or `.parquet` file.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split, also a part of it such as `"train[:1000]"`. A single file is one split, whatever its name.
+        config (`str`, *optional*):
+            Configuration of a hub data set.
+
+    Returns:
+        [`~datasets.Dataset`]: At least one row.
+
+    Raises:
+        [`HFTError`]: If the source, the split or every row is missing.
+    """
+    path = Path(source)
+    name = re.match(r"\w*", split).group()
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_FORMATS:
+                raise HFTError(
+                    f"dataset {source!r} is a {path.suffix or 'nameless'} file: give .jsonl, .json or .parquet."
+                )
+            if path.stat().st_size == 0:
+                raise HFTError(f"dataset {source!r} is empty: give one with rows.")
+            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={name: str(path)}, split=split)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = _select(load_from_disk(source), split)
+        elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+            if not path.is_dir():
+                raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
+            dataset = load_dataset(source, config, split=split)
+        else:
+            dataset = load_dataset(source, config, split=split)
+    except HFTError:
+        raise
+    except (DatasetNotFoundError, FileNotFoundError) as error:
+        raise HFTError(f"dataset {source!r} was found neither here nor on the hub: {first_line(error)}") from error
+    except (ConnectionError, OfflineModeIsEnabled) as error:
+        raise HFTError(f"dataset {source!r} is no local file or folder and the hub can't be reached.") from error
+    except DatasetGenerationError as error:  # its cause is what the file's reader said
+        cause = error.__cause__ or error
+        raise HFTError(f"dataset {source!r} can't be read: {first_line(cause)}") from error
+    except ValueError as error:  # an unknown split or configuration: datasets names those that there are
+        if "corresponds to no data" in str(error):
+            raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.") from error
+        raise HFTError(f"dataset {source!r}, split {split!r}: {first_line(error)}") from error
+    if len(dataset) == 0:
+        raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.")
+    return dataset
+
+
+def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
+    """What `load_dataset` does with `split`, for a data set that comes from `load_from_disk`."""
+    named = dataset if isinstance(dataset, DatasetDict) else DatasetDict({re.match(r"\w*", split).group(): dataset})
+    lengths = {name: len(part) for name, part in named.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"the splits are {sorted(lengths)}: give one of them") from error
+    (part,) = parts
+    rows = range(part.from_ or 0, lengths[part.splitname] if part.to is None else part.to)
+    return named[part.splitname].select(rows)
+
+
+def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
+    """
+    Check a data set for supervised fine-tuning and keep the columns that TRL reads.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and
+            `completion`, or plain text.
+        name (`str`):
+            What errors call it.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            The column that holds plain text.
+
+    Returns:
+        [`~datasets.Dataset`]: The same rows.
+
+    Raises:
+        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    """
+    columns = set(dataset.column_names)
+    for wanted in ({"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}):
+        if wanted <= columns:
+            break
+    else:
+        raise HFTError(
+            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
+            f"{text_field}."
+        )
+    if wanted == {"messages"}:
+        for row, messages in _rows(dataset, "messages"):
+            _check_messages(messages, f"row {row} of {name}")
+    optional = {"tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks"}
+    return dataset.select_columns([column for column in dataset.column_names if column in wanted | optional])
+
+
+def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
+    """
+    Check a data set of preference pairs and bring it into the shape that TRL reads.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            `chosen` and `rejected`, as lists of messages or as text, and optionally `prompt`. UltraFeedback binarized
+            repeats its `prompt` as text beside whole conversations; it is left out there, since TRL takes the prompt
+            from what the two conversations share.
+        name (`str`):
+            What errors call it.
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to drop pairs whose sides are equal rather than to refuse them.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows in TRL's shape.
+
+    Raises:
+        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    """
+    columns = set(dataset.column_names)
+    if not {"chosen", "rejected"} <= columns:
+        raise HFTError(f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected.")
+    equal = set()
+    for row, (chosen, rejected) in _rows(dataset, "chosen", "rejected"):
+        where = f"row {row} of {name}"
+        for side, messages in (("chosen", chosen), ("rejected", rejected)):
+            if isinstance(messages, list):
+                _check_messages(messages, f"{where}, {side}")
+                if messages[-1]["role"] != "assistant":
+                    raise HFTError(
+                        f"{where}, {side} ends with role {messages[-1]['role']!r}: it must be the assistant."
+                    )
+            elif not isinstance(messages, str):
+                raise HFTError(f"{where}, {side} is {messages!r}: give text or a list of messages.")
+        if chosen == rejected:
+            if not drop_equal_pairs:
+                raise HFTError(
+                    f"{where}: chosen and rejected are equal, so there is nothing to prefer: remove the row, or set "
+                    "drop_equal_pairs."
+                )
+            equal.add(row)
+    if len(equal) == len(dataset):
+        raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
+    if equal:
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in equal])
+    wanted = {"chosen", "rejected", "tools", "chat_template_kwargs"}
+    if "prompt" in columns and isinstance(dataset[0]["prompt"], type(dataset[0]["chosen"])):
+        wanted.add("prompt")
+    return dataset.select_columns([column for column in dataset.column_names if column in wanted])
+
+
+def _rows(dataset: Dataset, *columns: str) -> Iterable[tuple[int, Any]]:
+    """Row numbers and values, read in batches since row by row is slow."""
+    row = 0
+    for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+        values = batch[columns[0]] if len(columns) == 1 else zip(*(batch[column] for column in columns), strict=True)
+        for value in values:
+            yield row, value
+            row += 1
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise HFTError(
+            f"{where} is {messages!r}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
+        )
+    for turn, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise HFTError(f"{where}, message {turn} is {message!r}: give it a role and a content.")
+        if message["role"] not in ROLES:
+            raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
+        if not isinstance(message["content"], str):
+            raise HFTError(f"{where}, message {turn} has content {message['content']!r}: it must be text.")
+    if all(message["role"] != "assistant" for message in messages):
+        raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
+
+
+def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None) -> int:
+    """
+    Count the rows that are left without a token to train on after truncation.
+
+    Args:
+        rows (`int`):
+            Number of rows before the trainer prepared them.
+        prepared ([`~datasets.Dataset`]):
+            The trainer's `train_dataset`. TRL drops rows without a trained token; when packing it keeps them, so they
+            are counted inside the packs.
+        name (`str`):
+            What the error calls the data set.
+        max_length (`int`, *optional*):
+            The length in tokens that rows were truncated to.
+
+    Raises:
+        [`HFTError`]: If no row is left.
+    """
+    if "seq_lengths" in prepared.column_names:
+        lost = 0
+        for _, (labels, lengths) in _rows(prepared, "labels", "seq_lengths"):
+            start = 0
+            for length in lengths:
+                lost += all(label == -100 for label in labels[start : start + length])
+                start += length
+    else:
+        lost = rows - len(prepared)
+    if lost >= rows:
+        raise HFTError(
+            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise max_length."
+        )
+    return lost

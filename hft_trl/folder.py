@@ -1,0 +1,119 @@
+"""The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hft_trl.errors import HFTError
+from hft_trl.recipe import Stage
+from hft_trl.report import StageRecord, UnitChange
+
+STAGE_FILE = "stage.json"
+
+# Arguments that leave the trained weights as they are, so a rerun may change them.
+VOLATILE = re.compile(
+    r"(logging|log|save|push|hub|eval|trackio|report|include)_.*|output_dir|run_name|project|disable_tqdm|do_.*"
+    r"|resume_from_checkpoint|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|dataset_num_proc"
+    r"|load_best_model_at_end|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
+)
+
+
+def settings(stage: Stage) -> dict[str, Any]:
+    """What the trained weights depend on, as plain JSON."""
+    args = {
+        **stage.args.to_dict(),
+        **{key: value for key, value in vars(stage.args).items() if key.endswith("s_token")},
+    }
+    kept = {key: value for key, value in sorted(args.items()) if not VOLATILE.fullmatch(key)}
+    content = {
+        "model": dataclasses.asdict(stage.model),
+        "data": dataclasses.asdict(stage.data),
+        "hft": dataclasses.asdict(stage.hft),
+        stage.name: kept,
+    }
+    content["data"].pop("eval_split")
+    return json.loads(json.dumps(content, default=str))
+
+
+def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
+    """
+    Check that every stage's folder can be written and belongs to the same settings, before anything is trained.
+
+    Args:
+        stages (`Iterable[Stage]`):
+            All stages of the run.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to remove what earlier runs left in the stages' folders. Only folders that hold a `stage.json` are
+            ever removed.
+
+    Raises:
+        [`HFTError`]: If a folder can't be written, holds other things, or was made with other settings.
+    """
+    for stage in stages:
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                _open(stage, overwrite)
+
+
+def _open(stage: Stage, overwrite: bool) -> None:
+    folder, now = stage.folder, settings(stage)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise HFTError(
+            f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
+        ) from error
+    if not (folder / STAGE_FILE).exists():
+        if any(folder.iterdir()):
+            raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
+    elif overwrite:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    else:
+        before = _read(folder)["settings"]
+        differences = [
+            f"{section}.{key} {before.get(section, {}).get(key)!r} there, {now.get(section, {}).get(key)!r} here"
+            for section in sorted(before.keys() | now.keys())
+            for key in sorted(before.get(section, {}).keys() | now.get(section, {}).keys())
+            if before.get(section, {}).get(key) != now.get(section, {}).get(key)
+        ]
+        if differences:
+            raise HFTError(
+                f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another "
+                "output_dir, or pass --overwrite."
+            )
+        return
+    _write(folder, {"settings": now, "record": None})
+
+
+def finished(stage: Stage) -> StageRecord | None:
+    """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
+    record = _read(stage.folder)["record"]
+    if record is None:
+        return None
+    moved = [UnitChange(**unit) for unit in record.pop("moved")]
+    return StageRecord(**record, moved=moved)
+
+
+def mark_finished(stage: Stage, record: StageRecord) -> None:
+    """Write a stage's figures into its folder, after which a rerun skips the stage."""
+    _write(stage.folder, {**_read(stage.folder), "record": dataclasses.asdict(record)})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    temporary = folder / f".{STAGE_FILE}"
+    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    temporary.replace(folder / STAGE_FILE)

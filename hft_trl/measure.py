@@ -1,0 +1,105 @@
+"""What a stage measures: memory, losses, speed, and how far every unit moved."""
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hft_trl.errors import HFTError
+from hft_trl.recipe import Stage
+from hft_trl.report import StageRecord, UnitChange
+from hft_trl.selection import Selection, find_units
+from hft_trl.trainers import HFTMixin
+from hft_trl.weights import changes
+
+logger = logging.get_logger(__name__)
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of peak memory, where the platform has a way to."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: of the GPU since the last reset, without one the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def measure(stage: Stage, trainer: HFTMixin) -> StageRecord:
+    """What a trainer that has trained knows of its own run."""
+    trainer.check_frozen()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    log = trainer.state.log_history
+    losses = [row["loss"] for row in log if "loss" in row]
+    summary = next(row for row in reversed(log) if "train_runtime" in row)
+    memory = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    return StageRecord(
+        name=stage.name,
+        method=stage.hft.method,
+        selection_digest=trainer.hft_selection.digest,
+        share=trainer.hft_selection.share,
+        trainable_params=model.num_parameters(only_trainable=True),
+        total_params=model.num_parameters(),
+        steps=trainer.state.global_step,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        tokens_per_second=summary.get("train_tokens_per_second"),
+        runtime_seconds=summary["train_runtime"],
+        peak_memory_bytes=None,
+        optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)),
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        frozen_unchanged=True if stage.hft.method == "hft" else None,
+        start_model=stage.model.model_name_or_path,
+        dataset=stage.data.dataset,
+        history=log,
+    )
+
+
+def movements(
+    model: PreTrainedModel, selection: Selection, base_model: str, start_model: str, folder: str
+) -> list[UnitChange]:
+    """
+    How far every unit moved, from the saved files.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The trained model, for its units.
+        selection ([`Selection`]):
+            Which of them learned.
+        base_model, start_model, folder (`str`):
+            The run's first start model, this stage's start model, and the trained model.
+
+    Returns:
+        `list[UnitChange]`: One entry per unit; a figure is `None` where the files name their tensors in another way.
+    """
+    try:
+        from_base = {change.name: change for change in changes(base_model, folder)}
+        from_start = {change.name: change for change in changes(start_model, folder)}
+    except HFTError as error:
+        logger.warning(f"Movements are left out of the report: {error}")
+        return []
+    trainable = set(selection.trainable)
+    moved = []
+    for unit in find_units(model, selection.config["exclude"]):
+        distances = []
+        for table in (from_base, from_start):
+            known = [table[name] for name in unit.names if name in table]
+            size = sum(change.base**2 for change in known) ** 0.5
+            length = sum(change.difference**2 for change in known) ** 0.5
+            distances.append(length / size if size else None)
+        learns = unit.names[0] in trainable
+        moved.append(UnitChange(unit.names[0], unit.layer, unit.category, unit.slot, learns, *distances))
+    return moved

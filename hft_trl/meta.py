@@ -1,0 +1,45 @@
+"""A model's structure without its weights: built on the meta device from its config alone."""
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hft_trl.errors import HFTError, first_line
+
+
+def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """
+    Build a causal LM on the meta device. Of the folder or hub repository only the config is read.
+
+    Args:
+        model (`str`):
+            Folder or hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: A model whose parameters have names and shapes, and no storage.
+
+    Raises:
+        [`HFTError`]: If there is no such model, or it is no causal LM, or it is quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise HFTError(f"model {model!r} has no readable config: {first_line(error)}") from error
+    quantised = config.to_dict().get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown")
+        raise HFTError(f"model {model!r} is quantised ({method}): give the full-precision model.")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    fits = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__] if known else []
+    own_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+    # What will be loaded is the class that the config names, not the causal LM that its type could have.
+    wrong = [name for name in config.architectures or [] if name not in fits and not name.endswith("ForCausalLM")]
+    if wrong or not (known or own_code):
+        name = wrong[0] if wrong else type(config).__name__
+        raise HFTError(f"model {model!r} is a {name}, which is no causal LM: give a decoder-only language model.")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -1,0 +1,125 @@
+"""One stage of a recipe: its model, tokenizer and data checked, trained from where its folder stands, and measured."""
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl import SFTConfig, get_dataset
+from trl.data_utils import is_conversational
+
+from hft_trl import chat, data
+from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.folder import mark_finished
+from hft_trl.measure import measure, movements, peak_memory, reset_peak_memory
+from hft_trl.meta import build_on_meta
+from hft_trl.recipe import Stage
+from hft_trl.report import StageRecord
+from hft_trl.selection import select
+from hft_trl.trainers import HFTMixin
+
+logger = logging.get_logger(__name__)
+
+
+def check_model(stage: Stage) -> None:
+    """
+    Check from its config alone that a model can be trained, before anything is downloaded or trained.
+
+    Raises:
+        [`HFTError`]: If there is no such model, or it is no causal LM, is quantised or has no layers to select from.
+    """
+    model = stage.model
+    select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
+
+
+def load_tokenizer(stage: Stage) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a stage's start model, with a chat template that suits the stage.
+
+    Raises:
+        [`HFTError`]: If there is no tokenizer, no such template, or no way to tell the assistant's tokens apart.
+    """
+    model = stage.model
+    tokenizer = chat.load_tokenizer(
+        model.model_name_or_path, model.chat_template, model.model_revision, model.trust_remote_code
+    )
+    if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
+        chat.check_answers_marked(tokenizer)
+    return tokenizer
+
+
+def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
+    """
+    Load and check the data sets of a stage.
+
+    Args:
+        stage ([`Stage`]):
+            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations.
+
+    Returns:
+        `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if the stage has an `eval_split`.
+
+    Raises:
+        [`HFTError`]: Naming what is missing or the first row that can't be trained on.
+    """
+    train = _load_split(stage, stage.data.split)
+    evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
+    if isinstance(stage.args, SFTConfig):
+        stage.args.assistant_only_loss = stage.args.assistant_only_loss and is_conversational(train[0])
+    return train, evaluation
+
+
+def _load_split(stage: Stage, split: str) -> Dataset:
+    name = f"{stage.data.dataset}, split {split}"
+    if stage.mixture is not None:
+        dataset = get_dataset(stage.mixture)[split]
+    else:
+        dataset = data.load_split(stage.data.dataset, split, stage.data.dataset_config)
+    if isinstance(stage.args, SFTConfig):
+        return data.sft_dataset(dataset, name, stage.args.dataset_text_field)
+    return data.preference_dataset(dataset, name, stage.data.drop_equal_pairs)
+
+
+def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) -> StageRecord:
+    """
+    Train a stage from where its folder stands, save the model, and mark the folder as finished.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        trainer ([`HFTMixin`]):
+            Its trainer.
+        rows (`int`):
+            Rows of the data set that the trainer was given.
+        base_model (`str`):
+            Hub id or folder of the run's first start model, from which movements are measured.
+
+    Returns:
+        [`StageRecord`]: What the stage measured.
+
+    Raises:
+        [`HFTError`]: If no row has a token to train on, if the last checkpoint has another selection, or if the loss
+            diverges.
+    """
+    dropped = data.untrained_rows(rows, trainer.train_dataset, stage.data.dataset, stage.args.max_length)
+    if dropped:
+        logger.warning(
+            f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
+        )
+    checkpoint = last_whole_checkpoint(stage.folder)
+    reset_peak_memory()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    peak = peak_memory()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=stage.data.dataset)
+
+    record = measure(stage, trainer)
+    record.peak_memory_bytes = peak
+    record.rows, record.dropped_rows = rows - dropped, dropped
+    record.resumed_from_step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
+    if PartialState().is_main_process:
+        start = stage.model.model_name_or_path
+        record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
+        mark_finished(stage, record)
+    PartialState().wait_for_everyone()
+    return record

@@ -1,0 +1,209 @@
+"""TRL's trainers with a half that learns: thin subclasses over one mixin."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from trl import DPOTrainer, SFTTrainer
+
+from hft_trl import reference
+from hft_trl.checkpoints import check_resumable, last_whole_checkpoint, selection_of
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.weights import combined_digest, fingerprints
+
+CITATION = """\
+@inproceedings{hui2025hft,
+  title     = {{HFT: Half Fine-Tuning for Large Language Models}},
+  author    = {Hui, Tingfeng and Zhang, Zhenyu and Wang, Shuohuan and Xu, Weiran and Sun, Yu and Wu, Hua},
+  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2404.18466}
+}"""
+
+
+class HFTMixin:
+    """
+    Gives any TRL trainer a half that learns. Put it before the trainer: `class MyTrainer(HFTMixin, KTOTrainer): ...`
+
+    Every argument of the parent stays as it is. The selection is drawn and applied as soon as the parent has loaded
+    the model, before anything wraps it, so the optimizer and every backend see the trainable half only. The frozen
+    half is fingerprinted then, and checked whenever the model is saved and when training ends.
+
+    Args:
+        hft_config ([`HFTConfig`], *optional*):
+            What to train. Defaults to `HFTConfig()`, the paper's category-level half.
+
+    Attributes:
+        hft_selection ([`Selection`]): Which parameters learn.
+
+    Raises:
+        [`HFTError`]: If HFT is asked for together with adapters or a quantised model, if `optimizers` holds frozen
+            parameters, or if the reference is not the model that training starts from.
+    """
+
+    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
+        self.hft_config = hft_config if hft_config is not None else HFTConfig()
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
+        reference_given = given.get("ref_model") is not None
+        _refuse_adapters(given)
+        if takes_reference and not reference_given:
+            reference.check_has_path(given["model"])
+
+        super().__init__(*args, **kwargs)
+
+        model = self.accelerator.unwrap_model(self.model)
+        self.hft_selection = self._draw_selection(model)
+        self.hft_selection.apply(model)
+        optimizer = given.get("optimizers", (None, None))[0]
+        if optimizer is not None:
+            _refuse_frozen(optimizer, model)
+        if takes_reference and self.ref_model is not None:
+            reference.freeze(self.ref_model)
+            reference.check_is_start(model, self.accelerator.unwrap_model(self.ref_model), reference_given)
+        # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
+        # pass none on to the layers.
+        if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            model.enable_input_require_grads()
+
+    def _draw_selection(self, model: PreTrainedModel) -> Selection:
+        start = model.config._name_or_path
+        selection = select(model, self.hft_config, previous=selection_of(model))
+        digests = gather_object([selection.digest])
+        if len(set(digests)) > 1:
+            raise HFTError(
+                f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
+            )
+        parameters = fingerprints(model.named_parameters())
+        trainable = set(selection.trainable)
+        self._frozen_fingerprints = (
+            {name: digest for name, digest in parameters.items() if name not in trainable}
+            if self.hft_config.method == "hft"
+            else {}
+        )
+        start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
+        return dataclasses.replace(selection, start_model=start_model)
+
+    def check_frozen(self) -> None:
+        """
+        Compare the frozen half with its fingerprints from before training.
+
+        Raises:
+            [`RuntimeError`]: Naming the first frozen parameter that moved.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        frozen = ((name, tensor) for name, tensor in model.named_parameters() if name in self._frozen_fingerprints)
+        for name, digest in fingerprints(frozen).items():
+            if digest != self._frozen_fingerprints[name]:
+                raise RuntimeError(
+                    f"the frozen parameter {name} moved during training: nothing was saved as a success"
+                )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str) and (
+            self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists()
+        ):
+            check_resumable(self.hft_selection, resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.check_frozen()
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            checkpoint = last_whole_checkpoint(self.args.output_dir, finite=True)
+            raise HFTError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
+                f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
+            )
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""
+        self.check_frozen()
+        if self.args.should_save:
+            self.hft_selection.save(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card and add what HFT trained."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.hft_config.method == "hft":
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            card.data.tags = sorted({*(card.data.tags or []), "hft"})
+            card.text += _card_section(self.hft_selection)
+            card.save(path)
+
+
+class HFTSFTTrainer(HFTMixin, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] that trains a half of the model.
+
+    Example:
+
+    ```python
+    from hft_trl import HFTConfig, HFTSFTTrainer
+
+    trainer = HFTSFTTrainer(model="Qwen/Qwen3-0.6B", train_dataset=dataset, hft_config=HFTConfig(ratio=0.5))
+    trainer.train()
+    ```
+    """
+
+
+class HFTDPOTrainer(HFTMixin, DPOTrainer):
+    """[`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen."""
+
+
+def _refuse_adapters(given: dict[str, Any]) -> None:
+    if given.get("peft_config") is not None or is_peft_model(given["model"]):
+        raise HFTError(
+            "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "
+            "adapter with TRL's own trainer."
+        )
+    if given.get("quantization_config") is not None:
+        raise HFTError("HFT trains the model's own weights, but a quantization_config was passed: drop it.")
+
+
+def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in held]
+    if frozen:
+        raise HFTError(
+            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "
+            "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+        )
+
+
+def _card_section(selection: Selection) -> str:
+    shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
+    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.items())
+    return f"""
+## Half Fine-Tuning
+
+In this stage a random part of the parameters learned and the rest kept the bits of the start model
+`{selection.start_model["name_or_path"]}` (weights `{selection.start_model["weights_digest"]}`).
+Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`.
+
+| category | share that learned |
+|---|---|
+{shares}
+
+Cite HFT as:
+
+```bibtex
+{CITATION}
+```
+"""

@@ -1,0 +1,123 @@
+"""Weights on disk and in memory: fingerprints, and how far two saved models lie apart."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from hft_trl.errors import HFTError
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered over the processes if FSDP2 has sharded it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    """SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit."""
+    tensor = tensor.cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """
+    Fingerprint named tensors one by one.
+
+    Args:
+        tensors (`Iterable[tuple[str, torch.Tensor]]`):
+            Names and tensors, such as `model.named_parameters()`. Under FSDP2 every process has to call.
+
+    Returns:
+        `dict[str, str]`: SHA-256 in hex by name.
+    """
+    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s; tensors are gathered in order
+    # because gathering is a collective operation.
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        pending = {name: pool.submit(fingerprint, full(tensor)) for name, tensor in tensors}
+        return {name: future.result() for name, future in pending.items()}
+
+
+def combined_digest(digests: dict[str, str]) -> str:
+    """One SHA-256 (hex) for a whole model, from the fingerprints of its parameters."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def weight_files(model: str) -> dict[str, Path]:
+    """
+    Where a saved model keeps its tensors.
+
+    Args:
+        model (`str`):
+            A folder, or a hub id that is in the local cache already (nothing is downloaded).
+
+    Returns:
+        `dict[str, Path]`: The safetensors file of every tensor, by tensor name.
+
+    Raises:
+        [`HFTError`]: If there is no whole set of safetensors files.
+    """
+    index = cached_file(
+        model, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    if index is not None:
+        names = json.loads(Path(index).read_text())["weight_map"]
+        files = {name: Path(index).with_name(file) for name, file in names.items()}
+    else:
+        single = cached_file(
+            model, SAFE_WEIGHTS_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+        if single is None:
+            raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save the model as safetensors first.")
+        with safe_open(single, framework="pt") as file:
+            files = dict.fromkeys(file.keys(), Path(single))
+    return files
+
+
+def check_readable(files: Iterable[Path]) -> None:
+    """Raise an [`HFTError`] naming the first safetensors file that is missing or cut short."""
+    for path in sorted(set(files)):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise HFTError(f"{path} is missing or torn ({error}).") from error
+
+
+class Change(NamedTuple):
+    """How far one tensor moved: norms (L2, in float64) of the difference and of the base."""
+
+    name: str
+    difference: float
+    base: float
+
+
+def changes(base: str, tuned: str) -> Iterator[Change]:
+    """
+    Compare two saved models tensor by tensor; no more than two tensors are in memory at a time.
+
+    Args:
+        base (`str`):
+            Folder or cached hub id of the model before.
+        tuned (`str`):
+            Folder or cached hub id of the model after.
+
+    Yields:
+        [`Change`]: For every tensor that both files hold under the same name and with the same shape.
+    """
+    before, after = weight_files(base), weight_files(tuned)
+    for name in sorted(before.keys() & after.keys()):
+        with safe_open(before[name], framework="pt") as old, safe_open(after[name], framework="pt") as new:
+            old_tensor, new_tensor = old.get_tensor(name), new.get_tensor(name)
+        if old_tensor.shape == new_tensor.shape:
+            old_tensor, new_tensor = old_tensor.double(), new_tensor.double()
+            yield Change(name, torch.linalg.norm(new_tensor - old_tensor).item(), torch.linalg.norm(old_tensor).item())

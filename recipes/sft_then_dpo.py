@@ -1,0 +1,100 @@
+"""
+Supervised fine-tuning, then direct preference optimisation, with half of the model learning in each stage.
+
+Without arguments it runs on a small embedded model and data set, in a few minutes on a CPU:
+
+```bash
+accelerate launch recipes/sft_then_dpo.py
+```
+
+The paper's run (the file's header says on which machine):
+
+```bash
+accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/sft_then_dpo.py --config recipes/configs/llama2-7b.yaml
+```
+
+Flags win over the file. Each is a key of a section:
+
+```bash
+accelerate launch recipes/sft_then_dpo.py --method fft                        # full fine-tuning in both stages
+accelerate launch recipes/sft_then_dpo.py --sft.method fft --dpo.method hft   # HFT from an FFT initialisation
+accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e-5 --dpo.beta 0.05
+accelerate launch recipes/sft_then_dpo.py --model Qwen/Qwen3-0.6B --sft.dataset my_chats.jsonl --output_dir runs/mine
+```
+
+Above the sections stand `output_dir`, `method` and `overwrite`. The sections are `model` (a hub id or folder, or the keys
+model_name_or_path, dtype, attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of
+trl.SFTConfig, and dataset, split) and `dpo` (those of trl.DPOConfig, and dataset, split). The same command again
+continues where it stopped.
+"""
+
+import sys
+
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hft_trl import HFTDPOTrainer, HFTSFTTrainer, demo, exit_on_user_error
+from hft_trl.data import load_tokenizer
+from hft_trl.demo.probes import evaluate
+from hft_trl.recipe import Recipe, parse_recipe
+from hft_trl.report import Report, environment, print_report, write_views
+from hft_trl.stage import check_model, finished, load_data, open_stages, settings, train_and_save
+
+
+def main(recipe: Recipe) -> None:
+    sft, dpo, base = recipe.sft, recipe.dpo, recipe.sft.model.model_name_or_path
+
+    # Whatever can be wrong is found before anything is trained
+    check_model(sft)
+    tokenizer = load_tokenizer(sft)
+    sft_data, sft_eval = load_data(sft)
+    dpo_data, dpo_eval = load_data(dpo)
+    open_stages([sft, dpo], recipe.run.overwrite)
+
+    # SFT: a random half of the base model learns to answer
+    if not finished(sft):
+        trainer = HFTSFTTrainer(
+            model=base,
+            args=sft.args,
+            train_dataset=sft_data,
+            eval_dataset=sft_eval,
+            processing_class=tokenizer,
+            hft_config=sft.hft,
+        )
+        train_and_save(sft, trainer, len(sft_data), base)
+
+    # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, wholly frozen
+    if not finished(dpo):
+        trainer = HFTDPOTrainer(
+            model=dpo.model.model_name_or_path,
+            args=dpo.args,
+            train_dataset=dpo_data,
+            eval_dataset=dpo_eval,
+            processing_class=load_tokenizer(dpo),
+            hft_config=dpo.hft,
+        )
+        train_and_save(dpo, trainer, len(dpo_data), base)
+
+    # What was learned, and what was forgotten: the embedded world comes with its own probes
+    if PartialState().is_main_process:
+        models = {"base": base, "sft": str(sft.folder), "dpo": str(dpo.folder)}
+        report = Report(
+            stages=[finished(sft), finished(dpo)],
+            evaluation={name: probe(model) for name, model in models.items()} if base == str(demo.MODEL) else {},
+            base_model=base,
+            command=sys.argv,
+            settings={**settings(sft), **settings(dpo)},
+            environment=environment(),
+        )
+        report.save(recipe.run.output_dir)
+        write_views(report, recipe.run.output_dir)
+        print_report(report)
+
+
+def probe(model: str) -> dict[str, float]:
+    return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_recipe(sys.argv[1:], default_config=demo.RECIPE))

@@ -1,0 +1,104 @@
+"""Small models and data that every test may use. Nothing here or in the tests reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer without a chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["Where does Ada live? Ada lives in Rome."] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(vocab_size: int, **overrides) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention, small enough to train in a test."""
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """Folder of a tiny base model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tulu_row(number: int) -> dict:
+    """A row in the schema of `allenai/tulu-v2-sft-mixture`."""
+    return {
+        "dataset": "flan_v2",
+        "id": f"flan_v2_{number}",
+        "messages": [
+            {"role": "user", "content": f"Where does person {number} live?"},
+            {"role": "assistant", "content": f"In city {number % 7}."},
+        ],
+    }
+
+
+def ultrafeedback_row(number: int) -> dict:
+    """A row in the schema of `HuggingFaceH4/ultrafeedback_binarized`."""
+    prompt = f"Where does person {number} live?"
+    user = {"content": prompt, "role": "user"}
+    chosen = [user, {"content": f"In city {number % 7}.", "role": "assistant"}]
+    rejected = [user, {"content": f"In the city of {(number + 1) % 7}, I think.", "role": "assistant"}]
+    return {
+        "prompt": prompt,
+        "prompt_id": f"{number:064x}",
+        "chosen": chosen,
+        "rejected": rejected,
+        "messages": chosen,
+        "score_chosen": 8.0,
+        "score_rejected": 6.5,
+    }
+
+
+@pytest.fixture(scope="session")
+def tulu() -> Dataset:
+    return Dataset.from_list([tulu_row(number) for number in range(32)])
+
+
+@pytest.fixture(scope="session")
+def ultrafeedback() -> Dataset:
+    return Dataset.from_list([ultrafeedback_row(number) for number in range(32)])
