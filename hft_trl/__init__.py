@@ -1,16 +1,29 @@
 """Half Fine-Tuning (HFT) for TRL: a random half of every layer learns, the other half keeps its bits."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, exit_on_user_error
 
 if TYPE_CHECKING:
     from hft_trl.selection import Selection, select
     from hft_trl.trainers import HFTDPOTrainer, HFTMixin, HFTSFTTrainer
 
-__all__ = ["HFTConfig", "HFTDPOTrainer", "HFTError", "HFTMixin", "HFTSFTTrainer", "Selection", "select"]
+__all__ = [
+    "HFTConfig",
+    "HFTDPOTrainer",
+    "HFTError",
+    "HFTMixin",
+    "HFTSFTTrainer",
+    "Selection",
+    "exit_on_user_error",
+    "select",
+]
+
+# bitsandbytes warns at its import of a 4-bit CPU kernel that is not there. HFT has no use for it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Loaded when first asked for, so that `import hft_trl` and `hft-trl --help` need neither torch nor TRL.
 _HOMES = {

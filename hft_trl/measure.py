@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
@@ -38,13 +39,29 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def measure(stage: Stage, trainer: HFTMixin) -> StageRecord:
-    """What a trainer that has trained knows of its own run."""
+def measure(stage: Stage, trainer: HFTMixin, checkpoint: str | None) -> StageRecord:
+    """
+    What a trainer that has trained knows of its own run.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        trainer ([`HFTMixin`]):
+            Its trainer, after `train`.
+        checkpoint (`str`, *optional*):
+            The checkpoint that training went on from. Time and speed are those of the part after it, all else is of
+            the whole stage.
+
+    Raises:
+        [`RuntimeError`]: If the frozen half moved.
+    """
     trainer.check_frozen()
+    before = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else TrainerState()
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
-    summary = next(row for row in reversed(log) if "train_runtime" in row)
+    runtime = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row)
+    tokens = int(trainer.state.num_input_tokens_seen)
     memory = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     return StageRecord(
         name=stage.name,
@@ -54,16 +71,17 @@ def measure(stage: Stage, trainer: HFTMixin) -> StageRecord:
         trainable_params=model.num_parameters(only_trainable=True),
         total_params=model.num_parameters(),
         steps=trainer.state.global_step,
-        tokens=int(trainer.state.num_input_tokens_seen),
-        tokens_per_second=summary.get("train_tokens_per_second"),
-        runtime_seconds=summary["train_runtime"],
-        peak_memory_bytes=None,
+        tokens=tokens,
+        tokens_per_second=(tokens - int(before.num_input_tokens_seen)) / runtime,
+        runtime_seconds=runtime,
+        peak_memory_bytes=peak_memory(),
         optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)),
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if stage.hft.method == "hft" else None,
         start_model=stage.model.model_name_or_path,
         dataset=stage.data.dataset,
+        resumed_from_step=before.global_step if checkpoint else None,
         history=log,
     )
 
@@ -93,7 +111,7 @@ def movements(
         return []
     trainable = set(selection.trainable)
     moved = []
-    for unit in find_units(model, selection.config["exclude"]):
+    for unit in find_units(model, selection.config.exclude):
         distances = []
         for table in (from_base, from_start):
             known = [table[name] for name in unit.names if name in table]

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -276,10 +277,13 @@ def _parse(
             f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
         )
     try:
-        return tuple(
-            kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
-            for kind in types
-        )
+        with warnings.catch_warnings():
+            # transformers renames it to activation_checkpointing; TRL still sets the old name for everybody.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            return tuple(
+                kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
+                for kind in types
+            )
     except HFTError:
         raise
     except (ValueError, TypeError, ImportError) as error:

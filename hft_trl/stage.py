@@ -10,7 +10,7 @@ from trl.data_utils import is_conversational
 from hft_trl import chat, data
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.folder import mark_finished
-from hft_trl.measure import measure, movements, peak_memory, reset_peak_memory
+from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
@@ -108,15 +108,11 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
     checkpoint = last_whole_checkpoint(stage.folder)
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
-    peak = peak_memory()
+    record = measure(stage, trainer, checkpoint)
+    record.rows, record.dropped_rows = rows - dropped, dropped
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card(dataset_name=stage.data.dataset)
-
-    record = measure(stage, trainer)
-    record.peak_memory_bytes = peak
-    record.rows, record.dropped_rows = rows - dropped, dropped
-    record.resumed_from_step = int(checkpoint.rpartition("-")[2]) if checkpoint else None
     if PartialState().is_main_process:
         start = stage.model.model_name_or_path
         record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))

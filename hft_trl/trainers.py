@@ -168,7 +168,8 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
 
 
 def _refuse_adapters(given: dict[str, Any]) -> None:
-    if given.get("peft_config") is not None or is_peft_model(given["model"]):
+    model = given["model"]
+    if given.get("peft_config") is not None or (isinstance(model, torch.nn.Module) and is_peft_model(model)):
         raise HFTError(
             "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "
             "adapter with TRL's own trainer."
@@ -189,7 +190,7 @@ def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> 
 
 def _card_section(selection: Selection) -> str:
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
-    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.items())
+    settings = ", ".join(f"{key} `{value}`" for key, value in dataclasses.asdict(selection.config).items())
     return f"""
 ## Half Fine-Tuning
 

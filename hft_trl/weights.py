@@ -78,6 +78,7 @@ def weight_files(model: str) -> dict[str, Path]:
         )
         if single is None:
             raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save the model as safetensors first.")
+        check_readable([Path(single)])
         with safe_open(single, framework="pt") as file:
             files = dict.fromkeys(file.keys(), Path(single))
     return files

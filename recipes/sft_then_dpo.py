@@ -34,11 +34,11 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import HFTDPOTrainer, HFTSFTTrainer, demo, exit_on_user_error
-from hft_trl.data import load_tokenizer
 from hft_trl.demo.probes import evaluate
+from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Recipe, parse_recipe
 from hft_trl.report import Report, environment, print_report, write_views
-from hft_trl.stage import check_model, finished, load_data, open_stages, settings, train_and_save
+from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
 
 
 def main(recipe: Recipe) -> None:
@@ -46,9 +46,9 @@ def main(recipe: Recipe) -> None:
 
     # Whatever can be wrong is found before anything is trained
     check_model(sft)
-    tokenizer = load_tokenizer(sft)
     sft_data, sft_eval = load_data(sft)
     dpo_data, dpo_eval = load_data(dpo)
+    tokenizer = load_tokenizer(sft)
     open_stages([sft, dpo], recipe.run.overwrite)
 
     # SFT: a random half of the base model learns to answer

@@ -1,0 +1,73 @@
+"""Fingerprints tell tensors apart bit by bit; differences of saved models are exact."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from hft_trl.errors import HFTError
+from hft_trl.weights import changes, check_readable, combined_digest, fingerprint, fingerprints, weight_files
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3), st.data())
+def test_a_fingerprint_is_equal_exactly_when_every_bit_is(dtype, shape, data):
+    """Equal copies agree; one flipped bit, another shape or another dtype does not."""
+    tensor = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+    assert fingerprint(tensor) == fingerprint(tensor.clone())
+    assert fingerprint(tensor) != fingerprint(tensor.unsqueeze(0))
+    others = [other for other in DTYPES if other is not dtype]
+    assert fingerprint(tensor) != fingerprint(tensor.to(data.draw(st.sampled_from(others))))
+    if tensor.numel():
+        flipped = tensor.clone().reshape(-1).view(torch.uint8)
+        flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1
+        assert fingerprint(tensor) != fingerprint(flipped.view(dtype).reshape(shape))
+
+
+def test_a_transposed_view_is_fingerprinted_by_its_values():
+    tensor = torch.arange(6.0).reshape(2, 3)
+    assert fingerprint(tensor.T) == fingerprint(tensor.T.contiguous())
+    assert fingerprint(tensor.T) != fingerprint(tensor)
+
+
+def test_a_models_digest_depends_on_names_and_values_not_on_order():
+    a, b = torch.ones(2), torch.zeros(2)
+    digests = fingerprints([("a", a), ("b", b)])
+    assert combined_digest(digests) == combined_digest(fingerprints([("b", b), ("a", a)]))
+    assert combined_digest(digests) != combined_digest(fingerprints([("a", b), ("b", a)]))
+
+
+def sharded(folder, tensors):
+    """A model saved in one shard per tensor, with its index."""
+    folder.mkdir()
+    files = {name: f"model-{i:05d}-of-{len(tensors):05d}.safetensors" for i, name in enumerate(tensors, 1)}
+    for name, file in files.items():
+        save_file({name: tensors[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return str(folder)
+
+
+def test_changes_are_the_norms_of_the_difference_whatever_the_sharding(tmp_path):
+    before = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2, 2), "gone": torch.ones(1), "shape": torch.ones(2)}
+    after = {"a": torch.tensor([3.0, 5.0]), "b": torch.ones(2, 2), "new": torch.ones(1), "shape": torch.ones(3)}
+    (tmp_path / "one").mkdir()
+    save_file(before, tmp_path / "one" / "model.safetensors")
+    found = list(changes(str(tmp_path / "one"), sharded(tmp_path / "many", after)))
+    assert found == [("a", 1.0, 5.0), ("b", 0.0, 2.0)]
+
+
+def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
+    with pytest.raises(HFTError, match=r"holds no model\.safetensors"):
+        weight_files(str(tmp_path))
+    save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
+    check_readable(weight_files(str(tmp_path)).values())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(HFTError, match=r"model\.safetensors is missing or torn"):
+        check_readable([tmp_path / "model.safetensors"])
