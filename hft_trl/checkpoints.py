@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -44,12 +45,17 @@ def torn_because(checkpoint: str | Path) -> str | None:
     the process was not killed half-way.
     """
     checkpoint = Path(checkpoint)
-    for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (checkpoint / name).is_file():
+    for name, others in (
+        (TRAINER_STATE_NAME, ()),
+        (OPTIMIZER_NAME, ("optimizer.bin", "optimizer_0", "latest")),  # FSDP whole, FSDP sharded, DeepSpeed
+        (SCHEDULER_NAME, ("latest",)),
+    ):
+        if not any((checkpoint / candidate).exists() for candidate in (name, *others)):
             return f"{name} is missing"
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        check_readable(weight_files(str(checkpoint)).values())
+        if not (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
+            check_readable(weight_files(str(checkpoint)).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that `hft-trl --help` answer
 
 import dataclasses
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import typer
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import exit_on_user_error
-from hft_trl.report.data import package_version
+from hft_trl.report.machine import package_version
 from hft_trl.report.picture import ASCII, SQUARES, layer_picture
 from hft_trl.report.shares import category_shares
 from hft_trl.report.tables import category_grid, rich_table
@@ -25,7 +26,14 @@ from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, selec
 if TYPE_CHECKING:
     from typer.models import OptionInfo
 
-app = typer.Typer(name="hft-trl", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="hft-trl",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Framed help leaves long options and their texts a few characters each on a narrow terminal.
+    rich_markup_mode=None,
+)
 
 
 def main() -> None:
@@ -37,7 +45,7 @@ def _setting(name: str, *flags: str) -> "OptionInfo":
     """The option for a field of [`HFTConfig`], with the help and the default that the field has."""
     field = HFTConfig.__dataclass_fields__[name]
     default = "none" if field.default is dataclasses.MISSING else str(field.default).lower()
-    return typer.Option(*flags, help=field.metadata["help"], show_default=default)
+    return typer.Option(*flags, help=f"{field.metadata['help']} [default: {default}]")
 
 
 def _version(asked: bool) -> None:
@@ -151,16 +159,11 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep libraries from talking over the answer while a model is built: errors still come as exceptions."""
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers.utils import logging
-
-        before, hub_before = logging.get_verbosity(), hub_logging.get_verbosity()
-        logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            logging.set_verbosity(before)
-            hub_logging.set_verbosity(hub_before)
+    finally:
+        logging.disable(before)

@@ -60,6 +60,8 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 _open(stage, overwrite)
+        if finished(stage) is not None:
+            PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
 def _open(stage: Stage, overwrite: bool) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
@@ -39,7 +38,7 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def measure(stage: Stage, trainer: HFTMixin, checkpoint: str | None) -> StageRecord:
+def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
     What a trainer that has trained knows of its own run.
 
@@ -48,20 +47,20 @@ def measure(stage: Stage, trainer: HFTMixin, checkpoint: str | None) -> StageRec
             The stage.
         trainer ([`HFTMixin`]):
             Its trainer, after `train`.
-        checkpoint (`str`, *optional*):
-            The checkpoint that training went on from. Time and speed are those of the part after it, all else is of
-            the whole stage.
+        resumed_from ([`~transformers.TrainerState`], *optional*):
+            The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
+            else is of the whole stage.
 
     Raises:
         [`RuntimeError`]: If the frozen half moved.
     """
     trainer.check_frozen()
-    before = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else TrainerState()
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
     runtime = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row)
     tokens = int(trainer.state.num_input_tokens_seen)
+    earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     memory = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     return StageRecord(
         name=stage.name,
@@ -72,7 +71,7 @@ def measure(stage: Stage, trainer: HFTMixin, checkpoint: str | None) -> StageRec
         total_params=model.num_parameters(),
         steps=trainer.state.global_step,
         tokens=tokens,
-        tokens_per_second=(tokens - int(before.num_input_tokens_seen)) / runtime,
+        tokens_per_second=(tokens - earlier_tokens) / runtime,
         runtime_seconds=runtime,
         peak_memory_bytes=peak_memory(),
         optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)),
@@ -81,7 +80,7 @@ def measure(stage: Stage, trainer: HFTMixin, checkpoint: str | None) -> StageRec
         frozen_unchanged=True if stage.hft.method == "hft" else None,
         start_model=stage.model.model_name_or_path,
         dataset=stage.data.dataset,
-        resumed_from_step=before.global_step if checkpoint else None,
+        resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
     )
 

@@ -41,5 +41,8 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
     if wrong or not (known or own_code):
         name = wrong[0] if wrong else type(config).__name__
         raise HFTError(f"model {model!r} is a {name}, which is no causal LM: give a decoder-only language model.")
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's constructor finds wrong with the config, or a package it needs
+        raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error

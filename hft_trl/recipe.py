@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -261,8 +262,9 @@ def _parse(
             raise HFTError(f"{prefix}{key} is {value!r}: it takes {_readable(hints[key])}.")
     if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
         raw["bf16"] = is_torch_bf16_gpu_available()
-    if "assistant_only_loss" in known:
-        raw.setdefault("assistant_only_loss", True)
+    # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
+    for key in {"assistant_only_loss", "logging_first_step"} & {*known}:
+        raw.setdefault(key, True)
     parser.set_defaults_with_config(**raw)
     try:
         namespace, rest = parser.parse_known_args([*argv, *flags])
@@ -276,6 +278,9 @@ def _parse(
         raise HFTError(
             f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
         )
+    if "use_cpu" in found and not torch.accelerator.is_available():
+        # Said outright, since accelerate otherwise runs several CPU processes as so many separate runs.
+        found["use_cpu"] = True
     try:
         with warnings.catch_warnings():
             # transformers renames it to activation_checkpointing; TRL still sets the old name for everybody.

@@ -1,8 +1,11 @@
 """One stage of a recipe: its model, tokenizer and data checked, trained from where its folder stands, and measured."""
 
+from pathlib import Path
+
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig, get_dataset
 from trl.data_utils import is_conversational
@@ -106,9 +109,11 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
     checkpoint = last_whole_checkpoint(stage.folder)
+    # Read now: training may rotate the checkpoint away
+    resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
-    record = measure(stage, trainer, checkpoint)
+    record = measure(stage, trainer, resumed_from)
     record.rows, record.dropped_rows = rows - dropped, dropped
     trainer.save_model()
     trainer.save_state()

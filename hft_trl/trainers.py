@@ -10,6 +10,7 @@ from accelerate.utils import gather_object, is_peft_model
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import reference
@@ -18,6 +19,8 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import combined_digest, fingerprints
+
+logger = logging.get_logger(__name__)
 
 CITATION = """\
 @inproceedings{hui2025hft,
@@ -60,9 +63,12 @@ class HFTMixin:
 
         super().__init__(*args, **kwargs)
 
+        if self.hft_config.method == "hft":
+            self._refuse_backends()
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._first_step = True
         optimizer = given.get("optimizers", (None, None))[0]
         if optimizer is not None:
             _refuse_frozen(optimizer, model)
@@ -73,6 +79,18 @@ class HFTMixin:
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
+
+    def _refuse_backends(self) -> None:
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise HFTError(
+                "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
+                "accelerate_configs/fsdp2.yaml."
+            )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise HFTError(
+                "zero_stage is 3, which partitions the parameters before the half can be chosen: use FSDP2, as in "
+                "accelerate_configs/fsdp2.yaml, or ZeRO-2."
+            )
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
@@ -128,7 +146,18 @@ class HFTMixin:
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
                 f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
             )
+        if self._first_step and self.hft_config.method == "hft" and not self.is_deepspeed_enabled:
+            self._first_step = False
+            self._warn_of_parts_without_gradient()
         return loss
+
+    def _warn_of_parts_without_gradient(self) -> None:
+        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            logger.warning(
+                f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they never "
+                "do, keep them out of the selection with HFTConfig(exclude=[...])."
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""

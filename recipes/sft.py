@@ -48,6 +48,7 @@ def main(stage: Stage, overwrite: bool) -> None:
     if PartialState().is_main_process:
         report = Report([finished(stage)], {}, base, sys.argv, settings(stage), environment())
         report.save(stage.folder)
+        report = Report.load(stage.folder)  # every view shows what the file says
         write_views(report, stage.folder)
         print_report(report)
 

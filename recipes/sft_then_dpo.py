@@ -87,6 +87,7 @@ def main(recipe: Recipe) -> None:
             environment=environment(),
         )
         report.save(recipe.run.output_dir)
+        report = Report.load(recipe.run.output_dir)  # every view shows what the file says
         write_views(report, recipe.run.output_dir)
         print_report(report)
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,8 +29,22 @@ def run(*command, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False, **settings)
 
 
-def recipe(name, *flags):
-    return run(sys.executable, f"recipes/{name}.py", *map(str, flags))
+@pytest.fixture
+def recipe(monkeypatch, capsys):
+    """Runs a recipe inside the test's process, where the libraries are loaded already."""
+
+    def run_inside(name, *flags) -> subprocess.CompletedProcess:
+        command = [f"recipes/{name}.py", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    return run_inside
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +96,7 @@ def test_the_frozen_half_is_the_bases_byte_for_byte(finished_run):
         assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in frozen)
 
 
-def test_the_same_command_again_trains_nothing_and_writes_the_same_report(finished_run):
+def test_the_same_command_again_trains_nothing_and_writes_the_same_report(recipe, finished_run):
     output, _ = finished_run
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     stages = json.loads((output / "report.json").read_text())["stages"]
@@ -90,11 +106,11 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same_report(finish
     assert json.loads((output / "report.json").read_text())["stages"] == stages
 
 
-def test_other_settings_in_the_same_folder_are_refused_with_the_difference(finished_run):
+def test_other_settings_in_the_same_folder_are_refused_with_the_difference(recipe, finished_run):
     output, _ = finished_run
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--sft.learning_rate", "3e-4")
     assert result.returncode == 2
-    assert result.stderr.strip().count("\n") <= 1
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "sft.learning_rate" in result.stderr
     assert "0.0003 here" in result.stderr
     assert "--overwrite" in result.stderr
@@ -123,7 +139,27 @@ def test_a_killed_run_continues_to_the_same_bytes(finished_run, tmp_path):
     assert json.loads((output / "report.json").read_text())["stages"][0]["resumed_from_step"] in (2, 4, 6)
 
 
-def test_single_stages_chain_like_the_whole_recipe(tmp_path, finished_run):
+def test_two_processes_train_one_model(tmp_path):
+    """A real second process takes part: no silent fall-back to separate runs, one selection, frozen bits kept."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = tmp_path / "cpu2.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\n"
+        f"num_machines: 1\nmixed_precision: 'no'\nmain_process_port: {port}\n"
+    )
+    command = [*LAUNCH[:-1], str(config), "recipes/sft_then_dpo.py", "--output_dir", str(tmp_path / "out"), *QUICK]
+    batches = ["--sft.per_device_train_batch_size", "16", "--dpo.per_device_train_batch_size", "8"]
+    result = run(*command, *batches, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["environment"]["processes"] == 2
+    assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
+    assert report["stages"][1]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_run):
     """recipes/sft.py and recipes/dpo.py with the demo's settings give the models of recipes/sft_then_dpo.py."""
     common = ["--max_length", "96", "--gradient_checkpointing", "false", "--report_to", "none", "--logging_steps", "2"]
     sft = recipe(
@@ -157,7 +193,7 @@ def test_single_stages_chain_like_the_whole_recipe(tmp_path, finished_run):
         (["--sft.bf16", "true"], ["bf16"]),
     ],
 )
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, flags, words):
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(recipe, tmp_path, flags, words):
     output = tmp_path / "out"
     result = recipe("sft_then_dpo", "--output_dir", output, *flags)
     assert result.returncode == 2, result.stderr[-2000:]
@@ -168,6 +204,13 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, flags, 
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_real_process_exits_with_2_and_one_line(tmp_path):
+    result = run(sys.executable, "recipes/sft_then_dpo.py", "--output_dir", str(tmp_path), "--hft.ratio", "0")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: hft.ratio is 0.0: it must be a number in (0, 1], such as 0.5."]
+    assert result.stdout == ""
+
+
 def test_accelerate_launch_reports_exit_code_2(tmp_path):
     """The recipe exits with 2. accelerate says so, and itself exits with 1 on any failure of the script."""
     result = run(*LAUNCH, "recipes/sft_then_dpo.py", "--output_dir", str(tmp_path), "--sft.lerning_rate", "1")
@@ -176,7 +219,7 @@ def test_accelerate_launch_reports_exit_code_2(tmp_path):
     assert "returned non-zero exit status 2" in result.stderr
 
 
-def test_an_output_folder_of_something_else_is_left_alone(tmp_path):
+def test_an_output_folder_of_something_else_is_left_alone(recipe, tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "thesis.txt").write_text("ten years of work")
     for extra in ([], ["--overwrite"]):
@@ -187,21 +230,21 @@ def test_an_output_folder_of_something_else_is_left_alone(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_output_folder_is_refused(tmp_path):
+def test_a_read_only_output_folder_is_refused(recipe, tmp_path):
     tmp_path.chmod(0o500)
     result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert "can't be written" in result.stderr
 
 
-def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+def test_an_output_folder_that_is_a_file_is_refused(recipe, tmp_path):
     (tmp_path / "out").write_text("")
     result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out")
     assert result.returncode == 2
     assert "can't be written" in result.stderr
 
 
-def test_overwrite_starts_afresh(finished_run, tmp_path):
+def test_overwrite_starts_afresh(recipe, finished_run, tmp_path):
     output = tmp_path / "again"
     shutil.copytree(finished_run[0], output)
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--method", "fft", "--overwrite")

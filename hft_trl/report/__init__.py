@@ -1,0 +1,66 @@
+"""What a run measured: `report.json`, and every table and picture made from it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hft_trl.errors import HFTError
+from hft_trl.report.data import Report, StageRecord, UnitChange
+from hft_trl.report.machine import environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report", "write_views"]
+
+
+def write_views(report: Report, directory: str | Path) -> list[Path]:
+    """
+    Write `report.md` and the pictures.
+
+    Call it with what [`Report.load`] gives, so that the views show what the JSON says.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        directory (`str` or `Path`):
+            Folder of the run, made if it is missing.
+
+    Returns:
+        `list[Path]`: The files written.
+
+    Raises:
+        [`HFTError`]: If the folder can't be written.
+    """
+    from hft_trl.report.markdown import report_markdown
+    from hft_trl.report.plots import write_plots
+
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = write_plots(report, folder)
+        text = folder / "report.md"
+        text.write_text(report_markdown(report, [picture.name for picture in pictures]), encoding="utf-8")
+    except OSError as error:
+        raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
+    return [text, *pictures]
+
+
+def print_report(report: Report, console: "Console | None" = None) -> None:
+    """
+    Print the tables of a finished run.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        console (`rich.console.Console`, *optional*):
+            Where to print, by default standard output.
+    """
+    from rich.console import Console
+
+    from hft_trl.report.tables import evaluation_grid, rich_table, stage_grid
+
+    console = console or Console()
+    console.print(rich_table(stage_grid(report)))
+    scores = evaluation_grid(report)
+    if scores.rows:
+        console.print(rich_table(scores))

@@ -1,0 +1,267 @@
+"""What a run leaves as figures: one `report.json`, from which every table and picture is made."""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from hft_trl.errors import HFTError
+
+REPORT_FILE = "report.json"
+REPORT_VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass
+class UnitChange:
+    """
+    How far one unit (a matrix with its bias) moved in a stage.
+
+    Args:
+        name (`str`):
+            Name of the unit's weight.
+        layer (`int`, *optional*):
+            Running number of the layer, `None` outside of the layers.
+        category (`str`):
+            Category of the unit, such as `"attention"` or `"embedding"`.
+        slot (`str`):
+            Name inside the layer, such as `"self_attn.q_proj"`.
+        trainable (`bool`):
+            Whether the unit learned in this stage.
+        relative_change (`float`, *optional*):
+            `||w - w_base|| / ||w_base||` with the base model's weights, `None` where that is undefined.
+        relative_change_from_start (`float`, *optional*):
+            The same against the model that this stage started from.
+    """
+
+    name: str
+    layer: int | None
+    category: str
+    slot: str
+    trainable: bool
+    relative_change: float | None
+    relative_change_from_start: float | None = None
+
+
+@dataclass
+class StageRecord:
+    """
+    The figures of one stage (SFT, DPO or a later round).
+
+    Args:
+        name (`str`):
+            Name of the stage, such as `"sft"`.
+        method (`str`):
+            `"hft"` or `"fft"`.
+        selection_digest (`str`, *optional*):
+            Digest of the selection that the stage was trained with, `None` without one.
+        share (`dict[str, float]`):
+            Shares of trained parameters in [0, 1]: a category each, `"layers"` and `"model"`.
+        trainable_params, total_params (`int`):
+            Numbers of parameters that learned, and of all.
+        steps, tokens (`int`):
+            Optimizer steps taken and tokens seen, over all processes.
+        tokens_per_second, runtime_seconds (`float`, *optional*):
+            Speed over all processes and time of the training loop.
+        peak_memory_bytes, optimizer_state_bytes (`int`, *optional*):
+            Highest memory use of a process and size of the optimizer's state, `None` where not measured.
+        first_loss, last_loss (`float`, *optional*):
+            Training loss in the first and the last log row.
+        frozen_unchanged (`bool`, *optional*):
+            Whether the frozen half was found bit for bit as before, `None` where nothing is frozen.
+        start_model, dataset (`str`, *optional*):
+            What the stage started from and learned on.
+        rows, dropped_rows (`int`, *optional*):
+            Rows of the data set that were used, and rows left out because truncation left them no trained token.
+        resumed_from_step (`int`, *optional*):
+            Step of the checkpoint that the stage went on from.
+        history (`list[dict]`, *optional*):
+            The trainer's log rows.
+        moved (`list[UnitChange]`, *optional*):
+            How far each unit moved.
+    """
+
+    name: str
+    method: str
+    selection_digest: str | None
+    share: dict[str, float]
+    trainable_params: int
+    total_params: int
+    steps: int
+    tokens: int
+    tokens_per_second: float | None
+    runtime_seconds: float | None
+    peak_memory_bytes: int | None
+    optimizer_state_bytes: int | None
+    first_loss: float | None
+    last_loss: float | None
+    frozen_unchanged: bool | None
+    start_model: str = ""
+    dataset: str = ""
+    rows: int | None = None
+    dropped_rows: int | None = None
+    resumed_from_step: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    moved: list[UnitChange] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """
+    All that a run measured: the content of `report.json`.
+
+    Args:
+        stages (`list[StageRecord]`):
+            The stages in the order in which they ran.
+        evaluation (`dict[str, dict[str, float]]`, *optional*):
+            Scores in percent (0 to 100) by model, in order: `"base"`, then each stage's name. Each holds `"knowledge"`
+            and `"ability"`, and may hold more.
+        base_model (`str`, *optional*):
+            Hub id or folder of the model that the first stage started from.
+        command (`list[str]`, *optional*):
+            The command line of the run.
+        settings (`dict[str, Any]`, *optional*):
+            The settings of the run after the command line has had its say, by section.
+        environment (`dict[str, Any]`, *optional*):
+            Versions and machine, see [`~hft_trl.report.environment`].
+        created (`str`, *optional*):
+            Time of creation (ISO 8601, UTC), defaults to now.
+        version (`int`, *optional*):
+            Version of the format.
+    """
+
+    stages: list[StageRecord]
+    evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    base_model: str = ""
+    command: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    version: int = REPORT_VERSION
+
+    def save(self, directory: str | Path) -> Path:
+        """
+        Write `report.json` whole or not at all.
+
+        JSON knows neither NaN nor infinity: a figure that is not finite is written as null.
+
+        Args:
+            directory (`str` or `Path`):
+                Folder of the run, made if it is missing.
+
+        Returns:
+            `Path`: The file written.
+
+        Raises:
+            [`HFTError`]: If the folder can't be written.
+        """
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        path = Path(directory) / REPORT_FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{REPORT_FILE}.")
+            temporary = Path(name)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                # mkstemp makes files that only their owner may read; a report is as readable as its neighbours.
+                temporary.chmod(0o644)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise HFTError(f"{path} can't be written ({error.strerror}): choose another output folder.") from error
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Report":
+        """
+        Read `report.json`.
+
+        Args:
+            directory (`str` or `Path`):
+                Folder of the run.
+
+        Returns:
+            [`Report`]: The report.
+
+        Raises:
+            [`HFTError`]: If the file is missing, is no JSON, is of another version or has other fields.
+        """
+        path = Path(directory) / REPORT_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise HFTError(f"{path} can't be read ({error.strerror}): give the output folder of a run.") from error
+        except ValueError as error:
+            raise HFTError(f"{path} is no JSON ({error}): run the recipe again to write it anew.") from error
+        found = content.get("version") if isinstance(content, dict) else None
+        if found != REPORT_VERSION:
+            raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
+        report = _build(cls, content, str(path))
+        stages = []
+        for number, stage in enumerate(content["stages"]):
+            where = f"{path}: stage {number}"
+            record = _build(StageRecord, stage, where)
+            record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in stage.get("moved", [])]
+            stages.append(record)
+        report.stages = stages
+        return report
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _build(cls: type[T], content: Any, where: str) -> T:
+    """Make a dataclass from a JSON object whose fields must be the dataclass's, each of its type."""
+    if not isinstance(content, dict):
+        raise HFTError(f"{where} is {type(content).__name__}, not a JSON object: run the recipe again.")
+    known = {entry.name: entry for entry in fields(cls)}
+    for name in content:
+        if name not in known:
+            raise HFTError(f"{where} holds the unknown field {name!r}: remove it, or run the recipe again.")
+    hints = get_type_hints(cls)
+    for name, entry in known.items():
+        if name not in content:
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
+        elif not _matches(content[name], hints[name]):
+            raise HFTError(f"{where} has {name} = {content[name]!r:.80}, which is no {_name(hints[name])}.")
+    return cls(**content)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is UnionType:
+        return any(_matches(value, option) for option in arguments)
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(entry, arguments[1]) for entry in value.values())
+    if origin is list:
+        # A list of records is checked record by record, with a message that says which.
+        inner = dict if arguments[0] in (StageRecord, UnitChange) else arguments[0]
+        return isinstance(value, list) and all(_matches(entry, inner) for entry in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -1,0 +1,103 @@
+"""A report as Markdown: the tables, the pictures with captions, and what a rerun needs."""
+
+import shlex
+from collections.abc import Collection
+
+import yaml
+
+from hft_trl.report.data import REPORT_FILE, Report, StageRecord
+from hft_trl.report.tables import Grid, evaluation_grid, movement_grids, share_grid, stage_grid
+
+CAPTIONS = {
+    "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
+    "within what another seed would give.",
+    "loss.png": "Training loss at each log row. Losses of different stages are different quantities (cross-entropy "
+    "per token for SFT, preference loss per pair for DPO) and can't be compared.",
+    "margins.png": "Reward margin of the preference stage: beta times the log-probability ratio between policy and "
+    "reference, chosen minus rejected, on training batches.",
+    "moved.png": "Distance from the base model, ||w - w_base|| / ||w_base||, after each stage. White: still exactly "
+    "the base's weights. Hatched: frozen in this stage; a hatched cell with a colour was moved by an earlier stage. A "
+    "cell or bar that stands for several matrices shows their mean.",
+}
+
+
+def report_markdown(report: Report, pictures: Collection[str]) -> str:
+    """
+    Write a report down.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        pictures (`Collection[str]`):
+            Names of the pictures that lie beside the text.
+
+    Returns:
+        `str`: Markdown text.
+    """
+    methods = ", ".join(f"{stage.name} with {stage.method.upper()}" for stage in report.stages)
+    parts = [
+        "# Fine-tuning report",
+        f"{methods or 'No stage'}, from `{report.base_model or 'an unnamed model'}`, {report.created}. "
+        f"Every figure below comes from `{REPORT_FILE}`.",
+    ]
+    scores = evaluation_grid(report)
+    if scores.rows:
+        parts += ["## Evaluation", scores.title + ".", _table(scores), *_picture("evaluation.png", pictures)]
+    parts += ["## Stages", _table(stage_grid(report))]
+    parts.append("\n".join(_origin(stage) for stage in report.stages))
+    parts += ["### Trained share by category", _table(share_grid(report))]
+    training = [*_picture("loss.png", pictures), *_picture("margins.png", pictures)]
+    if training:
+        parts += ["## Training", *training]
+    movement = movement_grids(report)
+    if movement:
+        parts += ["## What moved", *_picture("moved.png", pictures)]
+        for grid in movement:
+            parts += [f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units):", _table(grid)]
+    parts += _rerun(report)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _origin(stage: StageRecord) -> str:
+    start = f" started from `{stage.start_model}`" if stage.start_model else ""
+    data = f", data `{stage.dataset}`" if stage.dataset else ""
+    digest = f", selection `{stage.selection_digest}`" if stage.selection_digest else ""
+    return f"- `{stage.name}`{start}{data}{digest}"
+
+
+def _rerun(report: Report) -> list[str]:
+    parts = []
+    if report.command:
+        parts += ["## Command", _fenced(shlex.join(report.command), "sh")]
+    if report.settings:
+        dumped = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100).rstrip("\n")
+        parts += ["## Settings", _fenced(dumped, "yaml")]
+    if report.environment:
+        names = Grid("", ["", ""], [[str(name), str(value)] for name, value in report.environment.items()])
+        parts += ["## Environment", _table(names)]
+    return parts
+
+
+def _fenced(text: str, language: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _picture(name: str, pictures: Collection[str]) -> list[str]:
+    return [f"![{name.removesuffix('.png')}]({name})", f"*{CAPTIONS[name]}*"] if name in pictures else []
+
+
+def _table(grid: Grid) -> str:
+    head = f"| {' | '.join(map(_cell, grid.columns))} |"
+    rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
+    body = []
+    for number, row in enumerate(grid.rows):
+        bold = "**" if number in grid.closing else ""
+        body.append(f"| {' | '.join(f'{bold}{_cell(text)}{bold}' for text in row)} |")
+    return "\n".join([head, rule, *body])
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

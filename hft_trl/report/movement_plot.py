@@ -1,0 +1,156 @@
+"""The picture of what moved: layers by slots as a heat map, categories as bars, for each stage."""
+
+from math import ceil
+from typing import TYPE_CHECKING
+
+from hft_trl.report.data import Report
+from hft_trl.report.movement import CategoryMovement, MovementGrid, category_movement, movement_grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+
+BLUE, GREY, ABSENT = "#0072B2", "#4D4D4D", "#DDDDDD"
+HATCH = "////"
+
+
+def movement_figure(report: Report) -> "Figure | None":
+    """
+    Draw how far the units moved from the base model, a heat map and bars for each stage.
+
+    A white cell holds the base's very weights. Cells that were frozen in the stage are hatched: where an earlier stage
+    moved them they have a colour, too.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    stages = [stage for stage in report.stages if category_movement(stage)]
+    if not stages:
+        return None
+    categories = [category_movement(stage) for stage in stages]
+    grids = [movement_grid(stage) for stage in stages]
+    changes = sorted(cell.change for grid in grids for cell in grid.cells.values())
+    # The scale ends where nearly all cells do, so that one runaway matrix doesn't turn the rest pale.
+    top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
+    norm = Normalize(0.0, top or 1.0)
+    colours = colormaps["viridis_r"]
+
+    columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
+    width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
+    across = max(1, min(len(stages), int(17 // width)))
+    down = ceil(len(stages) / across)
+    map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
+    bar_height = 0.9 + 0.3 * max(map(len, categories))
+    longest = max(
+        value for rows in categories for row in rows for value in (row.learned, row.frozen) if value is not None
+    )
+    figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
+    parts = figure.subfigures(down, across, squeeze=False).ravel()
+    for stage, rows, grid, part in zip(stages, categories, grids, parts, strict=False):
+        part.suptitle(f"after {stage.name} ({stage.method.upper()})", fontweight="bold")
+        if grid.cells:
+            upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
+            _heat_map(upper, grid, colours, norm)
+            beyond = "max" if changes[-1] > top else "neither"
+            scale = part.colorbar(ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02)
+            scale.set_label("change from the base")
+        else:
+            lower = part.subplots()
+        _bars(lower, rows, longest)
+    handles = [Patch(facecolor="white", edgecolor=GREY, label="exactly as in the base")] if changes else []
+    if any(row.frozen_units for rows in categories for row in rows):
+        handles.append(Patch(facecolor="white", edgecolor=GREY, hatch=HATCH, label="frozen in this stage"))
+    if any(len(grid.cells) < len(grid.columns) * len(grid.layers) for grid in grids):
+        handles.append(Patch(facecolor=ABSENT, label="no such matrix"))
+    if handles:
+        abreast = len(handles) if width * across > 7 else 2
+        figure.legend(handles=handles, loc="outside lower center", ncols=abreast, frameon=False)
+    return figure
+
+
+def _heat_map(axes: "Axes", grid: MovementGrid, colours: "Colormap", norm: "Normalize") -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    rows = {layer: row for row, layer in enumerate(grid.layers)}
+    places = {column: place for place, column in enumerate(grid.columns)}
+    axes.set_facecolor(ABSENT)
+    plain, hatched = [], []
+    for (layer, column), cell in grid.cells.items():
+        face = "white" if cell.change == 0 else colours(norm(cell.change))
+        corner = (places[column] - 0.5, rows[layer] - 0.5)
+        (hatched if cell.frozen else plain).append(Rectangle(corner, 1, 1, facecolor=face))
+    line = 0.5 if len(grid.layers) <= 40 else 0.2
+    if plain:
+        axes.add_collection(PatchCollection(plain, match_original=True, edgecolor="white", linewidth=line))
+    if hatched:
+        collection = PatchCollection(hatched, match_original=True, linewidth=line)
+        collection.set_edgecolor("#9A9A9A")
+        collection.set_hatch(HATCH)
+        axes.add_collection(collection)
+
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)
+    axes.set_ylim(len(grid.layers) - 0.5, -0.5)
+    every = max(1, ceil(len(grid.layers) / 28))
+    axes.set_yticks(range(0, len(grid.layers), every), [str(layer) for layer in grid.layers[::every]])
+    axes.set_ylabel("layer")
+    small = 9 if len(grid.columns) <= 40 else 7
+    axes.set_xticks(range(len(grid.columns)), [column.label for column in grid.columns], rotation=90, fontsize=small)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _name_categories(axes, grid)
+
+
+def _name_categories(axes: "Axes", grid: MovementGrid) -> None:
+    groups: dict[str, list[int]] = {}
+    for place, column in enumerate(grid.columns):
+        groups.setdefault(column.category, []).append(place)
+    for category, members in groups.items():
+        if members[0]:
+            axes.axvline(members[0] - 0.5, color="black", linewidth=1.5)
+        axes.annotate(
+            category.replace("_", "-\n"),
+            ((members[0] + members[-1]) / 2, 1),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
+
+
+def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
+    for place, row in enumerate(rows):
+        _bar_pair(axes, place, row)
+    axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.3 * longest or 1.0)
+    axes.set_xlabel("mean change from the base, ||w - w_base|| / ||w_base||")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _bar_pair(axes: "Axes", place: int, row: CategoryMovement) -> None:
+    pairs = [("learned", row.learned), ("frozen", row.frozen)]
+    present = [(kind, value) for kind, value in pairs if value is not None]
+    height = 0.8 / len(present)
+    for number, (kind, value) in enumerate(present):
+        middle = place - 0.4 + height * (number + 0.5)
+        if kind == "learned":
+            axes.barh(middle, value, 0.9 * height, color=BLUE)
+        else:
+            axes.barh(middle, value, 0.9 * height, facecolor="white", edgecolor=GREY, hatch=HATCH)
+        text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
+        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=7.5)

@@ -1,0 +1,208 @@
+"""The pictures of a report. Drawn on figures of their own, so that no plotting state of the user's is touched."""
+
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from hft_trl.report.data import Report, StageRecord
+from hft_trl.report.movement_plot import movement_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+GREY = "#7F7F7F"
+STAGE_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+MARGIN = "rewards/margins"
+
+
+def write_plots(report: Report, directory: Path) -> list[Path]:
+    """
+    Draw every picture that the report has figures for.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        directory (`Path`):
+            Folder to write to.
+
+    Returns:
+        `list[Path]`: The files written, of `evaluation.png`, `loss.png`, `margins.png` and `moved.png`.
+    """
+    figures: dict[str, Callable[[Report], Figure | None]] = {
+        "evaluation.png": evaluation_figure,
+        "loss.png": loss_figure,
+        "margins.png": margin_figure,
+        "moved.png": movement_figure,
+    }
+    written = []
+    for name, draw in figures.items():
+        figure = draw(report)
+        path = directory / name
+        if figure is None:
+            # A picture of an earlier run in this folder must not pass for this one's.
+            path.unlink(missing_ok=True)
+            continue
+        figure.savefig(path, dpi=150, facecolor="white")
+        written.append(path)
+    return written
+
+
+def loss_figure(report: Report) -> "Figure | None":
+    """
+    Draw the loss over the steps, a panel a stage.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure, `None` where no stage has a loss.
+    """
+    stages = [stage for stage in report.stages if _series(stage, "loss")[0]]
+    if not stages:
+        return None
+    figure, panels = _panels(len(stages))
+    for stage, axes in zip(stages, panels, strict=True):
+        _curve(axes, *_series(stage, "loss"), BLUE, "training loss")
+        steps, values = _series(stage, "eval_loss")
+        if steps:
+            axes.plot(steps, values, "D", color=RED, markersize=5, label="evaluation loss")
+        axes.set_title(f"{stage.name} ({stage.method.upper()})")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False)
+    return figure
+
+
+def margin_figure(report: Report) -> "Figure | None":
+    """
+    Draw the reward margin over the steps, a panel for each stage that has one.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure, `None` where no stage learned from preferences.
+    """
+    stages = [stage for stage in report.stages if _series(stage, MARGIN)[0]]
+    if not stages:
+        return None
+    figure, panels = _panels(len(stages))
+    for stage, axes in zip(stages, panels, strict=True):
+        axes.axhline(0, color="black", linewidth=0.8)
+        for key, colour, style, label in (
+            ("rewards/chosen", GREEN, "--", "reward of the chosen"),
+            ("rewards/rejected", RED, ":", "reward of the rejected"),
+        ):
+            steps, values = _series(stage, key)
+            if steps:
+                axes.plot(steps, _smooth(values)[0], style, color=colour, linewidth=1.5, label=label)
+        _curve(axes, *_series(stage, MARGIN), BLUE, "margin")
+        steps, values = _series(stage, f"eval_{MARGIN}")
+        if steps:
+            axes.plot(steps, values, "D", color=BLUE, markersize=5, label="margin in evaluation")
+        axes.set_title(f"{stage.name} ({stage.method.upper()})")
+        axes.set_xlabel("step")
+        axes.set_ylabel("reward")
+        axes.legend(frameon=False)
+    return figure
+
+
+def evaluation_figure(report: Report) -> "Figure | None":
+    """
+    Draw the scores of the base model and after each stage: knowledge and ability, or all measures without these.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure, `None` where nothing was evaluated.
+    """
+    from matplotlib.figure import Figure
+
+    known = {name for scores in report.evaluation.values() for name, value in scores.items() if value is not None}
+    measures = [name for name in ("knowledge", "ability") if name in known]
+    measures = measures or [name for scores in report.evaluation.values() for name in scores if name in known]
+    measures = list(dict.fromkeys(measures))
+    if not measures:
+        return None
+    models = list(report.evaluation)
+    methods = {stage.name: stage.method.upper() for stage in report.stages}
+    pitch = 0.8 / len(models)
+    colours = _stage_colours(len(models))
+    figure = Figure(figsize=(min(16, max(6.0, 1.6 + 0.62 * len(models) * len(measures))), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for number, model in enumerate(models):
+        places = [place - 0.4 + pitch * (number + 0.5) for place in range(len(measures))]
+        values = [report.evaluation[model].get(name) for name in measures]
+        drawn = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
+        label = f"{model} ({methods[model]})" if model in methods else model
+        bars = axes.bar(
+            [place for place, _ in drawn],
+            [value for _, value in drawn],
+            0.92 * pitch,
+            color=colours[number],
+            label=label,
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9 if len(models) * len(measures) <= 16 else 6)
+    axes.set_xticks(range(len(measures)), [name.replace("_", " ") for name in measures])
+    if len(measures) > 4:
+        axes.tick_params(axis="x", labelrotation=30)
+    axes.set_xlim(-0.6, len(measures) - 0.4)
+    axes.set_ylabel("score (percent)")
+    top = max(value for scores in report.evaluation.values() for value in scores.values() if value is not None)
+    axes.set_ylim(0, 108 if top > 50 else max(1.0, 1.15 * top))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")
+    return figure
+
+
+def _stage_colours(number: int) -> list[str]:
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    if number <= len(STAGE_COLOURS):
+        return list(STAGE_COLOURS[:number])
+    return [GREY, *(to_hex(colormaps["viridis"](place / (number - 2))) for place in range(number - 1))]
+
+
+def _panels(number: int) -> tuple["Figure", list["Axes"]]:
+    from matplotlib.figure import Figure
+
+    across = min(number, 3)
+    down = ceil(number / across)
+    figure = Figure(figsize=(max(6.0, 4.8 * across), 3.8 * down), layout="constrained")
+    panels = [figure.add_subplot(down, across, place + 1) for place in range(number)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _curve(axes: "Axes", steps: list[int], values: list[float], colour: str, label: str) -> None:
+    smooth, window = _smooth(values)
+    if window == 1:
+        axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=colour, markersize=4, label=label)
+        return
+    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+    axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label} (mean of {window} log rows)")
+
+
+def _smooth(values: list[float]) -> tuple[list[float], int]:
+    """A centred mean: short series stay as they are, of long ones about a twentieth is averaged at each point."""
+    half = 0 if len(values) < 40 else len(values) // 40
+    smooth = [fmean(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
+    return smooth, 2 * half + 1
+
+
+def _series(stage: StageRecord, key: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in stage.history if row.get(key) is not None and row.get("step") is not None]
+    return [row["step"] for row in rows], [row[key] for row in rows]

@@ -1,0 +1,58 @@
+"""How much of each category learns."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit
+
+
+@dataclass(frozen=True)
+class CategoryShare:
+    """
+    The part of a category that learns.
+
+    Args:
+        category (`str`):
+            A category, or `"layers"` (all of the transformer layers) or `"model"` (all selectable parameters).
+        units (`int`):
+            Number of units.
+        parameters, trained (`int`):
+            Number of parameters, and of those that learn.
+    """
+
+    category: str
+    units: int
+    parameters: int
+    trained: int
+
+    @property
+    def share(self) -> float:
+        """`float`: The trained part of the parameters, in [0, 1]."""
+        return self.trained / self.parameters if self.parameters else 0.0
+
+
+def category_shares(units: Iterable[Unit], trainable: Collection[str]) -> list[CategoryShare]:
+    """
+    Count what learns by category.
+
+    Args:
+        units (`Iterable[Unit]`):
+            The model's units.
+        trainable (`Collection[str]`):
+            Names of the parameters that learn.
+
+    Returns:
+        `list[CategoryShare]`: The categories inside the layers, `"layers"`, the ones outside of them, `"model"`.
+        Categories without units are left out.
+    """
+    units, names = list(units), frozenset(trainable)
+
+    def count(category: str, members: list[Unit]) -> CategoryShare:
+        trained = sum(unit.size for unit in members if unit.names[0] in names)
+        return CategoryShare(category, len(members), sum(unit.size for unit in members), trained)
+
+    inner = [count(category, [unit for unit in units if unit.category == category]) for category in LAYER_CATEGORIES]
+    outer = [count(category, [unit for unit in units if unit.category == category]) for category in OUTER_CATEGORIES]
+    layers = count("layers", [unit for unit in units if unit.layer is not None])
+    rows = [*inner, layers, *outer, count("model", units)]
+    return [row for row in rows if row.units]

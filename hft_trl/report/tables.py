@@ -1,0 +1,231 @@
+"""The tables of a report, once as plain cells, for the terminal and for Markdown alike."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hft_trl.report.data import Report, StageRecord
+from hft_trl.report.movement import category_movement
+from hft_trl.report.shares import CategoryShare
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """
+    A table of finished texts.
+
+    Args:
+        title (`str`):
+            Title.
+        columns (`list[str]`):
+            Headings; the first column names the row.
+        rows (`list[list[str]]`):
+            The rows, as long as `columns`.
+        closing (`frozenset[int]`):
+            Numbers of the rows that sum up what stands above them.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    closing: frozenset[int] = frozenset()
+
+
+def stage_grid(report: Report) -> Grid:
+    """
+    The stages side by side.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        [`Grid`]: A column a stage, a row a figure.
+    """
+    rows = [
+        ["method", *(stage.method for stage in report.stages)],
+        ["trained share of the layers", *(percent(stage.share.get("layers")) for stage in report.stages)],
+        ["trained share of the model", *(percent(stage.share.get("model")) for stage in report.stages)],
+        ["trained parameters", *(count(stage.trainable_params) for stage in report.stages)],
+        ["parameters", *(count(stage.total_params) for stage in report.stages)],
+        ["steps", *(_steps(stage) for stage in report.stages)],
+        ["tokens", *(count(stage.tokens) for stage in report.stages)],
+        ["tokens per second", *(count(stage.tokens_per_second) for stage in report.stages)],
+        ["time", *(duration(stage.runtime_seconds) for stage in report.stages)],
+        ["peak memory", *(size(stage.peak_memory_bytes) for stage in report.stages)],
+        ["optimizer state", *(size(stage.optimizer_state_bytes) for stage in report.stages)],
+        ["loss, first to last", *(f"{loss(s.first_loss)} to {loss(s.last_loss)}" for s in report.stages)],
+        ["frozen part unchanged", *(_unchanged(stage) for stage in report.stages)],
+    ]
+    if any(stage.rows is not None for stage in report.stages):
+        rows.append(["rows", *(count(stage.rows) for stage in report.stages)])
+    if any(stage.dropped_rows for stage in report.stages):
+        rows.append(["rows left out by truncation", *(count(stage.dropped_rows) for stage in report.stages)])
+    return Grid("Stages", ["", *(stage.name for stage in report.stages)], rows)
+
+
+def evaluation_grid(report: Report) -> Grid:
+    """
+    The scores, with their difference to the first model's.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        [`Grid`]: A row a model, a column a measure; without rows where nothing was evaluated.
+    """
+    measures = list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
+    rows, first = [], None
+    for model, scores in report.evaluation.items():
+        first = scores if first is None else first
+        rows.append(
+            [model, *(_score(scores.get(name), None if first is scores else first.get(name)) for name in measures)]
+        )
+    headings = [name.replace("_", " ") for name in measures]
+    against = f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
+    return Grid(f"Evaluation (percent{against})", ["model", *headings], rows)
+
+
+def category_grid(shares: Iterable[CategoryShare]) -> Grid:
+    """
+    What learns, by category.
+
+    Args:
+        shares (`Iterable[CategoryShare]`):
+            The rows, see [`~hft_trl.report.shares.category_shares`].
+
+    Returns:
+        [`Grid`]: A row a category.
+    """
+    shares = list(shares)
+    rows = [
+        [row.category, count(row.units), count(row.parameters), count(row.trained), percent(row.share, 2)]
+        for row in shares
+    ]
+    closing = frozenset(number for number, row in enumerate(shares) if row.category in ("layers", "model"))
+    return Grid("What learns", ["category", "units", "parameters", "trained", "share"], rows, closing)
+
+
+def share_grid(report: Report) -> Grid:
+    """
+    The shares of trained parameters by category, stages side by side.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        [`Grid`]: A row a category.
+    """
+    categories = list(dict.fromkeys(category for stage in report.stages for category in stage.share))
+    rows = [[name, *(percent(stage.share.get(name)) for stage in report.stages)] for name in categories]
+    closing = frozenset(number for number, name in enumerate(categories) if name in ("layers", "model"))
+    return Grid("Trained share by category", ["category", *(stage.name for stage in report.stages)], rows, closing)
+
+
+def movement_grids(report: Report) -> list[Grid]:
+    """
+    How far each category moved from the base model, a table a stage.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `list[Grid]`: A table for each stage whose movement was measured.
+    """
+    columns = ["category", "units that learned", "their change", "frozen units", "their change"]
+    grids = []
+    for stage in report.stages:
+        rows = [
+            [row.category, count(row.learned_units), change(row.learned), count(row.frozen_units), change(row.frozen)]
+            for row in category_movement(stage)
+        ]
+        if rows:
+            grids.append(Grid(f"Change from the base after {stage.name}", columns, rows))
+    return grids
+
+
+def rich_table(grid: Grid) -> "Table":
+    """
+    Lay a table out for the terminal.
+
+    Args:
+        grid ([`Grid`]):
+            The table.
+
+    Returns:
+        `rich.table.Table`: The table.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=escape(grid.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for number, column in enumerate(grid.columns):
+        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+    for number, row in enumerate(grid.rows):
+        table.add_row(*map(escape, row), style="bold" if number in grid.closing else None)
+    return table
+
+
+def count(value: float | None) -> str:
+    """A whole number with its thousands apart."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage."""
+    return NONE if value is None else f"{100 * value:.{digits}f} %"
+
+
+def size(value: float | None) -> str:
+    """A number of bytes in the unit that leaves it readable."""
+    if value is None:
+        return NONE
+    power = min(4, max(0, int(value).bit_length() - 1) // 10)
+    return f"{value / 1024**power:,.{2 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a time that is easily read."""
+    if seconds is None:
+        return NONE
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def loss(value: float | None) -> str:
+    """A loss to four digits."""
+    return NONE if value is None else f"{value:.4g}"
+
+
+def change(value: float | None) -> str:
+    """A relative change; an exact zero is told from a small one."""
+    return NONE if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def _steps(stage: StageRecord) -> str:
+    resumed = "" if stage.resumed_from_step is None else f" (resumed from {count(stage.resumed_from_step)})"
+    return count(stage.steps) + resumed
+
+
+def _unchanged(stage: StageRecord) -> str:
+    return {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}[stage.frozen_unchanged]
+
+
+def _score(value: Any, base: Any) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.1f}" if base is None else f"{value:.1f} ({value - base:+.1f})"

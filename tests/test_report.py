@@ -1,0 +1,506 @@
+"""Reports: the JSON holds every figure, and tables, text and pictures are made from it alone."""
+
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from hft_trl.errors import HFTError
+from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
+from hft_trl.report.markdown import report_markdown
+from hft_trl.report.movement import category_movement, movement_grid
+from hft_trl.report.movement_plot import movement_figure
+from hft_trl.report.picture import ASCII, layer_picture
+from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
+from hft_trl.report.shares import category_shares
+from hft_trl.report.slots import columns_of
+from hft_trl.report.tables import duration, size
+from hft_trl.selection import Unit, find_units, select
+
+SLOTS = {
+    "self_attn.q_proj": "attention",
+    "self_attn.k_proj": "attention",
+    "mlp.up_proj": "feed_forward",
+    "input_layernorm": "norm",
+}
+STAGE_FIELDS = [
+    "name",
+    "method",
+    "selection_digest",
+    "share",
+    "trainable_params",
+    "total_params",
+    "steps",
+    "tokens",
+    "tokens_per_second",
+    "runtime_seconds",
+    "peak_memory_bytes",
+    "optimizer_state_bytes",
+    "first_loss",
+    "last_loss",
+    "frozen_unchanged",
+]
+
+
+def moved(layers=2, slots=SLOTS, change=0.125, earlier=None):
+    """Every other unit learned; what did not is where an earlier stage left it."""
+    units = []
+    for layer in range(layers):
+        for number, (slot, category) in enumerate(slots.items()):
+            name, learns = f"model.layers.{layer}.{slot}.weight", (layer + number) % 2 == 0
+            before = earlier.get(name, 0.0) if earlier else 0.0
+            units.append(UnitChange(name, layer, category, slot, learns, change if learns else before, 0.0))
+    return [*units, UnitChange("lm_head.weight", None, "lm_head", "lm_head", True, 0.03125, 0.03125)]
+
+
+def stage(name="sft", **values):
+    history = [{"step": step, "loss": 4 / step, "learning_rate": 1e-3} for step in range(1, 61)]
+    if name == "dpo":
+        history = [{**row, "rewards/margins": row["step"] / 60, "rewards/chosen": 0.1} for row in history]
+    history.append({"step": 60, "train_runtime": 12.5, "train_loss": 0.5})
+    figures = {
+        "name": name,
+        "method": "hft",
+        "selection_digest": "ab" * 32,
+        "share": {"attention": 0.5, "layers": 0.5, "model": 0.5643},
+        "trainable_params": 528_128,
+        "total_params": 935_872,
+        "steps": 60,
+        "tokens": 1_234_567,
+        "tokens_per_second": 98_765.25,
+        "runtime_seconds": 12.5,
+        "peak_memory_bytes": 811_597_824,
+        "optimizer_state_bytes": 4_225_024,
+        "first_loss": 4.0,
+        "last_loss": 0.0667,
+        "frozen_unchanged": True,
+        "start_model": "base",
+        "dataset": "data.jsonl",
+        "rows": 640,
+        "dropped_rows": 3,
+        "history": history,
+        "moved": moved(),
+    }
+    return StageRecord(**{**figures, **values})
+
+
+def report(*stages, **values):
+    stages = stages or (stage(), stage("dpo", moved=moved(change=0.0625)))
+    scores = {"base": {"knowledge": 99.5, "ability": 0.0}}
+    scores |= {s.name: {"knowledge": 88.25 + n, "ability": 56.0 + n} for n, s in enumerate(stages)}
+    return Report(
+        list(stages), **{"evaluation": scores, "base_model": "base", "command": ["run", "--x", "a b"], **values}
+    )
+
+
+def test_saved_and_loaded_report_is_the_same(tmp_path):
+    """What is loaded equals what was saved, and no temporary file stays behind."""
+    original = report(settings={"sft": {"learning_rate": 1e-3}}, environment=environment())
+    path = original.save(tmp_path / "run")
+    assert Report.load(tmp_path / "run") == original
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_json_has_the_documented_names(tmp_path):
+    """The names that users' own scripts read."""
+    content = json.loads(report().save(tmp_path).read_text())
+    assert set(STAGE_FIELDS) <= set(content["stages"][0])
+    assert list(content["evaluation"]) == ["base", "sft", "dpo"]
+    assert set(content["evaluation"]["dpo"]) == {"knowledge", "ability"}
+    assert {"stages", "evaluation", "version", "created", "command", "base_model", "environment"} <= set(content)
+    assert set(content["stages"][0]["moved"][0]) == {
+        *("name", "layer", "category", "slot", "trainable", "relative_change", "relative_change_from_start")
+    }
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path):
+    """The file is strict JSON even where a trainer logged NaN."""
+    odd = stage(last_loss=math.nan, history=[{"step": 1, "loss": math.inf}])
+    report(odd).save(tmp_path)
+    loaded = Report.load(tmp_path)
+    assert loaded.stages[0].last_loss is None
+    assert loaded.stages[0].history == [{"step": 1, "loss": None}]
+    write_views(loaded, tmp_path)
+
+
+def test_failed_write_leaves_the_old_report(tmp_path):
+    """A report that can't be written as JSON doesn't touch the one that is there."""
+    report().save(tmp_path)
+    with pytest.raises(TypeError):
+        report(settings={"x": object()}).save(tmp_path)
+    assert Report.load(tmp_path).stages
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path):
+    """A file in the folder's place gives one line that names it."""
+    (tmp_path / "file").write_text("")
+    for write in (lambda: report().save(tmp_path / "file"), lambda: write_views(report(), tmp_path / "file")):
+        with pytest.raises(HFTError, match=r"file.* can't be written .*another output folder"):
+            write()
+
+
+@pytest.mark.parametrize("field", STAGE_FIELDS)
+def test_missing_stage_field_is_named(tmp_path, field):
+    """A stage without one of its figures is refused by the figure's name."""
+    path = report().save(tmp_path)
+    content = json.loads(path.read_text())
+    del content["stages"][1][field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(HFTError, match=f"stage 1 lacks the field '{field}'"):
+        Report.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(extra=1), "unknown field 'extra'"),
+        (lambda c: c["stages"][0].update(speed=1), "stage 0 holds the unknown field 'speed'"),
+        (lambda c: c["stages"][0]["moved"][0].pop("slot"), "moved lacks the field 'slot'"),
+        (lambda c: c["stages"][0].update(steps="many"), "steps = 'many', which is no int"),
+        (lambda c: c["stages"][0].update(steps=True), "steps = True"),
+        (lambda c: c.update(evaluation={"base": 3}), "evaluation = "),
+        (lambda c: c.update(stages=[3]), "stages = "),
+        (lambda c: c.update(version=2), "has version 2"),
+        (lambda c: c.pop("version"), "has version None"),
+    ],
+)
+def test_foreign_content_is_refused(tmp_path, change, message):
+    """What this version doesn't know or can't use is refused in one line."""
+    path = report().save(tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(HFTError, match=re.escape(message)) as caught:
+        Report.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1", "[]", "null", "\xff"])
+def test_what_is_no_report_is_refused(tmp_path, text):
+    """A torn, empty or foreign file and a missing one are user errors."""
+    (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(HFTError, match=r"report\.json"):
+        Report.load(tmp_path)
+    with pytest.raises(HFTError, match=r"report\.json can't be read"):
+        Report.load(tmp_path / "nowhere")
+
+
+def test_environment_names_versions_and_machine():
+    """The libraries whose versions decide a result, and how many processes ran."""
+    found = environment(processes=4)
+    assert {"hft_trl", "torch", "transformers", "trl", "accelerate", "datasets", "python", "platform"} <= set(found)
+    assert found["processes"] == 4
+    assert environment()["processes"] == 1
+
+
+def numbers(content):
+    """All numbers of a JSON value."""
+    if isinstance(content, bool) or content is None:
+        return []
+    if isinstance(content, int | float):
+        return [float(content)]
+    if isinstance(content, str):
+        return []
+    values = content.values() if isinstance(content, dict) else content
+    return [number for value in values for number in numbers(value)]
+
+
+figures = st.floats(min_value=1e-3, max_value=99, allow_nan=False)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    losses=st.tuples(figures, figures),
+    shares=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    counts=st.lists(st.integers(1, 10**12), min_size=6, max_size=6),
+    speed=figures,
+    scores=st.lists(st.floats(0, 100), min_size=4, max_size=4),
+)
+def test_every_number_in_the_text_is_in_the_json(losses, shares, counts, speed, scores):
+    """Each number of the tables is one of the JSON's, rounded, in percent, or in binary units, or a difference of two scores."""
+    record = stage(
+        first_loss=losses[0],
+        last_loss=losses[1],
+        share=dict(zip(("attention", "layers", "model"), shares, strict=True)),
+        trainable_params=counts[0],
+        total_params=counts[1],
+        steps=counts[2],
+        tokens=counts[3],
+        peak_memory_bytes=counts[4],
+        optimizer_state_bytes=counts[5],
+        tokens_per_second=speed,
+        runtime_seconds=speed,
+        history=[],
+    )
+    evaluation = {"base": {"a": scores[0], "b": scores[1]}, "sft": {"a": scores[2], "b": scores[3]}}
+    whole = report(record, evaluation=evaluation)
+    allowed = numbers(json.loads(json.dumps(whole, default=vars)))
+    allowed += [scores[2] - scores[0], scores[3] - scores[1]]
+    # Counts and means of units that learned (0.125 or 0.03125) or did not (0).
+    allowed += [float(n) for n in range(len(record.moved))]
+    scaled = [value * scale for value in allowed for scale in (1, 100, *(1024.0**-power for power in range(1, 5)))]
+    rows = [line for line in report_markdown(whole, []).splitlines() if line.startswith("|")]
+    shown = re.findall(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]\d+)?", "\n".join(rows))
+    assert len(shown) > 20
+    for text in shown:
+        value, decimals = float(text.replace(",", "")), len(text.partition(".")[2])
+        slack = 0.5001 * 10.0**-decimals
+        assert any(abs(value - number) <= slack for number in scaled), text
+
+
+def test_text_embeds_only_the_pictures_that_exist(tmp_path):
+    """No dead link for a run without preferences or evaluation; every picture written is shown."""
+    report(stage(), evaluation={}).save(tmp_path)
+    written = {path.name for path in write_views(Report.load(tmp_path), tmp_path)}
+    assert written == {"report.md", "loss.png", "moved.png"}
+    linked = re.findall(r"!\[.*?\]\((.*?)\)", (tmp_path / "report.md").read_text())
+    assert set(linked) == written - {"report.md"}
+
+
+def test_views_of_an_earlier_run_do_not_stay(tmp_path):
+    """A picture that the new report has no figures for is removed."""
+    assert "margins.png" in {path.name for path in write_views(report(), tmp_path)}
+    write_views(report(stage()), tmp_path)
+    assert not (tmp_path / "margins.png").exists()
+
+
+def test_text_keeps_command_settings_and_cells_apart():
+    """What a user typed can't break the Markdown around it."""
+    text = report_markdown(
+        report(command=["run", "a b"], settings={"x": "```"}, environment={"device": "a|b"}, base_model="m"), []
+    )
+    assert "run 'a b'" in text
+    assert "````yaml\nx: '```'\n````" in text
+    assert r"| device | a\|b |" in text
+
+
+WIDE = {f"mlp.experts.{n}.{slot}": "feed_forward" for n in range(64) for slot in ("gate_proj", "up_proj", "down_proj")}
+MIXED = [
+    UnitChange("a", 0, "mixer", "mamba.in_proj", True, 0.5),
+    UnitChange("b", 1, "attention", "attn.q_proj", False, 0.0),
+    UnitChange("c", 1, "norm", "norm", False, None),
+]
+ODD = {
+    "two stages": report(),
+    "one stage": report(stage()),
+    "full fine-tuning": report(stage(method="fft", selection_digest=None, frozen_unchanged=None)),
+    "no evaluation": report(evaluation={}),
+    "other measures": report(stage(), evaluation={"base": {"mmlu": 41.0, "gsm8k": None}, "sft": {"gsm8k": 3.5}}),
+    "unscored": report(stage(), evaluation={"base": {"knowledge": None}}),
+    "no history": report(stage(history=[], moved=[])),
+    "one log row": report(stage(history=[{"step": 1, "loss": 2.0}])),
+    "nothing moved": report(stage(moved=[UnitChange("a", 0, "norm", "norm", True, 0.0)])),
+    "only outside": report(stage(moved=[UnitChange("a", None, "lm_head", "lm_head", True, 0.25)])),
+    "unknown movement": report(stage(moved=[UnitChange("a", 0, "norm", "norm", True, None)])),
+    "hybrid": report(stage(moved=MIXED)),
+    "80 layers": report(stage(moved=moved(80))),
+    "experts": report(stage(moved=moved(4, {**SLOTS, **WIDE}))),
+    "eight rounds": report(*(stage(f"round {n}") for n in range(8))),
+    "no stage": Report([]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_views_of_odd_reports(tmp_path, name):
+    """Whatever is missing or large, the views come from the loaded JSON alone, and every picture is a whole PNG."""
+    ODD[name].save(tmp_path)
+    loaded = Report.load(tmp_path)
+    for path in write_views(loaded, tmp_path):
+        content = path.read_bytes()
+        assert content
+        if path.suffix == ".png":
+            assert content.startswith(b"\x89PNG")
+            assert b"IEND" in content[-12:]
+            width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
+            assert 600 <= width <= 3000
+            assert 300 <= height <= 6000
+    output = io.StringIO()
+    print_report(loaded, Console(width=100, file=output))
+    assert all(word in output.getvalue() for record in loaded.stages for word in record.name.split())
+
+
+def test_pictures_leave_pyplot_alone():
+    """Importing the report loads no plotting or training library; drawing never touches pyplot's global state."""
+    code = (
+        "import sys, tempfile; from pathlib import Path; import hft_trl.report as r, hft_trl.report.plots as p\n"
+        "heavy = {'matplotlib', 'torch', 'transformers', 'trl', 'rich'} & set(sys.modules); assert not heavy, heavy\n"
+        "s = r.StageRecord('s', 'hft', None, {}, 1, 2, 1, 1, 1., 1., 1, 1, 1., 1., True,\n"
+        "    history=[{'step': 1, 'loss': 1.}], moved=[r.UnitChange('a', 0, 'norm', 'n', True, 1.)])\n"
+        "assert len(r.write_views(r.Report([s], {'base': {'a': 1.}}), tempfile.mkdtemp())) == 4\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_loss_and_margin_have_a_panel_for_each_stage_that_logged_them():
+    """Panels are the stages with such figures, in their order."""
+    assert [axes.get_title() for axes in loss_figure(report()).axes] == ["sft (HFT)", "dpo (HFT)"]
+    assert [axes.get_title() for axes in margin_figure(report()).axes] == ["dpo (HFT)"]
+    line = next(line for line in margin_figure(report()).axes[0].lines if "margin" in line.get_label())
+    assert len(line.get_xdata()) == 60
+
+
+def test_evaluation_bars_are_the_scores():
+    """One bar for a model and measure, as high as the score in the JSON."""
+    axes = evaluation_figure(report()).axes[0]
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert heights == [[99.5, 0.0], [88.25, 56.0], [89.25, 57.0]]
+
+
+def test_frozen_cells_are_hatched_and_unmoved_ones_white():
+    """In the heat map a cell is hatched exactly if it was frozen, and white exactly if it is the base's."""
+    first = stage(moved=moved(3))
+    earlier = {unit.name: unit.relative_change for unit in first.moved}
+    second = stage("dpo", moved=moved(3, change=0.25, earlier={}) + [])
+    for unit in second.moved:
+        if not unit.trainable:
+            unit.relative_change = 0.5 if earlier[unit.name] == 0 else 0.0
+    parts = movement_figure(report(first, second)).subfigs
+    for record, part in zip((first, second), parts, strict=True):
+        plain, hatched = part.axes[0].collections
+        inner = [unit for unit in record.moved if unit.layer is not None]
+        assert hatched.get_hatch()
+        assert not plain.get_hatch()
+        assert len(hatched.get_facecolor()) == sum(not unit.trainable for unit in inner)
+        white = sum(tuple(colour) == (1, 1, 1, 1) for group in (plain, hatched) for colour in group.get_facecolor())
+        assert white == sum(unit.relative_change == 0 for unit in inner)
+
+
+def test_movement_means_tell_learned_from_frozen():
+    """The mean of the learned units isn't thinned by the frozen ones, and unknown changes count in neither."""
+    units = [
+        UnitChange("a", 0, "norm", "n", True, 0.5),
+        UnitChange("b", 1, "norm", "n", True, 0.25),
+        UnitChange("c", 2, "norm", "n", False, 0.0),
+        UnitChange("d", 3, "norm", "n", False, None),
+    ]
+    (row,) = category_movement(stage(moved=units))
+    assert (row.learned, row.learned_units, row.frozen, row.frozen_units) == (0.375, 2, 0.0, 1)
+
+
+def test_folded_cell_is_the_mean_of_its_units():
+    """Experts share a column; its cell is frozen only if all of them are."""
+    units = [
+        UnitChange(
+            f"{layer}.{n}", layer, "feed_forward", f"mlp.experts.{n}.up_proj", layer == 0 and n == 0, float(n == 0)
+        )
+        for layer in range(2)
+        for n in range(20)
+    ]
+    grid = movement_grid(stage(moved=units))
+    (column,) = grid.columns
+    assert column.pattern == "mlp.experts.*.up_proj"
+    assert grid.cells[0, column].change == pytest.approx(0.05)
+    assert [grid.cells[layer, column].frozen for layer in (0, 1)] == [False, True]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["attention", "feed_forward", "norm"]),
+            st.lists(st.sampled_from(["mlp", "q_proj", "q", "experts", "0", "7", "12", "input_layernorm"]), min_size=1, max_size=4)
+            .map(".".join),
+        ),
+        max_size=30,
+    )
+)  # fmt: skip
+def test_labels_are_unique_in_their_category(slots):
+    """Every slot gets a column, and two columns of a category never carry the same label."""
+    columns = columns_of(slots)
+    assert set(columns) == set(slots)
+    distinct = set(columns.values())
+    assert len({(column.category, column.label) for column in distinct}) == len(distinct)
+
+
+GOLDEN = """\
+layer  attention  feed_forward  norm
+       q k v o    gate up down  input post_attn
+    0  ■ □ □ □    □    ■  □     □     ■
+    1  ■ □ □ □    □    ■  □     □     ■
+    2  ■ □ □ □    □    ■  □     □     ■
+    3  ■ □ □ ■    □    ■  □     □     ■
+
+■ model.embed_tokens   □ lm_head   ■ model.norm
+
+■ learns   □ frozen"""
+
+
+def test_picture_of_a_llama():
+    """A row a layer, slots in the model's order under their categories, what lies outside, and a legend."""
+    units = find_units(tiny_llama(300))
+    names = [name for unit in units for name in unit.names]
+    learns = re.compile(r"q_proj|up_proj|post_attention|embed|model\.norm|3\.self_attn\.o_proj")
+    assert layer_picture(units, [name for name in names if learns.search(name)]) == GOLDEN
+    assert layer_picture(units, names, marks=ASCII).isascii()
+
+
+def test_picture_counts_experts_and_marks_absent_slots():
+    """Experts are counted in one column, and a slot that a layer doesn't have is told from a frozen one."""
+    units = [Unit(("layers.0.up.weight",), 8, "feed_forward", 0, "mlp.up_proj")]
+    units += [Unit((f"layers.1.{n}.weight",), 8, "feed_forward", 1, f"mlp.experts.{n}.up_proj") for n in range(16)]
+    lines = layer_picture(units, ["layers.0.up.weight", *(f"layers.1.{n}.weight" for n in range(5))]).splitlines()
+    assert lines[1].split() == ["up", "experts.up"]
+    assert lines[2].split() == ["0", "■", "·"]
+    assert lines[3].split() == ["1", "·", "5/16"]
+    assert "no such unit" in lines[-1]
+    assert "one of eight" in lines[-1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(slots=st.integers(1, 26), layers=st.integers(1, 130))
+def test_picture_fits_80_columns(slots, layers):
+    """Long names give way to letters, and a key says what they stand for; a stack of any depth stays a row a layer."""
+    units = [
+        Unit((f"{layer}.{n}",), 1, "mixer", layer, f"mixer.quite_a_long_name_{chr(97 + n)}")
+        for layer in range(layers)
+        for n in range(slots)
+    ]
+    lines = layer_picture(units, []).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.strip().split(" ")[0].isdigit() for line in lines) == layers
+    assert all(f"quite_a_long_name_{chr(97 + n)}" in "\n".join(lines) for n in range(slots))
+
+
+def test_shares_by_category_agree_with_the_selection():
+    """The table's shares are the selection's, and its sums cover every parameter of the model once."""
+    from hft_trl import HFTConfig
+
+    model = tiny_llama(300)
+    selection = select(model, HFTConfig(ratio=0.3))
+    rows = {row.category: row for row in category_shares(find_units(model), selection.trainable)}
+    assert {name: rows[name].share for name in selection.share} == pytest.approx(selection.share)
+    assert list(rows) == ["attention", "feed_forward", "norm", "layers", "embedding", "lm_head", "final_norm", "model"]
+    assert rows["model"].parameters == model.num_parameters()
+    assert rows["layers"].trained == sum(rows[name].trained for name in ("attention", "feed_forward", "norm"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1.00 KiB"), (4_225_024, "4.03 MiB"), (5 * 2**50, "5,120.00 TiB")],
+)  # fmt: skip
+def test_sizes(value, text):
+    """Bytes in binary units."""
+    assert size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (0.04, "0.0 s"), (99.94, "99.9 s"), (100, "1 min 40 s"), (3780, "1 h 03 min")]
+)
+def test_durations(value, text):
+    """Seconds as one reads them."""
+    assert duration(value) == text
+
+
+def test_stage_fields_match_the_dataclass():
+    """The required fields of a stage are the documented ones."""
+    assert [field.name for field in fields(StageRecord)][: len(STAGE_FIELDS)] == STAGE_FIELDS
