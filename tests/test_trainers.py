@@ -1,6 +1,7 @@
 """The trainers: only the chosen half learns, nothing else about TRL's trainers changes."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -352,3 +353,13 @@ def test_the_same_seed_gives_the_same_bits(base, tulu, tmp_path):
         trainer.train()
         trainer.save_model()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_trainable_parts_without_a_gradient_are_named(base, tulu, tmp_path, caplog, monkeypatch):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=1.0), max_steps=1)
+    unused = torch.nn.Parameter(torch.ones(1))
+    trainer.model.register_parameter("unused", unused)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
+    trainer.train()
+    assert "1 trainable parameters got no gradient in the first step, such as unused" in caplog.text

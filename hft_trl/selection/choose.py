@@ -1,0 +1,144 @@
+"""
+Which units learn: units, a ratio and a seed in, units out. No model, no torch, no state.
+
+With strategy "category" the layers of a category are grouped by their signature, the units that they have and the size
+of each. Two steps follow. First, for every size in every group, how many of its units learn: the share of them that is
+asked for, rounded up or down (and, where that cannot meet the ratio, moved a little further) such that the parameters
+that learn come as near to the ratio as they can. Then which ones: a 0/1 matrix of layers by units is filled whose row
+sums (units that learn in a layer) and column sums (layers that a unit learns in) are as even as can be.
+"""
+
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+
+from hft_trl.selection.counts import Block, Pieces, nearest_counts, shuffled
+from hft_trl.selection.units import Unit
+
+HALF = Fraction(1, 2)
+
+
+def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int) -> list[Unit]:
+    """
+    Chooses the units in layers that learn.
+
+    The result depends on the arguments alone: not on the order of `units`, the machine, `PYTHONHASHSEED` or any global
+    random state.
+
+    Args:
+        units (`Iterable[Unit]`):
+            Units of a model. Those outside of the layers are passed over.
+        ratio (`float`):
+            Share of the parameters in layers that are to learn, in (0, 1].
+        strategy (`str`):
+            `"category"` meets the ratio in each category, `"layer"` takes whole layers at even distances, `"model"`
+            takes units at random whatever their category.
+        seed (`int`):
+            Seed of the generator.
+
+    Returns:
+        `list[Unit]`: The units that learn, by layer and slot.
+    """
+    pool = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: (unit.layer, unit.slot))
+    # The decimal that was written, not the binary number next to it: 0.3 of 10 is 3.
+    share = Fraction(str(ratio))
+    if share == 1:
+        return pool
+    if strategy == "layer":
+        chosen = _whole_layers(pool, share, random.Random(f"{seed}/layer"))
+    elif strategy == "model":
+        chosen = _any_units(pool, share, random.Random(f"{seed}/model"))
+    else:
+        categories = defaultdict(list)
+        for unit in pool:
+            categories[unit.category].append(unit)
+        # A generator for each category: what is chosen in one does not hang on what the others hold.
+        chosen = set().union(
+            *(_of_category(own, share, random.Random(f"{seed}/{name}")) for name, own in categories.items())
+        )
+    return [unit for unit in pool if unit in chosen]
+
+
+def _tolerance(share: Fraction, total: int) -> Fraction:
+    """One half is met as nearly as can be, at whatever spread; elsewhere one part in a thousand is near enough."""
+    return Fraction(0) if share == HALF else Fraction(total, 1000)
+
+
+def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
+    """Layers at even distances (every other one at 1/2), from a random first one."""
+    layers = sorted({unit.layer for unit in units})
+    offset = Fraction(rng.random())
+    learns = {
+        layer: math.floor((place + 1) * share + offset) > math.floor(place * share + offset)
+        for place, layer in enumerate(layers)
+    }
+    return {unit for unit in units if learns[unit.layer]}
+
+
+def _any_units(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
+    """Units in random order until the share is reached, then as few more or fewer of each size as bring it nearest."""
+    order = shuffled(units, rng)
+    everything = sum(unit.size for unit in units)
+    goal = share * everything
+    drawn: Counter[int] = Counter()
+    total = 0
+    by_size = defaultdict(list)
+    for unit in order:
+        by_size[unit.size].append(unit)
+        if total < goal:
+            drawn[unit.size] += 1
+            total += unit.size
+    sizes = sorted(by_size)
+    blocks = [
+        Block((Pieces(size, len(by_size[size]), Fraction(drawn[size])),), 0, len(by_size[size])) for size in sizes
+    ]
+    counts = nearest_counts(blocks, goal, _tolerance(share, everything), rng)
+    return {unit for size, (count,) in zip(sizes, counts, strict=True) for unit in by_size[size][:count]}
+
+
+def _of_category(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
+    layers: dict[int, list[Unit]] = defaultdict(list)
+    for unit in units:
+        layers[unit.layer].append(unit)
+    alike: dict[tuple[tuple[str, int], ...], list[list[Unit]]] = defaultdict(list)
+    for number in sorted(layers):
+        alike[tuple((unit.slot, unit.size) for unit in layers[number])].append(layers[number])
+
+    blocks = []
+    for signature, group in alike.items():
+        width, depth = len(signature), len(group)
+        slots_of_size = Counter(size for _, size in signature)
+        classes = [Pieces(size, slots * depth, share * slots * depth) for size, slots in sorted(slots_of_size.items())]
+        # At one half no layer with a choice is wholly frozen or wholly trained.
+        limited = share == HALF and width > 1
+        low, high = (depth, depth * (width - 1)) if limited else (0, depth * width)
+        blocks.append(Block(tuple(classes), low, high))
+
+    chosen: set[Unit] = set()
+    total = sum(unit.size for unit in units)
+    counts_of_block = nearest_counts(blocks, share * total, _tolerance(share, total), rng)
+    for (signature, group), block, counts in zip(alike.items(), blocks, counts_of_block, strict=True):
+        need = [0] * len(signature)
+        for pieces, count in zip(block.kinds, counts, strict=True):
+            slots = shuffled([place for place, (_, size) in enumerate(signature) if size == pieces.size], rng)
+            for rank, place in enumerate(slots):
+                need[place] = count // len(slots) + (rank < count % len(slots))
+        chosen.update(_fill(group, need, rng))
+    return chosen
+
+
+def _fill(group: Sequence[Sequence[Unit]], need: list[int], rng: random.Random) -> Iterator[Unit]:
+    """
+    Takes `need[i]` times the unit at place `i`, as many from each layer as from the others (give or take one).
+
+    A layer takes the units that are needed most. This never runs dry: rows of equal sums can be filled to any column
+    sums (Gale and Ryser), whatever the order of the rows. Two layers of equal sums in a row are near complements.
+    """
+    per_layer, extra = divmod(sum(need), len(group))
+    for rank, layer in enumerate(shuffled(group, rng)):
+        places = sorted(range(len(need)), key=lambda place: (-need[place], rng.random()))
+        for place in places[: per_layer + (rank < extra)]:
+            need[place] -= 1
+            yield layer[place]

@@ -1,0 +1,275 @@
+"""What learns in a stage and what stays frozen: drawn, applied to a model, saved beside it and loaded again."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.selection.categories import LAYER_CATEGORIES
+from hft_trl.selection.choose import choose
+from hft_trl.selection.units import Unit, find_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SELECTION_FILE = "hft_selection.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    The parameters of a model that learn in a stage, and those that keep their values.
+
+    Made by [`select`] or [`Selection.load`].
+
+    Args:
+        config ([`HFTConfig`]):
+            The settings that it was drawn with.
+        seed (`int`):
+            The seed that the draw itself used: `config.seed`, or one derived from it and from the selection of the
+            start model.
+        trainable (`tuple[str, ...]`):
+            Sorted names of the parameters that learn.
+        frozen (`tuple[str, ...]`):
+            Sorted names of the parameters that could learn and do not. What is in neither (excluded, frozen by the
+            model's class, in a tower for pictures or sound) is frozen too.
+        share (`dict[str, float]`):
+            Share of the parameters that learn, in 0 to 1: of each category in the layers, of all layers (`"layers"`)
+            and of all parameters that could learn (`"model"`).
+        start_model (`dict[str, str]`, *optional*):
+            `{"name_or_path": ..., "weights_digest": ...}` of the model that the stage starts from. Not part of the
+            digest.
+    """
+
+    config: HFTConfig
+    seed: int
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    share: dict[str, float]
+    start_model: dict[str, str] | None = field(default=None, compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable and frozen."""
+        canonical = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def _essence(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "config": asdict(self.config),
+            "seed": self.seed,
+            "trainable": list(self.trainable),
+            "frozen": list(self.frozen),
+        }
+
+    def apply(self, model: "PreTrainedModel") -> None:
+        """
+        Lets the trainable parameters of a model learn and freezes all others. With method `"fft"` nothing changes.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]):
+                The model, before any wrapper (DDP, FSDP, DeepSpeed) renames its parameters.
+
+        Raises:
+            [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
+        """
+        if self.config.method == "fft":
+            return
+        parameters = dict(model.named_parameters())
+        missing = [name for name in (*self.trainable, *self.frozen) if name not in parameters]
+        if missing:
+            raise HFTError(
+                f"The selection names {missing[0]!r} (and {len(missing) - 1} more) that {type(model).__name__} does not "
+                "have: select anew for this model."
+            )
+        trainable = set(self.trainable)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trainable)
+
+    def save(self, directory: str | Path) -> Path:
+        """
+        Writes `hft_selection.json`.
+
+        Args:
+            directory (`str` or `Path`):
+                The folder, which is made if it does not exist.
+
+        Returns:
+            `Path`: The file.
+
+        Raises:
+            [`HFTError`]: If the folder cannot be written.
+        """
+        essence = self._essence()
+        content = {
+            "version": essence.pop("version"),
+            "config": essence.pop("config"),
+            "seed": essence.pop("seed"),
+            "share": self.share,
+            "digest": self.digest,
+            "start_model": self.start_model,
+            **essence,
+        }
+        path = Path(directory) / SELECTION_FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise HFTError(f"The selection cannot be written to {path}: {error.strerror or error}.") from error
+        return path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Selection":
+        """
+        Reads `hft_selection.json` and checks it.
+
+        Args:
+            directory (`str` or `Path`):
+                The folder that holds the file.
+
+        Returns:
+            [`Selection`]: The selection.
+
+        Raises:
+            [`HFTError`]: If the file is missing, is no selection, has another version or has been changed.
+        """
+        path = Path(directory) / SELECTION_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
+        except (OSError, ValueError) as error:
+            raise HFTError(f"The selection {path} cannot be read: {error}") from error
+        version = content.get("version") if isinstance(content, dict) else None
+        if version != VERSION:
+            raise HFTError(f"The selection {path} has version {version!r}: this hft_trl reads version {VERSION}.")
+        try:
+            selection = cls(
+                config=HFTConfig(**content["config"]),
+                seed=content["seed"],
+                trainable=tuple(content["trainable"]),
+                frozen=tuple(content["frozen"]),
+                share=dict(content["share"]),
+                start_model=content["start_model"],
+            )
+            digest = content["digest"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise HFTError(f"The selection {path} is not whole: {type(error).__name__}: {error}") from error
+        if selection.digest != digest:
+            raise HFTError(
+                f"The selection {path} was changed after it was saved: its content has the digest "
+                f"{selection.digest[:12]}, not {str(digest)[:12]}. Take it from the model's own folder again."
+            )
+        return selection
+
+
+def select(model: "PreTrainedModel", config: HFTConfig, previous: Selection | None = None) -> Selection:
+    """
+    Draws the parameters of a model that learn in a stage.
+
+    Embedding, output head and final norm follow their own settings; other parameters outside of the layers (projections
+    of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A decoder-only causal language model, on any device, the meta device included. Nothing on it changes.
+        config ([`HFTConfig`]):
+            The settings. Method `"fft"` selects all parameters, whatever the other settings say.
+        previous ([`Selection`], *optional*):
+            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw is another
+            one than that of the same seed without it, `"same"` takes over which units of the layers learn and
+            `"complement"` takes the others (so the share of the layers becomes 1 minus theirs, whatever `config.ratio`
+            says). One of method `"fft"` counts as none.
+
+    Returns:
+        [`Selection`]: What learns and what is frozen.
+
+    Raises:
+        [`HFTError`]: If nothing can be selected in the model, a pattern of `config.exclude` matches nothing, or
+            `previous` is of another model.
+    """
+    if config.method == "fft":
+        units = find_units(model)
+        return _selection(config, config.seed, units, set(units))
+    units = find_units(model, config.exclude)
+    seed = config.seed
+    if previous is not None and previous.config.method == "fft":
+        previous = None
+    if previous is not None and config.reselect != "fresh":
+        learning = _as_before(model, units, previous, complement=config.reselect == "complement")
+    else:
+        if previous is not None:
+            seed = _derived_seed(config.seed, previous)
+        learning = set(choose(units, config.ratio, config.strategy, seed))
+    learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
+    return _selection(config, seed, units, learning)
+
+
+def share_of(units: Iterable[Unit], trainable: Iterable[str]) -> dict[str, float]:
+    """
+    Shares of the parameters that learn, in 0 to 1.
+
+    Args:
+        units (`Iterable[Unit]`):
+            The units of a model, as [`find_units`] gives them.
+        trainable (`Iterable[str]`):
+            Names of the parameters that learn.
+
+    Returns:
+        `dict[str, float]`: The share of each category that the layers have, of `"layers"` and of `"model"`.
+    """
+    learning = set(trainable)
+    counts: dict[str, tuple[int, int]] = {}
+    for unit in units:
+        learns = unit.size if unit.names[0] in learning else 0
+        for key in ("model",) if unit.layer is None else (unit.category, "layers", "model"):
+            before = counts.get(key, (0, 0))
+            counts[key] = (before[0] + learns, before[1] + unit.size)
+    return {key: counts[key][0] / counts[key][1] for key in (*LAYER_CATEGORIES, "layers", "model") if key in counts}
+
+
+def _selection(config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit]) -> Selection:
+    trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
+    frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
+    return Selection(copy.deepcopy(config), seed, trainable, frozen, share_of(units, trainable))
+
+
+def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
+    if unit.tied:
+        return config.train_embeddings and config.train_lm_head
+    flags: Mapping[str, bool] = {
+        "embedding": config.train_embeddings,
+        "lm_head": config.train_lm_head,
+        "final_norm": config.train_final_norm,
+        "outside": True,
+    }
+    return flags[unit.category]
+
+
+def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool) -> set[Unit]:
+    """The units in layers that learned in the start model's own stage, or those that did not."""
+    trainable, frozen = set(previous.trainable), set(previous.frozen)
+    present = {name for name, _ in model.named_parameters()}
+    unknown = sorted((trainable | frozen) - present)
+    unknown += [
+        unit.names[0] for unit in units if unit.layer is not None and not set(unit.names) <= trainable | frozen
+    ]
+    if unknown:
+        raise HFTError(
+            f"hft.reselect is {'complement' if complement else 'same'!r}, but the start model's selection and "
+            f"{type(model).__name__} differ in {unknown[0]}: keep hft.exclude as it was, or set hft.reselect to fresh."
+        )
+    return {unit for unit in units if unit.layer is not None and (unit.names[0] in trainable) is not complement}
+
+
+def _derived_seed(seed: int, previous: Selection) -> int:
+    digest = hashlib.sha256(f"{seed}:{previous.digest}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,272 @@
+"""
+From a model to its units: what can learn or stay frozen, in which layer, of which category.
+
+Nothing here knows a model by its name. Layers are found by what the model's own classes say about themselves,
+categories by the names of the classes and attributes that lead from a layer to the unit.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hft_trl.errors import HFTError
+from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?modal|mm)(_|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """
+    What learns or stays frozen as one piece: a module's weight together with its bias.
+
+    Args:
+        names (`tuple[str, ...]`):
+            Parameter names as `model.named_parameters()` gives them.
+        size (`int`):
+            Number of parameters.
+        category (`str`):
+            In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net, short convolution,
+            ...) or `"other"`; outside of the layers `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
+        layer (`int` or `None`):
+            Running number of the layer over all stacks of the model, `None` outside of the layers.
+        slot (`str`):
+            Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
+        tied (`bool`, *optional*, defaults to `False`):
+            Whether the unit is input embedding and output head at once.
+    """
+
+    names: tuple[str, ...]
+    size: int
+    category: str
+    layer: int | None
+    slot: str
+    tied: bool = False
+
+
+def find_units(model: "PreTrainedModel", exclude: Sequence[str] = ()) -> list[Unit]:
+    """
+    Finds the units of a decoder-only causal language model, in the order of `model.named_parameters()`.
+
+    A parameter is left out where it is frozen and the model's class itself creates it so (router correction biases,
+    sinusoidal positions), where it is not floating point, and where it belongs to a tower for pictures or sound. What
+    an earlier selection or the user's own code has frozen is still a unit: a copy of the class without memory, built
+    from `model.config`, tells the two apart.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device, the meta device included. Nothing on it changes.
+        exclude (`Sequence[str]`, *optional*):
+            Regular expressions, searched in parameter names. What matches is left out too.
+
+    Returns:
+        `list[Unit]`: The units in layers and those outside of them.
+
+    Raises:
+        [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
+            layers, or if a pattern of `exclude` matches nothing.
+    """
+    _check_model(model)
+    modules = dict(model.named_modules())
+    towers = _find_towers(model, modules)
+    layers = _find_layers(model, modules, towers)
+    parameters = dict(model.named_parameters())
+    sizes = _selectable_sizes(model, parameters, towers, exclude)
+    classes = own_class_names(modules)
+    outer = OuterParts(model, modules, parameters)
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sizes:
+        owner, _, leaf = name.rpartition(".")
+        groups.setdefault((owner, _stem(owner, leaf, sizes)), []).append(name)
+    units = []
+    for (owner, stem), names in groups.items():
+        size = sum(sizes[name] for name in names)
+        leaf = "" if stem == "weight" else stem
+        layer = next((path for path in _ancestors(owner) if path in layers), None)
+        if layer is None:
+            tied = outer.is_tied(names[0])
+            units.append(Unit(tuple(names), size, outer.category(names[0]), None, _join(owner, leaf), tied))
+            continue
+        number, start, list_name = layers[layer]
+        words = [classes[layer], list_name] if list_name else []
+        for path in _ancestors(owner):
+            if len(path) > len(layer):
+                words += [classes[path], path.rpartition(".")[2]]
+        category = layer_category([*words, leaf], classes[layer])
+        slot = _join(list_name, owner[start:], leaf) or stem
+        units.append(Unit(tuple(names), size, category, number, slot))
+    if not any(unit.layer is not None for unit in units):
+        why = f"hft.exclude {list(exclude)!r} matches all that it has" if exclude else "none was found"
+        raise HFTError(
+            f"The model {type(model).__name__} has no layers to select from ({why}): HFT needs a decoder whose layers "
+            "hold parameters that can learn."
+        )
+    return units
+
+
+def _check_model(model: "nn.Module") -> None:
+    from transformers import PreTrainedModel
+
+    kind = type(model).__name__
+    if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
+        raise HFTError(
+            f"The model {kind} holds PEFT adapters: HFT and adapters exclude each other, so pass the model without them "
+            "(or merge them first)."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise HFTError(
+            f"The model is a {kind}: HFT needs a transformers causal language model, such as LlamaForCausalLM."
+        )
+    # What transformers leaves on a model whose weights it has packed.
+    quantizer = model.__dict__.get("hf_quantizer")
+    if quantizer is not None:
+        raise HFTError(
+            f"The model {kind} is quantised ({type(quantizer.quantization_config).__name__}): HFT trains whole "
+            "matrices, so load it without a quantization_config."
+        )
+    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise HFTError(
+            f"The model is a {kind}, which is no decoder-only causal language model: load it with AutoModelForCausalLM."
+        )
+
+
+def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
+    """
+    The parameters of a new model of the same class and config, on the meta device.
+
+    Construction knows best what it freezes and how large it makes things, whatever was frozen since by an earlier
+    selection, by another process or by hand, and whatever a sharded model still holds of its parameters.
+    """
+    import torch
+    from transformers.initialization import no_init_weights
+
+    try:
+        # Some classes draw random numbers even on the meta device.
+        with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
+            return dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))
+    except Exception as error:
+        raise HFTError(
+            f"The model {type(model).__name__} cannot be built anew from its own config, which HFT needs to learn what "
+            f"the class itself keeps frozen: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _selectable_sizes(
+    model: "PreTrainedModel", parameters: dict[str, "nn.Parameter"], towers: set[str], exclude: Sequence[str]
+) -> dict[str, int]:
+    """Number of parameters by name, of those that could learn and that no pattern of `exclude` matches."""
+    # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
+    as_made = all(parameter.requires_grad and parameter.numel() for parameter in parameters.values())
+    twin = parameters if as_made else _built_anew(model)
+    patterns = {pattern: re.compile(pattern) for pattern in exclude}
+    unmatched = set(patterns)
+    sizes = {}
+    for name, parameter in parameters.items():
+        hits = {pattern for pattern, compiled in patterns.items() if compiled.search(name)}
+        unmatched -= hits
+        like = twin.get(name, parameter)
+        by_class = name in twin and not like.requires_grad and not parameter.requires_grad
+        if hits or by_class or not like.is_floating_point():
+            continue
+        if towers and any(path in towers for path in _ancestors(name)):
+            continue
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise HFTError(
+                f"The model {type(model).__name__} is quantised ({name} is {parameter.dtype}): HFT trains whole "
+                "matrices, so load it in bfloat16, float16 or float32."
+            )
+        # Under ZeRO-3 a parameter holds no elements of its own between uses: the twin knows how many it has.
+        sizes[name] = parameter.numel() or like.numel()
+    if unmatched:
+        raise HFTError(
+            f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: mend "
+            "the pattern or leave it out."
+        )
+    return sizes
+
+
+def _find_towers(model: "PreTrainedModel", modules: dict[str, "nn.Module"]) -> set[str]:
+    """Paths of the parts that see pictures or sound, and of what projects them into the text model."""
+    from transformers import PreTrainedModel
+
+    embedding = model.get_input_embeddings()
+    way_of_text = {"", *_ancestors(next(path for path, module in modules.items() if module is embedding))}
+    towers = set()
+    for path, module in modules.items():
+        named = _TOWER.search(path.rpartition(".")[2])
+        if path not in way_of_text and (named or (isinstance(module, PreTrainedModel) and not _reads_text(module))):
+            towers.add(path)
+    return towers
+
+
+def _reads_text(module: "PreTrainedModel") -> bool:
+    return module.main_input_name == "input_ids" and "text" in module.input_modalities
+
+
+def _find_layers(
+    model: "PreTrainedModel", modules: dict[str, "nn.Module"], towers: set[str]
+) -> dict[str, tuple[int, int, str]]:
+    """
+    Path of each layer -> its number, the length of the path before the names inside it, and the name of its list.
+
+    The name of the list is empty unless a layer is spread over several lists, the first of which holds all attentions,
+    the second all norms and so on.
+    """
+    from torch import nn
+    from transformers import GradientCheckpointingLayer
+
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in modules.items():
+        above = list(_ancestors(path))
+        if isinstance(module, nn.ModuleList) and len(module) and not any(p in towers or p in lists for p in above):
+            lists[path] = module
+    whole = set(model._no_split_modules or ())
+    stacks = [
+        path
+        for path, module in lists.items()
+        if all(isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in whole for layer in module)
+    ]
+    if stacks or not lists:
+        paths = [(f"{stack}.{index}", "") for stack in stacks for index in range(len(lists[stack]))]
+        return {path: (number, len(path) + 1, "") for number, (path, _) in enumerate(paths)}
+    largest = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+    parent, _, _ = largest.rpartition(".")
+    beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == len(lists[largest])]
+    layers = {}
+    for path in beside:
+        for index in range(len(lists[path])):
+            layer = f"{path}.{index}"
+            layers[layer] = (index, len(layer) + 1, path.rpartition(".")[2] if len(beside) > 1 else "")
+    return layers
+
+
+def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
+    """Name that a bias shares with its weight: `bias` with `weight`, `x_bias` with `x` or `x_weight`."""
+    for ending in ("_bias", "bias"):
+        if leaf.endswith(ending):
+            stem = leaf.removesuffix(ending)
+            for weight in (stem, f"{stem}_weight" if ending == "_bias" else f"{stem}weight"):
+                if _join(owner, weight) in sizes:
+                    return weight
+    return leaf
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
+    end = path.find(".")
+    while end >= 0:
+        yield path[:end]
+        end = path.find(".", end + 1)
+    if path:
+        yield path
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
