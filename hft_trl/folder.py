@@ -39,7 +39,17 @@ def settings(stage: Stage) -> dict[str, Any]:
         stage.name: kept,
     }
     content["data"].pop("eval_split")
+    content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
+    content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     return json.loads(json.dumps(content, default=str))
+
+
+def _place(source: str, folder: Path) -> str:
+    """A path that stays the same when the run is called from elsewhere, or moved as a whole; hub ids as they are."""
+    path = Path(source).resolve()
+    if path.parent == folder.resolve().parent:
+        return f"../{path.name}"
+    return str(path) if path.exists() else source
 
 
 def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
@@ -56,11 +66,19 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
     Raises:
         [`HFTError`]: If a folder can't be written, holds other things, or was made with other settings.
     """
+    gap = None
     for stage in stages:
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 _open(stage, overwrite)
-        if finished(stage) is not None:
+        if finished(stage) is None:
+            gap = stage
+        elif gap is not None:
+            raise HFTError(
+                f"{str(stage.folder)!r} was trained from a model in {str(gap.folder)!r} that is not there any more: pass "
+                "--overwrite, or choose another output_dir."
+            )
+        else:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 

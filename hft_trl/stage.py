@@ -12,6 +12,7 @@ from trl.data_utils import is_conversational
 
 from hft_trl import chat, data
 from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.errors import HFTError
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
@@ -19,18 +20,24 @@ from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.selection import select
 from hft_trl.trainers import HFTMixin
+from hft_trl.weights import check_readable
 
 logger = logging.get_logger(__name__)
 
 
 def check_model(stage: Stage) -> None:
     """
-    Check from its config alone that a model can be trained, before anything is downloaded or trained.
+    Check from its config that a model can be trained, before anything is downloaded or trained.
 
     Raises:
-        [`HFTError`]: If there is no such model, or it is no causal LM, is quantised or has no layers to select from.
+        [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
+            is a folder whose weights are missing or torn.
     """
-    model = stage.model
+    model, folder = stage.model, Path(stage.model.model_name_or_path)
+    if folder.is_dir():
+        check_readable(folder.glob("*.safetensors"))
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
     select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
 
 
@@ -64,6 +71,11 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
     Raises:
         [`HFTError`]: Naming what is missing or the first row that can't be trained on.
     """
+    if stage.args.eval_strategy != "no" and not stage.data.eval_split:
+        raise HFTError(
+            f"{stage.name}: eval_strategy is {str(stage.args.eval_strategy.value)!r} but there is no eval_split to evaluate on: "
+            "set eval_split, or eval_strategy to 'no'."
+        )
     train = _load_split(stage, stage.data.split)
     evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
     if isinstance(stage.args, SFTConfig):

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
@@ -191,6 +192,7 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
         (["--model", "missing/folder/of/a/model"], ["missing/folder/of/a/model"]),
         (["--sft.max_length", "4"], ["max_length 4", "token to train on"]),
         (["--sft.bf16", "true"], ["bf16"]),
+        (["--sft.eval_strategy", "steps"], ["sft", "eval_strategy", "eval_split"]),
     ],
 )
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(recipe, tmp_path, flags, words):
@@ -202,6 +204,47 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(recipe, tmp_path,
     assert "Traceback" not in result.stderr
     assert all(word in errors[0] for word in words), errors[0]
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def saved(folder, model, tokenizer):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_can_not_be_trained_is_refused_before_anything_is_written(recipe, tmp_path, tokenizer, base):
+    """No causal LM, quantised, without layers, without weights, torn weights: one line each, exit code 2."""
+    bert = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    classifier = saved(tmp_path / "classifier", BertForSequenceClassification(bert), tokenizer)
+    empty = saved(tmp_path / "empty", tiny_llama(300, num_hidden_layers=0), tokenizer)
+    quantised, bare, torn = (Path(shutil.copytree(base, tmp_path / name)) for name in ("quantised", "bare", "torn"))
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    (bare / "model.safetensors").unlink()
+    (torn / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+    for model, words in (
+        (classifier, ["BertForSequenceClassification", "no causal LM"]),
+        (quantised, ["quantised", "bitsandbytes"]),
+        (empty, ["layers"]),
+        (bare, ["holds no weights"]),
+        (torn, ["torn"]),
+    ):
+        result = recipe("sft_then_dpo", "--model", model, "--output_dir", tmp_path / "out")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.returncode, len(errors)) == (2, 1), result.stderr[-1000:]
+        assert all(word in errors[0] for word in words), errors[0]
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_later_stage_without_the_model_it_came_from_is_refused(recipe, finished_run, tmp_path):
+    output = tmp_path / "gap"
+    shutil.copytree(finished_run[0], output)
+    shutil.rmtree(output / "sft")
+    result = recipe("sft_then_dpo", "--output_dir", output, *QUICK)
+    assert result.returncode == 2
+    assert "not there any more" in result.stderr
+    assert (output / "dpo" / "model.safetensors").is_file()
 
 
 def test_a_real_process_exits_with_2_and_one_line(tmp_path):
