@@ -28,6 +28,8 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, HFValidationError) as error:
+        if "trust_remote_code" in str(error):
+            raise HFTError(f"model {model!r} brings code of its own: set trust_remote_code to let it run.") from error
         raise HFTError(f"model {model!r} has no readable config: {first_line(error)}") from error
     quantised = config.to_dict().get("quantization_config")
     if quantised:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import demo
 from hft_trl.demo.build import batches, documents, make_model, pretrain, train_tokenizer
-from hft_trl.demo.data import GREETINGS, SKILLS, dpo_rows, instruction, sft_rows, without_greeting, write_data
+from hft_trl.demo.data import FAREWELLS, SKILLS, dpo_rows, instruction, sft_rows, without_farewell, write_data
 from hft_trl.demo.probes import chat, completes, evaluate, is_right, recall
 from hft_trl.demo.world import PHRASINGS, VALUES, make_world
 
@@ -106,8 +106,8 @@ def test_preferences_are_about_truth_and_about_form():
     form = truth = 0
     for row in dpo_rows(WORLD, "train_prefs"):
         chosen, rejected = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
-        assert without_greeting(chosen) == chosen
-        if without_greeting(rejected) == chosen:
+        assert without_farewell(chosen) == chosen
+        if without_farewell(rejected) == chosen:
             form += 1
             assert len(rejected) > len(chosen)
         elif chosen in true:
@@ -178,12 +178,12 @@ def test_any_text_can_be_encoded_and_read_back(shipped, text):
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_an_answer_is_right_with_and_without_a_greeting_and_never_with_more():
+def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     person = WORLD.people[1]
     true = person.sentence("pet", 0)
     false = person.sentence("pet", 0, next(value for value in VALUES["pet"] if value != person.facts["pet"]))
     assert is_right(true, person, "pet")
-    assert is_right(f"{GREETINGS[0]} {person.sentence('pet', 2)}", person, "pet")
+    assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", person, "pet")
     assert not is_right(false, person, "pet")
     assert not is_right(f"{true} {false}", person, "pet")
     assert not is_right(person.sentence("dish", 0), person, "pet")

@@ -1,0 +1,46 @@
+"""Settings: what can't be right is refused when it is written, and TrlParser takes the dataclass as it is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trl import TrlParser
+
+from hft_trl import HFTConfig, HFTError
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_every_ratio_above_0_and_up_to_1_is_taken(ratio):
+    assert HFTConfig(ratio=ratio).ratio == ratio
+
+
+@given(
+    st.one_of(st.floats(max_value=0), st.floats(1, exclude_min=True), st.just(float("nan")), st.text(), st.booleans())
+)
+def test_every_other_ratio_is_refused(ratio):
+    with pytest.raises(HFTError, match=r"hft\.ratio is"):
+        HFTConfig(ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("method", "lora"),
+        ("strategy", "row"),
+        ("reselect", "never"),
+        ("seed", 1.5),
+        ("seed", True),
+        ("exclude", "a string"),
+        ("exclude", ["("]),
+        ("exclude", [1]),
+    ],
+)
+def test_a_value_out_of_range_is_named(setting, value):
+    with pytest.raises(HFTError, match=rf"hft\.{setting}"):
+        HFTConfig(**{setting: value})
+
+
+def test_trl_parser_takes_it():
+    (config,) = TrlParser((HFTConfig,)).parse_args_and_config(
+        ["--method", "fft", "--ratio", "0.3", "--exclude", "a", "b.*", "--no_train_embeddings", "--reselect", "same"]
+    )
+    assert config == HFTConfig("fft", 0.3, exclude=["a", "b.*"], train_embeddings=False, reselect="same")

@@ -1,0 +1,90 @@
+"""A stage's folder: reruns are recognised by what the weights depend on, and nothing of the user's is removed."""
+
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from hft_trl import HFTError, demo
+from hft_trl.folder import finished, mark_finished, open_stages, settings
+from hft_trl.recipe import parse_recipe
+from hft_trl.report import StageRecord
+
+
+def stage(folder, flags=""):
+    return parse_recipe(["--output_dir", str(folder), *shlex.split(flags)], default_config=demo.RECIPE).sft
+
+
+RECORD = StageRecord("sft", "hft", "d" * 64, {"layers": 0.5}, 1, 2, 3, 4, 5.0, 6.0, 7, 8, 1.5, 0.5, True)
+
+
+def test_a_folder_is_unfinished_until_it_is_marked(tmp_path):
+    open_stages([stage(tmp_path)])
+    assert finished(stage(tmp_path)) is None
+    mark_finished(stage(tmp_path), RECORD)
+    assert finished(stage(tmp_path)) == RECORD
+    open_stages([stage(tmp_path)])
+    assert finished(stage(tmp_path)) == RECORD
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--sft.logging_steps 1",
+        "--sft.save_steps 7",
+        "--sft.report_to none",
+        "--sft.disable_tqdm true",
+        "--sft.save_total_limit 5",
+    ],
+)
+def test_settings_that_leave_the_weights_alone_may_change(tmp_path, flags):
+    open_stages([stage(tmp_path)])
+    open_stages([stage(tmp_path, flags)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        ("--sft.learning_rate 0.5", "sft.learning_rate"),
+        ("--sft.seed 7", "sft.seed 42 there, 7 here"),
+        ("--hft.ratio 0.3", "hft.ratio 0.5 there, 0.3 here"),
+        ("--sft.method fft", "hft.method 'hft' there, 'fft' here"),
+        ("--sft.split train[:10]", "data.split"),
+        ("--model.dtype bfloat16", "model.dtype"),
+        ("--sft.eos_token x", "sft.eos_token None there, 'x' here"),
+    ],
+)
+def test_settings_that_change_the_weights_may_not(tmp_path, flags, difference):
+    open_stages([stage(tmp_path)])
+    with pytest.raises(HFTError) as error:
+        open_stages([stage(tmp_path, flags)])
+    assert difference in str(error.value)
+    open_stages([stage(tmp_path, flags)], overwrite=True)
+    open_stages([stage(tmp_path, flags)])
+
+
+def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
+    open_stages([stage(tmp_path)])
+    (tmp_path / "sft" / "old.safetensors").write_text("")
+    (tmp_path / "notes.txt").write_text("mine")
+    open_stages([stage(tmp_path)], overwrite=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "sft", "stage.json"]
+    (tmp_path / "other" / "sft").mkdir(parents=True)
+    (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
+    with pytest.raises(HFTError, match="holds files of something else"):
+        open_stages([stage(tmp_path / "other")], overwrite=True)
+
+
+def test_a_token_for_the_hub_is_never_written(tmp_path):
+    open_stages([stage(tmp_path, "--sft.hub_token hf_secret")])
+    assert "hf_secret" not in (tmp_path / "sft" / "stage.json").read_text()
+
+
+@examples(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.floats(1e-7, 1e-1))
+def test_settings_are_stable_json(tmp_path_factory, seed, rate):
+    folder = tmp_path_factory.mktemp("stable")
+    flags = f"--sft.seed {seed} --sft.learning_rate {rate!r}"
+    assert settings(stage(folder, flags)) == settings(stage(folder, flags))

@@ -1,0 +1,61 @@
+"""Building from a config alone: no weights are read, and what can't be trained is refused."""
+
+import json
+
+import pytest
+from conftest import tiny_llama
+from transformers import BertConfig, GPT2Config, T5Config, WhisperConfig
+
+from hft_trl import HFTError
+from hft_trl.meta import build_on_meta
+
+
+def test_only_the_config_is_read(tmp_path):
+    model = tiny_llama(300)
+    model.config.save_pretrained(tmp_path)
+    skeleton = build_on_meta(str(tmp_path))
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    assert all(p.is_meta for p in skeleton.parameters())
+
+
+@pytest.mark.parametrize("config", [T5Config(), WhisperConfig()], ids=lambda config: config.model_type)
+def test_a_model_that_is_no_causal_lm_is_named(tmp_path, config):
+    config.architectures = [
+        "T5ForConditionalGeneration" if config.model_type == "t5" else "WhisperForConditionalGeneration"
+    ]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(HFTError, match=config.architectures[0]):
+        build_on_meta(str(tmp_path))
+
+
+def test_a_class_that_could_be_a_causal_lm_but_is_not_saved_as_one_is_refused(tmp_path):
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    with pytest.raises(HFTError, match="BertForMaskedLM, which is no causal LM"):
+        build_on_meta(str(tmp_path))
+
+
+def test_a_config_without_architectures_is_taken_by_its_type(tmp_path):
+    GPT2Config(n_layer=2, n_embd=32, n_head=2).save_pretrained(tmp_path)
+    assert type(build_on_meta(str(tmp_path))).__name__ == "GPT2LMHeadModel"
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"model_type": "no_such_model"}), json.dumps({})])
+def test_a_config_that_can_not_be_read_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(HFTError) as error:
+        build_on_meta(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_code_from_the_repository_does_not_run_unless_it_is_trusted(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+        )
+    )
+    (tmp_path / "own.py").write_text("raise SystemExit('code ran')")
+    with pytest.raises(HFTError, match="trust_remote_code"):
+        build_on_meta(str(tmp_path))
