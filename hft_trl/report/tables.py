@@ -168,7 +168,12 @@ def rich_table(grid: Grid) -> "Table":
     from rich.table import Table
 
     table = Table(
-        title=escape(grid.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=escape(grid.title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,  # five measures with their differences fit into 80 columns
     )
     for number, column in enumerate(grid.columns):
         table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
