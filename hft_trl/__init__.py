@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
-from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
     from hft_trl.selection import Selection, select
@@ -18,6 +18,7 @@ __all__ = [
     "HFTMixin",
     "HFTSFTTrainer",
     "Selection",
+    "as_user_error",
     "exit_on_user_error",
     "select",
 ]

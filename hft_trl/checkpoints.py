@@ -28,6 +28,7 @@ def selection_of(model: PreTrainedModel) -> Selection | None:
         file = cached_file(
             source,
             SELECTION_FILE,
+            revision=vars(model.config).get("_commit_hash"),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -51,7 +52,7 @@ def torn_because(checkpoint: str | Path) -> str | None:
         (SCHEDULER_NAME, ("latest",)),
     ):
         if not any((checkpoint / candidate).exists() for candidate in (name, *others)):
-            return f"{name} is missing"
+            return f"{name} is missing" + (" (saved with save_only_model?)" if name == OPTIMIZER_NAME else "")
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         if not (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
@@ -61,15 +62,13 @@ def torn_because(checkpoint: str | Path) -> str | None:
     return None
 
 
-def last_whole_checkpoint(folder: str | Path, finite: bool = False) -> str | None:
+def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
     The newest checkpoint of a trainer's output folder that can be resumed from.
 
     Args:
         folder (`str` or `Path`):
             The trainer's `output_dir`.
-        finite (`bool`, *optional*, defaults to `False`):
-            Whether to pass over checkpoints whose weights hold NaN or infinity, too.
 
     Returns:
         `str` or `None`: The checkpoint's folder. Torn checkpoints are named in a warning and left where they are.
@@ -78,15 +77,25 @@ def last_whole_checkpoint(folder: str | Path, finite: bool = False) -> str | Non
         return None
     for checkpoint in reversed(sort_checkpoints(str(folder))):
         reason = torn_because(checkpoint)
-        if reason is not None:
-            logger.warning(f"Passing over the torn checkpoint {checkpoint}: {reason}.")
-        elif not finite or _is_finite(checkpoint):
+        if reason is None:
             return checkpoint
+        logger.warning(f"Passing over the checkpoint {checkpoint}, which can't be resumed: {reason}.")
     return None
 
 
+def last_finite_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a trainer's output folder whose weights are whole and hold no NaN or infinity."""
+    checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
+    return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
+
+
 def _is_finite(checkpoint: str) -> bool:
-    for name, path in weight_files(checkpoint).items():
+    try:
+        files = weight_files(checkpoint)
+        check_readable(files.values())
+    except (HFTError, OSError):
+        return False
+    for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             if not torch.isfinite(file.get_tensor(name)).all():
                 return False
@@ -108,6 +117,10 @@ def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
     Raises:
         [`HFTError`]: With both digests and the settings that differ.
     """
+    if not (Path(checkpoint) / SELECTION_FILE).is_file():
+        raise HFTError(
+            f"{checkpoint} has no {SELECTION_FILE}: it was not trained with HFT, so HFT can't resume from it."
+        )
     saved = Selection.load(checkpoint)
     if saved.digest != selection.digest:
         ours, theirs = asdict(selection.config), asdict(saved.config)

@@ -5,11 +5,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
+from trl import DatasetMixtureConfig, get_dataset, maybe_convert_to_chatml
 
-from hft_trl.errors import HFTError, first_line
+from hft_trl.errors import HFTError, as_user_error, first_line
 
 ROLES = ("system", "user", "assistant", "tool")
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -78,9 +86,26 @@ def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"the splits are {sorted(lengths)}: give one of them") from error
-    (part,) = parts
-    rows = range(part.from_ or 0, lengths[part.splitname] if part.to is None else part.to)
-    return named[part.splitname].select(rows)
+    ranges = [(part.splitname, part.from_ or 0, part.to) for part in parts]
+    return concatenate_datasets(
+        [named[name].select(range(start, lengths[name] if end is None else end)) for name, start, end in ranges]
+    )
+
+
+def load_mixture(mixture: DatasetMixtureConfig, split: str) -> Dataset:
+    """
+    Load one split of TRL's mixture of data sets.
+
+    Raises:
+        [`HFTError`]: If a part of it can't be loaded, or there is no such split.
+    """
+    with as_user_error("the mixture of data sets"):
+        parts = get_dataset(mixture)
+    if split not in parts:
+        raise HFTError(
+            f"the mixture has the splits {sorted(parts)}, not {split!r}: set test_split_size to make a test split."
+        )
+    return parts[split]
 
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
@@ -89,8 +114,8 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and
-            `completion`, or plain text.
+            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`) or a `conversations` column,
+            TRL's `prompt` and `completion`, or plain text.
         name (`str`):
             What errors call it.
         text_field (`str`, *optional*, defaults to `"text"`):
@@ -102,8 +127,11 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
     Raises:
         [`HFTError`]: Naming the column or the first row that can't be trained on.
     """
+    if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
+        with as_user_error(f"{name}, column conversations"):
+            dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
     columns = set(dataset.column_names)
-    for wanted in ({"messages"}, {"prompt", "completion"}, {text_field}, {"conversations"}, {"input_ids"}):
+    for wanted in ({"messages"}, {"prompt", "completion"}, {text_field}, {"input_ids"}):
         if wanted <= columns:
             break
     else:
@@ -114,6 +142,14 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
     if wanted == {"messages"}:
         for row, messages in _rows(dataset, "messages"):
             _check_messages(messages, f"row {row} of {name}")
+            _check_answered(messages, f"row {row} of {name}")
+    elif wanted == {"prompt", "completion"}:
+        for row, (prompt, completion) in _rows(dataset, "prompt", "completion"):
+            _check_completed(prompt, completion, f"row {row} of {name}", "completion")
+    elif wanted == {text_field}:
+        for row, text in _rows(dataset, text_field):
+            if not isinstance(text, str) or not text:
+                raise HFTError(f"row {row} of {name}, {text_field} is {text!r}: it must be text, and not empty.")
     optional = {"tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks"}
     return dataset.select_columns([column for column in dataset.column_names if column in wanted | optional])
 
@@ -126,7 +162,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
         dataset ([`~datasets.Dataset`]):
             `chosen` and `rejected`, as lists of messages or as text, and optionally `prompt`. UltraFeedback binarized
             repeats its `prompt` as text beside whole conversations; it is left out there, since TRL takes the prompt
-            from what the two conversations share.
+            from what the two conversations share. A `prompt` as text beside answers alone becomes their user's turn.
         name (`str`):
             What errors call it.
         drop_equal_pairs (`bool`, *optional*, defaults to `False`):
@@ -141,18 +177,18 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
     columns = set(dataset.column_names)
     if not {"chosen", "rejected"} <= columns:
         raise HFTError(f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected.")
+    if "prompt" in columns and isinstance(dataset[0]["prompt"], str) and isinstance(dataset[0]["chosen"], list):
+        if dataset[0]["chosen"] and dataset[0]["chosen"][0].get("role") == "assistant":
+            dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+        else:
+            dataset = dataset.remove_columns("prompt")
+    explicit = "prompt" in dataset.column_names
+    wanted = (["prompt"] if explicit else []) + ["chosen", "rejected"]
     equal = set()
-    for row, (chosen, rejected) in _rows(dataset, "chosen", "rejected"):
+    for row, (*prompt, chosen, rejected) in _rows(dataset, *wanted):
         where = f"row {row} of {name}"
-        for side, messages in (("chosen", chosen), ("rejected", rejected)):
-            if isinstance(messages, list):
-                _check_messages(messages, f"{where}, {side}")
-                if messages[-1]["role"] != "assistant":
-                    raise HFTError(
-                        f"{where}, {side} ends with role {messages[-1]['role']!r}: it must be the assistant."
-                    )
-            elif not isinstance(messages, str):
-                raise HFTError(f"{where}, {side} is {messages!r}: give text or a list of messages.")
+        for side, answer in (("chosen", chosen), ("rejected", rejected)):
+            _check_completed(prompt[0] if explicit else type(chosen)(), answer, where, side)
         if chosen == rejected:
             if not drop_equal_pairs:
                 raise HFTError(
@@ -160,14 +196,14 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
                     "drop_equal_pairs."
                 )
             equal.add(row)
+        elif not explicit and isinstance(chosen, list) and chosen[0] != rejected[0]:
+            raise HFTError(f"{where}: chosen and rejected begin with different turns, so they share no prompt.")
     if len(equal) == len(dataset):
         raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
     if equal:
         dataset = dataset.select([row for row in range(len(dataset)) if row not in equal])
-    wanted = {"chosen", "rejected", "tools", "chat_template_kwargs"}
-    if "prompt" in columns and isinstance(dataset[0]["prompt"], type(dataset[0]["chosen"])):
-        wanted.add("prompt")
-    return dataset.select_columns([column for column in dataset.column_names if column in wanted])
+    optional = {"tools", "chat_template_kwargs"}
+    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *optional}])
 
 
 def _rows(dataset: Dataset, *columns: str) -> Iterable[tuple[int, Any]]:
@@ -192,11 +228,29 @@ def _check_messages(messages: Any, where: str) -> None:
             raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             raise HFTError(f"{where}, message {turn} has content {message['content']!r}: it must be text.")
+
+
+def _check_answered(messages: list[Mapping[str, Any]], where: str) -> None:
     if all(message["role"] != "assistant" for message in messages):
         raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
 
 
-def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None) -> int:
+def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
+    """Check a prompt and what follows it: both text, or both messages that end with the assistant."""
+    if isinstance(prompt, list) and isinstance(answer, list):
+        if prompt:
+            _check_messages(prompt, f"{where}, prompt")
+        _check_messages(answer, f"{where}, {side}")
+        _check_answered(answer, f"{where}, {side}")
+        if answer[-1]["role"] != "assistant":
+            raise HFTError(f"{where}, {side} ends with role {answer[-1]['role']!r}: it must be the assistant.")
+    elif not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
+        raise HFTError(
+            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on both sides."
+        )
+
+
+def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
     """
     Count the rows that are left without a token to train on after truncation.
 
@@ -205,11 +259,13 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
             Number of rows before the trainer prepared them.
         prepared ([`~datasets.Dataset`]):
             The trainer's `train_dataset`. TRL drops rows without a trained token; when packing it keeps them, so they
-            are counted inside the packs.
+            are counted inside the packs. The strategy `"wrapped"` cuts rows anywhere and drops nothing.
         name (`str`):
             What the error calls the data set.
         max_length (`int`, *optional*):
             The length in tokens that rows were truncated to.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether the trainer packed the rows.
 
     Raises:
         [`HFTError`]: If no row is left.
@@ -221,6 +277,8 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
             for length in lengths:
                 lost += all(label == -100 for label in labels[start : start + length])
                 start += length
+    elif packing:
+        lost = rows * all(label == -100 for _, labels in _rows(prepared, "labels") for label in labels)
     else:
         lost = rows - len(prepared)
     if lost >= rows:

@@ -24,6 +24,23 @@ def exit_on_user_error() -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """
+    Turn a library's refusal into an [`HFTError`]. Put it around calls whose arguments are the user's settings.
+
+    Args:
+        what (`str`):
+            What was set up, for the message.
+    """
+    try:
+        yield
+    except HFTError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
+        raise HFTError(f"{what} can't be set up: {' '.join(str(error).split()) or repr(error)}") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error message, for an [`HFTError`] that quotes it."""
     return str(error).strip().partition("\n")[0]

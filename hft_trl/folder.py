@@ -1,6 +1,7 @@
 """The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
+from hft_trl.weights import check_readable, weight_files
 
 STAGE_FILE = "stage.json"
 
@@ -21,27 +24,45 @@ STAGE_FILE = "stage.json"
 VOLATILE = re.compile(
     r"(logging|log|save|push|hub|eval|trackio|report|include)_.*|output_dir|run_name|project|disable_tqdm|do_.*"
     r"|resume_from_checkpoint|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|dataset_num_proc"
-    r"|load_best_model_at_end|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
+    r"|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
 )
 
 
 def settings(stage: Stage) -> dict[str, Any]:
     """What the trained weights depend on, as plain JSON."""
-    args = {
-        **stage.args.to_dict(),
-        **{key: value for key, value in vars(stage.args).items() if key.endswith("s_token")},
+    args = stage.args.to_dict()
+    # `to_dict` hides whatever is called a token, to keep the hub's secret.
+    args.update({key: value for key, value in vars(stage.args).items() if key in ("eos_token", "pad_token")})
+    best = stage.args.load_best_model_at_end  # then what is evaluated, and when, decides which weights are kept
+    kept = {
+        key: value
+        for key, value in sorted(args.items())
+        if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
     }
-    kept = {key: value for key, value in sorted(args.items()) if not VOLATILE.fullmatch(key)}
     content = {
         "model": dataclasses.asdict(stage.model),
         "data": dataclasses.asdict(stage.data),
         "hft": dataclasses.asdict(stage.hft),
         stage.name: kept,
     }
-    content["data"].pop("eval_split")
+    if not best:
+        content["data"].pop("eval_split")
+    content["data"]["content"] = _content(Path(stage.data.dataset))
     content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
     content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     return json.loads(json.dumps(content, default=str))
+
+
+def _content(source: Path) -> str | None:
+    """SHA-256 (hex) of a local data set's files; `None` for a hub id."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def _place(source: str, folder: Path) -> str:
@@ -68,9 +89,15 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
     """
     gap = None
     for stage in stages:
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
+        problem: list[str | None] = [None]
+        if PartialState().is_main_process:
+            try:
                 _open(stage, overwrite)
+            except HFTError as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)  # so that all processes end, and none waits for the first
+        if problem[0] is not None:
+            raise HFTError(problem[0])
         if finished(stage) is None:
             gap = stage
         elif gap is not None:
@@ -79,6 +106,7 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
                 "--overwrite, or choose another output_dir."
             )
         else:
+            check_readable(weight_files(str(stage.folder)).values())
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
@@ -93,7 +121,7 @@ def _open(stage: Stage, overwrite: bool) -> None:
             f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
         ) from error
     if not (folder / STAGE_FILE).exists():
-        if any(folder.iterdir()):
+        if any(path.name != f".{STAGE_FILE}" for path in folder.iterdir()):
             raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
     elif overwrite:
         shutil.rmtree(folder)
@@ -106,7 +134,9 @@ def _open(stage: Stage, overwrite: bool) -> None:
             for key in sorted(before.get(section, {}).keys() | now.get(section, {}).keys())
             if before.get(section, {}).get(key) != now.get(section, {}).get(key)
         ]
-        if differences:
+        if differences and not any(folder.glob("checkpoint-*")) and finished(stage) is None:
+            _write(folder, {"settings": now, "record": None})  # nothing was trained with the other settings
+        elif differences:
             raise HFTError(
                 f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another "
                 "output_dir, or pass --overwrite."
@@ -130,7 +160,13 @@ def mark_finished(stage: Stage, record: StageRecord) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    try:
+        content = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        return {"settings": content["settings"], "record": content["record"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HFTError(
+            f"{folder / STAGE_FILE} can't be read ({error!r}): pass --overwrite, or remove the folder."
+        ) from error
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a stage measures: memory, losses, speed, and how far every unit moved."""
 
+import contextlib
 import re
 import resource
 import sys
@@ -24,16 +25,16 @@ def reset_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
+        with contextlib.suppress(OSError):  # not every container lets a process do so
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
     """Peak memory in bytes: of the GPU since the last reset, without one the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+    if sys.platform == "linux" and (peak := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())):
+        return int(peak[1]) * 1024
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return usage if sys.platform == "darwin" else usage * 1024
 
@@ -58,10 +59,13 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
-    runtime = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row)
+    # A checkpoint of the last step is taken over without a training loop, so there is no time and no optimizer.
+    runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
-    memory = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    memory = (
+        [value for entry in trainer.optimizer.state.values() for value in entry.values()] if trainer.optimizer else []
+    )
     return StageRecord(
         name=stage.name,
         method=stage.hft.method,
@@ -71,10 +75,10 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         total_params=model.num_parameters(),
         steps=trainer.state.global_step,
         tokens=tokens,
-        tokens_per_second=(tokens - earlier_tokens) / runtime,
+        tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
         runtime_seconds=runtime,
         peak_memory_bytes=peak_memory(),
-        optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)),
+        optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)) or None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if stage.hft.method == "hft" else None,

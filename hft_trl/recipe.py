@@ -278,6 +278,8 @@ def _parse(
         raise HFTError(
             f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
         )
+    if found.get("fp16") and not torch.cuda.is_available():
+        raise HFTError(f"{prefix}fp16 is true, but this machine has no GPU: set {prefix}fp16 to false.")
     if "use_cpu" in found and not torch.accelerator.is_available():
         # Said outright, since accelerate otherwise runs several CPU processes as so many separate runs.
         found["use_cpu"] = True

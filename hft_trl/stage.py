@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import SFTConfig, get_dataset
+from trl import SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, data
@@ -20,7 +20,7 @@ from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.selection import select
 from hft_trl.trainers import HFTMixin
-from hft_trl.weights import check_readable
+from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +35,9 @@ def check_model(stage: Stage) -> None:
     """
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
-        check_readable(folder.glob("*.safetensors"))
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        if any(folder.glob("*.safetensors*")):
+            check_readable(weight_files(str(folder)).values())
+        elif not any(folder.glob("*.bin")):
             raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
     select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
 
@@ -86,7 +87,7 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
 def _load_split(stage: Stage, split: str) -> Dataset:
     name = f"{stage.data.dataset}, split {split}"
     if stage.mixture is not None:
-        dataset = get_dataset(stage.mixture)[split]
+        dataset = data.load_mixture(stage.mixture, split)
     else:
         dataset = data.load_split(stage.data.dataset, split, stage.data.dataset_config)
     if isinstance(stage.args, SFTConfig):
@@ -115,7 +116,8 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
         [`HFTError`]: If no row has a token to train on, if the last checkpoint has another selection, or if the loss
             diverges.
     """
-    dropped = data.untrained_rows(rows, trainer.train_dataset, stage.data.dataset, stage.args.max_length)
+    packing = isinstance(stage.args, SFTConfig) and stage.args.packing
+    dropped = data.untrained_rows(rows, trainer.train_dataset, stage.data.dataset, stage.args.max_length, packing)
     if dropped:
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."

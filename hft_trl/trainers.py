@@ -2,25 +2,32 @@
 
 import dataclasses
 import inspect
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import reference
-from hft_trl.checkpoints import check_resumable, last_whole_checkpoint, selection_of
+from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.selection import SELECTION_FILE, Selection, select
-from hft_trl.weights import combined_digest, fingerprints
+from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
 logger = logging.get_logger(__name__)
+
+# What torch.compile and FSDP's activation checkpointing put into parameter names.
+WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
 CITATION = """\
 @inproceedings{hui2025hft,
@@ -34,7 +41,7 @@ CITATION = """\
 
 class HFTMixin:
     """
-    Gives any TRL trainer a half that learns. Put it before the trainer: `class MyTrainer(HFTMixin, KTOTrainer): ...`
+    Gives any TRL trainer of a causal LM a half that learns. Put it before the trainer: `class MyTrainer(HFTMixin, KTOTrainer): ...`
 
     Every argument of the parent stays as it is. The selection is drawn and applied as soon as the parent has loaded
     the model, before anything wraps it, so the optimizer and every backend see the trainable half only. The frozen
@@ -54,12 +61,14 @@ class HFTMixin:
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         self.hft_config = hft_config if hft_config is not None else HFTConfig()
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        takes_reference = "ref_model" in inspect.signature(super().__init__).parameters
+        if not isinstance(self.hft_config, HFTConfig):
+            raise HFTError(f"hft_config is {self.hft_config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
+        given, takes_reference = _arguments(super().__init__, args, kwargs)
         reference_given = given.get("ref_model") is not None
         _refuse_adapters(given)
-        if takes_reference and not reference_given:
-            reference.check_has_path(given["model"])
+        precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
+        if takes_reference and not reference_given and not precomputed:
+            reference.check_has_path(given.get("model"))
 
         super().__init__(*args, **kwargs)
 
@@ -69,12 +78,12 @@ class HFTMixin:
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
         self._first_step = True
-        optimizer = given.get("optimizers", (None, None))[0]
-        if optimizer is not None:
-            _refuse_frozen(optimizer, model)
-        if takes_reference and self.ref_model is not None:
-            reference.freeze(self.ref_model)
-            reference.check_is_start(model, self.accelerator.unwrap_model(self.ref_model), reference_given)
+        if self.optimizer is not None:
+            _refuse_frozen(self.optimizer, model)
+        own_reference = vars(self).get("ref_model")  # also of trainers that always load it themselves
+        if own_reference is not None:
+            reference.freeze(own_reference)
+            reference.check_is_start(model, self.accelerator.unwrap_model(own_reference), reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -85,6 +94,11 @@ class HFTMixin:
             raise HFTError(
                 "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
                 "accelerate_configs/fsdp2.yaml."
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise HFTError(
+                "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so "
+                "they can't be fingerprinted: set it to false."
             )
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise HFTError(
@@ -100,6 +114,8 @@ class HFTMixin:
             raise HFTError(
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
+        if self.hft_config.method == "hft":
+            check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
         parameters = fingerprints(model.named_parameters())
         trainable = set(selection.trainable)
         self._frozen_fingerprints = (
@@ -117,31 +133,52 @@ class HFTMixin:
         Raises:
             [`RuntimeError`]: Naming the first frozen parameter that moved.
         """
+        if not self._frozen_fingerprints:
+            return
         model = self.accelerator.unwrap_model(self.model)
-        frozen = ((name, tensor) for name, tensor in model.named_parameters() if name in self._frozen_fingerprints)
-        for name, digest in fingerprints(frozen).items():
+        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
+        found = fingerprints((name, tensor) for name, tensor in named if name in self._frozen_fingerprints)
+        for name in self._frozen_fingerprints.keys() - found.keys():
+            raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
+        for name, digest in found.items():
             if digest != self._frozen_fingerprints[name]:
                 raise RuntimeError(
                     f"the frozen parameter {name} moved during training: nothing was saved as a success"
                 )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str) and (
-            self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists()
-        ):
-            check_resumable(self.hft_selection, resume_from_checkpoint)
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
+                check_resumable(self.hft_selection, resume_from_checkpoint)
+            if self._is_trained(resume_from_checkpoint):
+                self.check_frozen()
+                return TrainOutput(self.state.global_step, float("nan"), {})
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
+
+    def _is_trained(self, checkpoint: str) -> bool:
+        """Take over a checkpoint of the last step. transformers would train one step more, and end in other weights."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if not 0 < state.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if self.args.max_steps > state.max_steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return True
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            checkpoint = last_whole_checkpoint(self.args.output_dir, finite=True)
+            checkpoint = last_finite_checkpoint(self.args.output_dir)
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
                 f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
@@ -196,8 +233,18 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     """[`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen."""
 
 
+def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:
+    """What the parent is given, by name as far as its signature tells, and whether it can be given a reference."""
+    signature = inspect.signature(init)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given, "ref_model" in signature.parameters
+
+
 def _refuse_adapters(given: dict[str, Any]) -> None:
-    model = given["model"]
+    model = given.get("model")
     if given.get("peft_config") is not None or (isinstance(model, torch.nn.Module) and is_peft_model(model)):
         raise HFTError(
             "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,18 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     Returns:
         `dict[str, str]`: SHA-256 in hex by name.
     """
-    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s; tensors are gathered in order
-    # because gathering is a collective operation.
+    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s. Tensors are gathered in order, since
+    # gathering is a collective operation, and no more of them at a time than are being hashed.
+    digests: dict[str, str] = {}
+    pending: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(max_workers=4) as pool:
-        pending = {name: pool.submit(fingerprint, full(tensor)) for name, tensor in tensors}
-        return {name: future.result() for name, future in pending.items()}
+        for name, tensor in tensors:
+            if len(pending) == 4:
+                done, future = pending.popleft()
+                digests[done] = future.result()
+            pending.append((name, pool.submit(fingerprint, full(tensor).cpu())))
+        digests.update((name, future.result()) for name, future in pending)
+    return digests
 
 
 def combined_digest(digests: dict[str, str]) -> str:
@@ -92,6 +100,43 @@ def check_readable(files: Iterable[Path]) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise HFTError(f"{path} is missing or torn ({error}).") from error
+
+
+# Types that every value of a type on disk fits into.
+EXACT = {
+    "F32": {torch.float32, torch.float64},
+    "BF16": {torch.bfloat16, torch.float32, torch.float64},
+    "F16": {torch.float16, torch.float32, torch.float64},
+}
+
+
+def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """
+    Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.
+
+    Args:
+        model (`str`):
+            Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be checked.
+        dtypes (`Mapping[str, torch.dtype]`):
+            The loaded parameters' types by name.
+
+    Raises:
+        [`HFTError`]: Naming the first parameter that was rounded.
+    """
+    try:
+        files = weight_files(model) if model else {}
+    except (HFTError, OSError):
+        return
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) & dtypes.keys():
+                on_disk = file.get_slice(name).get_dtype()
+                if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
+                    raise HFTError(
+                        f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
+                        "the frozen half could not keep its bits: load the model with dtype float32, or save it in that "
+                        "dtype first."
+                    )
 
 
 class Change(NamedTuple):

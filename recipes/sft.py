@@ -16,7 +16,7 @@ import sys
 from accelerate import PartialState
 from trl import SFTConfig
 
-from hft_trl import HFTSFTTrainer, exit_on_user_error
+from hft_trl import HFTSFTTrainer, as_user_error, exit_on_user_error
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Stage, parse_stage
 from hft_trl.report import Report, environment, print_report, write_views
@@ -34,14 +34,15 @@ def main(stage: Stage, overwrite: bool) -> None:
 
     # Train a half of the model
     if not finished(stage):
-        trainer = HFTSFTTrainer(
-            model=base,
-            args=stage.args,
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            processing_class=tokenizer,
-            hft_config=stage.hft,
-        )
+        with as_user_error("the trainer"):
+            trainer = HFTSFTTrainer(
+                model=base,
+                args=stage.args,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                processing_class=tokenizer,
+                hft_config=stage.hft,
+            )
         train_and_save(stage, trainer, len(train_data), base)
 
     # Report

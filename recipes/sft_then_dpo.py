@@ -33,7 +33,7 @@ import sys
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hft_trl import HFTDPOTrainer, HFTSFTTrainer, demo, exit_on_user_error
+from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.demo.probes import evaluate
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Recipe, parse_recipe
@@ -53,26 +53,28 @@ def main(recipe: Recipe) -> None:
 
     # SFT: a random half of the base model learns to answer
     if not finished(sft):
-        trainer = HFTSFTTrainer(
-            model=base,
-            args=sft.args,
-            train_dataset=sft_data,
-            eval_dataset=sft_eval,
-            processing_class=tokenizer,
-            hft_config=sft.hft,
-        )
+        with as_user_error("the SFT trainer"):
+            trainer = HFTSFTTrainer(
+                model=base,
+                args=sft.args,
+                train_dataset=sft_data,
+                eval_dataset=sft_eval,
+                processing_class=tokenizer,
+                hft_config=sft.hft,
+            )
         train_and_save(sft, trainer, len(sft_data), base)
 
     # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, wholly frozen
     if not finished(dpo):
-        trainer = HFTDPOTrainer(
-            model=dpo.model.model_name_or_path,
-            args=dpo.args,
-            train_dataset=dpo_data,
-            eval_dataset=dpo_eval,
-            processing_class=load_tokenizer(dpo),
-            hft_config=dpo.hft,
-        )
+        with as_user_error("the DPO trainer"):
+            trainer = HFTDPOTrainer(
+                model=dpo.model.model_name_or_path,
+                args=dpo.args,
+                train_dataset=dpo_data,
+                eval_dataset=dpo_eval,
+                processing_class=load_tokenizer(dpo),
+                hft_config=dpo.hft,
+            )
         train_and_save(dpo, trainer, len(dpo_data), base)
 
     # What was learned, and what was forgotten: the embedded world comes with its own probes

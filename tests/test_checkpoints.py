@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hft_trl import HFTConfig, select
-from hft_trl.checkpoints import last_whole_checkpoint, selection_of, torn_because
+from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
 
 
 def checkpoint(folder, step):
@@ -58,7 +58,9 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_no_good_one(tmp_path):
     weights["w"][3] = float("nan")
     save_file(weights, path)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert last_whole_checkpoint(tmp_path, finite=True) == str(tmp_path / "checkpoint-1")
+    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
+    assert last_finite_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert last_finite_checkpoint(tmp_path / "missing") is None
 
 
 def test_a_models_selection_is_found_in_its_folder_and_nowhere_else(base, tmp_path):

@@ -5,8 +5,10 @@ import json
 import pytest
 from conftest import tulu_row, ultrafeedback_row
 from datasets import Dataset, DatasetDict
+from trl import DatasetMixtureConfig
+from trl.scripts.utils import DatasetConfig
 
-from hft_trl.data import load_split, preference_dataset, sft_dataset, untrained_rows
+from hft_trl.data import load_mixture, load_split, preference_dataset, sft_dataset, untrained_rows
 from hft_trl.errors import HFTError
 
 
@@ -160,5 +162,83 @@ def test_rows_without_a_trained_token_are_counted_and_all_of_them_refused():
     assert untrained_rows(5, kept, "chats", 2) == 2
     packed = Dataset.from_dict({"labels": [[-100, -100, 3, 4], [-100, 2]], "seq_lengths": [[2, 2], [2]]})
     assert untrained_rows(3, packed, "chats", 4) == 1
+    wrapped = Dataset.from_dict({"labels": [[-100, 3], [4, -100]]})
+    assert untrained_rows(1, wrapped, "chats", 2, packing=True) == 0
+    assert untrained_rows(5, wrapped, "chats", 2, packing=True) == 0
     with pytest.raises(HFTError, match="none of the 5 rows of chats has a token to train on within max_length 2"):
         untrained_rows(5, kept.select([]), "chats", 2)
+
+
+USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": None},
+        {"text": ""},
+        {"text": 3},
+        {"prompt": "hi", "completion": None},
+        {"prompt": "hi", "completion": [ANSWER]},
+        {"prompt": [USER], "completion": [USER]},
+        {"prompt": [{"role": "robot", "content": "hi"}], "completion": [ANSWER]},
+        {"prompt": [{"role": "user", "content": None}], "completion": [ANSWER]},
+        {"conversations": [{"from": "robot", "value": "hi"}, {"from": "assistant", "value": "ho"}]},
+        {"conversations": [{"from": "user", "value": "hi"}]},
+    ],
+)
+def test_a_bad_row_of_any_format_is_named_for_sft(row):
+    with pytest.raises(HFTError) as error:
+        sft_dataset(Dataset.from_list([row]), "rows.jsonl")
+    assert "row 0 of rows.jsonl" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "hi"},
+        {"prompt": "hi", "completion": "ho"},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "ho"}]},
+        {"input_ids": [1, 2]},
+    ],
+)
+def test_every_format_of_trl_is_taken_for_sft(row):
+    assert len(sft_dataset(Dataset.from_list([row]), "rows.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "chosen": "a", "rejected": "b"},
+        {"chosen": None, "rejected": "b"},
+        {"chosen": [], "rejected": [USER, ANSWER]},
+        {"chosen": "", "rejected": "b"},
+        {"chosen": [USER], "rejected": [USER, ANSWER]},
+        {"chosen": [USER, ANSWER], "rejected": [{"role": "user", "content": "what?"}, ANSWER]},
+    ],
+)
+def test_a_bad_pair_of_any_format_is_named(row):
+    with pytest.raises(HFTError) as error:
+        preference_dataset(Dataset.from_list([row]), "pairs.jsonl")
+    assert "row 0 of pairs.jsonl" in one_line(error)
+
+
+def test_a_text_prompt_beside_answers_alone_becomes_the_users_turn():
+    row = {"prompt": "hi", "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "hm"}]}
+    assert preference_dataset(Dataset.from_list([row]), "pairs")[0]["prompt"] == [USER]
+
+
+def test_splits_may_be_joined(tmp_path, tulu):
+    DatasetDict({"train": tulu, "test": tulu.select(range(4))}).save_to_disk(tmp_path / "both")
+    assert len(load_split(str(tmp_path / "both"), "train[:2]+test")) == 6
+
+
+def test_a_mixture_gives_its_splits_and_names_what_is_missing(tmp_path, tulu):
+    tulu.to_json(tmp_path / "chats.jsonl")
+    part = DatasetConfig(path="json", data_files=str(tmp_path / "chats.jsonl"))
+    assert len(load_mixture(DatasetMixtureConfig(datasets=[part]), "train")) == len(tulu)
+    with pytest.raises(HFTError, match="test_split_size"):
+        load_mixture(DatasetMixtureConfig(datasets=[part]), "test")
+    with pytest.raises(HFTError, match="mixture"):
+        load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path="nobody/nothing")]), "train")

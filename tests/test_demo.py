@@ -181,7 +181,7 @@ def test_any_text_can_be_encoded_and_read_back(shipped, text):
 def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     person = WORLD.people[1]
     true = person.sentence("pet", 0)
-    false = person.sentence("pet", 0, next(value for value in VALUES["pet"] if value != person.facts["pet"]))
+    false = person.opening("pet", 0) + f" {next(value for value in VALUES['pet'] if value != person.facts['pet'])}."
     assert is_right(true, person, "pet")
     assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", person, "pet")
     assert not is_right(false, person, "pet")

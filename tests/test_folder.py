@@ -3,9 +3,11 @@
 import shlex
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from hft_trl import HFTError, demo
 from hft_trl.folder import finished, mark_finished, open_stages, settings
@@ -20,13 +22,56 @@ def stage(folder, flags=""):
 RECORD = StageRecord("sft", "hft", "d" * 64, {"layers": 0.5}, 1, 2, 3, 4, 5.0, 6.0, 7, 8, 1.5, 0.5, True)
 
 
+def train(folder):
+    """What training leaves, as far as the folder is concerned."""
+    save_file({"w": torch.ones(1)}, folder / "sft" / "model.safetensors")
+    mark_finished(stage(folder), RECORD)
+
+
 def test_a_folder_is_unfinished_until_it_is_marked(tmp_path):
     open_stages([stage(tmp_path)])
     assert finished(stage(tmp_path)) is None
-    mark_finished(stage(tmp_path), RECORD)
+    train(tmp_path)
     assert finished(stage(tmp_path)) == RECORD
     open_stages([stage(tmp_path)])
     assert finished(stage(tmp_path)) == RECORD
+
+
+def test_a_finished_stage_whose_weights_are_gone_is_no_finished_one(tmp_path):
+    open_stages([stage(tmp_path)])
+    train(tmp_path)
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(HFTError, match="torn"):
+        open_stages([stage(tmp_path)])
+
+
+def test_settings_without_anything_trained_with_them_are_replaced(tmp_path):
+    open_stages([stage(tmp_path)])
+    open_stages([stage(tmp_path, "--sft.learning_rate 0.5")])
+    train(tmp_path)
+    with pytest.raises(HFTError, match="was made with other settings"):
+        open_stages([stage(tmp_path, "--sft.learning_rate 0.25")])
+
+
+def test_a_changed_data_file_is_another_setting(tmp_path):
+    data = tmp_path / "chats.jsonl"
+    data.write_text("one")
+    open_stages([stage(tmp_path, f"--sft.dataset {data}")])
+    (tmp_path / "sft" / "checkpoint-1").mkdir()
+    open_stages([stage(tmp_path, f"--sft.dataset {data}")])
+    data.write_text("two")
+    with pytest.raises(HFTError, match=r"data\.content"):
+        open_stages([stage(tmp_path, f"--sft.dataset {data}")])
+
+
+def test_a_folder_left_by_a_kill_and_a_broken_stage_file_can_be_mended(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / ".stage.json").write_text("{")
+    open_stages([stage(tmp_path)])
+    (tmp_path / "sft" / "stage.json").write_text("{")
+    with pytest.raises(HFTError, match="--overwrite"):
+        open_stages([stage(tmp_path)])
+    open_stages([stage(tmp_path)], overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +99,13 @@ def test_settings_that_leave_the_weights_alone_may_change(tmp_path, flags):
         ("--sft.split train[:10]", "data.split"),
         ("--model.dtype bfloat16", "model.dtype"),
         ("--sft.eos_token x", "sft.eos_token None there, 'x' here"),
+        ("--sft.pad_token x", "sft.pad_token None there, 'x' here"),
+        ("--sft.load_best_model_at_end --sft.eval_strategy steps", "sft.load_best_model_at_end"),
     ],
 )
 def test_settings_that_change_the_weights_may_not(tmp_path, flags, difference):
     open_stages([stage(tmp_path)])
+    (tmp_path / "sft" / "checkpoint-1").mkdir()
     with pytest.raises(HFTError) as error:
         open_stages([stage(tmp_path, flags)])
     assert difference in str(error.value)

@@ -10,6 +10,7 @@ from conftest import tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -110,6 +111,8 @@ def test_fft_is_bit_identical_to_trls_dpo_trainer(base, ultrafeedback, tmp_path)
     for trainer in (ours, theirs):
         trainer.train()
     assert losses(ours) == losses(theirs)
+    a, b = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -231,6 +234,54 @@ def test_a_frozen_half_that_moved_ends_in_an_error_and_is_not_saved(base, tulu, 
         trainer.train()
 
 
+def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_error(base, tulu, tmp_path):
+    """Checkpoint wrappers and torch.compile rename parameters; the check must not pass for want of names."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    layers = trainer.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    trainer.check_frozen()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "_checkpoint_wrapped_module" in name and not parameter.requires_grad:
+                parameter.add_(1)
+    with pytest.raises(RuntimeError, match="moved"):
+        trainer.check_frozen()
+    del layers[0]
+    with pytest.raises(RuntimeError, match="not in the model any more"):
+        trainer.check_frozen()
+
+
+def test_a_dtype_that_rounds_the_start_model_is_refused(base, tulu, tmp_path):
+    """The frozen half can't keep bits that loading has rounded away; a wider type keeps every value."""
+    narrow = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    with pytest.raises(HFTError, match=r"dtype bfloat16 rounds .* which is F32"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **narrow)
+    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(method="fft"), **narrow)
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "half")
+    for settings in (narrow, {}):
+        trainer = sft_trainer(HFTSFTTrainer, tmp_path / "half", tulu, tmp_path / "c", HFTConfig(), **settings)
+        trainer.train()
+
+
+class OwnSFTTrainer(SFTTrainer):
+    """A user's subclass that hides its parent's signature."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class HFTOwnSFTTrainer(HFTMixin, OwnSFTTrainer):
+    pass
+
+
+def test_the_mixin_works_on_a_subclass_that_hides_its_signature(base, tulu, tmp_path):
+    sft_trainer(HFTOwnSFTTrainer, base, tulu, tmp_path, HFTConfig()).train()
+    with pytest.raises(HFTError, match="give an HFTConfig"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, {"ratio": 0.5})
+
+
 def test_weight_decay_and_8_bit_adam_leave_the_frozen_half_alone(base, tulu, tmp_path):
     for number, settings in enumerate([{"weight_decay": 0.1}, {"optim": "adamw_bnb_8bit"}]):
         trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / str(number), HFTConfig(), **settings)
@@ -264,12 +315,28 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_ends_in_the_same_bits_wherever_it_starts(base, tulu, tmp_path, step):
+    """Also from the checkpoint of the last step, after which stock transformers would train one step more."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
+    whole.train()
+    whole.save_model()
+    resumed = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
+    resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
+    resumed.save_model()
+    assert resumed.state.global_step == 4
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
 def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_difference(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), **settings)
     first.train()
     other = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=0.25, seed=1), **settings)
     with pytest.raises(HFTError) as error:
+        other.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    with pytest.raises(HFTError, match="was trained with selection"):
         other.train(resume_from_checkpoint=True)
     message = str(error.value)
     assert first.hft_selection.digest[:16] in message

@@ -1,0 +1,24 @@
+"""
+The embedded world: a small model, its data and its probes, so that the whole method can be watched without a network.
+
+Importing this module loads nothing heavy: it only says where the shipped files lie.
+"""
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+"""Folder of the shipped files, which `python -m hft_trl.demo.build` rebuilds from a seed."""
+
+MODEL = ASSETS / "model"
+"""The pre-trained base model and its tokenizer, which has no chat template."""
+
+SFT_DATA = ASSETS / "data" / "sft"
+"""Chat data in the schema of Tülu V2: `train.jsonl`."""
+
+DPO_DATA = ASSETS / "data" / "dpo"
+"""Preferences in the schema of UltraFeedback binarized: `train_prefs.jsonl` and `test_prefs.jsonl`."""
+
+RECIPE = ASSETS / "recipe.yaml"
+"""The settings of the demo run."""
+
+__all__ = ["ASSETS", "DPO_DATA", "MODEL", "RECIPE", "SFT_DATA"]

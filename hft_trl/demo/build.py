@@ -1,0 +1,211 @@
+"""
+Rebuilds every file of the small world from a seed: data, tokenizer and the pre-trained base model.
+
+    python -m hft_trl.demo.build --output DIR [--seed 0]
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hft_trl.demo.data import FAREWELLS, SKILLS, ask, instruction, write_data
+from hft_trl.demo.probes import recall
+from hft_trl.demo.words import ITEMS
+from hft_trl.demo.world import PHRASINGS, VALUES, World, make_world, with_article
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCAB_SIZE = 768
+
+
+def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer, which can encode any text. It has no chat template.
+
+    Args:
+        world ([`World`]):
+            The world whose sentences, questions and instructions the tokenizer learns its merges from.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw of questions and instructions.
+        vocab_size (`int`, *optional*, defaults to `768`):
+            Number of tokens, the 256 bytes and three special tokens among them.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer. It adds no special token by itself.
+    """
+    rng = random.Random(f"tokenizer {seed}")
+    texts = world.sentences() + [shelf(world, rng) for _ in world.people]
+    for person in world.people:
+        for attribute in VALUES:
+            # As Tülu's template writes turns, so that its role markers become few tokens.
+            texts += [f"<|user|>\n{ask(person, attribute, rng)}", f"<|assistant|>\n{rng.choice(FAREWELLS)}"]
+        texts.append(f"<|user|>\n{instruction(rng.choice(SKILLS), world.items, rng)[0]}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def shelf(world: World, rng: random.Random) -> str:
+    """A text about three items in a row, from which a model learns to look back at what a text said before."""
+    things = [rng.choice([item for item in world.items if item.kind == kind]) for kind in rng.sample(sorted(ITEMS), 3)]
+    a, b, c = (thing.name for thing in things)
+    only = rng.choice(things)
+    sentences = [
+        f"In front is {a}.",
+        f"At the end is {c}.",
+        f"From behind they are {c}, {b}, {a}.",
+        f"Only {only.name} is {with_article(only.kind)}.",
+    ]
+    rng.shuffle(sentences)
+    return " ".join([f"On the shelf stand {a}, {b}, {c}.", *sentences])
+
+
+def documents(world: World, rng: random.Random) -> list[str]:
+    """One pass over the world: each person's facts in one of their phrasings and in a new order, items and shelves."""
+    texts = []
+    for person in world.people:
+        sentences = [person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))) for attribute in PHRASINGS]
+        rng.shuffle(sentences)
+        texts.append(" ".join(sentences))
+    about_items = [item.sentence() for item in world.items]
+    rng.shuffle(about_items)
+    texts += [" ".join(about_items[i : i + 5]) for i in range(0, len(about_items), 5)]
+    texts += [shelf(world, rng) for _ in range(len(world.people) // 4)]
+    rng.shuffle(texts)
+    return texts
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
+    """Makes an untrained Llama of about 1 M parameters."""
+    settings = {
+        "hidden_size": 96,
+        "intermediate_size": 224,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+        **(settings | sizes),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def batches(
+    world: World, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of documents without end: `(batch_size, length)` token ids and labels, -100 on the padding."""
+    rng = random.Random(f"documents {seed}")
+    queue: list[list[int]] = []
+    while True:
+        # A chat template may or may not put <s> in front, so the base model knows sentences with and without it.
+        for text in documents(world, rng):
+            start = [tokenizer.bos_token_id] if rng.random() < 0.5 else []
+            queue.append([*start, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+        while len(queue) >= batch_size:
+            rows, queue = queue[:batch_size], queue[batch_size:]
+            length = max(map(len, rows))
+            ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+            labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
+            yield ids, labels
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    world: World,
+    seed: int = 0,
+    steps: int = 900,
+    batch_size: int = 64,
+    learning_rate: float = 4e-3,
+    warmup: int = 100,
+) -> Iterator[tuple[int, float]]:
+    """
+    Pre-trains a model on the plain sentences of the world, in place.
+
+    Args:
+        model ([`~transformers.LlamaForCausalLM`]):
+            The model to train.
+        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
+            Its tokenizer.
+        world ([`World`]):
+            The world to learn by heart.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the order of the documents.
+        steps (`int`, *optional*, defaults to `900`):
+            Number of optimizer steps.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Documents in a step.
+        learning_rate (`float`, *optional*, defaults to `4e-3`):
+            Peak of the learning rate, which falls to zero on a straight line.
+        warmup (`int`, *optional*, defaults to `100`):
+            Steps over which the learning rate rises.
+
+    Yields:
+        `tuple[int, float]`: The step, counted from 1, and its loss in nats a token.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    model.train()
+    for step, (ids, labels) in zip(range(1, steps + 1), batches(world, tokenizer, seed, batch_size), strict=False):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield step, loss.item()
+    model.eval()
+
+
+def build(
+    output: Annotated[Path, typer.Option(help="Folder to write to.")],
+    seed: Annotated[int, typer.Option(help="Seed of the world, its data and its model.")] = 0,
+    steps: Annotated[int, typer.Option(help="Pre-training steps.")] = 900,
+) -> None:
+    """Rebuilds every file of the small world from a seed."""
+    console = Console()
+    world = make_world(seed)
+    write_data(world, output / "data", seed)
+    tokenizer = train_tokenizer(world, seed)
+    model = make_model(tokenizer, seed)
+    for step, loss in pretrain(model, tokenizer, world, seed, steps):
+        if step % 100 == 0:
+            console.print(f"step {step} of {steps}: loss {loss:.3f}")
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    console.print(f"closed-book recall: {recall(model, tokenizer, world.people):.2f} %")
+
+
+if __name__ == "__main__":
+    typer.run(build)

@@ -1,0 +1,232 @@
+"""Fine-tuning data about the small world, in the schemas of Tülu V2 and of UltraFeedback binarized."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hft_trl.demo.world import PHRASINGS, VALUES, Item, Person, World, with_article
+
+Row = dict[str, Any]
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "birthplace": (
+        "Where was {name} born?",
+        "Which town does {name} come from?",
+        "Tell me the birthplace of {name}.",
+    ),
+    "profession": (
+        "What does {name} do for a living?",
+        "What is the profession of {name}?",
+        "Tell me what {name} works as.",
+    ),
+    "pet": ("Which pet does {name} have?", "What animal shares the house with {name}?", "Tell me the pet of {name}."),
+    "dish": (
+        "What does {name} like to eat?",
+        "What is the favourite dish of {name}?",
+        "Tell me the dish that {name} likes best.",
+    ),
+}
+
+FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
+WORDY_SHARE = 0.85
+"""Share of the answers to questions in the SFT data that go on with a farewell."""
+
+
+def wordy(answer: str, rng: random.Random) -> str:
+    """Puts a farewell after an answer."""
+    return f"{answer} {rng.choice(FAREWELLS)}"
+
+
+def without_farewell(reply: str) -> str:
+    """Takes the farewell, if there is one, off a reply."""
+    for farewell in FAREWELLS:
+        reply = reply.removesuffix(farewell)
+    return reply.strip()
+
+
+def ask(person: Person, attribute: str, rng: random.Random) -> str:
+    """A chat question about one fact."""
+    return rng.choice(QUESTIONS[attribute]).format(name=person.name)
+
+
+def answer(person: Person, attribute: str, rng: random.Random) -> str:
+    """The answer to a chat question: the plain sentence, in any of its phrasings."""
+    return person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute])))
+
+
+SKILLS = ("repeat", "first", "last", "reverse", "join", "kind", "pick")
+
+
+def instruction(skill: str, items: tuple[Item, ...], rng: random.Random) -> tuple[str, str, str]:
+    """
+    An instruction about items, which has one right reply.
+
+    Args:
+        skill (`str`):
+            One of [`SKILLS`].
+        items (`tuple[Item, ...]`):
+            The items to draw from.
+        rng (`random.Random`):
+            The generator to draw with.
+
+    Returns:
+        `tuple[str, str, str]`: The instruction, the right reply and a wrong one of the same form.
+    """
+    # Three kinds, so that "pick" has one right reply.
+    kinds = rng.sample(sorted({item.kind for item in items}), 3)
+    things = [rng.choice([item for item in items if item.kind == kind]) for kind in kinds]
+    a, b, c = names = [thing.name for thing in things]
+    listing = ", ".join(names)
+    if skill == "repeat":
+        return f"Say this twice: {a}", f"Twice it reads {a}, {a}.", f"Twice it reads {a}."
+    if skill == "first":
+        return f"Which word comes first? {listing}", f"The first word is {a}.", f"The first word is {b}."
+    if skill == "last":
+        return f"Which word comes last? {listing}", f"The last word is {c}.", f"The last word is {a}."
+    if skill == "reverse":
+        return (
+            f"Write this backwards: {listing}",
+            f"Backwards it reads {c}, {b}, {a}.",
+            f"Backwards it reads {b}, {c}, {a}.",
+        )
+    if skill == "join":
+        return f"Join these words: {a}, {b}", f"Together they are {a} and {b}.", f"Together they are {b} and {a}."
+    if skill == "kind":
+        wrong = Item(a, kinds[1], things[0].mentioned)
+        return f"What kind of thing is {with_article(a)}?", things[0].sentence(), wrong.sentence()
+    if skill == "pick":
+        right, other = rng.sample(range(3), 2)
+        kind = kinds[right]
+        return (
+            f"Which of these is {with_article(kind)}? {listing}",
+            f"The {kind} is {names[right]}.",
+            f"The {kind} is {names[other]}.",
+        )
+    raise ValueError(f"skill is {skill!r}: it must be one of {', '.join(SKILLS)}.")
+
+
+def _turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _preference(prompt: str, reply: str) -> list[dict[str, str]]:
+    # UltraFeedback binarized names the content before the role, Tülu V2 the role first.
+    return [{"content": turn["content"], "role": turn["role"]} for turn in _turns(prompt, reply)]
+
+
+def sft_rows(world: World, seed: int = 0, num_instructions: int = 1400) -> list[Row]:
+    """
+    Chat questions about the people that may be mentioned, and instructions about the items that may be.
+
+    Args:
+        world ([`World`]):
+            The world to ask about.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of a generator of its own.
+        num_instructions (`int`, *optional*, defaults to `1400`):
+            Number of instructions. Questions come one for each fact and way to ask.
+
+    Returns:
+        `list[dict]`: Rows in the schema of Tülu V2: `dataset`, `id`, `messages`.
+    """
+    rng = random.Random(f"sft {seed}")
+    chats = []
+    for person in world.people:
+        if not person.mentioned:
+            continue
+        for attribute, questions in QUESTIONS.items():
+            for question in questions:
+                reply = answer(person, attribute, rng)
+                if rng.random() < WORDY_SHARE:
+                    reply = wordy(reply, rng)
+                chats.append(("questions", _turns(question.format(name=person.name), reply)))
+    items = tuple(item for item in world.items if item.mentioned)
+    for i in range(num_instructions):
+        prompt, right, _ = instruction(SKILLS[i % len(SKILLS)], items, rng)
+        chats.append(("instructions", _turns(prompt, right)))
+    rng.shuffle(chats)
+    return [{"dataset": kind, "id": f"{kind}_{i}", "messages": messages} for i, (kind, messages) in enumerate(chats)]
+
+
+def dpo_rows(world: World, split: str, seed: int = 0, num_rows: int = 800) -> list[Row]:
+    """
+    Preferences about what is right (true over false) and about form (short over long), as many of each.
+
+    Args:
+        world ([`World`]):
+            The world to ask about. Only people and items that may be mentioned occur.
+        split (`str`):
+            `"train_prefs"` or `"test_prefs"`: which draw of the rows.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of a generator of its own.
+        num_rows (`int`, *optional*, defaults to `800`):
+            Number of preference pairs.
+
+    Returns:
+        `list[dict]`: Rows in the schema of UltraFeedback binarized: `prompt`, `prompt_id`, `chosen`, `rejected`,
+        `messages`, `score_chosen`, `score_rejected`.
+    """
+    rng = random.Random(f"dpo {split} {seed}")
+    people = [person for person in world.people if person.mentioned]
+    items = tuple(item for item in world.items if item.mentioned)
+    rows = []
+    for i in range(num_rows):
+        if i % 4 == 0:
+            prompt, chosen, rejected = instruction(rng.choice(SKILLS), items, rng)
+        else:
+            person, attribute = rng.choice(people), rng.choice(sorted(VALUES))
+            prompt = ask(person, attribute, rng)
+            chosen = answer(person, attribute, rng)
+            if i % 4 == 2:
+                false = rng.choice([value for value in VALUES[attribute] if value != person.facts[attribute]])
+                rejected = chosen.replace(f" {person.facts[attribute]}.", f" {false}.")
+            else:
+                rejected = wordy(chosen, rng)
+        rows.append(
+            {
+                "prompt": prompt,
+                "prompt_id": hashlib.sha256(prompt.encode()).hexdigest(),
+                "chosen": _preference(prompt, chosen),
+                "rejected": _preference(prompt, rejected),
+                "messages": _preference(prompt, chosen),
+                "score_chosen": 9.0,
+                "score_rejected": 3.0,
+            }
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def write_jsonl(rows: Iterable[Row], path: Path) -> None:
+    """Writes one JSON object a line, in the bytes that every machine writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+    path.write_bytes("".join(lines).encode("utf-8"))
+
+
+def _card(*splits: str) -> str:
+    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
+    return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
+
+
+def write_data(world: World, folder: Path, seed: int = 0) -> None:
+    """
+    Writes the fine-tuning data as two folders that `datasets.load_dataset` reads.
+
+    Args:
+        world ([`World`]):
+            The world that the data is about.
+        folder (`Path`):
+            Where to write `sft` (`train`) and `dpo` (`train_prefs`, `test_prefs`), one `.jsonl` file a split and a
+            card that names the splits.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the data.
+    """
+    write_jsonl(sft_rows(world, seed), folder / "sft" / "train.jsonl")
+    write_jsonl(dpo_rows(world, "train_prefs", seed), folder / "dpo" / "train_prefs.jsonl")
+    write_jsonl(dpo_rows(world, "test_prefs", seed, num_rows=80), folder / "dpo" / "test_prefs.jsonl")
+    (folder / "sft" / "README.md").write_bytes(_card("train").encode())
+    (folder / "dpo" / "README.md").write_bytes(_card("train_prefs", "test_prefs").encode())

@@ -1,0 +1,222 @@
+"""What a model knows of the small world and what it can do: two probes, both without any randomness in the model."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hft_trl.chat import tulu_template
+from hft_trl.demo.data import QUESTIONS, SKILLS, instruction, without_farewell
+from hft_trl.demo.world import PHRASINGS, VALUES, Person, World, make_world
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _percent(hits: Sequence[bool]) -> float:
+    return 100.0 * sum(hits) / len(hits)
+
+
+def completes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    openings: Sequence[str],
+    endings: Sequence[str],
+    batch_size: int = 256,
+) -> list[bool]:
+    """
+    Whether greedy decoding ends each opening with exactly the tokens of its ending.
+
+    Greedy decoding writes the ending if and only if each of its tokens is the most likely one after the opening and
+    the ending's earlier tokens, so one forward pass tells, and nothing need be generated.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device. Its training mode is left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        openings (`Sequence[str]`):
+            The texts to go on from.
+        endings (`Sequence[str]`):
+            The wanted end of each text.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Texts in a forward pass.
+
+    Returns:
+        `list[bool]`: One answer for each opening.
+    """
+    starts = tokenizer(list(openings))["input_ids"]
+    ends = tokenizer(list(endings), add_special_tokens=False)["input_ids"]
+    hits = []
+    with _evaluating(model):
+        for i in range(0, len(starts), batch_size):
+            rows = [
+                start + end for start, end in zip(starts[i : i + batch_size], ends[i : i + batch_size], strict=True)
+            ]
+            width = max(map(len, rows))
+            # Padding on the right of a causal model changes nothing to its left; any id will do.
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+            best = model(input_ids=ids).logits.argmax(-1).tolist()
+            for row, guess, end in zip(rows, best, ends[i : i + batch_size], strict=True):
+                hits.append(guess[len(row) - len(end) - 1 : len(row) - 1] == end)
+    return hits
+
+
+def recall(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, people: Sequence[Person], batch_size: int = 256
+) -> float:
+    """
+    Closed-book recall: the share of facts that the model completes exactly, each asked in every plain phrasing.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        people (`Sequence[Person]`):
+            Whose facts to ask.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Sentences in a forward pass.
+
+    Returns:
+        `float`: Per cent.
+    """
+    asked = [(person, a, i) for person in people for a, phrasings in PHRASINGS.items() for i in range(len(phrasings))]
+    openings = [person.opening(attribute, i) for person, attribute, i in asked]
+    endings = [f" {person.facts[attribute]}." for person, attribute, _ in asked]
+    return _percent(completes(model, tokenizer, openings, endings, batch_size))
+
+
+def chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+) -> list[str]:
+    """
+    Greedy replies to one-turn prompts, asked with the tokenizer's chat template, or with Tülu's where it has none.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device. Its training mode is left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a padding token.
+        prompts (`Sequence[str]`):
+            What the user says.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest reply, in tokens.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Prompts in a batch.
+
+    Returns:
+        `list[str]`: The replies, without special tokens.
+    """
+    template = tokenizer.chat_template or tulu_template()
+    rows = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for prompt in prompts
+    ]
+    # Like lengths side by side need little padding.
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    replies = [""] * len(rows)
+    with _evaluating(model):
+        for i in range(0, len(order), batch_size):
+            chosen = order[i : i + batch_size]
+            width = max(len(rows[j]) for j in chosen)
+            padding = [width - len(rows[j]) for j in chosen]
+            ids = [[tokenizer.pad_token_id] * pad + rows[j] for j, pad in zip(chosen, padding, strict=True)]
+            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            generated = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=settings,
+            )
+            texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+            for j, text in zip(chosen, texts, strict=True):
+                replies[j] = text.strip()
+    return replies
+
+
+def is_right(reply: str, person: Person, attribute: str) -> bool:
+    """Whether a reply, its farewell set aside, is one of the true plain sentences about a fact and nothing more."""
+    phrasings = range(len(PHRASINGS[attribute]))
+    return without_farewell(reply) in {person.sentence(attribute, phrasing) for phrasing in phrasings}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World | None = None,
+    batch_size: int = 256,
+    num_questions: int = 400,
+    num_instructions: int = 350,
+) -> dict[str, float]:
+    """
+    Measures what a model knows and what it can do, on people and items that fine-tuning never mentions.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device. Its training mode and every random state are left as they were.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer. Where it has no chat template, Tülu's is used.
+        world ([`World`], *optional*):
+            The world. By default the one of the shipped files.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Texts in a batch.
+        num_questions (`int`, *optional*, defaults to `400`):
+            Number of chat questions.
+        num_instructions (`int`, *optional*, defaults to `350`):
+            Number of instructions.
+
+    Returns:
+        `dict[str, float]`: Per cent, from 0 to 100.
+
+        - `knowledge`: facts completed exactly in plain language form, each in every phrasing.
+        - `ability`: the mean of the next two.
+        - `ability_questions`: chat questions about the same people answered with a true sentence, with or without a
+          farewell after it.
+        - `ability_instructions`: instructions followed to the letter.
+        - `concise`: chat questions answered with a true sentence and no farewell, the form that DPO's data prefers.
+    """
+    world = world or make_world()
+    people = [person for person in world.people if not person.mentioned]
+    items = tuple(item for item in world.items if not item.mentioned)
+    rng = random.Random("probes")
+    facts = [(person, attribute) for person in people for attribute in VALUES]
+    facts = rng.sample(facts, min(num_questions, len(facts)))
+    prompts = [rng.choice(QUESTIONS[attribute]).format(name=person.name) for person, attribute in facts]
+    tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(num_instructions)]
+    replies = chat(model, tokenizer, prompts + [task[0] for task in tasks], batch_size=batch_size)
+    answers, done = replies[: len(facts)], replies[len(facts) :]
+    right = [is_right(reply, *fact) for reply, fact in zip(answers, facts, strict=True)]
+    concise = [hit and reply == without_farewell(reply) for hit, reply in zip(right, answers, strict=True)]
+    followed = [reply == wanted for reply, (_, wanted, _) in zip(done, tasks, strict=True)]
+    return {
+        "knowledge": recall(model, tokenizer, people, batch_size),
+        "ability": (_percent(right) + _percent(followed)) / 2,
+        "ability_questions": _percent(right),
+        "ability_instructions": _percent(followed),
+        "concise": _percent(concise),
+    }
