@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml recipes/sft_then_dpo.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
