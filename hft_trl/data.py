@@ -1,5 +1,6 @@
 """Data sets: a hub id, a folder or a file becomes a checked data set in the shape that TRL's trainers take."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from trl import DatasetMixtureConfig, get_dataset, maybe_convert_to_chatml
@@ -54,10 +56,12 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
             dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={name: str(path)}, split=split)
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = _select(load_from_disk(source), split)
+        elif path.is_dir():
+            # A folder whose README.md names its files is not read again by datasets when only the files have changed.
+            cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
+            dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
         elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-            if not path.is_dir():
-                raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
-            dataset = load_dataset(source, config, split=split)
+            raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
         else:
             dataset = load_dataset(source, config, split=split)
     except HFTError:
@@ -76,6 +80,18 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     if len(dataset) == 0:
         raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.")
     return dataset
+
+
+def content_digest(source: Path) -> str | None:
+    """SHA-256 (hex) of the names and bytes of a local data set's files; `None` for what is no file or folder."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
 
 
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:

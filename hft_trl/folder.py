@@ -1,7 +1,6 @@
 """The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from hft_trl.data import content_digest
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
@@ -47,22 +47,10 @@ def settings(stage: Stage) -> dict[str, Any]:
     }
     if not best:
         content["data"].pop("eval_split")
-    content["data"]["content"] = _content(Path(stage.data.dataset))
+    content["data"]["content"] = content_digest(Path(stage.data.dataset))
     content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
     content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     return json.loads(json.dumps(content, default=str))
-
-
-def _content(source: Path) -> str | None:
-    """SHA-256 (hex) of a local data set's files; `None` for a hub id."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
 
 
 def _place(source: str, folder: Path) -> str:

@@ -201,7 +201,7 @@ def _read(
         elif not dot:
             current, key = "", name
         elif current not in sections:
-            raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}.")
+            raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}")
         flags[current].append(f"--{key}{equals}{value}")
 
     values = _load_yaml(path) if path is not None else {}
@@ -247,7 +247,7 @@ def _parse(
     for key in (*values, *given):
         if key not in known and not (key in given and key in switches):
             where = f"in section {section}" if section else "above the sections"
-            raise HFTError(f"unknown key {prefix}{key} {where}: {_nearest(str(key), known, prefix)}.")
+            raise HFTError(f"unknown key {prefix}{key} {where}: {_nearest(str(key), known, prefix)}")
 
     parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
@@ -307,4 +307,4 @@ def _readable(hint: Any) -> str:
 
 def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{matches[0]}?" if matches else f"the valid ones are {', '.join(sorted(known))}"
+    return f"did you mean {prefix}{matches[0]}?" if matches else f"the valid ones are {', '.join(sorted(known))}."

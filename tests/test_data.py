@@ -53,6 +53,15 @@ def test_a_folder_of_data_files_is_read_by_split(tmp_path, ultrafeedback):
     assert "train_prefs" in one_line(error)
 
 
+def test_files_that_changed_are_read_again_also_where_a_card_names_them(tmp_path):
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: rows.jsonl\n---\n"
+    )
+    for word in ("old", "new"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"text": word}) + "\n")
+        assert load_split(str(tmp_path))["text"] == [word]
+
+
 @pytest.mark.parametrize(
     ("source", "split", "words"),
     [
