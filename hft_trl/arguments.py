@@ -8,7 +8,17 @@ from hft_trl.config import HFTConfig
 
 @dataclass
 class RunArguments:
-    """What belongs to the run as a whole: the keys above the sections."""
+    """
+    What belongs to the run as a whole: the keys above the sections.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run; each stage gets a folder in it.
+        method (`str`, *optional*, defaults to `"hft"`):
+            Method of every stage, `"hft"` or `"fft"`.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace what earlier runs left in the stages' folders.
+    """
 
     output_dir: str = field(metadata={"help": "Folder of the run; each stage gets a folder in it."})
     method: Literal["hft", "fft"] = field(default="hft", metadata={"help": "Method of every stage."})
@@ -17,7 +27,23 @@ class RunArguments:
 
 @dataclass
 class ModelArguments:
-    """The model that the first stage starts from; the names are those of TRL's `ModelConfig`."""
+    """
+    The model that the first stage starts from; the names are those of TRL's `ModelConfig`.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or folder, or `"demo"` for the embedded model.
+        model_revision (`str`, *optional*, defaults to `"main"`):
+            Branch, tag or commit on the hub.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Type in which the weights are loaded, trained and saved. HFT refuses one that rounds the file's.
+        attn_implementation (`str`, *optional*):
+            Attention implementation.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the hub repository may run.
+        chat_template (`str`, *optional*):
+            `"tulu"` or the path of a `.jinja` file; by default the tokenizer's own, Tülu's if it has none.
+    """
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder, or demo."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
@@ -34,7 +60,23 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What a stage adds to TRL's config."""
+    """
+    What a stage adds to TRL's config.
+
+    Args:
+        dataset (`str`):
+            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data.
+        dataset_config (`str`, *optional*):
+            Configuration on the hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split to train on, also a part such as `"train[:1000]"`.
+        eval_split (`str`, *optional*):
+            Split to evaluate on, as `eval_strategy` says.
+        method (`str`, *optional*):
+            This stage's method, if it is another than the run's.
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to drop preference pairs whose sides are equal instead of refusing them.
+    """
 
     dataset: str = field(metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
@@ -72,7 +114,17 @@ class HFTArguments(HFTConfig):
 
 @dataclass
 class StageArguments:
-    """What a single-stage recipe adds to the flags of TRL's own scripts."""
+    """
+    What a single-stage recipe adds to the flags of TRL's own scripts.
+
+    Args:
+        chat_template (`str`, *optional*):
+            See [`ModelArguments`].
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
+            See [`DataArguments`].
+        overwrite (`bool`, *optional*, defaults to `False`):
+            See [`RunArguments`].
+    """
 
     chat_template: str | None = field(
         default=None,
