@@ -1,5 +1,6 @@
 """A stage's folder: reruns are recognised by what the weights depend on, and nothing of the user's is removed."""
 
+import errno
 import shlex
 
 import pytest
@@ -123,6 +124,17 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
     with pytest.raises(HFTError, match="holds files of something else"):
         open_stages([stage(tmp_path / "other")], overwrite=True)
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):
+    """Also for root, whom permissions don't stop: a read-only file system does."""
+
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("hft_trl.folder.tempfile.TemporaryFile", refuse)
+    with pytest.raises(HFTError, match=r"can't be written \(Read-only file system\): choose another one"):
+        open_stages([stage(tmp_path)])
 
 
 def test_a_token_for_the_hub_is_never_written(tmp_path):
