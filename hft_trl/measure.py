@@ -51,11 +51,7 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         resumed_from ([`~transformers.TrainerState`], *optional*):
             The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
             else is of the whole stage.
-
-    Raises:
-        [`RuntimeError`]: If the frozen half moved.
     """
-    trainer.check_frozen()
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
@@ -81,7 +77,7 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)) or None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
-        frozen_unchanged=True if stage.hft.method == "hft" else None,
+        frozen_unchanged=True if stage.hft.method == "hft" else None,  # `train` raises where it is not
         start_model=stage.model.model_name_or_path,
         dataset=stage.data.dataset,
         resumed_from_step=resumed_from.global_step if resumed_from else None,

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,7 +71,7 @@ class Recipe:
     dpo: Stage
 
 
-def parse_recipe(argv: list[str], default_config: str | Path | None = None) -> Recipe:
+def parse_recipe(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> Recipe:
     """
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5` into a recipe; flags win over the file.
 
@@ -79,10 +80,13 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None) -> R
             The command line without the program's name.
         default_config (`str` or `Path`, *optional*):
             The YAML file to use when there is no `--config`.
+        help_text (`str`, *optional*):
+            What `--help` prints.
 
     Raises:
         [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
     """
+    _answer_help(argv, help_text)
     values, flags = _read(argv, default_config, SECTIONS)
     (run,) = _parse("", (RunArguments,), values[""], flags[""])
     (model,) = _parse("model", (ModelArguments,), values["model"], flags["model"])
@@ -103,7 +107,9 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None) -> R
     return Recipe(run, **stages)
 
 
-def parse_stage(name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str]) -> tuple[Stage, bool]:
+def parse_stage(
+    name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
+) -> tuple[Stage, bool]:
     """
     Parse TRL's own flat style, `--config x.yaml --learning_rate 1e-5 --method hft`, into a single stage.
 
@@ -114,6 +120,8 @@ def parse_stage(name: str, config: type[SFTConfig] | type[DPOConfig], argv: list
             [`~trl.SFTConfig`] or [`~trl.DPOConfig`].
         argv (`list[str]`):
             The command line without the program's name.
+        help_text (`str`, *optional*):
+            What `--help` prints.
 
     Returns:
         `tuple[Stage, bool]`: The stage, and whether to overwrite what its folder holds.
@@ -121,6 +129,7 @@ def parse_stage(name: str, config: type[SFTConfig] | type[DPOConfig], argv: list
     Raises:
         [`HFTError`]: Naming the flag and the nearest valid one, or the value that doesn't fit.
     """
+    _answer_help(argv, help_text)
     values, flags = _read(argv, None, ())
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
     script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""])
@@ -173,6 +182,12 @@ def _stage(
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
     return Stage(name, model, data, args, hft, mixture)
+
+
+def _answer_help(argv: list[str], text: str) -> None:
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(text.strip() + "\n")
+        sys.exit(0)
 
 
 def _read(

@@ -164,11 +164,9 @@ class HFTMixin:
         return output
 
     def _is_trained(self, checkpoint: str) -> bool:
-        """Take over a checkpoint of the last step. transformers would train one step more, and end in other weights."""
+        """Take over a checkpoint of step `max_steps`. transformers would train one step more, and end in other weights."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if not 0 < state.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        if self.args.max_steps > state.max_steps:
+        if not 0 < self.args.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         self._load_from_checkpoint(checkpoint)
         self.state = state

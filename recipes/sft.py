@@ -56,4 +56,4 @@ def main(stage: Stage, overwrite: bool) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(*parse_stage("sft", SFTConfig, sys.argv[1:]))
+        main(*parse_stage("sft", SFTConfig, sys.argv[1:], __doc__))

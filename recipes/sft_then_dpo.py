@@ -100,4 +100,4 @@ def probe(model: str) -> dict[str, float]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_recipe(sys.argv[1:], default_config=demo.RECIPE))
+        main(parse_recipe(sys.argv[1:], default_config=demo.RECIPE, help_text=__doc__))

@@ -233,3 +233,15 @@ def test_the_flat_style_says_what_is_missing():
         parse_stage("sft", SFTConfig, ["--dataset_name", "demo", "--output_dir", "o"])
     with pytest.raises(HFTError, match="dataset_name is missing"):
         parse_stage("sft", SFTConfig, ["--model_name_or_path", "demo", "--output_dir", "o"])
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_printed_and_nothing_else_happens(flag, capsys):
+    for parse in (
+        lambda: parse_recipe([flag], help_text="How to run it."),
+        lambda: parse_stage("sft", SFTConfig, [flag], "How to run it."),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parse()
+        assert stop.value.code == 0
+        assert capsys.readouterr().out == "How to run it.\n"

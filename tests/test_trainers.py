@@ -329,6 +329,15 @@ def test_resuming_ends_in_the_same_bits_wherever_it_starts(base, tulu, tmp_path,
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_a_finished_run_goes_on_when_more_epochs_are_asked_for(base, tulu, tmp_path):
+    settings = {"save_strategy": "epoch", "max_steps": -1}
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=1, **settings)
+    first.train()
+    more = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=2, **settings)
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 2 * first.state.global_step
+
+
 def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_difference(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), **settings)
