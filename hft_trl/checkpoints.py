@@ -1,7 +1,6 @@
 """Checkpoints: which one is whole, and whether a run may go on from it."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -123,7 +122,7 @@ def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
         )
     saved = Selection.load(checkpoint)
     if saved.digest != selection.digest:
-        ours, theirs = asdict(selection.config), asdict(saved.config)
+        ours, theirs = selection.config.selecting(), saved.config.selecting()
         settings = [f"{key} {theirs[key]!r} there, {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]
         if saved.seed != selection.seed:
             settings.append(f"effective seed {saved.seed} there, {selection.seed} here")

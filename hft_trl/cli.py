@@ -126,7 +126,7 @@ def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) 
     return {
         "model": model,
         "stored": stored,
-        "config": dataclasses.asdict(selection.config),
+        "config": selection.config.selecting(),
         "seed": selection.seed,
         "share": selection.share,
         "digest": selection.digest,

@@ -1,14 +1,17 @@
 """What to train: the settings of Half Fine-Tuning."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from hft_trl.errors import HFTError
 
 METHODS = ("hft", "fft")
 STRATEGIES = ("category", "layer", "model")
 RESELECTS = ("fresh", "same", "complement")
+FROZEN_DTYPES = (None, "bfloat16", "float16")
+# What saves memory or disk and leaves the selection as it is.
+STORAGE = ("frozen_dtype", "share_reference", "delta_checkpoints")
 
 
 @dataclass
@@ -41,6 +44,15 @@ class HFTConfig:
             How this stage's selection relates to the one that its start model was trained with: `"fresh"` draws a new
             one (the paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. A start model that was
             not trained with HFT has nothing to keep, so the draw is fresh in any case.
+        frozen_dtype (`str`, *optional*):
+            Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's own.
+            Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
+        share_reference (`bool`, *optional*, defaults to `True`):
+            Whether the frozen half of policy and reference is stored once in preference training, where the backend can
+            (one process, DDP). The losses are the same to the last bit.
+        delta_checkpoints (`bool`, *optional*, defaults to `False`):
+            Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
+            model on resuming. The final model is always whole.
 
     Raises:
         [`HFTError`]: If a value is out of its range.
@@ -64,12 +76,26 @@ class HFTConfig:
     reselect: Literal["fresh", "same", "complement"] = field(
         default="fresh", metadata={"help": "How the selection relates to the one the start model was trained with."}
     )
+    frozen_dtype: Literal["bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Type in which the frozen half is held while training."}
+    )
+    share_reference: bool = field(
+        default=True, metadata={"help": "Store the frozen half of policy and reference once, where the backend can."}
+    )
+    delta_checkpoints: bool = field(
+        default=False, metadata={"help": "Keep only the trainable parameters in checkpoints during training."}
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("strategy", STRATEGIES), ("reselect", RESELECTS)):
+        for name, allowed in (
+            ("method", METHODS),
+            ("strategy", STRATEGIES),
+            ("reselect", RESELECTS),
+            ("frozen_dtype", FROZEN_DTYPES),
+        ):
             value = self.__dict__[name]
             if value not in allowed:
-                raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(allowed)}.")
+                raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}.")
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")
         self.ratio = float(self.ratio)
@@ -83,3 +109,7 @@ class HFTConfig:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise HFTError(f"hft.exclude holds {pattern!r}, which is no regular expression: {error}.") from error
+
+    def selecting(self) -> dict[str, Any]:
+        """The settings that the selection depends on, without those that only save memory or disk."""
+        return {key: value for key, value in asdict(self).items() if key not in STORAGE}

@@ -42,7 +42,7 @@ def settings(stage: Stage) -> dict[str, Any]:
     content = {
         "model": dataclasses.asdict(stage.model),
         "data": dataclasses.asdict(stage.data),
-        "hft": dataclasses.asdict(stage.hft),
+        "hft": {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype},
         stage.name: kept,
     }
     if not best:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import reference
+from hft_trl.backends import check_backend
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.frozen import FrozenHalf
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
 logger = logging.get_logger(__name__)
-
-# What torch.compile and FSDP's activation checkpointing put into parameter names.
-WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
 CITATION = """\
 @inproceedings{hui2025hft,
@@ -73,7 +71,7 @@ class HFTMixin:
         super().__init__(*args, **kwargs)
 
         if self.hft_config.method == "hft":
-            self._refuse_backends()
+            check_backend(self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
@@ -89,23 +87,6 @@ class HFTMixin:
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
 
-    def _refuse_backends(self) -> None:
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
-            raise HFTError(
-                "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
-                "accelerate_configs/fsdp2.yaml."
-            )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise HFTError(
-                "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so "
-                "they can't be fingerprinted: set it to false."
-            )
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise HFTError(
-                "zero_stage is 3, which partitions the parameters before the half can be chosen: use FSDP2, as in "
-                "accelerate_configs/fsdp2.yaml, or ZeRO-2."
-            )
-
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
         selection = select(model, self.hft_config, previous=selection_of(model))
@@ -117,12 +98,8 @@ class HFTMixin:
         if self.hft_config.method == "hft":
             check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
         parameters = fingerprints(model.named_parameters())
-        trainable = set(selection.trainable)
-        self._frozen_fingerprints = (
-            {name: digest for name, digest in parameters.items() if name not in trainable}
-            if self.hft_config.method == "hft"
-            else {}
-        )
+        learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
+        self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
         return dataclasses.replace(selection, start_model=start_model)
 
@@ -133,18 +110,7 @@ class HFTMixin:
         Raises:
             [`RuntimeError`]: Naming the first frozen parameter that moved.
         """
-        if not self._frozen_fingerprints:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
-        found = fingerprints((name, tensor) for name, tensor in named if name in self._frozen_fingerprints)
-        for name in self._frozen_fingerprints.keys() - found.keys():
-            raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
-        for name, digest in found.items():
-            if digest != self._frozen_fingerprints[name]:
-                raise RuntimeError(
-                    f"the frozen parameter {name} moved during training: nothing was saved as a success"
-                )
+        self._frozen.check(self.accelerator.unwrap_model(self.model))
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
@@ -264,7 +230,7 @@ def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> 
 
 def _card_section(selection: Selection) -> str:
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
-    settings = ", ".join(f"{key} `{value}`" for key, value in dataclasses.asdict(selection.config).items())
+    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
     return f"""
 ## Half Fine-Tuning
 

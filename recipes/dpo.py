@@ -47,7 +47,9 @@ def main(stage: Stage, overwrite: bool) -> None:
 
     # Report
     if PartialState().is_main_process:
-        report = Report([finished(stage)], {}, base, sys.argv, settings(stage), environment())
+        report = Report(
+            [finished(stage)], {}, base, sys.argv, settings(stage), PartialState().num_processes, environment()
+        )
         report.save(stage.folder)
         report = Report.load(stage.folder)  # every view shows what the file says
         write_views(report, stage.folder)

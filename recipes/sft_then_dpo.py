@@ -86,6 +86,7 @@ def main(recipe: Recipe) -> None:
             base_model=base,
             command=sys.argv,
             settings={**settings(sft), **settings(dpo)},
+            num_processes=PartialState().num_processes,
             environment=environment(),
         )
         report.save(recipe.run.output_dir)

@@ -156,7 +156,7 @@ def test_two_processes_train_one_model(tmp_path):
     result = run(*command, *batches, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["environment"]["processes"] == 2
+    assert report["num_processes"] == 2
     assert [stage["frozen_unchanged"] for stage in report["stages"]] == [True, True]
     assert report["stages"][1]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
 

@@ -71,6 +71,9 @@ class StageRecord:
             Speed over all processes and time of the training loop.
         peak_memory_bytes, optimizer_state_bytes (`int`, *optional*):
             Highest memory use of a process and size of the optimizer's state, `None` where not measured.
+        reference_memory_bytes, shared_reference_bytes (`int`, *optional*):
+            In preference training, the bytes that the reference's parameters take in each process beside the policy's,
+            and those that it shares with the policy. `None` without a reference in memory.
         first_loss, last_loss (`float`, *optional*):
             Training loss in the first and the last log row.
         frozen_unchanged (`bool`, *optional*):
@@ -107,6 +110,8 @@ class StageRecord:
     rows: int | None = None
     dropped_rows: int | None = None
     resumed_from_step: int | None = None
+    reference_memory_bytes: int | None = None
+    shared_reference_bytes: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     moved: list[UnitChange] = field(default_factory=list)
 
@@ -128,6 +133,8 @@ class Report:
             The command line of the run.
         settings (`dict[str, Any]`, *optional*):
             The settings of the run after the command line has had its say, by section.
+        num_processes (`int`, *optional*, defaults to 1):
+            Number of processes that the run had.
         environment (`dict[str, Any]`, *optional*):
             Versions and machine, see [`~hft_trl.report.environment`].
         created (`str`, *optional*):
@@ -141,6 +148,7 @@ class Report:
     base_model: str = ""
     command: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    num_processes: int = 1
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     version: int = REPORT_VERSION

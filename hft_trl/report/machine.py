@@ -7,22 +7,15 @@ from typing import Any
 PACKAGES = ("hft_trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
-def environment(processes: int | None = None) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """
     Versions of the libraries and what the run ran on.
 
-    Args:
-        processes (`int`, *optional*):
-            Number of processes of the run; by default that of the running process group, or 1.
-
     Returns:
-        `dict[str, Any]`: A version for each package, and `python`, `platform`, `device`, `processes`.
+        `dict[str, Any]`: A version for each package, and `python`, `platform`, `device`.
     """
     import torch
 
-    if processes is None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        processes = torch.distributed.get_world_size() if distributed else 1
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     elif torch.accelerator.is_available():
@@ -34,7 +27,6 @@ def environment(processes: int | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
-        "processes": processes,
     }
 
 

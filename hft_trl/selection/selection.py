@@ -1,10 +1,9 @@
 """What learns in a stage and what stays frozen: drawn, applied to a model, saved beside it and loaded again."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ class Selection:
     def _essence(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "config": asdict(self.config),
+            "config": self.config.selecting(),
             "seed": self.seed,
             "trainable": list(self.trainable),
             "frozen": list(self.frozen),
@@ -239,7 +238,7 @@ def share_of(units: Iterable[Unit], trainable: Iterable[str]) -> dict[str, float
 def _selection(config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit]) -> Selection:
     trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
     frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
-    return Selection(copy.deepcopy(config), seed, trainable, frozen, share_of(units, trainable))
+    return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share_of(units, trainable))
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
