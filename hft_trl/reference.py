@@ -1,5 +1,8 @@
 """The reference model of preference training: wholly frozen, and the model that training started from."""
 
+import copy
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -24,6 +27,31 @@ def check_has_path(model: object) -> None:
             f"the policy is a {type(model).__name__} in memory without a path, so its reference can't be loaded: save it "
             "and pass the folder, or pass ref_model."
         )
+
+
+def can_be_copied(policy: torch.nn.Module) -> bool:
+    """
+    Whether a copy of the policy's modules computes with the copy's own parameters.
+
+    What a trainer or a device map has put in place of a module's `forward` may go on calling the original.
+    """
+    return not any("forward" in vars(module) for module in policy.modules())
+
+
+def hollow_copy(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the policy whose parameters are empty: it takes no memory until [`tie`] fills it."""
+    return _copy(policy, lambda parameter: torch.empty(0, dtype=parameter.dtype, device=parameter.device))
+
+
+def alias_copy(policy: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the policy whose parameters are others, on the policy's own storage, so it takes no memory."""
+    return _copy(policy, lambda parameter: parameter.data)
+
+
+def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch.Tensor]) -> torch.nn.Module:
+    # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
+    memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
+    return copy.deepcopy(policy, memo).eval()
 
 
 def freeze(reference: torch.nn.Module) -> None:
