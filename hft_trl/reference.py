@@ -1,16 +1,100 @@
-"""The reference model of preference training: wholly frozen, and the model that training started from."""
+"""The reference model of preference training: wholly frozen, the model that training started from, and stored once."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from accelerate.utils import str_to_bool
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import logging
+from trl import DPOConfig
+from trl.trainer.utils import create_model_from_path
 
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.weights import full
 
 logger = logging.get_logger(__name__)
+
+
+def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None:
+    """
+    Why the frozen half of policy and reference can't be stored once, `None` if it can.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train.
+    """
+    if hft_config.method != "hft":
+        return "method is fft, which freezes nothing"
+    if not hft_config.share_reference:
+        return "hft.share_reference is false"
+    if vars(args).get("sync_ref_model"):
+        return "sync_ref_model moves the reference"
+    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+        return "FSDP shards the policy later than the reference"
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed stores the parameters itself"
+    return None
+
+
+@contextlib.contextmanager
+def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator[dict[str, Any]]:
+    """
+    Load the policy as TRL would, and put an empty copy of it in the place of the reference that TRL would load.
+
+    The copy is filled by [`tie`] as soon as the frozen half is known, so that two whole models are never in memory.
+
+    Args:
+        given (`dict[str, Any]`):
+            Arguments of [`~trl.DPOTrainer`], by name.
+        hft_config ([`HFTConfig`], *optional*):
+            What to train.
+
+    Yields:
+        `dict[str, Any]`: The arguments to call it with; those given where policy and reference can't be shared.
+    """
+    model, config = given.get("model"), hft_config if hft_config is not None else HFTConfig()
+    args = given.get("args")
+    if args is None and isinstance(model, str):
+        args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
+    if (
+        not isinstance(model, str | PreTrainedModel)
+        or not isinstance(config, HFTConfig)
+        or not isinstance(args, DPOConfig)
+        or args.precompute_ref_log_probs
+        or given.get("peft_config") is not None
+        or given.get("quantization_config") is not None
+        or given.get("ref_model") is not None
+        or why_not_shared(args, config)
+    ):
+        yield given
+        return
+    given, init = {**given, "args": args}, args.model_init_kwargs
+    if isinstance(model, str):
+        kwargs = {"trust_remote_code": args.trust_remote_code, **(init or {})}
+        if args.distributed_state.distributed_type == "MULTI_GPU":
+            kwargs["device_map"] = None  # as TRL: every process loads onto its own device later
+        set_seed(args.seed)
+        model = create_model_from_path(model, **kwargs)
+        if given.get("processing_class") is None:
+            given["processing_class"] = AutoProcessor.from_pretrained(
+                given["model"], revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        args.model_init_kwargs = None  # they are used up, and TRL warns where it would not use them
+    try:
+        if can_be_copied(model):
+            given.update(model=model, ref_model=hollow_copy(model))
+        yield given
+    finally:
+        args.model_init_kwargs = init
 
 
 def check_has_path(model: object) -> None:
@@ -52,6 +136,61 @@ def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch
     # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
     memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
     return copy.deepcopy(policy, memo).eval()
+
+
+def is_hollow(reference: torch.nn.Module) -> bool:
+    """Whether the reference is a [`hollow_copy`] that was not filled yet."""
+    return all(parameter.numel() == 0 for parameter in reference.parameters())
+
+
+def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """
+    Store the frozen half once: every frozen parameter of the reference gets the policy's storage.
+
+    Args:
+        policy (`torch.nn.Module`):
+            The policy before its first step, its frozen half known.
+        reference (`torch.nn.Module`):
+            A hollow copy, whose other parameters become copies of the policy's, or a reference that was found equal.
+    """
+    hollow, theirs = is_hollow(reference), dict(reference.named_parameters())
+    for name, parameter in policy.named_parameters():
+        if not parameter.requires_grad:
+            theirs[name].data = parameter.data
+        elif hollow:
+            theirs[name].data = parameter.data.clone()
+
+
+def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, int]:
+    """
+    What the reference takes in this process.
+
+    Args:
+        policy, reference (`torch.nn.Module`):
+            The two models.
+
+    Returns:
+        `tuple[int, int]`: Bytes that the reference's weights take beside the policy's, and bytes of storage that both use.
+    """
+    ours, theirs = _storages(policy), _storages(reference)
+    shared = sum(size for place, size in theirs.items() if place in ours)
+    return sum(theirs.values()) - shared, shared
+
+
+def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: str | None) -> None:
+    """Say on the main process what is stored once, or the `reason` why nothing is."""
+    own, shared = memory(policy, reference)
+    if reason is None:
+        PartialState().print(f"reference: shares {shared:,} of {own + shared:,} bytes with the policy.")
+    else:
+        PartialState().print(f"reference: {own:,} bytes of its own, not shared because {reason}.")
+
+
+def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
+    """Bytes by place in memory. A state dict also holds what a quantised weight needs beside its parameter."""
+    tensors = (value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 
 
 def freeze(reference: torch.nn.Module) -> None:

@@ -76,12 +76,11 @@ class HFTMixin:
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
         self._first_step = True
+        self._shares_reference = False
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
-        own_reference = vars(self).get("ref_model")  # also of trainers that always load it themselves
-        if own_reference is not None:
-            reference.freeze(own_reference)
-            reference.check_is_start(model, self.accelerator.unwrap_model(own_reference), reference_given)
+        if vars(self).get("ref_model") is not None:  # also of trainers that always load it themselves
+            self._settle_reference(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -102,6 +101,26 @@ class HFTMixin:
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
         return dataclasses.replace(selection, start_model=start_model)
+
+    def _settle_reference(self, policy: PreTrainedModel, given: bool) -> None:
+        """Freeze the reference, check that it is the start model, and store the frozen half once where that can be."""
+        own = self.accelerator.unwrap_model(self.ref_model)
+        reference.freeze(own)
+        reason = reference.why_not_shared(self.args, self.hft_config)
+        if reason is not None or not reference.is_hollow(own):
+            reference.check_is_start(policy, own, given)
+            reason = reason or ("ref_model was passed and stays as it is" if given else None)
+        self._shares_reference = reason is None
+        if self._shares_reference:
+            reference.tie(policy, own)
+        if self.hft_config.method == "hft":
+            reference.report_memory(policy, own, reason)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._shares_reference:  # accelerate may have copied the policy to its device
+            reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        return prepared
 
     def check_frozen(self) -> None:
         """
@@ -194,7 +213,17 @@ class HFTSFTTrainer(HFTMixin, SFTTrainer):
 
 
 class HFTDPOTrainer(HFTMixin, DPOTrainer):
-    """[`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen."""
+    """
+    [`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen.
+
+    In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
+    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL.
+    """
+
+    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
+        given, _ = _arguments(super(HFTMixin, self).__init__, args, kwargs)
+        with reference.loaded_once(given, hft_config) as given:
+            super().__init__(hft_config=hft_config, **given)
 
 
 def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:
