@@ -46,7 +46,7 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
 
 
 @contextlib.contextmanager
-def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator[dict[str, Any]]:
+def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[str, Any] | None]:
     """
     Load the policy as TRL would, and put an empty copy of it in the place of the reference that TRL would load.
 
@@ -54,45 +54,43 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator
 
     Args:
         given (`dict[str, Any]`):
-            Arguments of [`~trl.DPOTrainer`], by name.
-        hft_config ([`HFTConfig`], *optional*):
+            The user's arguments of [`~trl.DPOTrainer`], by name.
+        hft_config ([`HFTConfig`]):
             What to train.
 
     Yields:
-        `dict[str, Any]`: The arguments to call it with; those given where policy and reference can't be shared.
+        `dict[str, Any]` or `None`: The arguments to call it with, `None` where the reference can't be such a copy.
     """
-    model, config = given.get("model"), hft_config if hft_config is not None else HFTConfig()
-    args = given.get("args")
+    model, args = given.get("model"), given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
     if (
         not isinstance(model, str | PreTrainedModel)
-        or not isinstance(config, HFTConfig)
         or not isinstance(args, DPOConfig)
         or args.precompute_ref_log_probs
-        or given.get("peft_config") is not None
-        or given.get("quantization_config") is not None
         or given.get("ref_model") is not None
-        or why_not_shared(args, config)
+        or why_not_shared(args, hft_config)
     ):
-        yield given
+        yield None
         return
-    given, init = {**given, "args": args}, args.model_init_kwargs
+    loaded, init = {**given, "args": args}, args.model_init_kwargs
     if isinstance(model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code, **(init or {})}
         if args.distributed_state.distributed_type == "MULTI_GPU":
-            kwargs["device_map"] = None  # as TRL: every process loads onto its own device later
+            kwargs["device_map"] = None  # as TRL: the trainer moves the model to the process's own device
         set_seed(args.seed)
         model = create_model_from_path(model, **kwargs)
         if given.get("processing_class") is None:
-            given["processing_class"] = AutoProcessor.from_pretrained(
+            loaded["processing_class"] = AutoProcessor.from_pretrained(
                 given["model"], revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
-        args.model_init_kwargs = None  # they are used up, and TRL warns where it would not use them
+    if not can_be_copied(model):
+        yield None
+        return
+    if isinstance(given["model"], str):
+        args.model_init_kwargs = None  # they are used up; TRL would warn that it does not use them
     try:
-        if can_be_copied(model):
-            given.update(model=model, ref_model=hollow_copy(model))
-        yield given
+        yield {**loaded, "model": model, "ref_model": hollow_copy(model)}
     finally:
         args.model_init_kwargs = init
 
