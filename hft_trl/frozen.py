@@ -54,12 +54,9 @@ class FrozenHalf:
             reference (`torch.nn.Module`, *optional*):
                 A reference with weights of its own, which is rounded likewise, so that it stays the start model.
         """
-        norms = {id(p) for module in model.modules() if isinstance(module, torch.nn.LayerNorm) for p in module.parameters()}
-        parameters = {
-            name: p
-            for name, p in model.named_parameters()
-            if name in self.digests and p.dtype != dtype and id(p) not in norms
-        }
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        whole = {id(parameter) for norm in norms for parameter in norm.parameters()}
+        parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
         others = dict(reference.named_parameters()) if reference is not None else {}
         files = _start_files(model, revision)
         on_disk = {}
@@ -69,15 +66,16 @@ class FrozenHalf:
                 on_disk[name] = tensor.dtype
         left = []
         for name, parameter in parameters.items():
-            loaded, cast = parameter.data, parameter.data.to(dtype)
-            exact = torch.equal(cast.to(loaded.dtype), loaded)
-            if not exact and (name not in on_disk or not cast.isfinite().all()):
-                left.append(name)
-                continue
-            parameter.data = cast
-            if name in others:
-                others[name].data = others[name].data.to(dtype)
-            if on_disk.get(name, dtype) != dtype:
+            loaded = parameter.data
+            if id(parameter) not in whole:
+                cast = loaded.to(dtype)
+                if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
+                    parameter.data = cast
+                    if name in others:
+                        others[name].data = others[name].data.to(dtype)
+                else:
+                    left.append(name)
+            if on_disk.get(name, parameter.dtype) != parameter.dtype:
                 self._cast[name] = (files[name], loaded.dtype, self.digests[name])
         if left:
             logger.warning(
