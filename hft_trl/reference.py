@@ -38,11 +38,20 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
         return "hft.share_reference is false"
     if vars(args).get("sync_ref_model"):
         return "sync_ref_model moves the reference"
+    backend = sharded_by(args)
+    return f"{backend} stores the parameters itself" if backend else None
+
+
+def sharded_by(args: TrainingArguments) -> str | None:
+    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
     if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
-        return "FSDP shards the policy later than the reference"
-    if args.deepspeed_plugin is not None:
-        return "DeepSpeed stores the parameters itself"
-    return None
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+
+
+def is_quantized(reference: torch.nn.Module) -> bool:
+    """Whether the reference was loaded quantised."""
+    return "hf_quantizer" in vars(reference)
 
 
 @contextlib.contextmanager
@@ -221,12 +230,15 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
         reference (`torch.nn.Module`):
             The reference, on any device.
         given (`bool`):
-            Whether the user passed the reference. Then another model may be meant, which is only warned of.
+            Whether the user passed the reference. Then another model may be meant, which is only warned of. A quantised
+            one is not compared.
 
     Raises:
         [`HFTError`]: If the reference was loaded from the policy's path and is another model, because the policy was
             edited in memory.
     """
+    if given and is_quantized(reference):
+        return
     difference = first_difference(policy, reference)
     if difference is None:
         return
