@@ -159,4 +159,3 @@ def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path
         return weight_files(model.config._name_or_path, revision)
     except (HFTError, OSError):
         return {}
-

@@ -37,7 +37,10 @@ def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> Non
         head = model.get_output_embeddings()
         for name, module in model.named_modules():
             # The blocks of bitsandbytes' CPU kernels, which otherwise fail in the first step
-            fits = not isinstance(module, torch.nn.Linear) or (module.in_features % 64, module.out_features % 32) == (0, 0)
+            fits = not isinstance(module, torch.nn.Linear) or (module.in_features % 64, module.out_features % 32) == (
+                0,
+                0,
+            )
             if not fits and module is not head:
                 raise HFTError(
                     f"reference_quantization is 4bit, which on a CPU takes matrices of a multiple of 64 by a multiple of 32, "

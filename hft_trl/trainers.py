@@ -120,7 +120,7 @@ class HFTMixin:
             reference.freeze(own)
             if reason is not None or not reference.is_hollow(own):
                 reference.check_is_start(policy, own, reference_given)
-                reason = reason or ("ref_model was passed and stays as it is" if reference_given else None)
+                reason = reason or ("ref_model was passed, which is left as it is" if reference_given else None)
         self._shares_reference = own is not None and reason is None
         if self._frozen_dtype:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -28,8 +28,14 @@ def start(kind, folder, tokenizer):
             torch.manual_seed(0)
             model = Qwen3ForCausalLM(
                 Qwen3Config(
-                    vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, head_dim=8,
-                    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                    vocab_size=len(tokenizer),
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=4,
+                    head_dim=8,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    tie_word_embeddings=True,
                 )  # fmt: skip
             )
     else:
@@ -55,7 +61,9 @@ def test_the_frozen_half_is_held_small_and_saved_with_the_bits_of_the_file(
     """Whatever the file's type, in the final folder as in checkpoints, tied or in shards; and it loads as float32."""
     base = start(kind, tmp_path / "base", tokenizer)
     hft = HFTConfig(frozen_dtype="bfloat16", train_embeddings=embeddings, train_lm_head=embeddings)
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", hft, **AUTOCAST, save_strategy="steps", save_steps=2)
+    trainer = sft_trainer(
+        HFTSFTTrainer, base, tulu, tmp_path / "out", hft, **AUTOCAST, save_strategy="steps", save_steps=2
+    )
     types = {p.dtype: p.requires_grad for p in trainer.model.parameters()}
     assert types == {torch.float32: True, torch.bfloat16: False}
     trainer.train()
@@ -123,7 +131,9 @@ def test_a_stage_after_it_and_a_shared_reference_take_the_mixed_types(tulu, ultr
         trainer = dpo_trainer(HFTDPOTrainer, tmp_path / "sft", ultrafeedback, tmp_path / name, hft, **AUTOCAST)
         policy, theirs = dict(trainer.model.named_parameters()), dict(trainer.ref_model.named_parameters())
         for key, parameter in policy.items():
-            assert theirs[key].dtype == parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+            assert (
+                theirs[key].dtype == parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+            )
             assert torch.equal(theirs[key], parameter)
             assert (theirs[key].data_ptr() == parameter.data_ptr()) == (share and not parameter.requires_grad)
         trainer.train()

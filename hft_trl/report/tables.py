@@ -64,7 +64,9 @@ def stage_grid(report: Report) -> Grid:
     ]
     if any(stage.reference_memory_bytes is not None for stage in report.stages):
         rows.insert(-2, ["reference, beside the policy", *(size(s.reference_memory_bytes) for s in report.stages)])
-        rows.insert(-2, ["reference, shared with the policy", *(size(s.shared_reference_bytes) for s in report.stages)])
+        rows.insert(
+            -2, ["reference, shared with the policy", *(size(s.shared_reference_bytes) for s in report.stages)]
+        )
     if any(stage.rows is not None for stage in report.stages):
         rows.append(["rows", *(count(stage.rows) for stage in report.stages)])
     if any(stage.dropped_rows for stage in report.stages):
