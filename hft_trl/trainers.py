@@ -107,7 +107,7 @@ class HFTMixin:
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
         return dataclasses.replace(selection, start_model=start_model)
 
-    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
+    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
         """What to call the parent with instead of what was `given`, if a trainer can make its reference of the policy."""
         return nullcontext()
 

@@ -36,7 +36,7 @@ def start(kind, folder, tokenizer):
                     num_attention_heads=4,
                     num_key_value_heads=2,
                     tie_word_embeddings=True,
-                )  # fmt: skip
+                )
             )
     else:
         model = tiny_llama(len(tokenizer), tie_word_embeddings=kind == "tied")
@@ -160,7 +160,7 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, ultrafeedback, 
 
 
 def test_it_is_refused_without_autocast_and_under_zero_3(base, tulu, tmp_path):
-    with pytest.raises(HFTError, match="mixed_precision is 'no'.*set bf16 to true"):
+    with pytest.raises(HFTError, match=r"mixed_precision is 'no'.*set bf16 to true"):
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, BF16)
     sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft", frozen_dtype="bfloat16"))
     with pytest.raises(HFTError, match="set fp16 to true"):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
-from test_trainers import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
 from datasets import Dataset
+from test_trainers import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, KTOConfig
 
@@ -113,7 +113,7 @@ def test_no_two_whole_models_are_held_at_start(tmp_path, base, tokenizer):
     assert result.returncode == 0, result.stderr[-3000:]
     shared, unshared = (int(word) / size for word in result.stdout.split()[-2:])
     assert 1.4 < shared < 1.7
-    assert 1.9 < unshared
+    assert unshared > 1.9
 
 
 def test_resuming_and_going_back_to_the_best_leave_the_reference_alone(base, ultrafeedback, tmp_path):
