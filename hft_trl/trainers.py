@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
-from hft_trl import reference
+from hft_trl import backends, reference
 from hft_trl.backends import check_backend
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -64,6 +65,8 @@ class HFTMixin:
         given, takes_reference = _arguments(super().__init__, args, kwargs)
         reference_given = given.get("ref_model") is not None
         _refuse_adapters(given)
+        if self.hft_config.method == "hft":
+            backends.check_launch(given.get("args"))
         precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
         if takes_reference and not reference_given and not precomputed:
             reference.check_has_path(given.get("model"))
@@ -79,7 +82,9 @@ class HFTMixin:
         self._shares_reference = False
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
-        if vars(self).get("ref_model") is not None:  # also of trainers that always load it themselves
+        if (
+            vars(self).get("ref_model") is not None and not precomputed
+        ):  # also where the trainer always loads it itself
             self._settle_reference(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
@@ -184,6 +189,9 @@ class HFTMixin:
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
+        if backends.saves_shards(self.accelerator) and not _internal_call:
+            # Shards are enough to resume from; what training ends with has to load anywhere.
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -217,13 +225,33 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     [`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen.
 
     In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
-    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL.
+    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it is
+    such a copy too, sharded layer by layer like the policy.
     """
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         given, _ = _arguments(super(HFTMixin, self).__init__, args, kwargs)
-        with reference.loaded_once(given, hft_config) as given:
-            super().__init__(hft_config=hft_config, **given)
+        self._to_shard: PreTrainedModel | None = None
+        with reference.loaded_once(given, hft_config) as ready:
+            if ready.get("ref_model") is not given.get("ref_model") and backends.fsdp_version(given.get("args")) == 2:
+                self._to_shard = ready["ref_model"]
+            super().__init__(hft_config=hft_config, **ready)
+        if self._to_shard is not None and self.args.precompute_ref_log_probs:
+            self.ref_model = None  # as TRL does with a reference of its own
+        self._to_shard = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as the parent does, and shard the reference before TRL shards it as one piece."""
+        super().create_accelerator_and_postprocess()
+        if self._to_shard is not None:
+            backends.shard_reference(self.accelerator, self._to_shard)
+            if self.args.precompute_ref_log_probs:
+                backends.make_hashable(self._to_shard)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute as the parent does, on a data set beside whose file every process finds the parent's cache."""
+        dataset = backends.seen_by_all(dataset, Path(self.args.output_dir) / "reference_log_probs" / name)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:
