@@ -117,13 +117,13 @@ def make_hashable(reference: torch.nn.Module) -> None:
 
     TRL hashes the state dict to name its cache of log-probs, and can't read shards. Every process has to ask for it.
     """
-    reference.register_state_dict_post_hook(_fingerprint_shards)
 
+    def fingerprint_shards(_: torch.nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+        for name, tensor in state_dict.items():
+            digest = bytearray.fromhex(fingerprint(full(tensor)))
+            state_dict[name] = torch.frombuffer(digest, dtype=torch.uint8)
 
-def _fingerprint_shards(module: torch.nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    for name, tensor in state_dict.items():
-        digest = fingerprint(full(tensor))
-        state_dict[name] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
+    reference.register_state_dict_post_hook(fingerprint_shards)
 
 
 def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:

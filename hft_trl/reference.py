@@ -66,11 +66,12 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator
     args = given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
+    if not isinstance(config, HFTConfig) or not isinstance(args, DPOConfig):
+        yield given
+        return
     sharded = config.method == "hft" and fsdp_version(args) == 2
     if (
         not isinstance(model, str | PreTrainedModel)
-        or not isinstance(config, HFTConfig)
-        or not isinstance(args, DPOConfig)
         or (args.precompute_ref_log_probs and not sharded)
         or given.get("peft_config") is not None
         or given.get("quantization_config") is not None

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
-from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import backends, reference
 from hft_trl.backends import check_backend
@@ -236,8 +236,10 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
             if ready.get("ref_model") is not given.get("ref_model") and backends.fsdp_version(given.get("args")) == 2:
                 self._to_shard = ready["ref_model"]
             super().__init__(hft_config=hft_config, **ready)
-        if self._to_shard is not None and self.args.precompute_ref_log_probs:
-            self.ref_model = None  # as TRL does with a reference of its own
+        if self.args.precompute_ref_log_probs:
+            self.accelerator.print("reference: its log-probs are computed before training, and it is not kept.")
+            if self._to_shard is not None:
+                self.ref_model = None  # as TRL does with a reference of its own
         self._to_shard = None
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import DPOConfig, SFTConfig
 
@@ -84,7 +85,9 @@ def train(name: str, base: Path, output: Path) -> dict:
     stage, *variant = name.split("-")
     settings = dict(TRAININGS[name])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ["FSDP_STATE_DICT_TYPE"] = settings.pop("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    state_dicts = settings.pop("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if dist.is_initialized():  # the test's own process keeps its environment
+        os.environ["FSDP_STATE_DICT_TYPE"] = state_dicts
     settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes
     rows = Dataset.from_list([(tulu_row if stage == "sft" else ultrafeedback_row)(n) for n in range(32)])
     config, kind = (SFTConfig, HFTSFTTrainer) if stage == "sft" else (DPOConfig, HFTDPOTrainer)
@@ -125,8 +128,10 @@ def train(name: str, base: Path, output: Path) -> dict:
         "ddp_bytes": ddp.get("total_parameter_size_bytes"),
         "reduced_numbers": witness.reduced,
         "gathered_by_reference": witness.gathered_by_reference,
-        "pieces_of_reference": sum(isinstance(m, FSDPModule) for m in reference.modules()) if reference else 0,
-        "policy_in_pieces": sum(isinstance(m, FSDPModule) for m in trainer.model.modules()),
+        "largest_layer": max(sum(p.nbytes for p in layer.parameters()) for layer in trainer.model.model.layers),
+        "embedding": trainer.model.get_input_embeddings().weight.nbytes,
+        "parts": [sum(isinstance(m, FSDPModule) for m in x.modules()) if x else 0 for x in (trainer.model, reference)],
+        "reference_is_sharded": reference is not None and all(isinstance(p, DTensor) for p in reference.parameters()),
     }
 
 
@@ -135,6 +140,7 @@ def main(base: str, output: str, *names: str) -> None:
         import fsdp_on_cpu
 
         fsdp_on_cpu.enable()
+    PartialState()  # joins the other processes
     for name in names:
         seen = train(name, Path(base), Path(output))
         file = Path(output) / name / f"seen-{PartialState().process_index}.json"
