@@ -1,19 +1,13 @@
-"""
-FSDP on the CPU, for tests only: accelerate itself ignores FSDP there and silently falls back to DDP.
-
-As a program it runs a script with it: `accelerate launch --config_file fsdp2_on_cpu.yaml fsdp_on_cpu.py SCRIPT ...`.
-"""
+"""FSDP on the CPU, for tests only: accelerate itself ignores FSDP there and silently falls back to DDP."""
 
 import os
-import runpy
-import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 
 def enable() -> None:
-    """Make accelerate take the FSDP plugin on CPU processes, as it does on GPUs."""
+    """Make accelerate take the FSDP plugin on CPU processes, as it does on GPUs. Without FSDP nothing changes."""
     original = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
@@ -26,10 +20,3 @@ def enable() -> None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
-
-
-if __name__ == "__main__":
-    enable()
-    sys.argv = sys.argv[1:]
-    sys.path.insert(0, os.path.dirname(sys.argv[0]))  # noqa: PTH120
-    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = Path(__file__).parent / "train.py"
-FSDP_ON_CPU = Path(__file__).parent / "fsdp_on_cpu.py"
+RECIPES = Path(__file__).parent / "recipes.py"
 
 
 def on_cpu(name: str, folder: Path, **changes) -> Path:

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import fsdp_on_cpu
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -136,10 +137,7 @@ def train(name: str, base: Path, output: Path) -> dict:
 
 
 def main(base: str, output: str, *names: str) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        import fsdp_on_cpu
-
-        fsdp_on_cpu.enable()
+    fsdp_on_cpu.enable()
     PartialState()  # joins the other processes
     for name in names:
         seen = train(name, Path(base), Path(output))
