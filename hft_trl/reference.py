@@ -2,19 +2,19 @@
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import str_to_bool
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils import logging
 from trl import DPOConfig
 from trl.trainer.utils import create_model_from_path
 
+from hft_trl.backends import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.weights import full
@@ -44,7 +44,7 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
 
 def sharded_by(args: TrainingArguments) -> str | None:
     """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
-    if args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
+    if fsdp_version(args) is not None:
         return "FSDP"
     return "DeepSpeed" if args.deepspeed_plugin is not None else None
 
@@ -57,9 +57,10 @@ def is_quantized(reference: torch.nn.Module) -> bool:
 @contextlib.contextmanager
 def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[str, Any] | None]:
     """
-    Load the policy as TRL would, and put an empty copy of it in the place of the reference that TRL would load.
+    Load the policy as TRL would, and put a copy of it that takes no memory in the place of TRL's own reference.
 
-    The copy is filled by [`tie`] as soon as the frozen half is known, so that two whole models are never in memory.
+    The copy is empty and filled by [`tie`] as soon as the frozen half is known, or under FSDP2 has the policy's storage
+    until it is sharded, so that two whole models are never in memory.
 
     Args:
         given (`dict[str, Any]`):
@@ -73,19 +74,22 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     model, args = given.get("model"), given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
+    if not isinstance(args, DPOConfig):
+        yield None
+        return
+    sharded = hft_config.method == "hft" and fsdp_version(args) == 2
     if (
         not isinstance(model, str | PreTrainedModel)
-        or not isinstance(args, DPOConfig)
-        or args.precompute_ref_log_probs
+        or (args.precompute_ref_log_probs and not sharded)
         or given.get("ref_model") is not None
-        or why_not_shared(args, hft_config)
+        or (why_not_shared(args, hft_config) and not sharded)
     ):
         yield None
         return
     loaded, init = {**given, "args": args}, args.model_init_kwargs
     if isinstance(model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code, **(init or {})}
-        if args.distributed_state.distributed_type == "MULTI_GPU":
+        if sharded or args.distributed_state.distributed_type == "MULTI_GPU":
             kwargs["device_map"] = None  # as TRL: the trainer moves the model to the process's own device
         set_seed(args.seed)
         model = create_model_from_path(model, **kwargs)
@@ -99,7 +103,7 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     if isinstance(given["model"], str):
         args.model_init_kwargs = None  # they are used up; TRL would warn that it does not use them
     try:
-        yield {**loaded, "model": model, "ref_model": hollow_copy(model)}
+        yield {**loaded, "model": model, "ref_model": (alias_copy if sharded else hollow_copy)(model)}
     finally:
         args.model_init_kwargs = init
 
@@ -187,7 +191,10 @@ def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, in
 def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: str | None) -> None:
     """Say on the main process what is stored once, or the `reason` why nothing is."""
     own, shared = memory(policy, reference)
-    if reason is None:
+    parts = sum(isinstance(module, FSDPModule) for module in reference.modules())
+    if parts:
+        PartialState().print(f"reference: {own:,} bytes in each process, sharded by FSDP2 in {parts} parts.")
+    elif reason is None:
         PartialState().print(f"reference: shares {shared:,} of {own + shared:,} bytes with the policy.")
     else:
         PartialState().print(f"reference: {own:,} bytes of its own, not shared because {reason}.")

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, data
+from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.errors import HFTError
 from hft_trl.folder import mark_finished
@@ -28,12 +29,14 @@ logger = logging.get_logger(__name__)
 
 def check_model(stage: Stage) -> None:
     """
-    Check from its config that a model can be trained, before anything is downloaded or trained.
+    Check from its config that a model can be trained as launched, before anything is downloaded or trained.
 
     Raises:
         [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
-            is a folder whose weights are missing or torn.
+            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend.
     """
+    if stage.hft.method == "hft":
+        check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
         if any(folder.glob("*.safetensors*")):

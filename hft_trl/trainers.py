@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,7 +18,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import reference
+from hft_trl import backends, reference
 from hft_trl.backends import check_backend, check_frozen_dtype
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -66,13 +67,15 @@ class HFTMixin:
         reference_given = given.get("ref_model") is not None
         _refuse_adapters(given)
         self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
+        if self.hft_config.method == "hft":
+            backends.check_launch(given.get("args"))
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
+        precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
                 super().__init__(**loaded)
             else:
-                precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
                 if takes_reference and not reference_given and not precomputed:
                     reference.check_has_path(given.get("model"))
                 super().__init__(*args, **kwargs)
@@ -200,6 +203,9 @@ class HFTMixin:
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
+        if backends.saves_shards(self.accelerator) and not _internal_call:
+            # Shards are enough to resume from; what training ends with has to load anywhere.
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -244,11 +250,38 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     [`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen.
 
     In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
-    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL.
+    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it is
+    such a copy too, sharded layer by layer like the policy.
     """
 
-    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
-        return reference.loaded_once(given, self.hft_config)
+    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
+        self._to_shard: torch.nn.Module | None = None
+        super().__init__(*args, hft_config=hft_config, **kwargs)
+        if self.args.precompute_ref_log_probs:
+            self.accelerator.print("reference: its log-probs were computed before training, and it is not kept.")
+
+    @contextmanager
+    def _policy_loaded_once(self, given: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+        with reference.loaded_once(given, self.hft_config) as loaded:
+            if loaded is not None and backends.fsdp_version(loaded["args"]) == 2:
+                self._to_shard = loaded["ref_model"]
+            yield loaded
+        if self._to_shard is not None and self.args.precompute_ref_log_probs:
+            self.ref_model = None  # as TRL does with a reference of its own
+        self._to_shard = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as the parent does, and shard the reference before TRL shards it as one piece."""
+        super().create_accelerator_and_postprocess()
+        if self._to_shard is not None:
+            backends.shard_reference(self.accelerator, self._to_shard)
+            if self.args.precompute_ref_log_probs:
+                backends.make_hashable(self._to_shard)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute as the parent does, on a data set beside whose file every process finds the parent's cache."""
+        dataset = backends.seen_by_all(dataset, Path(self.args.output_dir) / "reference_log_probs" / name)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:
