@@ -1,5 +1,6 @@
 """How a program ends early: at a mistake that the user can mend, and at a SIGTERM."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 class HFTError(ValueError):
@@ -43,6 +45,7 @@ def exit_on_user_error() -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None
+    _end_with_launcher()
     try:
         yield
     except HFTError as error:
@@ -55,6 +58,12 @@ def exit_on_user_error() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+def _end_with_launcher() -> None:
+    """`accelerate launch` of one process ends at a SIGTERM without passing it on, so the kernel is asked to."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:

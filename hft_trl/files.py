@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,13 +82,14 @@ def writing(folder: str | Path) -> Iterator[None]:
         text = f"{type(error).__name__}: {error}"
         if not any(word in text for word in WRITERS):
             raise
-        system = error.__context__
-        reason = (system.strerror if isinstance(system, OSError) else None) or " ".join(str(error).split())
+        # safetensors quotes the system's reason, torch drops it
+        reason = str(error).split("I/O error: ")[-1] if "I/O error" in text else "a file was cut short"
         raise _refused(folder, reason) from error
 
 
 def _refused(folder: str | Path, reason: str) -> HFTError:
+    here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     return HFTError(
-        f"{folder} can't be written ({reason}): make room, or mend the folder's permissions, and run the same command "
+        f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make room, or mend the folder's permissions, and run the same command "
         "again; it goes on from the last whole checkpoint."
     )

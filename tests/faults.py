@@ -71,13 +71,6 @@ def full_from_step(stage: str, step: int, largest: int) -> None:
     _in_step(stage, step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard)))
 
 
-def as_nobody() -> None:
-    """Give up root's rights, before which no folder is read-only."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 def vanish_in_step(stage: str, step: int, path: str) -> None:
     """Remove a file while a stage trains."""
     _in_step(stage, step, lambda: Path(path).unlink())

@@ -1,7 +1,6 @@
 """Nothing is lost: whatever ends a run, and whenever, the same command ends in the same bytes."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -247,7 +246,8 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_the_run_in_one_line_and_room_lets_it_go_on(launch, whole, small_disk):
     error = one_error(launch(small_disk / "run", "--sft.save_total_limit", 9))
-    assert "No space left on device" in error
+    assert "MB are free there" in error
+    assert float(error.partition(" MB are free")[0].rpartition(" ")[2]) < 5
     kept = last_whole_checkpoint(small_disk / "run" / "sft")
     assert kept is not None
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
@@ -255,18 +255,15 @@ def test_a_full_disk_stops_the_run_in_one_line_and_room_lets_it_go_on(launch, wh
     assert_same(small_disk / "run", whole)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="giving up rights needs root")
-def test_a_read_only_folder_is_refused_before_training_and_leaves_the_checkpoints(launch, whole, model, tmp_path):
-    output = tmp_path / "run"
-    launch(output, before=faults.signal_in_step, given=("sft", 3, signal.SIGKILL)).wait()
-    for path in (tmp_path, *tmp_path.parents[:-1], model.parent, *model.parent.parents[:-1]):
-        path.chmod(path.stat().st_mode | 0o755)
-    shutil.chown(tmp_path / "log0", 65534)
-    (tmp_path / "log1").touch()
-    shutil.chown(tmp_path / "log1", 65534)
-    error = one_error(launch(output, before=faults.as_nobody))
-    assert "Permission denied" in error
+def test_a_read_only_folder_is_refused_before_training_and_leaves_the_checkpoints(launch, whole, small_disk):
+    output = small_disk / "run"
+    assert launch(output, before=faults.signal_in_step, given=("sft", 3, signal.SIGKILL)).wait() == [-signal.SIGKILL]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    error = one_error(launch(output))
+    assert str(output / "sft") in error
+    assert "Read-only file system" in error
     assert last_whole_checkpoint(output / "sft") == str(output / "sft" / "checkpoint-2")
+    subprocess.run(["mount", "-o", "remount,rw,size=200m", str(small_disk)], check=True)
     launch(output).finish()
     assert_same(output, whole)
 
