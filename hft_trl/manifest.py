@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, write_json, writing
+from hft_trl.selection import SELECTION_FILE
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -38,11 +40,10 @@ def backend_of(state: AcceleratorState) -> str:
 
 def layout(trainer: "Trainer") -> dict[str, Any]:
     """What a trainer's checkpoints depend on beside their settings: backend, number of processes, global batch size."""
-    args = trainer.args
     return {
         "backend": backend_of(trainer.accelerator.state),
-        "processes": args.world_size,
-        "global_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "processes": trainer.accelerator.num_processes,
+        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
     }
 
 
@@ -122,9 +123,9 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"{MANIFEST_FILE} can't be read ({error})"
     if manifest is None:
-        if (checkpoint / "hft_selection.json").exists():
+        if (checkpoint / SELECTION_FILE).exists():
             return f"{MANIFEST_FILE}, which is written last, is missing"
-        return None if (checkpoint / "trainer_state.json").exists() else "trainer_state.json is missing"
+        return None if (checkpoint / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
     for name, size in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():

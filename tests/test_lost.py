@@ -5,13 +5,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import faults
 import pytest
 from conftest import tulu_row, ultrafeedback_row
-from warm import Run
+from warm import ROOT, Run
 
 from hft_trl import demo
 from hft_trl.checkpoints import last_whole_checkpoint, torn_because
@@ -199,6 +200,25 @@ def test_sigterm_outside_of_training_ends_with_the_same_code_and_nothing_torn(la
         assert "Traceback" not in run.output()
     launch(tmp_path / "run").finish()
     assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.e2e
+def test_a_recipe_saves_when_its_launcher_gets_the_sigterm(model, tmp_path):
+    """`accelerate launch` of one process ends without passing it on, nor waiting."""
+    single = ["--config_file", "accelerate_configs/single.yaml", "recipes/sft_then_dpo.py"]
+    flags = ["--model", model, "--output_dir", tmp_path / "run", *QUICK, "--sft.max_steps", 100000]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *single, *flags]
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log)
+    while last_whole_checkpoint(tmp_path / "run" / "sft") is None:
+        assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.1)
+    launcher.terminate()
+    assert launcher.wait(60) == -signal.SIGTERM
+    deadline = time.monotonic() + 60
+    while "stopped: SIGTERM; saved checkpoint-" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(launch, whole_of_two, tmp_path):
