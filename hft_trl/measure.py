@@ -56,8 +56,9 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
-    # A checkpoint of the last step is taken over without a training loop, so there is no time and no optimizer.
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
+    if resumed_from and resumed_from.global_step == trainer.state.global_step:
+        runtime = None  # a checkpoint of the last step is taken over, which is no training
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     memory = (

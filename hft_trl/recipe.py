@@ -282,7 +282,7 @@ def _parse(
     if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
         raw["bf16"] = is_torch_bf16_gpu_available()
     # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
-    for key in {"assistant_only_loss", "logging_first_step"} & {*known}:
+    for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
         raw.setdefault(key, True)
     parser.set_defaults_with_config(**raw)
     try:

@@ -14,6 +14,7 @@ from hft_trl import chat, data
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.errors import HFTError
+from hft_trl.files import writing
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
@@ -159,12 +160,13 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
     trainer.train(resume_from_checkpoint=checkpoint)
     record = measure(stage, trainer, resumed_from)
     record.rows, record.dropped_rows = rows - dropped, dropped
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=stage.data.dataset)
-    if PartialState().is_main_process:
-        start = stage.model.model_name_or_path
-        record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
-        mark_finished(stage, record)
+    with writing(stage.folder):
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card(dataset_name=stage.data.dataset)
+        if PartialState().is_main_process:
+            start = stage.model.model_name_or_path
+            record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
+            mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

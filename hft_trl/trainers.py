@@ -12,18 +12,20 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import backends, reference
 from hft_trl.backends import check_backend, check_frozen_dtype
-from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
+from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.manifest import check_layout, layout, sealing
+from hft_trl.preemption import StopAtStepEnd
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
@@ -93,6 +95,7 @@ class HFTMixin:
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
+        self._preemption = StopAtStepEnd.install(self)
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
@@ -155,26 +158,35 @@ class HFTMixin:
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
+                raise HFTError(
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
+                    "resume_from_checkpoint."
+                )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
                 check_resumable(self.hft_selection, resume_from_checkpoint)
-            if self._is_trained(resume_from_checkpoint):
-                self.check_frozen()
-                return TrainOutput(self.state.global_step, float("nan"), {})
+            check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
 
-    def _is_trained(self, checkpoint: str) -> bool:
-        """Take over a checkpoint of step `max_steps`. transformers would train one step more, and end in other weights."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if not 0 < self.args.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        return True
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self._preemption is not None:
+            self._preemption.leave()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
+        run = Path(self._get_output_dir(trial=trial))
+        with sealing(self, run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
@@ -201,12 +213,13 @@ class HFTMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""
         self.check_frozen()
-        if self.args.should_save:
-            self.hft_selection.save(output_dir or self.args.output_dir)
-        if backends.saves_shards(self.accelerator) and not _internal_call:
-            # Shards are enough to resume from; what training ends with has to load anywhere.
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        super().save_model(output_dir, _internal_call)
+        with writing(output_dir or self.args.output_dir):
+            if self.args.should_save:
+                self.hft_selection.save(output_dir or self.args.output_dir)
+            if backends.saves_shards(self.accelerator) and not _internal_call:
+                # Shards are enough to resume from; what training ends with has to load anywhere.
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save as the parent does, with the start model's own tensors where the frozen half is held in a smaller type."""
