@@ -12,6 +12,7 @@ from trl.data_utils import is_conversational
 
 from hft_trl import chat, data
 from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
@@ -35,6 +36,10 @@ def check_model(stage: Stage) -> None:
     """
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
+        if is_delta(folder):
+            raise HFTError(
+                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
+            )
         if any(folder.glob("*.safetensors*")):
             check_readable(weight_files(str(folder)).values())
         elif not any(folder.glob("*.bin")):

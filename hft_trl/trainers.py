@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import reference
+from hft_trl import delta, reference
 from hft_trl.backends import check_backend
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -72,6 +72,7 @@ class HFTMixin:
 
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
+        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
@@ -165,7 +166,24 @@ class HFTMixin:
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
+        if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, not the final model
+            if self.args.should_save:
+                model = self.accelerator.unwrap_model(self.model)
+                delta.save(model, self.processing_class, self.hft_selection, output_dir)
+            return
         super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if delta.is_delta(resume_from_checkpoint):
+            delta.load(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if delta.is_delta(self.state.best_model_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""
