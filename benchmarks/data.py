@@ -10,8 +10,10 @@ Files in the hub's schemas are generated and removed again. Row counts, rows per
 dataset cards (allenai/tulu-v2-sft-mixture: 326,154 conversations, 1,239,293,363 bytes, 114,046 of them from ShareGPT with
 several exchanges; HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs, 405,688,662 bytes). The shape around these means is
 an assumption: log-normal lengths, a geometric number of exchanges. The words are the embedded tokenizer's, at about four
-characters a token. Seconds are those between a progress bar's first and last line. Memory is read from /proc (Linux):
-resident peak, and the part of it that is the process's own, since memory-mapped Arrow files count as resident too.
+characters a token. Seconds are those between a progress bar's first and last line. Memory is read from /proc (Linux): the
+resident peak of the recipe's process and of the largest of the workers that prepare data for it, in which memory-mapped
+files count as far as they were read, though the system may take those pages back; and what all of them own together
+without such files.
 """
 
 import argparse
@@ -114,6 +116,7 @@ class Run:
     cached: bool
     first_step_seconds: float = math.nan
     peak_memory_bytes: int = 0
+    worker_peak_memory_bytes: int = 0
     own_memory_bytes: int = 0
     phases: dict[str, Phase] = field(default_factory=dict)
 
@@ -149,15 +152,28 @@ def run(recipe: str, cached: bool, flags: list[str], cache: Path) -> Run:
 
 def _sample(process: subprocess.Popen, result: Run) -> None:
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:  # the process has just ended, or this is no Linux
-            return
-        for key, name in (("peak_memory_bytes", "VmHWM"), ("own_memory_bytes", "RssAnon")):
-            value = re.search(rf"{name}:\s+(\d+) kB", status)
-            if value:
-                setattr(result, key, max(getattr(result, key), int(value[1]) * 1024))
-        time.sleep(0.05)
+        main, *workers = [_memory(pid) for pid in (process.pid, *_children(process.pid))]
+        result.peak_memory_bytes = max(result.peak_memory_bytes, main[0])
+        result.worker_peak_memory_bytes = max(result.worker_peak_memory_bytes, *(peak for peak, _ in workers), 0)
+        result.own_memory_bytes = max(result.own_memory_bytes, sum(own for _, own in (main, *workers)))
+        time.sleep(0.2)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # the process has just ended, or this is no Linux
+        return []
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """Resident peak, and own memory now, in which a page that several processes share counts once for all of them."""
+    try:
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        own = re.search(r"Pss_Anon:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text())
+    except OSError:
+        return 0, 0
+    return int(peak[1]) * 1024 if peak else 0, int(own[1]) * 1024 if own else 0
 
 
 def main() -> None:
@@ -171,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("flags", nargs="*", help="more flags of the recipes, after --")
     options = parser.parse_args()
-    runs, sizes = [], {}
+    runs, sizes, console = [], {}, Console(stderr=options.json)
     with tempfile.TemporaryDirectory(dir=options.output_dir) as folder:
         for recipe, rows, generate in (("sft", options.rows, conversations), ("dpo", options.pairs, pairs)):
             if not rows:
@@ -182,26 +198,29 @@ def main() -> None:
             flags = [
                 "--model_name_or_path", "demo", "--dataset_name", str(path), "--output_dir", f"{folder}/{recipe}",
                 "--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", "2",
+                *options.flags,
             ]  # fmt: skip
-            runs.append(run(recipe, False, [*flags, *options.flags], Path(folder) / "cache"))
-            runs.append(run(recipe, True, [*flags, *options.flags, "--overwrite"], Path(folder) / "cache"))
+            for cached in (False, True):
+                runs.append(
+                    run(recipe, cached, [*flags, *(["--overwrite"] if cached else [])], Path(folder) / "cache")
+                )
+                show(console, runs[-1], **sizes[recipe])
+    console.print(environment())
     if options.json:
         sys.stdout.write(json.dumps({"files": sizes, "runs": [asdict(run) for run in runs]}, indent=2) + "\n")
-        return
-    console = Console()
-    for result in runs:
-        size = sizes[result.recipe]
-        title = f"recipes/{result.recipe}.py, {size['rows']:,} rows, {size['bytes'] / 1e9:.2f} GB"
-        table = Table("phase", "rows", "seconds", "rows/s", title=title + (", rerun" if result.cached else ""))
-        for name, phase in result.phases.items():
-            speed = f"{phase.rows / phase.seconds:,.0f}" if phase.seconds else ""
-            table.add_row(name, f"{phase.rows:,}", f"{phase.seconds:.1f}", speed)
-        console.print(table)
-        console.print(
-            f"first step after {result.first_step_seconds:.0f} s; peak memory {result.peak_memory_bytes / 1e9:.2f} GB, the "
-            f"process's own {result.own_memory_bytes / 1e9:.2f} GB\n"
-        )
-    console.print(environment())
+
+
+def show(console: Console, result: Run, rows: int, bytes: int) -> None:
+    title = f"recipes/{result.recipe}.py, {rows:,} rows, {bytes / 1e9:.2f} GB" + (", rerun" if result.cached else "")
+    table = Table("phase", "rows", "seconds", "rows/s", title=title)
+    for name, phase in result.phases.items():
+        speed = f"{phase.rows / phase.seconds:,.0f}" if phase.seconds else ""
+        table.add_row(name, f"{phase.rows:,}", f"{phase.seconds:.1f}", speed)
+    console.print(table)
+    console.print(
+        f"first step after {result.first_step_seconds:.0f} s; resident peak {result.peak_memory_bytes / 1e9:.2f} GB, of a "
+        f"worker {result.worker_peak_memory_bytes / 1e9:.2f} GB; own memory of all {result.own_memory_bytes / 1e9:.2f} GB\n"
+    )
 
 
 if __name__ == "__main__":

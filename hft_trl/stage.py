@@ -1,5 +1,6 @@
 """One stage of a recipe: its model, tokenizer and data checked, trained from where its folder stands, and measured."""
 
+import os
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,6 +25,8 @@ from hft_trl.trainers import HFTMixin
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
+
+LARGE = 20_000  # rows
 
 
 def check_model(stage: Stage) -> None:
@@ -69,7 +72,8 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
 
     Args:
         stage ([`Stage`]):
-            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations.
+            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations. Large data
+            are prepared by several processes unless its `dataset_num_proc` says otherwise.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if the stage has an `eval_split`.
@@ -86,6 +90,9 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
     evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
     if isinstance(stage.args, SFTConfig):
         stage.args.assistant_only_loss = stage.args.assistant_only_loss and is_conversational(train[0])
+    if stage.args.dataset_num_proc is None and len(train) >= LARGE:
+        # Faster, and memory-mapped files that a pass has read count as resident until the process lets go of them.
+        stage.args.dataset_num_proc = min(max(os.cpu_count() or 1, 4), 16)
     return train, evaluation
 
 
