@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import tulu_row, ultrafeedback_row
 from datasets import Dataset
+from test_trainers import sft_trainer
+from trl import SFTConfig
 
+from hft_trl import HFTConfig, HFTSFTTrainer
 from hft_trl.data import sft_dataset
+from hft_trl.recipe import parse_stage
+from hft_trl.stage import load_data
 
 ROOT = Path(__file__).parent.parent
 TRAINERS_PASSES = {"Tokenizing train dataset", "Building labels for train dataset", "Truncating train dataset"}
@@ -104,6 +109,24 @@ def test_loading_and_checking_hold_no_more_memory_for_more_rows(tmp_path):
     rows, growth = run(sys.executable, "-c", GROWTH, *files, env=environment(tmp_path)).stdout.split()
     assert int(rows) == 24_000
     assert int(growth) < 6e7
+
+
+def test_large_data_are_prepared_by_several_processes_unless_the_user_says(monkeypatch, tmp_path):
+    monkeypatch.setattr("hft_trl.stage.LARGE", 20)
+    flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out")]
+    for rows, given, expected in ((20, [], range(4, 17)), (19, [], [None]), (20, ["--dataset_num_proc", "1"], [1])):
+        path = tmp_path / f"{rows}.jsonl"
+        Dataset.from_list([tulu_row(number) for number in range(rows)]).to_json(path)
+        stage, _ = parse_stage("sft", SFTConfig, [*flags, "--dataset_name", str(path), *given])
+        load_data(stage)
+        assert stage.args.dataset_num_proc in expected
+
+
+def test_several_processes_prepare_the_same_rows(base, tulu, tmp_path):
+    alone, together = (
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), dataset_num_proc=number) for number in (None, 3)
+    )
+    assert alone.train_dataset.to_list() == together.train_dataset.to_list()
 
 
 def test_the_row_check_shows_a_progress_bar_on_the_error_stream(capsys):
