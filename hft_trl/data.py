@@ -1,6 +1,7 @@
 """Data sets: a hub id, a folder or a file becomes a checked data set in the shape that TRL's trainers take."""
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -241,7 +242,8 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
 def _for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
     """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
-    row, quiet = 0, not PartialState().is_local_main_process
+    # No PartialState here: the first one decides on devices, which is for the trainer's arguments to say.
+    row, quiet = 0, os.environ.get("LOCAL_RANK", "0") != "0"
     with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
         for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
             for values in zip(*(batch[column] for column in columns), strict=True):

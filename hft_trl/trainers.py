@@ -175,7 +175,7 @@ class HFTMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if delta.is_delta(resume_from_checkpoint):
-            delta.load(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from test_trainers import sft_trainer
 from trl import SFTConfig
 
-from hft_trl import HFTConfig, HFTSFTTrainer
+from hft_trl import HFTConfig, HFTSFTTrainer, exit_on_user_error
 from hft_trl.data import sft_dataset
 from hft_trl.recipe import parse_stage
 from hft_trl.stage import load_data
@@ -137,17 +137,9 @@ def test_the_row_check_shows_a_progress_bar_on_the_error_stream(capsys):
     assert captured.out == ""
 
 
-def test_an_error_begins_on_a_line_of_its_own(tmp_path):
+def test_an_error_begins_on_a_line_of_its_own(capsys):
     """The progress bar is closed before the one-line message is printed."""
-    path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(tulu_row(number)) + "\n" for number in range(3)) + '{"messages": []}\n')
-    code = (
-        "import sys; from hft_trl import exit_on_user_error; from hft_trl.data import load_split, sft_dataset\n"
-        "with exit_on_user_error():\n    sft_dataset(load_split(sys.argv[1]), 'chats')"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    result = subprocess.run(
-        command, env=environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: row 3 of chats")
+    rows = [*(tulu_row(number) for number in range(3)), {**tulu_row(3), "messages": []}]
+    with pytest.raises(SystemExit), exit_on_user_error():
+        sft_dataset(Dataset.from_list(rows), "chats")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: row 3 of chats")
