@@ -2,7 +2,7 @@
 The recipes on data of the real size, up to their first step: rows per second, peak memory, and what a rerun still does.
 
 ```bash
-python benchmarks/data.py                                # Tülu V2's and UltraFeedback's row counts; needs 12 GB of disk
+python benchmarks/data.py                                # Tülu V2's and UltraFeedback's row counts; needs 25 GB of disk
 python benchmarks/data.py --rows 20000 --pairs 5000      # a quick look
 ```
 
