@@ -13,10 +13,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import cached_file, logging
 
+from hft_trl.delta import tensor_files
 from hft_trl.errors import HFTError
 from hft_trl.manifest import MANIFEST_FILE, incomplete_because
 from hft_trl.selection import SELECTION_FILE, Selection
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import check_readable
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +65,7 @@ def torn_because(checkpoint: str | Path) -> str | None:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         if not (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            check_readable(weight_files(str(checkpoint)).values())
+            check_readable(tensor_files(checkpoint).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -101,7 +102,7 @@ def last_finite_checkpoint(folder: str | Path) -> str | None:
 
 def _is_finite(checkpoint: str) -> bool:
     try:
-        files = weight_files(checkpoint)
+        files = tensor_files(checkpoint)
         check_readable(files.values())
     except (HFTError, OSError):
         return False

@@ -1,5 +1,6 @@
 """One stage of a recipe: its model, tokenizer and data checked, trained from where its folder stands, and measured."""
 
+import os
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,6 +14,7 @@ from trl.data_utils import is_conversational
 from hft_trl import chat, data
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.folder import mark_finished
@@ -27,6 +29,8 @@ from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
+LARGE = 20_000  # rows
+
 
 def check_model(stage: Stage) -> None:
     """
@@ -40,6 +44,10 @@ def check_model(stage: Stage) -> None:
         check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
+        if is_delta(folder):
+            raise HFTError(
+                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
+            )
         if any(folder.glob("*.safetensors*")):
             check_readable(weight_files(str(folder)).values())
         elif not any(folder.glob("*.bin")):
@@ -95,7 +103,8 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
 
     Args:
         stage ([`Stage`]):
-            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations.
+            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations. Large data
+            are prepared by several processes unless its `dataset_num_proc` says otherwise.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if the stage has an `eval_split`.
@@ -112,6 +121,9 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
     evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
     if isinstance(stage.args, SFTConfig):
         stage.args.assistant_only_loss = stage.args.assistant_only_loss and is_conversational(train[0])
+    if stage.args.dataset_num_proc is None and len(train) >= LARGE:
+        # Faster, and memory-mapped files that a pass has read count as resident until the process lets go of them.
+        stage.args.dataset_num_proc = min(max(os.cpu_count() or 1, 4), 16)
     return train, evaluation
 
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import backends, reference
+from hft_trl import backends, delta, reference
 from hft_trl.backends import check_backend, check_frozen_dtype
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -84,6 +84,7 @@ class HFTMixin:
 
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
+        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
@@ -216,6 +217,11 @@ class HFTMixin:
         with writing(output_dir or self.args.output_dir):
             if self.args.should_save:
                 self.hft_selection.save(output_dir or self.args.output_dir)
+            if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, no final model
+                if self.args.should_save:
+                    model = self.accelerator.unwrap_model(self.model)
+                    delta.save(model, self.processing_class, self.hft_selection, output_dir)
+                return
             if backends.saves_shards(self.accelerator) and not _internal_call:
                 # Shards are enough to resume from; what training ends with has to load anywhere.
                 self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
@@ -231,6 +237,18 @@ class HFTMixin:
         # transformers names the first parameter's type, and loading in that one could round the others
         model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         model.config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if delta.is_delta(resume_from_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if delta.is_delta(self.state.best_model_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""
