@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import reference
+from hft_trl import reference, zero
 from hft_trl.backends import check_backend
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -67,6 +67,7 @@ class HFTMixin:
         precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
         if takes_reference and not reference_given and not precomputed:
             reference.check_has_path(given.get("model"))
+        zero.prepare(given.get("args"), self.hft_config)
 
         super().__init__(*args, **kwargs)
 
@@ -96,6 +97,8 @@ class HFTMixin:
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
         if self.hft_config.method == "hft":
+            if self.is_deepspeed_enabled:
+                zero.cast(model, self.accelerator.state.deepspeed_plugin)
             check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
         parameters = fingerprints(model.named_parameters())
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
@@ -122,6 +125,8 @@ class HFTMixin:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
                 check_resumable(self.hft_selection, resume_from_checkpoint)
+            plugin = self.accelerator.state.deepspeed_plugin
+            zero.check_resumable(resume_from_checkpoint, plugin, self.accelerator.num_processes)
             if self._is_trained(resume_from_checkpoint):
                 self.check_frozen()
                 return TrainOutput(self.state.global_step, float("nan"), {})

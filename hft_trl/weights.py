@@ -13,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from hft_trl import zero
 from hft_trl.errors import HFTError
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered over the processes if FSDP2 has sharded it."""
+    """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
+    if zero.is_partitioned(tensor):
+        return zero.gathered(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -36,7 +39,7 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
     Args:
         tensors (`Iterable[tuple[str, torch.Tensor]]`):
-            Names and tensors, such as `model.named_parameters()`. Under FSDP2 every process has to call.
+            Names and tensors, such as `model.named_parameters()`. Under FSDP2 and ZeRO-3 every process has to call.
 
     Returns:
         `dict[str, str]`: SHA-256 in hex by name.
