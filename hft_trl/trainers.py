@@ -83,6 +83,8 @@ class HFTMixin:
         if own_reference is not None:
             reference.freeze(own_reference)
             reference.check_is_start(model, self.accelerator.unwrap_model(own_reference), reference_given)
+            if self.is_deepspeed_enabled:
+                zero.log_reference(self.accelerator.state.deepspeed_plugin)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -96,10 +98,12 @@ class HFTMixin:
             raise HFTError(
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
+        cast = zero.training_dtype(self.accelerator.state)
+        if cast is not None:
+            zero.cast(model, cast)
         if self.hft_config.method == "hft":
-            if self.is_deepspeed_enabled:
-                zero.cast(model, self.accelerator.state.deepspeed_plugin)
-            check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
+            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
         parameters = fingerprints(model.named_parameters())
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
@@ -125,8 +129,6 @@ class HFTMixin:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
                 check_resumable(self.hft_selection, resume_from_checkpoint)
-            plugin = self.accelerator.state.deepspeed_plugin
-            zero.check_resumable(resume_from_checkpoint, plugin, self.accelerator.num_processes)
             if self._is_trained(resume_from_checkpoint):
                 self.check_frozen()
                 return TrainOutput(self.state.global_step, float("nan"), {})

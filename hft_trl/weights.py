@@ -113,7 +113,7 @@ EXACT = {
 }
 
 
-def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
     """
     Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.
 
@@ -122,6 +122,8 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
             Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be checked.
         dtypes (`Mapping[str, torch.dtype]`):
             The loaded parameters' types by name.
+        remedy (`str`, *optional*):
+            What the error tells the user to do, by default to load the model in float32.
 
     Raises:
         [`HFTError`]: Naming the first parameter that was rounded.
@@ -137,8 +139,7 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
                 if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
                     raise HFTError(
                         f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
-                        "the frozen half could not keep its bits: load the model with dtype float32, or save it in that "
-                        "dtype first."
+                        f"the frozen half could not keep its bits: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
                     )
 
 

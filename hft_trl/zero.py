@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
 from transformers import TrainingArguments
@@ -15,6 +15,11 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 logger = logging.get_logger(__name__)
+
+UNCAST = (
+    "DeepSpeed's mixed precision casts the whole model, so train without (mixed_precision 'no' in the launch "
+    "configuration and bf16 false) or under FSDP2"
+)
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:
@@ -61,6 +66,11 @@ def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:
     # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share.
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
+    if hft_config.method == "hft" and hft_config.frozen_dtype is not None:
+        raise HFTError(
+            f"hft.frozen_dtype is {hft_config.frozen_dtype!r}, but DeepSpeed holds a model in one type: leave it out. With "
+            "bf16, DeepSpeed keeps master weights of what is trained only, so the frozen half takes 2 bytes each anyway."
+        )
     if plugin.zero_stage != 3:
         return
     if not plugin.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
@@ -69,11 +79,6 @@ def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:
             "in accelerate_configs/zero3.yaml (in a DeepSpeed file stage3_gather_16bit_weights_on_model_save)."
         )
     if hft_config.method == "hft":
-        if hft_config.frozen_dtype is not None:
-            raise HFTError(
-                f"hft.frozen_dtype is {hft_config.frozen_dtype!r}, but ZeRO-3 gathers parameters of one type only: leave it "
-                "out. With bf16, ZeRO holds the frozen half in bfloat16 without a master copy anyway."
-            )
         _make_reentrant(args)
 
 
@@ -95,22 +100,30 @@ def _make_reentrant(args: TrainingArguments) -> None:
     args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
 
 
-def cast(model: torch.nn.Module, plugin: DeepSpeedPlugin) -> None:
-    """Cast the parameters now as DeepSpeed would when training starts, so that the frozen half's bits are known before."""
+def training_dtype(state: AcceleratorState) -> torch.dtype | None:
+    """The 16-bit type that DeepSpeed casts a whole model to, `None` where it doesn't."""
+    if state.deepspeed_plugin is None:
+        return None
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
-        if plugin.get_value(key) is True:
-            for parameter in model.parameters():
-                if not is_partitioned(parameter):  # else it was loaded in this type
-                    parameter.data = parameter.data.to(dtype)
+        if state.deepspeed_plugin.get_value(key) is True:
+            return dtype
+    return None
 
 
-def reference_place(plugin: DeepSpeedPlugin) -> str:
-    """Where DeepSpeed keeps the reference of preference training, in words."""
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters now as DeepSpeed would when training starts, so that the frozen half's bits are known before."""
+    for parameter in model.parameters():
+        if not is_partitioned(parameter):  # else it was loaded in this type
+            parameter.data = parameter.data.to(dtype)
+
+
+def log_reference(plugin: DeepSpeedPlugin) -> None:
+    """Say once where DeepSpeed keeps the reference of preference training."""
     if plugin.zero_stage == 3:
-        return (
-            "ZeRO-3 partitions the reference too and gathers it module by module, so no process ever holds the whole"
-        )
-    return f"under ZeRO-{plugin.zero_stage} every process holds the whole reference"
+        place = "partitioned over the processes by ZeRO-3 and gathered module by module, so none ever holds the whole"
+    else:
+        place = f"whole in every process, since ZeRO-{plugin.zero_stage} divides only what is trained"
+    PartialState().print(f"reference: {place}.")
 
 
 @contextmanager
@@ -123,35 +136,3 @@ def whole_models() -> Iterator[None]:
     finally:
         if before is not None and before() is not None:
             integration.set_hf_deepspeed_config(before())
-
-
-def check_resumable(checkpoint: str | Path, plugin: DeepSpeedPlugin | None, num_processes: int) -> None:
-    """
-    Refuse a checkpoint of another backend, ZeRO stage or number of processes: ZeRO's partitions fit those only.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder.
-        plugin ([`~accelerate.utils.DeepSpeedPlugin`], *optional*):
-            DeepSpeed's settings in this run, `None` if it runs without.
-        num_processes (`int`):
-            Number of processes of this run.
-
-    Raises:
-        [`HFTError`]: Naming both.
-    """
-    latest = Path(checkpoint) / "latest"
-    stage = plugin.zero_stage if plugin is not None else None
-    here = f"this run has ZeRO-{stage} on {num_processes}" if plugin is not None else "this run has no DeepSpeed"
-    if not latest.is_file():
-        if plugin is not None:
-            raise HFTError(f"{checkpoint} was saved without DeepSpeed, but {here}: go on without, or start anew.")
-        return
-    folder = latest.with_name(latest.read_text().strip())
-    saved_stage = 3 if any(folder.glob("zero_pp_rank_*_model_states.pt")) else 2
-    saved = len(list(folder.glob("*_optim_states.pt")))
-    if plugin is None or (min(max(stage, 2), 3), num_processes) != (saved_stage, saved):
-        raise HFTError(
-            f"{checkpoint} was saved by ZeRO-{saved_stage} on {saved} processes, but {here}: ZeRO's checkpoints can't be "
-            "divided anew, so go on with the same number of processes and the same zero_stage, or start anew."
-        )
