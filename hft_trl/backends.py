@@ -80,11 +80,6 @@ def check_backend(state: AcceleratorState) -> None:
                 "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so "
                 "they can't be fingerprinted: set it to false."
             )
-    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
-        raise HFTError(
-            "zero_stage is 3, which partitions the parameters before the half can be chosen: use FSDP2, as in "
-            "accelerate_configs/fsdp2.yaml, or ZeRO-2."
-        )
 
 
 def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:

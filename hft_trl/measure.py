@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainerState
 from transformers.utils import logging
 
@@ -17,6 +18,7 @@ from hft_trl.report import StageRecord, UnitChange
 from hft_trl.selection import Selection, find_units
 from hft_trl.trainers import HFTMixin
 from hft_trl.weights import changes
+from hft_trl.zero import numel
 
 logger = logging.get_logger(__name__)
 
@@ -68,19 +70,23 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     beside, shared = (
         reference.memory(model, trainer.accelerator.unwrap_model(own_reference)) if own_reference else (None, None)
     )
+    optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
+    if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
+        optimizer_bytes = sum(gather_object([optimizer_bytes]))
+    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return StageRecord(
         name=stage.name,
         method=stage.hft.method,
         selection_digest=trainer.hft_selection.digest,
         share=trainer.hft_selection.share,
-        trainable_params=model.num_parameters(only_trainable=True),
-        total_params=model.num_parameters(),
+        trainable_params=sum(size for size, learns in sizes if learns),
+        total_params=sum(size for size, _ in sizes),
         steps=trainer.state.global_step,
         tokens=tokens,
         tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
         runtime_seconds=runtime,
         peak_memory_bytes=peak_memory(),
-        optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)) or None,
+        optimizer_state_bytes=optimizer_bytes or None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if stage.hft.method == "hft" else None,  # `train` raises where it is not

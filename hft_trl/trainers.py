@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_l
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import backends, delta, reference
+from hft_trl import backends, delta, reference, zero
 from hft_trl.backends import check_backend, check_frozen_dtype
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
 from hft_trl.config import HFTConfig
@@ -74,6 +74,7 @@ class HFTMixin:
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
         precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
+        zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
                 super().__init__(**loaded)
@@ -106,8 +107,12 @@ class HFTMixin:
             raise HFTError(
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
+        cast = zero.training_dtype(self.accelerator.state)
+        if cast is not None:
+            zero.cast(model, cast)
         if self.hft_config.method == "hft":
-            check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
+            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
         parameters = fingerprints(model.named_parameters())
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
@@ -138,6 +143,8 @@ class HFTMixin:
             reference.tie(policy, own)
         if own is not None and self.hft_config.method == "hft":
             reference.report_memory(policy, own, reason)
+            if self.is_deepspeed_enabled:
+                zero.log_reference(self.accelerator.state.deepspeed_plugin)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)

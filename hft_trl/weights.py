@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from hft_trl import zero
 from hft_trl.errors import HFTError
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered over the processes if FSDP2 has sharded it."""
+    """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
+    if zero.is_partitioned(tensor):
+        return zero.gathered(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -37,7 +40,7 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
     Args:
         tensors (`Iterable[tuple[str, torch.Tensor]]`):
-            Names and tensors, such as `model.named_parameters()`. Under FSDP2 every process has to call.
+            Names and tensors, such as `model.named_parameters()`. Under FSDP2 and ZeRO-3 every process has to call.
 
     Returns:
         `dict[str, str]`: SHA-256 in hex by name.
@@ -118,7 +121,7 @@ EXACT = {
 }
 
 
-def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
     """
     Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.
 
@@ -127,6 +130,8 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
             Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be checked.
         dtypes (`Mapping[str, torch.dtype]`):
             The loaded parameters' types by name.
+        remedy (`str`, *optional*):
+            What the error tells the user to do, by default to load the model in float32.
 
     Raises:
         [`HFTError`]: Naming the first parameter that was rounded.
@@ -142,8 +147,7 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
                 if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
                     raise HFTError(
                         f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
-                        "the frozen half could not keep its bits: load the model with dtype float32, or save it in that "
-                        "dtype first."
+                        f"the frozen half could not keep its bits: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
                     )
 
 

@@ -39,6 +39,7 @@ from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Recipe, parse_recipe
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
+from hft_trl.zero import whole_models
 
 
 def main(recipe: Recipe) -> None:
@@ -98,7 +99,8 @@ def main(recipe: Recipe) -> None:
 
 
 def probe(model: str) -> dict[str, float]:
-    return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    with whole_models():  # under ZeRO-3 only the first process is here, and no part of a model would help it
+        return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
 
 
 if __name__ == "__main__":
