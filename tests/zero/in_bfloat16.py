@@ -49,22 +49,23 @@ def main(float32: str, bfloat16: str, out: Path) -> None:
     trainer = HFTSFTTrainer(model=bfloat16, args=sft, train_dataset=texts)
     trainer.train()
     trainer.save_model()
-    seen["sft"] = {"log": trainer.state.log_history, "masters": masters(trainer)}
+    trainer.accelerator.wait_for_everyone()  # only the first process writes
+    seen["sft"] = {"log": trainer.state.log_history, "moments": moments(trainer)}
 
     dpo = DPOConfig(str(out / "dpo"), **settings)
     trainer = HFTDPOTrainer(model=str(out / "sft"), args=dpo, train_dataset=pairs)
     trainer.train()
     trainer.save_model()
-    seen["dpo"] = {"log": trainer.state.log_history, "masters": masters(trainer)}
+    seen["dpo"] = {"log": trainer.state.log_history, "moments": moments(trainer)}
     (out / f"{trainer.args.process_index}.json").write_text(json.dumps(seen))
 
 
-def masters(trainer) -> dict[str, int]:
-    """Elements of the optimizer's own copies in this process, by their type."""
+def moments(trainer) -> dict[str, int]:
+    """Elements of Adam's first moment that this process holds, by their type."""
     elements: dict[str, int] = {}
-    for group in trainer.optimizer.param_groups:
-        for parameter in group["params"]:
-            elements[str(parameter.dtype)] = elements.get(str(parameter.dtype), 0) + parameter.numel()
+    for entry in trainer.optimizer.state.values():
+        moment = entry["exp_avg"]
+        elements[str(moment.dtype)] = elements.get(str(moment.dtype), 0) + moment.numel()
     return elements
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from launching import ROOT, launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,19 +16,19 @@ from hft_trl import demo
 
 pytestmark = pytest.mark.deepspeed
 
-ROOT = Path(__file__).parent.parent.parent
 # Frozen embeddings: the hardest case for reentrant checkpointing
-RECIPE = """
-    recipes/sft_then_dpo.py --hft.train_embeddings false
-    --sft.split train[:64] --sft.max_steps 4 --sft.save_steps 2 --sft.logging_steps 1
-    --dpo.split train_prefs[:64] --dpo.max_steps 4 --dpo.save_steps 2 --dpo.logging_steps 1
-""".split()
+RECIPE = [
+    *("recipes/sft_then_dpo.py", "--hft.train_embeddings", "false"),
+    *("--sft.split", "train[:64]", "--sft.max_steps", "4", "--sft.save_steps", "2", "--sft.logging_steps", "1"),
+    *("--dpo.split", "train_prefs[:64]", "--dpo.max_steps", "4", "--dpo.save_steps", "2", "--dpo.logging_steps", "1"),
+]
 # The same global batch of 8, by other settings in either stage
-TWO = """
-    --sft.per_device_train_batch_size 4 --sft.gradient_checkpointing true
-    --dpo.per_device_train_batch_size 2 --dpo.gradient_accumulation_steps 2 --dpo.gradient_checkpointing true
-""".split()
-ONE = "--sft.per_device_train_batch_size 8 --dpo.per_device_train_batch_size 8".split()
+TWO = [
+    *("--sft.per_device_train_batch_size", "4", "--sft.gradient_checkpointing", "true"),
+    *("--dpo.per_device_train_batch_size", "2", "--dpo.gradient_accumulation_steps", "2"),
+    *("--dpo.gradient_checkpointing", "true"),
+]
+ONE = ["--sft.per_device_train_batch_size", "8", "--dpo.per_device_train_batch_size", "8"]
 STAGES = ("sft", "dpo")
 
 
@@ -52,7 +53,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[(2, "sft"), (3, "dpo")], ids=["zero2", "zero3"])
-def run(request, launch, tmp_path_factory) -> Run:
+def run(request, tmp_path_factory) -> Run:
     """A run in one go, and one that was killed in the given stage after its first checkpoint and then went on."""
     zero_stage, kill_in = request.param
     base = tmp_path_factory.mktemp(f"zero{zero_stage}")
