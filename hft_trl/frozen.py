@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -110,9 +111,9 @@ class FrozenHalf:
         files = {name: path for name, (path, _, _) in self._cast.items()}
         try:
             start = dict(tensors(files, files))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise HFTError(
-                f"the frozen half is saved from the start model's files, and one is gone ({error}): restore it."
+                f"the frozen half is saved from the start model's files, and one is gone or torn ({error}): restore it."
             ) from error
         found = fingerprints((name, tensor.to(self._cast[name][1])) for name, tensor in start.items())
         for name, digest in found.items():

@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 
 from hft_trl import demo
 from hft_trl.arguments import DataArguments, HFTArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.backends import check_frozen_dtype
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
@@ -171,6 +172,10 @@ def _stage(
     hft: HFTConfig,
     mixture: DatasetMixtureConfig | None = None,
 ) -> Stage:
+    if hft.frozen_dtype and hft.method == "hft":
+        check_frozen_dtype(
+            args, hft.frozen_dtype
+        )  # here, so that a later stage's mistake is found before the first trains
     if model.model_name_or_path == "demo":
         model = dataclasses.replace(model, model_name_or_path=str(demo.MODEL))
     if data.dataset == "demo":

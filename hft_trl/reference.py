@@ -108,15 +108,22 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
         args.model_init_kwargs = init
 
 
-def check_has_path(model: object) -> None:
+def check_has_path(given: dict[str, Any]) -> None:
     """
     Refuse a policy from which the trainer can't load its reference.
 
     TRL makes the reference by a second `from_pretrained` of the policy's path, never by copying the policy.
 
+    Args:
+        given (`dict[str, Any]`):
+            The user's arguments of the trainer, by name.
+
     Raises:
-        [`HFTError`]: If the policy is a model object without a path.
+        [`HFTError`]: If a reference is needed, and the policy is a model object without a path.
     """
+    model, args = given.get("model"), given.get("args")
+    if given.get("ref_model") is not None or (args is not None and vars(args).get("precompute_ref_log_probs")):
+        return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
             f"the policy is a {type(model).__name__} in memory without a path, so its reference can't be loaded: save it "

@@ -79,8 +79,8 @@ class HFTMixin:
             if loaded is not None:
                 super().__init__(**loaded)
             else:
-                if takes_reference and not reference_given and not precomputed:
-                    reference.check_has_path(given.get("model"))
+                if takes_reference:
+                    reference.check_has_path(given)
                 super().__init__(*args, **kwargs)
 
         if self.hft_config.method == "hft":
@@ -146,9 +146,10 @@ class HFTMixin:
             if self.is_deepspeed_enabled:
                 zero.log_reference(self.accelerator.state.deepspeed_plugin)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._shares_reference:  # accelerate may have copied the policy to its device
+        if self._shares_reference:
             reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
         return prepared
 
@@ -209,6 +210,11 @@ class HFTMixin:
             self._first_step = False
             self._warn_of_parts_without_gradient()
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Run the parent's step, under autocast before `train` too where the halves are held in two types."""
+        with self.accelerator.autocast() if self._frozen_dtype else nullcontext():
+            return super().prediction_step(*args, **kwargs)
 
     def _warn_of_parts_without_gradient(self) -> None:
         idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]

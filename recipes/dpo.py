@@ -7,8 +7,8 @@ accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --met
 ```
 
 The flags are those of TRL's ScriptArguments, DPOConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
---chat_template, --reference_quantization and --overwrite. --dataset_name also takes a folder or a .jsonl, .json or .parquet file. The same command
-again continues where it stopped.
+--chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit) and --overwrite. --dataset_name also takes a
+folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """The frozen half held in a smaller type: it trains the same, and is saved with the start model's own bits."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
+from test_recipes import recipe  # noqa: F401, a fixture
 from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, select
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
 from hft_trl.backends import check_frozen_dtype
 from hft_trl.frozen import FrozenHalf
 from hft_trl.weights import fingerprints
@@ -128,7 +130,10 @@ def test_a_stage_after_it_and_a_shared_reference_take_the_mixed_types(tulu, ultr
     runs = []
     for name, share in (("shared", True), ("unshared", False)):
         hft = HFTConfig(frozen_dtype="bfloat16", share_reference=share)
-        trainer = dpo_trainer(HFTDPOTrainer, tmp_path / "sft", ultrafeedback, tmp_path / name, hft, **AUTOCAST)
+        trainer = dpo_trainer(
+            HFTDPOTrainer, tmp_path / "sft", ultrafeedback, tmp_path / name, hft, eval_rows=8, **AUTOCAST
+        )
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
         policy, theirs = dict(trainer.model.named_parameters()), dict(trainer.ref_model.named_parameters())
         for key, parameter in policy.items():
             assert (
@@ -233,3 +238,22 @@ def test_a_start_model_that_vanished_or_changed_is_an_error_and_one_that_is_over
     with pytest.raises(HFTError, match="gone"):
         trainer.save_model()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_recipe_runs_both_stages_with_it(recipe, tmp_path):  # noqa: F811
+    flags = ["--hft.frozen_dtype", "bfloat16", "--sft.max_steps", 2, "--dpo.max_steps", 2]
+    refused = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags)
+    assert refused.returncode == 2
+    assert "set bf16 to true" in refused.stderr
+    autocast = [
+        word for stage in ("sft", "dpo") for key in ("bf16", "use_cpu") for word in (f"--{stage}.{key}", "true")
+    ]
+    result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags, *autocast, "--overwrite")
+    assert result.returncode == 0, result.stderr[-3000:]
+    dpo = json.loads((tmp_path / "out" / "report.json").read_text())["stages"][1]
+    assert dpo["reference_memory_bytes"] == 4 * dpo["trainable_params"]
+    assert dpo["shared_reference_bytes"] == 2 * (dpo["total_params"] - dpo["trainable_params"])
+    for before, after in ((demo.MODEL, "sft"), (tmp_path / "out" / "sft", "dpo")):
+        frozen = Selection.load(tmp_path / "out" / after).frozen
+        old, new = weights(before), weights(tmp_path / "out" / after)
+        assert all(old[name].numpy().tobytes() == new[name].numpy().tobytes() for name in frozen)

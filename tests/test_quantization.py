@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -133,3 +136,15 @@ def interrupt(folder):
     shutil.rmtree(folder / "checkpoint-4")
     stage = json.loads((folder / "stage.json").read_text())
     (folder / "stage.json").write_text(json.dumps({**stage, "record": None}))
+
+
+def test_the_memory_benchmark_prints_what_every_setting_takes():
+    command = [sys.executable, "benchmarks/memory.py", "--hidden", "128", "--layers", "2"]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [line.split("\u2502")[1:-1] for line in result.stdout.splitlines() if line.startswith("\u2502")]
+    together = {row[0].strip(): float(row[-1].split()[0]) for row in rows}
+    assert len(together) == 8
+    assert together["HFT"] < together["HFT, reference of its own"] < together["FFT"]
+    assert min(together, key=together.get) == "HFT, frozen_dtype bfloat16 and adamw_bnb_8bit"

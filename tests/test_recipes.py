@@ -78,6 +78,11 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
         assert "Half Fine-Tuning" in (folder / "README.md").read_text()
         moved = {unit["name"]: unit for unit in stage["moved"]}
         assert all((unit["relative_change_from_start"] > 0) == unit["trainable"] for unit in moved.values())
+    sft, dpo = report["stages"]
+    assert sft["reference_memory_bytes"] is sft["shared_reference_bytes"] is None
+    assert dpo["reference_memory_bytes"] == 4 * dpo["trainable_params"]
+    assert dpo["shared_reference_bytes"] == 4 * (dpo["total_params"] - dpo["trainable_params"])
+    assert "reference, shared with the policy" in (output / "report.md").read_text()
     assert report["stages"][0]["selection_digest"] != report["stages"][1]["selection_digest"]
     assert report["evaluation"].keys() == {"base", "sft", "dpo"}
     assert all(scores.keys() >= {"knowledge", "ability"} for scores in report["evaluation"].values())
