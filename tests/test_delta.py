@@ -266,3 +266,18 @@ def test_two_processes_resume_from_delta_checkpoints_to_the_same_bits(tmp_path):
         assert report["stages"][0]["resumed_from_step"] == (2 if attempt == "resumed" else None)
         assert delta.is_delta(output / "checkpoint-4")
     assert model_bytes(tmp_path / "whole") == model_bytes(tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_frozen_half_in_bfloat16_and_a_shared_reference_change_nothing(base, ultrafeedback, tmp_path, share):
+    """The checkpoint holds trained parameters only, in full precision, so the rest may be stored in any way."""
+    hft = HFTConfig(delta_checkpoints=True, frozen_dtype="bfloat16", share_reference=share)
+    settings = {**EVERY_2, "bf16": True}
+    whole = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "a", hft, **settings)
+    resumed = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "b", hft, **settings)
+    whole.train()
+    resumed.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
+    for trainer in (whole, resumed):
+        trainer.save_model()
+    delta.restore(tmp_path / "a" / "checkpoint-4", tmp_path / "restored")
+    assert model_bytes(tmp_path / "a") == model_bytes(tmp_path / "b") == model_bytes(tmp_path / "restored")
