@@ -73,7 +73,6 @@ class HFTMixin:
             backends.check_launch(given.get("args"))
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
-        precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
         zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
