@@ -180,3 +180,29 @@ def _all_see(file: Path | None) -> bool:
     if state.is_main_process and mark[0] is not None:
         Path(mark[0]).unlink()
     return all(seen)
+
+
+def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
+    """
+    Refuse to hold the frozen half in a type of its own where the two types could not be computed with together.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+        frozen_dtype (`str`):
+            `"bfloat16"` or `"float16"`.
+
+    Raises:
+        [`HFTError`]: Naming the setting to change.
+    """
+    needed = {"bfloat16": "bf16", "float16": "fp16"}[frozen_dtype]
+    if args.mixed_precision != needed:
+        raise HFTError(
+            f"hft.frozen_dtype is {frozen_dtype}, but mixed_precision is {args.mixed_precision!r}, so the two halves could not "
+            f"be computed with together: set {needed} to true, or leave hft.frozen_dtype out."
+        )
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise HFTError(
+            f"hft.frozen_dtype is {frozen_dtype}, but zero_stage is 3, which stores all parameters in one type: leave "
+            "hft.frozen_dtype out, or use FSDP2, as in accelerate_configs/fsdp2.yaml."
+        )

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, TrainerState
 from transformers.utils import logging
 
+from hft_trl import reference
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
@@ -62,6 +63,10 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     memory = (
         [value for entry in trainer.optimizer.state.values() for value in entry.values()] if trainer.optimizer else []
     )
+    own_reference = vars(trainer).get("ref_model")
+    beside, shared = (
+        reference.memory(model, trainer.accelerator.unwrap_model(own_reference)) if own_reference else (None, None)
+    )
     return StageRecord(
         name=stage.name,
         method=stage.hft.method,
@@ -82,6 +87,8 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         dataset=stage.data.dataset,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
+        reference_memory_bytes=beside,
+        shared_reference_bytes=shared,
     )
 
 

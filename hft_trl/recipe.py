@@ -27,6 +27,8 @@ SECTIONS = {
     "dpo": "beta",
 }  # with a key as example
 
+PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
+
 
 class _Parser(TrlParser):
     """TRL's parser, whose errors can be caught."""
@@ -99,7 +101,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without={"output_dir", "trust_remote_code", *(["drop_equal_pairs"] if name == "sft" else [])},
+            without={"output_dir", "trust_remote_code", *(PREFERENCE_ONLY if name == "sft" else ())},
         )
         stages[name] = _stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
         # The revision is the hub model's: the next stage starts from a folder.
@@ -132,7 +134,8 @@ def parse_stage(
     _answer_help(argv, help_text)
     values, flags = _read(argv, None, ())
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
-    script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""])
+    without = ("reference_quantization",) if name == "sft" else ()
+    script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -146,6 +149,7 @@ def parse_stage(
         split=script.dataset_train_split,
         eval_split=script.dataset_test_split if args.eval_strategy != "no" else None,
         drop_equal_pairs=extra.drop_equal_pairs,
+        reference_quantization=extra.reference_quantization,
     )
     start = ModelArguments(
         model_name_or_path=model.model_name_or_path,

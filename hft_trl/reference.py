@@ -38,15 +38,24 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
         return "hft.share_reference is false"
     if vars(args).get("sync_ref_model"):
         return "sync_ref_model moves the reference"
+    backend = sharded_by(args)
+    return f"{backend} stores the parameters itself" if backend else None
+
+
+def sharded_by(args: TrainingArguments) -> str | None:
+    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
     if fsdp_version(args) is not None:
-        return "FSDP shards the policy later than the reference"
-    if args.deepspeed_plugin is not None:
-        return "DeepSpeed stores the parameters itself"
-    return None
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+
+
+def is_quantized(reference: torch.nn.Module) -> bool:
+    """Whether the reference was loaded quantised."""
+    return "hf_quantizer" in vars(reference)
 
 
 @contextlib.contextmanager
-def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator[dict[str, Any]]:
+def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[str, Any] | None]:
     """
     Load the policy as TRL would, and put a copy of it that takes no memory in the place of TRL's own reference.
 
@@ -55,47 +64,44 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig | None) -> Iterator
 
     Args:
         given (`dict[str, Any]`):
-            Arguments of [`~trl.DPOTrainer`], by name.
-        hft_config ([`HFTConfig`], *optional*):
+            The user's arguments of [`~trl.DPOTrainer`], by name.
+        hft_config ([`HFTConfig`]):
             What to train.
 
     Yields:
-        `dict[str, Any]`: The arguments to call it with; those given where policy and reference can't be shared.
+        `dict[str, Any]` or `None`: The arguments to call it with, `None` where the reference can't be such a copy.
     """
-    model, config = given.get("model"), hft_config if hft_config is not None else HFTConfig()
-    args = given.get("args")
+    model, args = given.get("model"), given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
-    if not isinstance(config, HFTConfig) or not isinstance(args, DPOConfig):
-        yield given
-        return
-    sharded = config.method == "hft" and fsdp_version(args) == 2
+    sharded = isinstance(args, DPOConfig) and hft_config.method == "hft" and fsdp_version(args) == 2
     if (
         not isinstance(model, str | PreTrainedModel)
+        or not isinstance(args, DPOConfig)
         or (args.precompute_ref_log_probs and not sharded)
-        or given.get("peft_config") is not None
-        or given.get("quantization_config") is not None
         or given.get("ref_model") is not None
-        or (why_not_shared(args, config) and not sharded)
+        or (why_not_shared(args, hft_config) and not sharded)
     ):
-        yield given
+        yield None
         return
-    given, init = {**given, "args": args}, args.model_init_kwargs
+    loaded, init = {**given, "args": args}, args.model_init_kwargs
     if isinstance(model, str):
         kwargs = {"trust_remote_code": args.trust_remote_code, **(init or {})}
         if sharded or args.distributed_state.distributed_type == "MULTI_GPU":
-            kwargs["device_map"] = None  # as TRL: every process loads onto its own device later
+            kwargs["device_map"] = None  # as TRL: the trainer moves the model to the process's own device
         set_seed(args.seed)
         model = create_model_from_path(model, **kwargs)
         if given.get("processing_class") is None:
-            given["processing_class"] = AutoProcessor.from_pretrained(
+            loaded["processing_class"] = AutoProcessor.from_pretrained(
                 given["model"], revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
-        args.model_init_kwargs = None  # they are used up, and TRL warns where it would not use them
+    if not can_be_copied(model):
+        yield None
+        return
+    if isinstance(given["model"], str):
+        args.model_init_kwargs = None  # they are used up; TRL would warn that it does not use them
     try:
-        if can_be_copied(model):
-            given.update(model=model, ref_model=(alias_copy if sharded else hollow_copy)(model))
-        yield given
+        yield {**loaded, "model": model, "ref_model": (alias_copy if sharded else hollow_copy)(model)}
     finally:
         args.model_init_kwargs = init
 
@@ -229,12 +235,15 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
         reference (`torch.nn.Module`):
             The reference, on any device.
         given (`bool`):
-            Whether the user passed the reference. Then another model may be meant, which is only warned of.
+            Whether the user passed the reference. Then another model may be meant, which is only warned of. A quantised
+            one is not compared.
 
     Raises:
         [`HFTError`]: If the reference was loaded from the policy's path and is another model, because the policy was
             edited in memory.
     """
+    if given and is_quantized(reference):
+        return
     difference = first_difference(policy, reference)
     if difference is None:
         return

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig
@@ -17,6 +17,7 @@ from hft_trl.errors import HFTError
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.selection import select
@@ -43,6 +44,32 @@ def check_model(stage: Stage) -> None:
         elif not any(folder.glob("*.bin")):
             raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
     select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
+
+
+def check_reference(stage: Stage, base_model: str) -> None:
+    """
+    Check that a preference stage can have the reference that its settings ask for, before anything is trained.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        base_model (`str`):
+            Hub id or folder of the run's first start model, which has the same shapes.
+
+    Raises:
+        [`HFTError`]: Naming what stands against it.
+    """
+    if stage.data.reference_quantization is not None:
+        revision = stage.model.model_revision if base_model == stage.model.model_name_or_path else None
+        model = build_on_meta(base_model, revision, stage.model.trust_remote_code)
+        check_quantizable(stage.data.reference_quantization, stage.args, model)
+
+
+def load_reference(stage: Stage) -> PreTrainedModel | None:
+    """The reference of a preference stage if it is a quantised one, otherwise `None`: then the trainer makes it of the policy."""
+    if stage.data.reference_quantization is None:
+        return None
+    return load_quantized(stage.model.model_name_or_path, stage.data.reference_quantization, stage.args)
 
 
 def load_tokenizer(stage: Stage) -> PreTrainedTokenizerBase:

@@ -1,9 +1,11 @@
 """TRL's trainers with a half that learns: thin subclasses over one mixin."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import backends, reference
-from hft_trl.backends import check_backend
+from hft_trl.backends import check_backend, check_frozen_dtype
 from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
@@ -67,11 +69,17 @@ class HFTMixin:
         _refuse_adapters(given)
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
-        precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
-        if takes_reference and not reference_given and not precomputed:
-            reference.check_has_path(given.get("model"))
-
-        super().__init__(*args, **kwargs)
+        self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
+        if self._frozen_dtype and given.get("args") is not None:
+            check_frozen_dtype(given["args"], self._frozen_dtype)
+        with self._policy_loaded_once(given) as loaded:
+            if loaded is not None:
+                super().__init__(**loaded)
+            else:
+                precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
+                if takes_reference and not reference_given and not precomputed:
+                    reference.check_has_path(given.get("model"))
+                super().__init__(*args, **kwargs)
 
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
@@ -79,13 +87,9 @@ class HFTMixin:
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
         self._first_step = True
-        self._shares_reference = False
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
-        if (
-            vars(self).get("ref_model") is not None and not precomputed
-        ):  # also where the trainer always loads it itself
-            self._settle_reference(model, reference_given)
+        self._settle_halves(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -107,18 +111,29 @@ class HFTMixin:
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
         return dataclasses.replace(selection, start_model=start_model)
 
-    def _settle_reference(self, policy: PreTrainedModel, given: bool) -> None:
-        """Freeze the reference, check that it is the start model, and store the frozen half once where that can be."""
-        own = self.accelerator.unwrap_model(self.ref_model)
-        reference.freeze(own)
+    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
+        """What to call the parent with instead of what was `given`, if a trainer can make its reference of the policy."""
+        return nullcontext()
+
+    def _settle_halves(self, policy: PreTrainedModel, reference_given: bool) -> None:
+        """Check the reference against the policy, hold the frozen half in its type, and store it once where that can be."""
+        own = vars(self).get("ref_model")  # also of trainers that always load it themselves
         reason = reference.why_not_shared(self.args, self.hft_config)
-        if reason is not None or not reference.is_hollow(own):
-            reference.check_is_start(policy, own, given)
-            reason = reason or ("ref_model was passed and stays as it is" if given else None)
-        self._shares_reference = reason is None
+        if own is not None:
+            own = self.accelerator.unwrap_model(own)
+            reference.freeze(own)
+            if reason is not None or not reference.is_hollow(own):
+                reference.check_is_start(policy, own, reference_given)
+                reason = reason or ("ref_model was passed, which is left as it is" if reference_given else None)
+        self._shares_reference = own is not None and reason is None
+        if self._frozen_dtype:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            revision = (self.args.model_init_kwargs or {}).get("revision")
+            rounded = None if sharded or reference_given else own
+            self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
         if self._shares_reference:
             reference.tie(policy, own)
-        if self.hft_config.method == "hft":
+        if own is not None and self.hft_config.method == "hft":
             reference.report_memory(policy, own, reason)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,6 +209,17 @@ class HFTMixin:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save as the parent does, with the start model's own tensors where the frozen half is held in a smaller type."""
+        if not self._frozen_dtype or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        super()._save(output_dir, self._frozen.as_saved(model, state_dict, folder))
+        # transformers names the first parameter's type, and loading in that one could round the others
+        model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        model.config.save_pretrained(folder)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""
         super().create_model_card(*args, **kwargs)
@@ -229,13 +255,13 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     such a copy too, sharded layer by layer like the policy.
     """
 
-    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
-        given, _ = _arguments(super(HFTMixin, self).__init__, args, kwargs)
-        self._to_shard: PreTrainedModel | None = None
-        with reference.loaded_once(given, hft_config) as ready:
-            if ready.get("ref_model") is not given.get("ref_model") and backends.fsdp_version(given.get("args")) == 2:
-                self._to_shard = ready["ref_model"]
-            super().__init__(hft_config=hft_config, **ready)
+    @contextlib.contextmanager
+    def _policy_loaded_once(self, given: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+        self._to_shard = None
+        with reference.loaded_once(given, self.hft_config) as loaded:
+            if loaded is not None and backends.fsdp_version(loaded["args"]) == 2:
+                self._to_shard = loaded["ref_model"]
+            yield loaded  # to the parent's __init__
         if self.args.precompute_ref_log_probs:
             self.accelerator.print("reference: its log-probs are computed before training, and it is not kept.")
             if self._to_shard is not None:

@@ -1,6 +1,7 @@
 """Weights on disk and in memory: fingerprints, and how far two saved models lie apart."""
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,13 +61,15 @@ def combined_digest(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def weight_files(model: str) -> dict[str, Path]:
+def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     """
     Where a saved model keeps its tensors.
 
     Args:
         model (`str`):
             A folder, or a hub id that is in the local cache already (nothing is downloaded).
+        revision (`str`, *optional*):
+            Branch, tag or commit of a hub id.
 
     Returns:
         `dict[str, Path]`: The safetensors file of every tensor, by tensor name.
@@ -74,16 +77,13 @@ def weight_files(model: str) -> dict[str, Path]:
     Raises:
         [`HFTError`]: If there is no whole set of safetensors files.
     """
-    index = cached_file(
-        model, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
+    local = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, **local)
     if index is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
         files = {name: Path(index).with_name(file) for name, file in names.items()}
     else:
-        single = cached_file(
-            model, SAFE_WEIGHTS_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-        )
+        single = cached_file(model, SAFE_WEIGHTS_NAME, **local)
         if single is None:
             raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save the model as safetensors first.")
         check_readable([Path(single)])
@@ -100,6 +100,14 @@ def check_readable(files: Iterable[Path]) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise HFTError(f"{path} is missing or torn ({error}).") from error
+
+
+def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named tensors from their safetensors files. They are mapped from the disk, so they take memory only while they are used."""
+    wanted = sorted(names, key=lambda name: (str(files[name]), name))
+    for path, group in itertools.groupby(wanted, key=files.__getitem__):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in group)
 
 
 # Types that every value of a type on disk fits into.
