@@ -23,6 +23,10 @@ from transformers import TrainingArguments
 from hft_trl.errors import HFTError
 from hft_trl.weights import fingerprint, full
 
+EMPTY = (
+    "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
+    "be fingerprinted: set it to false."
+)
 FSDP1 = (
     "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
     "accelerate_configs/fsdp2.yaml."
@@ -57,8 +61,12 @@ def check_launch(args: TrainingArguments | None = None) -> None:
     Raises:
         [`HFTError`]: Naming the setting and what to use instead.
     """
-    if fsdp_version(args) == 1:
+    version = fsdp_version(args)
+    if version == 1:
         raise HFTError(FSDP1)
+    # transformers writes it into the environment too where the trainer's arguments ask for FSDP
+    if version == 2 and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise HFTError(EMPTY)
 
 
 def check_backend(state: AcceleratorState) -> None:
@@ -76,10 +84,7 @@ def check_backend(state: AcceleratorState) -> None:
         if state.fsdp_plugin.fsdp_version == 1:
             raise HFTError(FSDP1)
         if state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise HFTError(
-                "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so "
-                "they can't be fingerprinted: set it to false."
-            )
+            raise HFTError(EMPTY)
 
 
 def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:

@@ -27,6 +27,14 @@ def test_the_version_of_fsdp_is_known_before_there_is_an_accelerator(monkeypatch
     assert fsdp_version() == 1  # accelerate's default
 
 
+def test_weights_that_only_the_first_process_loads_are_refused_before_the_model_is_loaded(monkeypatch):
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(HFTError, match="fsdp_cpu_ram_efficient_loading is true"):
+        check_launch()
+
+
 @pytest.mark.parametrize(("trainer", "config"), [(HFTSFTTrainer, SFTConfig), (HFTDPOTrainer, DPOConfig)])
 def test_fsdp1_is_refused_with_the_reason_before_the_model_is_loaded(fsdp1, tmp_path, trainer, config):
     with pytest.raises(HFTError, match=r"fsdp_version is 1, which flattens .* set fsdp_version to 2"):

@@ -10,10 +10,21 @@ from train import train
 from transformers import AutoModelForCausalLM
 
 TRAININGS = {
-    "ddp": ["sft", "sft-resumed", "dpo", "dpo-resumed", "dpo-precomputed"],
+    "ddp": [
+        *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),
+        *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
+    ],
     "fsdp2": [
-        *("sft", "sft-resumed", "sft-sharded", "sft-sharded-resumed", "sft-checkpointing"),
-        *("dpo", "dpo-resumed", "dpo-precomputed"),
+        *(
+            "sft",
+            "sft-resumed",
+            "sft-sharded",
+            "sft-sharded-resumed",
+            "sft-checkpointing",
+            "sft-mixed",
+            "sft-mixed-resumed",
+        ),
+        *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
     ],
     "machines": ["sft", "sft-resumed", "dpo", "dpo-precomputed"],
 }
@@ -29,7 +40,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def alone(base, tmp_path_factory):
     """The trainings in one process: what it saw, and where its models are."""
     output = tmp_path_factory.mktemp("alone")
-    return {stage: train(stage, base, output) for stage in ("sft", "dpo")}, output
+    return {name: train(name, base, output) for name in ("sft", "sft-mixed", "dpo", "dpo-mixed")}, output
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +75,16 @@ def test_both_processes_take_part_in_one_training(together, backend, training):
 @every_training
 def test_losses_and_weights_are_those_of_one_process(together, alone, backend, training):
     what_one_saw, its_folder = alone
-    stage = training.partition("-")[0]
+    mixed = "mixed" in training
+    name = training.partition("-")[0] + ("-mixed" if mixed else "")
     ranks = seen(together(backend), training)
-    assert ranks[0]["digest"] == what_one_saw[stage]["digest"]
-    assert ranks[0]["losses"] == pytest.approx(what_one_saw[stage]["losses"], abs=1e-5)
-    one, two = weights(its_folder / stage), weights(together(backend) / training)
+    assert ranks[0]["digest"] == what_one_saw[name]["digest"]
+    # In bfloat16 numbers have 8 bits, and FSDP2 rounds to it in other places than autocast does
+    assert ranks[0]["losses"] == pytest.approx(what_one_saw[name]["losses"], abs=0.03 if mixed else 1e-5)
+    one, two = weights(its_folder / name), weights(together(backend) / training)
     assert one.keys() == two.keys()
-    # A hundredth of a step of AdamW, whose length is the learning rate
-    assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-4) for name in one)
+    if not mixed:  # a hundredth of a step of AdamW, whose length is the learning rate
+        assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-4) for n in one)
 
 
 @every_training

@@ -18,6 +18,12 @@ def rows(folder, stage) -> str:
     return str(path)
 
 
+def both_stages(base, folder) -> list[str]:
+    model = ["--model", base, "--model.chat_template", "tulu", "--output_dir", folder / "both", *QUICK]
+    data = ["--sft.dataset", rows(folder, "sft"), "--dpo.dataset", rows(folder, "dpo"), "--dpo.split", "train"]
+    return ["recipes/sft_then_dpo.py", *model, *data]
+
+
 def single_stage(stage, base, folder) -> list[str]:
     flags = ["--model_name_or_path", base, "--dataset_name", rows(folder, stage), "--output_dir", folder / stage]
     return [f"recipes/{stage}.py", *flags, "--max_steps", 2, "--chat_template", "tulu"]
@@ -46,26 +52,24 @@ def test_all_recipes_under_the_shipped_configuration_for_two_cpu_processes(base,
     output = finish(
         start(
             ROOT / "accelerate_configs/cpu2.yaml",
-            *(RECIPES, "recipes/sft_then_dpo.py", "--output_dir", tmp_path / "d2", *QUICK, "+"),
+            *(RECIPES, *both_stages(base, tmp_path), "+"),
             *(*single_stage("sft", base, tmp_path), "+"),
             *(*single_stage("dpo", base, tmp_path), "--precompute_ref_log_probs", "true"),
         )
     )
-    check_run(tmp_path / "d2", ROOT / "hft_trl/demo/assets/model", ["sft", "dpo"])
+    check_run(tmp_path / "both", base, ["sft", "dpo"])
     check_run(tmp_path / "sft", base, ["sft"])
     check_run(tmp_path / "dpo", base, ["dpo"])
     assert output.count("reference: shares") == 1  # said once, not by every process
-    assert output.count("reference: its log-probs are computed before training") == 1
+    assert output.count("reference: its log-probs were computed before training") == 1
 
 
 def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):
     """Both stages in one launch: DPO starts from what SFT saved."""
-    both = ["--model", base, "--model.chat_template", "tulu", "--output_dir", tmp_path / "both", *QUICK]
-    data = ["--sft.dataset", rows(tmp_path, "sft"), "--dpo.dataset", rows(tmp_path, "dpo"), "--dpo.split", "train"]
     output = finish(
         start(
             on_cpu("fsdp2.yaml", tmp_path, fsdp_state_dict_type="SHARDED_STATE_DICT"),
-            *(RECIPES, "recipes/sft_then_dpo.py", *both, *data, "--dpo.precompute_ref_log_probs", "true", "+"),
+            *(RECIPES, *both_stages(base, tmp_path), "--dpo.precompute_ref_log_probs", "true", "+"),
             *(*single_stage("sft", base, tmp_path), "+"),
             *single_stage("dpo", base, tmp_path),
         )
@@ -74,6 +78,6 @@ def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):
     assert dpo["reference_memory_bytes"] is None
     check_run(tmp_path / "sft", base, ["sft"])
     check_run(tmp_path / "dpo", base, ["dpo"])
-    assert output.count("reference: its log-probs are computed before training") == 1
+    assert output.count("reference: its log-probs were computed before training") == 1
     assert output.count("sharded by FSDP2") == 1
     assert list(tmp_path.glob("both/sft/checkpoint-*/pytorch_model_fsdp_0"))  # FSDP it was, not DDP

@@ -46,7 +46,10 @@ TRAININGS = {
     "sft-checkpointing": {"gradient_checkpointing": True},
     "sft-sharded": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     "sft-sharded-resumed": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "sft-mixed": {"bf16": True, "frozen_dtype": "bfloat16"},
+    "sft-mixed-resumed": {"bf16": True, "frozen_dtype": "bfloat16"},
     "dpo": {},
+    "dpo-mixed": {"bf16": True, "frozen_dtype": "bfloat16"},
     "dpo-resumed": {},
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
@@ -89,6 +92,7 @@ def train(name: str, base: Path, output: Path) -> dict:
     state_dicts = settings.pop("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     if dist.is_initialized():  # the test's own process keeps its environment
         os.environ["FSDP_STATE_DICT_TYPE"] = state_dicts
+    hft_config = HFTConfig(frozen_dtype=settings.pop("frozen_dtype", None))
     settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes
     rows = Dataset.from_list([(tulu_row if stage == "sft" else ultrafeedback_row)(n) for n in range(32)])
     config, kind = (SFTConfig, HFTSFTTrainer) if stage == "sft" else (DPOConfig, HFTDPOTrainer)
@@ -99,7 +103,7 @@ def train(name: str, base: Path, output: Path) -> dict:
         args=config(str(output / name), **{**SETTINGS, **settings}),
         train_dataset=(sft_dataset if stage == "sft" else preference_dataset)(rows, "rows"),
         processing_class=load_tokenizer(str(base), "tulu"),
-        hft_config=HFTConfig(),
+        hft_config=hft_config,
     )
     whole = sum(p.nbytes for p in trainer.model.parameters())  # before it is sharded
     reference = trainer.ref_model if stage == "dpo" else None
