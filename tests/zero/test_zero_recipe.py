@@ -86,12 +86,13 @@ def test_the_selection_is_that_of_one_process_on_every_rank(run, alone, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_trainable_parameters_have_reduced_gradients_and_optimizer_state(run, stage):
+    """How much state there is in all, the test of the report says."""
     selection = json.loads((run.folder / stage / "hft_selection.json").read_text())
     frozen_outside = {"model.embed_tokens.weight"}
     assert frozen_outside <= set(selection["frozen"])
     for rank in range(2):
         assert run.facts[stage, rank]["reduced"] == sorted(selection["trainable"])
-        assert run.facts[stage, rank]["states"] == sorted(selection["trainable"])
+        assert run.facts[stage, rank]["optimized"] == sorted(selection["trainable"])
 
 
 def test_losses_are_those_of_one_process(run, alone):

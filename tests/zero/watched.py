@@ -14,7 +14,7 @@ from pathlib import Path
 
 import deepspeed.ops
 import torch
-from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_grad
 from transformers import TrainerCallback
 
 from hft_trl.trainers import HFTMixin
@@ -47,18 +47,24 @@ class Watch(TrainerCallback):
         }
 
         def watched_step(*args, **kwargs):  # DeepSpeed has reduced the gradients and not yet dropped them
-            self.facts["reduced"] = self.having(safe_get_full_grad)
+            self.facts["reduced"] = self.reduced()
             step(*args, **kwargs)
-            self.facts["states"] = self.having(lambda p: safe_get_full_optimizer_state(p, "exp_avg"))
+            self.facts["optimized"] = self.optimized(engine.optimizer)
             engine.step = step
             rank = trainer.args.process_index
             (Path(os.environ["WATCH"]) / f"{self.stage}-{rank}.json").write_text(json.dumps(self.facts))
 
         engine.step = watched_step
 
-    def having(self, get):
-        """Names of the parameters for which DeepSpeed has something."""
-        return sorted(name for name, p in self.trainer.model.named_parameters() if get(p) is not None)
+    def reduced(self):
+        """Names of the parameters whose gradients DeepSpeed has reduced."""
+        return sorted(n for n, p in self.trainer.model.named_parameters() if safe_get_full_grad(p) is not None)
+
+    def optimized(self, optimizer):
+        """Names of the parameters that DeepSpeed's optimizer was made for; it divides these over the processes."""
+        groups = optimizer.fp16_groups if self.facts["zero_stage"] == 3 else optimizer.bit16_groups
+        held = {id(parameter) for group in groups for parameter in group}
+        return sorted(name for name, p in self.trainer.model.named_parameters() if id(p) in held)
 
     def on_step_end(self, args, state, control, **kwargs):
         if os.environ.get("KILL_AT") == f"{self.stage}:{state.global_step}":
