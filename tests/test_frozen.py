@@ -242,13 +242,14 @@ def test_a_start_model_that_vanished_or_changed_is_an_error_and_one_that_is_over
 
 def test_the_recipe_runs_both_stages_with_it(recipe, tmp_path):  # noqa: F811
     flags = ["--hft.frozen_dtype", "bfloat16", "--sft.max_steps", 2, "--dpo.max_steps", 2]
-    refused = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags)
-    assert refused.returncode == 2
-    assert "set bf16 to true" in refused.stderr
     autocast = [
         word for stage in ("sft", "dpo") for key in ("bf16", "use_cpu") for word in (f"--{stage}.{key}", "true")
     ]
-    result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags, *autocast, "--overwrite")
+    refused = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags, *autocast[:4])
+    assert refused.returncode == 2
+    assert "set bf16 to true" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out", *flags, *autocast)
     assert result.returncode == 0, result.stderr[-3000:]
     dpo = json.loads((tmp_path / "out" / "report.json").read_text())["stages"][1]
     assert dpo["reference_memory_bytes"] == 4 * dpo["trainable_params"]
