@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_what_a_quantised_reference_can_not_be_with_is_refused_before_anything(t
         check_quantizable("8bit", args, tiny_llama(len(tokenizer)))
 
 
-def test_sizes_that_4_bits_can_not_take_on_a_cpu_are_refused_before_anything(recipe, tmp_path):  # noqa: F811
+def test_sizes_that_4_bits_can_not_take_on_a_cpu_are_refused_before_anything(recipe, tmp_path, monkeypatch):  # noqa: F811
     output = tmp_path / "out"
     result = recipe("sft_then_dpo", "--output_dir", output, "--dpo.reference_quantization", "4bit")
     assert result.returncode == 2
@@ -82,14 +81,9 @@ def test_sizes_that_4_bits_can_not_take_on_a_cpu_are_refused_before_anything(rec
     assert not output.exists()
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=96, intermediate_size=64, num_hidden_layers=1))
-    gpu = SimpleNamespace(
-        sync_ref_model=False,
-        precompute_ref_log_probs=False,
-        fsdp=None,
-        deepspeed_plugin=None,
-        device=torch.device("cuda"),
-    )
-    check_quantizable("4bit", gpu, model)
+    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    check_quantizable("4bit", args, model)
 
 
 def test_a_stage_of_sft_has_no_reference_to_quantise(recipe, tmp_path):  # noqa: F811
