@@ -8,8 +8,9 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
+    from hft_trl.mixin import HFTMixin
     from hft_trl.selection import Selection, select
-    from hft_trl.trainers import HFTDPOTrainer, HFTMixin, HFTSFTTrainer
+    from hft_trl.trainers import HFTDPOTrainer, HFTSFTTrainer
 
 __all__ = [
     "HFTConfig",
@@ -31,7 +32,7 @@ _HOMES = {
     "Selection": "hft_trl.selection",
     "select": "hft_trl.selection",
     "HFTDPOTrainer": "hft_trl.trainers",
-    "HFTMixin": "hft_trl.trainers",
+    "HFTMixin": "hft_trl.mixin",
     "HFTSFTTrainer": "hft_trl.trainers",
 }
 

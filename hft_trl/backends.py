@@ -1,27 +1,18 @@
 """What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen, and what they can't do."""
 
-import contextlib
 import os
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
-    broadcast_object_list,
     fsdp2_prepare_model,
-    gather_object,
     parse_flag_from_env,
 )
-from datasets import Dataset, is_caching_enabled, load_from_disk
-from datasets.config import DATASET_STATE_JSON_FILENAME
 from transformers import TrainingArguments
 
 from hft_trl.errors import HFTError
-from hft_trl.weights import fingerprint, full
 
 EMPTY = (
     "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
@@ -135,74 +126,3 @@ def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> Non
     fsdp2_prepare_model(accelerator, reference)
     # accelerate keeps the head gathered for the backward pass, which a reference doesn't have.
     reference.set_reshard_after_forward(True)
-
-
-def make_hashable(reference: torch.nn.Module) -> None:
-    """
-    Let the state dict of a sharded reference hold fingerprints in place of shards.
-
-    TRL hashes the state dict to name its cache of log-probs, and can't read shards. Every process has to ask for it.
-    """
-
-    def fingerprint_shards(_: torch.nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-        for name, tensor in state_dict.items():
-            digest = bytearray.fromhex(fingerprint(full(tensor)))
-            state_dict[name] = torch.frombuffer(digest, dtype=torch.uint8)
-
-    reference.register_state_dict_post_hook(fingerprint_shards)
-
-
-def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
-    """
-    A data set whose file every process sees, so that what one of them caches beside it is there for the others.
-
-    A data set in memory, or in a cache on the disk of one machine, is written to a folder that all machines share.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The data set, the same in every process.
-        folder (`Path`):
-            Where to write it if it has to be, on a file system that all processes share.
-
-    Returns:
-        [`~datasets.Dataset`]: The same rows.
-
-    Raises:
-        [`HFTError`]: If there are several processes and datasets' caching is off, or they don't share the folder.
-    """
-    state = PartialState()
-    if state.num_processes == 1 or not isinstance(dataset, Dataset):
-        return dataset
-    if not is_caching_enabled():
-        raise HFTError(
-            f"precompute_ref_log_probs is on in {state.num_processes} processes, which share the log-probs through datasets' "
-            "cache, but caching is off: call datasets.enable_caching(), or use one process."
-        )
-    file = Path(dataset.cache_files[0]["filename"]) if dataset.cache_files else None
-    if _all_see(file):
-        return dataset
-    if state.is_main_process:
-        dataset.save_to_disk(str(folder))
-    state.wait_for_everyone()
-    if not _all_see(folder / DATASET_STATE_JSON_FILENAME):
-        raise HFTError(
-            f"precompute_ref_log_probs: not every process sees {str(folder)!r}: put output_dir on a file system that all "
-            "machines share."
-        )
-    return load_from_disk(str(folder))
-
-
-def _all_see(file: Path | None) -> bool:
-    """Whether all processes mean the same file, on the same disk."""
-    if len(set(gather_object([str(file)]))) > 1 or file is None:
-        return False
-    # Two machines may have files of one name, so a new one tells
-    state, mark = PartialState(), [None]
-    if state.is_main_process:
-        with contextlib.suppress(OSError):
-            mark = [tempfile.mkstemp(dir=file.parent)[1]]
-    broadcast_object_list(mark)
-    seen = gather_object([mark[0] is not None and Path(mark[0]).exists()])
-    if state.is_main_process and mark[0] is not None:
-        Path(mark[0]).unlink()
-    return all(seen)

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.errors import HFTError
+from hft_trl.mixin import HFTMixin
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.selection import Selection, find_units
-from hft_trl.trainers import HFTMixin
 from hft_trl.weights import changes
 from hft_trl.zero import numel
 

@@ -20,11 +20,11 @@ from hft_trl.files import writing
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.mixin import HFTMixin
 from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.selection import select
-from hft_trl.trainers import HFTMixin
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)

@@ -1,11 +1,10 @@
 """Backends: what can't keep a half frozen is refused before anything is loaded."""
 
 import pytest
-from datasets import Dataset, disable_caching, enable_caching
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends import check_launch, fsdp_version, seen_by_all
+from hft_trl.backends import check_launch, fsdp_version
 from hft_trl.recipe import parse_recipe
 from hft_trl.stage import check_model
 
@@ -56,19 +55,3 @@ def test_recipes_refuse_fsdp1_first_of_all_unless_everything_learns(fsdp1, tmp_p
         check_model(parse_recipe(flags).sft)
     with pytest.raises(HFTError, match="no/such-model"):
         check_model(parse_recipe([*flags, "--method", "fft"]).sft)
-
-
-def test_one_process_keeps_its_rows_where_they_are(tmp_path):
-    rows = Dataset.from_list([{"a": 1}])
-    assert seen_by_all(rows, tmp_path / "rows") is rows
-    assert not (tmp_path / "rows").exists()
-
-
-def test_several_processes_without_datasets_cache_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("hft_trl.backends.PartialState", lambda: type("State", (), {"num_processes": 2}))
-    disable_caching()
-    try:
-        with pytest.raises(HFTError, match="caching is off"):
-            seen_by_all(Dataset.from_list([{"a": 1}]), tmp_path)
-    finally:
-        enable_caching()

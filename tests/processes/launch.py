@@ -15,10 +15,10 @@ TRAIN = Path(__file__).parent / "train.py"
 RECIPES = Path(__file__).parent / "recipes.py"
 
 
-def on_cpu(name: str, folder: Path, **changes) -> Path:
-    """A shipped configuration for two processes of this machine's CPU, and other `changes`."""
+def on_cpu(name: str, folder: Path, num_processes: int = 2, **changes) -> Path:
+    """A shipped configuration for processes of this machine's CPU, with `changes` to its part on FSDP."""
     config = yaml.safe_load((ROOT / "accelerate_configs" / name).read_text())
-    config |= {"use_cpu": True, "num_processes": 2, "mixed_precision": "no"}
+    config |= {"use_cpu": True, "num_processes": num_processes, "mixed_precision": "no"}
     config["fsdp_config"] = {**config.get("fsdp_config", {}), **changes}
     path = folder / name
     path.write_text(yaml.safe_dump(config))

@@ -1,6 +1,7 @@
 """Two real processes, under DDP, FSDP2 and on two machines, train what one process trains on the same global batch."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,18 +16,12 @@ TRAININGS = {
         *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
     ],
     "fsdp2": [
-        *(
-            "sft",
-            "sft-resumed",
-            "sft-sharded",
-            "sft-sharded-resumed",
-            "sft-checkpointing",
-            "sft-mixed",
-            "sft-mixed-resumed",
-        ),
+        *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),
+        *("sft-sharded", "sft-sharded-resumed", "sft-sharded-mixed", "sft-checkpointing"),
         *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
+        *("dpo-sharded", "dpo-sharded-resumed"),
     ],
-    "machines": ["sft", "sft-resumed", "dpo", "dpo-precomputed"],
+    "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-precomputed"],
 }
 EVERY = [(backend, training) for backend, trainings in TRAININGS.items() for training in trainings]
 every_training = pytest.mark.parametrize(("backend", "training"), EVERY)
@@ -118,6 +113,51 @@ def test_a_resumed_training_ends_in_the_same_bytes(together, backend, training):
     assert seen(output, training)[0]["losses"] == seen(output, through)[0]["losses"]
     file = "model.safetensors"
     assert (output / training / file).read_bytes() == (output / through / file).read_bytes()
+
+
+def test_four_processes_go_on_from_fsdp2_checkpoints_of_two(together, base, alone, tmp_path):
+    """From whole and from sharded state dicts, of SFT and DPO: on the same batches to one process's losses and weights."""
+    what_one_saw, its_folder = alone
+    trainings = ["sft", "sft-sharded", "dpo", "dpo-sharded"]
+    for training in trainings:
+        step = f"{training}/checkpoint-2"
+        shutil.copytree(together("fsdp2") / step, tmp_path / step)
+    config = on_cpu("fsdp2.yaml", tmp_path, num_processes=4)
+    output = finish(start(config, TRAIN, base, tmp_path, *(f"{training}-resumed" for training in trainings)))
+    assert "was saved by 2 processes, this run has 4" in output
+    for training in trainings:
+        stage = training.partition("-")[0]
+        ranks = seen(tmp_path, f"{training}-resumed")
+        assert [rank["processes"] for rank in ranks] == [4] * 4
+        assert {rank["backend"] for rank in ranks} == {"FSDP"}
+        assert ranks[0]["losses"] == pytest.approx(what_one_saw[stage]["losses"], abs=1e-5)
+        one, four = weights(its_folder / stage), weights(tmp_path / f"{training}-resumed")
+        assert all(torch.allclose(one[name], four[name], rtol=0, atol=1e-4) for name in one)
+
+
+def test_fsdp2_and_ddp_refuse_each_others_checkpoints(together, base, tmp_path):
+    """Both ways, with real checkpoints, before a step is trained."""
+    for there, training, here, words in (
+        (
+            "fsdp2",
+            "sft",
+            "cpu2.yaml",
+            "was saved by FSDP with FULL_STATE_DICT, whose files one process or DDP can't read",
+        ),
+        (
+            "ddp",
+            "sft",
+            "fsdp2.yaml",
+            "was saved by one process or DDP, whose files FSDP with FULL_STATE_DICT can't read",
+        ),
+    ):
+        folder = tmp_path / here / "sft"
+        shutil.copytree(together(there) / training / "checkpoint-2", folder / "checkpoint-2")
+        launch = start(on_cpu(here, tmp_path), TRAIN, base, tmp_path / here, "sft-resumed")
+        said = launch.communicate(timeout=300)[0]
+        assert launch.returncode != 0
+        assert words in said.replace("\n", " ")
+        assert not (tmp_path / here / "sft-resumed" / "model.safetensors").exists()
 
 
 def test_fsdp2_gathers_the_reference_layer_by_layer(together):

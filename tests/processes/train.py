@@ -48,9 +48,15 @@ TRAININGS = {
     "sft-sharded-resumed": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     "sft-mixed": {"bf16": True, "frozen_dtype": "bfloat16"},
     "sft-mixed-resumed": {"bf16": True, "frozen_dtype": "bfloat16"},
+    "sft-sharded-mixed": {
+        **{"bf16": True, "frozen_dtype": "bfloat16"},
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
     "dpo": {},
     "dpo-mixed": {"bf16": True, "frozen_dtype": "bfloat16"},
     "dpo-resumed": {},
+    "dpo-sharded": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "dpo-sharded-resumed": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
 

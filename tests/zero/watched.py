@@ -1,5 +1,5 @@
 """
-Runs a recipe and writes down what only its processes can see: `accelerate launch ... watched.py RECIPE FLAGS`.
+Runs recipes and writes down what only their processes can see: `accelerate launch ... watched.py RECIPE FLAGS [+ RECIPE FLAGS]`.
 
 WATCH names a folder for one JSON file per stage and process. With KILL_AT=dpo:3 every process kills itself after step 3
 of the DPO stage.
@@ -17,7 +17,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from transformers import TrainerCallback
 
-from hft_trl.trainers import HFTMixin
+from hft_trl.mixin import HFTMixin
 from hft_trl.zero import is_partitioned, numel
 
 original = HFTMixin.train
@@ -41,6 +41,7 @@ class Watch(TrainerCallback):
             "num_processes": trainer.accelerator.num_processes,
             "zero_stage": engine.zero_optimization_stage(),
             "digest": trainer.hft_selection.digest,
+            "model_hash": vars(trainer).get("_precompute_model_hash"),
             "checkpointing": trainer.args.activation_checkpointing_kwargs,
             "policy": held(trainer.accelerator.unwrap_model(trainer.model)),
             "reference": held(trainer.accelerator.unwrap_model(reference)) if reference is not None else None,
@@ -87,5 +88,9 @@ if __name__ == "__main__":
     HFTMixin.train = train
     # Its shared-memory collectives would have to be compiled first; without them gloo does it all
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    words = sys.argv[1:]
+    while words:
+        end = words.index("+") if "+" in words else len(words)
+        sys.argv, words = words[:end], words[end + 1 :]
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")

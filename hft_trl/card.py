@@ -1,0 +1,54 @@
+"""The model card's section on what HFT trained."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from hft_trl.selection import SELECTION_FILE, Selection
+
+CITATION = """\
+@inproceedings{hui2025hft,
+  title     = {{HFT: Half Fine-Tuning for Large Language Models}},
+  author    = {Hui, Tingfeng and Zhang, Zhenyu and Wang, Shuohuan and Xu, Weiran and Sun, Yu and Wu, Hua},
+  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2404.18466}
+}"""
+
+
+def add_section(path: Path, selection: Selection) -> None:
+    """
+    Add to a model card which half of the model learned, and how to cite the method.
+
+    Args:
+        path (`Path`):
+            The card, as TRL has written it. It is changed in place.
+        selection ([`Selection`]):
+            What learned.
+    """
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), "hft"})
+    card.text += _section(selection)
+    card.save(path)
+
+
+def _section(selection: Selection) -> str:
+    shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
+    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
+    return f"""
+## Half Fine-Tuning
+
+In this stage a random part of the parameters learned and the rest kept the bits of the start model
+`{selection.start_model["name_or_path"]}` (weights `{selection.start_model["weights_digest"]}`).
+Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`.
+
+| category | share that learned |
+|---|---|
+{shares}
+
+Cite HFT as:
+
+```bibtex
+{CITATION}
+```
+"""

@@ -1,0 +1,288 @@
+"""What any TRL trainer of a causal LM needs so that a half of its model learns."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.utils import logging
+
+from hft_trl import backends, card, delta, reference, zero
+from hft_trl.backends import check_backend, check_frozen_dtype
+from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.files import writing
+from hft_trl.frozen import FrozenHalf
+from hft_trl.manifest import check_layout, layout, sealing
+from hft_trl.preemption import StopAtStepEnd
+from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
+
+logger = logging.get_logger(__name__)
+
+
+class HFTMixin:
+    """
+    Gives any TRL trainer of a causal LM a half that learns. Put it before the trainer: `class MyTrainer(HFTMixin, KTOTrainer): ...`
+
+    Every argument of the parent stays as it is. The selection is drawn and applied as soon as the parent has loaded
+    the model, before anything wraps it, so the optimizer and every backend see the trainable half only. The frozen
+    half is fingerprinted then, and checked whenever the model is saved and when training ends.
+
+    Args:
+        hft_config ([`HFTConfig`], *optional*):
+            What to train. Defaults to `HFTConfig()`, the paper's category-level half.
+
+    Attributes:
+        hft_selection ([`Selection`]): Which parameters learn.
+
+    Raises:
+        [`HFTError`]: If HFT is asked for together with adapters or a quantised model, if `optimizers` holds frozen
+            parameters, or if the reference is not the model that training starts from.
+    """
+
+    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
+        self.hft_config = hft_config if hft_config is not None else HFTConfig()
+        if not isinstance(self.hft_config, HFTConfig):
+            raise HFTError(f"hft_config is {self.hft_config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
+        given, takes_reference = _arguments(super().__init__, args, kwargs)
+        reference_given = given.get("ref_model") is not None
+        _refuse_adapters(given)
+        self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
+        if self.hft_config.method == "hft":
+            backends.check_launch(given.get("args"))
+        if self._frozen_dtype and given.get("args") is not None:
+            check_frozen_dtype(given["args"], self._frozen_dtype)
+        zero.prepare(given.get("args"), self.hft_config)
+        with self._policy_loaded_once(given) as loaded:
+            if loaded is not None:
+                super().__init__(**loaded)
+            else:
+                if takes_reference:
+                    reference.check_has_path(given)
+                super().__init__(*args, **kwargs)
+
+        if self.hft_config.method == "hft":
+            check_backend(self.accelerator.state)
+        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
+        model = self.accelerator.unwrap_model(self.model)
+        self.hft_selection = self._draw_selection(model)
+        self.hft_selection.apply(model)
+        self._first_step = True
+        if self.optimizer is not None:
+            _refuse_frozen(self.optimizer, model)
+        self._settle_halves(model, reference_given)
+        # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
+        # pass none on to the layers.
+        if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            model.enable_input_require_grads()
+        self._preemption = StopAtStepEnd.install(self)
+
+    def _draw_selection(self, model: PreTrainedModel) -> Selection:
+        start = model.config._name_or_path
+        selection = select(model, self.hft_config, previous=selection_of(model))
+        digests = gather_object([selection.digest])
+        if len(set(digests)) > 1:
+            raise HFTError(
+                f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
+            )
+        cast = zero.training_dtype(self.accelerator.state)
+        if cast is not None:
+            zero.cast(model, cast)
+        if self.hft_config.method == "hft":
+            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
+        parameters = fingerprints(model.named_parameters())
+        learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
+        self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
+        start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
+        return dataclasses.replace(selection, start_model=start_model)
+
+    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
+        """What to call the parent with instead of what was `given`, if a trainer can make its reference of the policy."""
+        return nullcontext()
+
+    def _settle_halves(self, policy: PreTrainedModel, reference_given: bool) -> None:
+        """Check the reference against the policy, hold the frozen half in its type, and store it once where that can be."""
+        own = vars(self).get("ref_model")  # also of trainers that always load it themselves
+        reason = reference.why_not_shared(self.args, self.hft_config)
+        if own is not None:
+            own = self.accelerator.unwrap_model(own)
+            reference.freeze(own)
+            if reason is not None or not reference.is_hollow(own):
+                reference.check_is_start(policy, own, reference_given)
+                reason = reason or ("ref_model was passed, which is left as it is" if reference_given else None)
+        self._shares_reference = own is not None and reason is None
+        if self._frozen_dtype:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            revision = (self.args.model_init_kwargs or {}).get("revision")
+            rounded = None if sharded or reference_given else own
+            self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
+        if self._shares_reference:
+            reference.tie(policy, own)
+        if own is not None and self.hft_config.method == "hft":
+            reference.report_memory(policy, own, reason)
+            if self.is_deepspeed_enabled:
+                zero.log_reference(self.accelerator.state.deepspeed_plugin)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._shares_reference:
+            reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        return prepared
+
+    def check_frozen(self) -> None:
+        """
+        Compare the frozen half with its fingerprints from before training.
+
+        Raises:
+            [`RuntimeError`]: Naming the first frozen parameter that moved.
+        """
+        self._frozen.check(self.accelerator.unwrap_model(self.model))
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
+                raise HFTError(
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
+                    "resume_from_checkpoint."
+                )
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
+                check_resumable(self.hft_selection, resume_from_checkpoint)
+            check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.check_frozen()
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self._preemption is not None:
+            self._preemption.leave()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
+        run = Path(self._get_output_dir(trial=trial))
+        with sealing(self, run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            checkpoint = last_finite_checkpoint(self.args.output_dir)
+            raise HFTError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
+                f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
+            )
+        if self._first_step and self.hft_config.method == "hft" and not self.is_deepspeed_enabled:
+            self._first_step = False
+            self._warn_of_parts_without_gradient()
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Run the parent's step, under autocast before `train` too where the halves are held in two types."""
+        with self.accelerator.autocast() if self._frozen_dtype else nullcontext():
+            return super().prediction_step(*args, **kwargs)
+
+    def _warn_of_parts_without_gradient(self) -> None:
+        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            logger.warning(
+                f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they never "
+                "do, keep them out of the selection with HFTConfig(exclude=[...])."
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""
+        self.check_frozen()
+        with writing(output_dir or self.args.output_dir):
+            if self.args.should_save:
+                self.hft_selection.save(output_dir or self.args.output_dir)
+            if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, no final model
+                if self.args.should_save:
+                    model = self.accelerator.unwrap_model(self.model)
+                    delta.save(model, self.processing_class, self.hft_selection, output_dir)
+                return
+            if backends.saves_shards(self.accelerator) and not _internal_call:
+                # Shards are enough to resume from; what training ends with has to load anywhere.
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save as the parent does, with the start model's own tensors where the frozen half is held in a smaller type."""
+        if not self._frozen_dtype or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        super()._save(output_dir, self._frozen.as_saved(model, state_dict, folder))
+        # transformers names the first parameter's type, and loading in that one could round the others
+        model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        model.config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if delta.is_delta(resume_from_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if delta.is_delta(self.state.best_model_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card and add what HFT trained."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and self.hft_config.method == "hft":
+            card.add_section(Path(self.args.output_dir) / "README.md", self.hft_selection)
+
+
+def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:
+    """What the parent is given, by name as far as its signature tells, and whether it can be given a reference."""
+    signature = inspect.signature(init)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given, "ref_model" in signature.parameters
+
+
+def _refuse_adapters(given: dict[str, Any]) -> None:
+    model = given.get("model")
+    if given.get("peft_config") is not None or (isinstance(model, torch.nn.Module) and is_peft_model(model)):
+        raise HFTError(
+            "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "
+            "adapter with TRL's own trainer."
+        )
+    if given.get("quantization_config") is not None:
+        raise HFTError("HFT trains the model's own weights, but a quantization_config was passed: drop it.")
+
+
+def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in held]
+    if frozen:
+        raise HFTError(
+            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "
+            "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+        )
