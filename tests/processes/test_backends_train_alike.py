@@ -151,13 +151,13 @@ def test_fsdp2_and_ddp_refuse_each_others_checkpoints(together, base, tmp_path):
             "was saved by one process or DDP, whose files FSDP with FULL_STATE_DICT can't read",
         ),
     ):
-        folder = tmp_path / here / "sft"
-        shutil.copytree(together(there) / training / "checkpoint-2", folder / "checkpoint-2")
-        launch = start(on_cpu(here, tmp_path), TRAIN, base, tmp_path / here, "sft-resumed")
+        output = tmp_path / f"from-{there}"
+        shutil.copytree(together(there) / training / "checkpoint-2", output / "sft" / "checkpoint-2")
+        launch = start(on_cpu(here, tmp_path), TRAIN, base, output, "sft-resumed")
         said = launch.communicate(timeout=300)[0]
         assert launch.returncode != 0
         assert words in said.replace("\n", " ")
-        assert not (tmp_path / here / "sft-resumed" / "model.safetensors").exists()
+        assert not (output / "sft-resumed" / "model.safetensors").exists()
 
 
 def test_fsdp2_gathers_the_reference_layer_by_layer(together):
@@ -167,6 +167,14 @@ def test_fsdp2_gathers_the_reference_layer_by_layer(together):
         assert parts_of_reference == parts_of_policy > 4  # the test model's layers
         assert 0 < rank["gathered_by_reference"] <= max(rank["largest_layer"], rank["embedding"]) < 0.2 * rank["bytes"]
         assert rank["reference_is_sharded"]
+
+
+def test_the_frozen_half_is_stored_once_under_ddp_and_on_each_machine(together):
+    for backend in ("ddp", "machines"):
+        for rank in seen(together(backend), "dpo"):
+            assert rank["shared_reference_bytes"] == rank["frozen_bytes"] > 0
+    for rank in seen(together("fsdp2"), "dpo"):
+        assert rank["shared_reference_bytes"] == 0
 
 
 def test_sharded_checkpoints_hold_shards_only(together):

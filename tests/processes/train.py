@@ -25,6 +25,7 @@ from conftest import tulu_row, ultrafeedback_row
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.data import preference_dataset, sft_dataset
+from hft_trl.reference import memory
 
 GLOBAL_BATCH = 8
 STEPS = 4
@@ -112,7 +113,7 @@ def train(name: str, base: Path, output: Path) -> dict:
         hft_config=hft_config,
     )
     whole = sum(p.nbytes for p in trainer.model.parameters())  # before it is sharded
-    reference = trainer.ref_model if stage == "dpo" else None
+    reference = trainer.ref_model if stage == "dpo" else None  # none where its log-probs were computed before
     witness = Witness()
     trainer.add_callback(witness)
     if dist.is_initialized():
@@ -142,8 +143,15 @@ def train(name: str, base: Path, output: Path) -> dict:
         "largest_layer": max(sum(p.nbytes for p in layer.parameters()) for layer in trainer.model.model.layers),
         "embedding": trainer.model.get_input_embeddings().weight.nbytes,
         "parts": [sum(isinstance(m, FSDPModule) for m in x.modules()) if x else 0 for x in (trainer.model, reference)],
+        "shared_reference_bytes": shared_with_policy(trainer) if reference is not None else None,
+        "frozen_bytes": sum(p.nbytes for p in named.values() if not p.requires_grad),
         "reference_is_sharded": reference is not None and all(isinstance(p, DTensor) for p in reference.parameters()),
     }
+
+
+def shared_with_policy(trainer: HFTDPOTrainer) -> int:
+    """Bytes that the reference stores in the policy's memory, once both are where they are trained."""
+    return memory(*(trainer.accelerator.unwrap_model(model) for model in (trainer.model, trainer.ref_model)))[1]
 
 
 def main(base: str, output: str, *names: str) -> None:

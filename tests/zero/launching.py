@@ -10,12 +10,18 @@ PROGRAMS = Path(__file__).parent
 
 
 def launch(
-    zero_stage: int, program: str, *arguments, flags=("--mixed_precision", "no"), check=True, **environment
+    zero_stage: int,
+    program: str,
+    *arguments,
+    flags=("--mixed_precision", "no"),
+    num_processes: int = 2,
+    check=True,
+    **environment,
 ) -> subprocess.CompletedProcess:
-    """Run a program of this folder under a shipped ZeRO file, in two processes."""
+    """Run a program of this folder under a shipped ZeRO file."""
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", f"accelerate_configs/zero{zero_stage}.yaml", "--num_processes", "2", *flags),
+        *("--config_file", f"accelerate_configs/zero{zero_stage}.yaml", "--num_processes", str(num_processes), *flags),
         *(str(PROGRAMS / program), *map(str, arguments)),
     ]
     result = subprocess.run(

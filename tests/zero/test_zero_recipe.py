@@ -1,6 +1,7 @@
 """The recipe under ZeRO-2 and ZeRO-3 in two real processes, against one process without DeepSpeed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes(run):
         record["resumed_from_step"] for record in json.loads((run.killed / "report.json").read_text())["stages"]
     ]
     assert resumed == [2 if run.zero_stage == 2 else None, 2 if run.zero_stage == 3 else None]
+
+
+def test_another_number_of_processes_or_backend_is_refused_before_a_step(run, tmp_path):
+    """DeepSpeed's partitions fit one number of processes, and nothing else reads them."""
+    shutil.copytree(run.folder / "sft", tmp_path / "run" / "sft")
+    (tmp_path / "run" / "sft" / "model.safetensors").unlink()  # as if it had been killed when it saved it
+    stage = tmp_path / "run" / "sft" / "stage.json"
+    stage.write_text(json.dumps({**json.loads(stage.read_text()), "record": None}))
+    command = (*RECIPE, *ONE, "--sft.gradient_checkpointing", "true", "--dpo.gradient_checkpointing", "true")
+    command = (*command, "--output_dir", tmp_path / "run")
+    one = launch(run.zero_stage, "watched.py", *command, num_processes=1, WATCH=tmp_path, check=False)
+    assert one.returncode != 0
+    assert f"was saved by 2 processes, which DeepSpeed ZeRO-{run.zero_stage} can't divide into 1" in one.stderr
+    plain = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert plain.returncode == 2
+    assert f"was saved by DeepSpeed ZeRO-{run.zero_stage}, whose files one process or DDP can't read" in plain.stderr
+    assert (tmp_path / "run" / "sft" / "checkpoint-4" / "hft_checkpoint.json").is_file()
 
 
 def test_the_report_counts_as_one_process_does(run, alone):
