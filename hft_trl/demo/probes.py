@@ -1,6 +1,5 @@
 """What a model knows of the small world and what it can do: two probes, both without any randomness in the model."""
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,8 +7,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import tulu_template
-from hft_trl.demo.data import QUESTIONS, SKILLS, instruction, without_farewell
-from hft_trl.demo.world import PHRASINGS, VALUES, Person, World, make_world
+from hft_trl.demo.data import without_farewell
+from hft_trl.demo.probe_data import is_right, probe_rows
+from hft_trl.demo.world import PHRASINGS, Person, World, make_world
 
 
 @contextmanager
@@ -159,12 +159,6 @@ def chat(
     return replies
 
 
-def is_right(reply: str, person: Person, attribute: str) -> bool:
-    """Whether a reply, its farewell set aside, is one of the true plain sentences about a fact and nothing more."""
-    phrasings = range(len(PHRASINGS[attribute]))
-    return without_farewell(reply) in {person.sentence(attribute, phrasing) for phrasing in phrasings}
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -202,17 +196,13 @@ def evaluate(
     """
     world = world or make_world()
     people = [person for person in world.people if not person.mentioned]
-    items = tuple(item for item in world.items if not item.mentioned)
-    rng = random.Random("probes")
-    facts = [(person, attribute) for person in people for attribute in VALUES]
-    facts = rng.sample(facts, min(num_questions, len(facts)))
-    prompts = [rng.choice(QUESTIONS[attribute]).format(name=person.name) for person, attribute in facts]
-    tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(num_instructions)]
-    replies = chat(model, tokenizer, prompts + [task[0] for task in tasks], batch_size=batch_size)
-    answers, done = replies[: len(facts)], replies[len(facts) :]
-    right = [is_right(reply, *fact) for reply, fact in zip(answers, facts, strict=True)]
+    rows = probe_rows(world, num_questions, num_instructions)
+    questions, instructions = rows["questions"], rows["instructions"]
+    replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions], batch_size=batch_size)
+    answers, done = replies[: len(questions)], replies[len(questions) :]
+    right = [is_right(reply, row["answers"]) for reply, row in zip(answers, questions, strict=True)]
     concise = [hit and reply == without_farewell(reply) for hit, reply in zip(right, answers, strict=True)]
-    followed = [reply == wanted for reply, (_, wanted, _) in zip(done, tasks, strict=True)]
+    followed = [reply == row["answer"] for reply, row in zip(done, instructions, strict=True)]
     return {
         "knowledge": recall(model, tokenizer, people, batch_size),
         "ability": (_percent(right) + _percent(followed)) / 2,
