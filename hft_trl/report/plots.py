@@ -136,7 +136,7 @@ def evaluation_figure(report: Report) -> "Figure | None":
     models = list(report.evaluation)
     methods = {stage.name: stage.method.upper() for stage in report.stages}
     pitch = 0.8 / len(models)
-    colours = _stage_colours(len(models))
+    colours = stage_colours(len(models))
     figure = Figure(figsize=(min(16, max(6.0, 1.6 + 0.62 * len(models) * len(measures))), 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, model in enumerate(models):
@@ -164,7 +164,8 @@ def evaluation_figure(report: Report) -> "Figure | None":
     return figure
 
 
-def _stage_colours(number: int) -> list[str]:
+def stage_colours(number: int) -> list[str]:
+    """Colours for a base model, which is grey, and what was made from it."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
