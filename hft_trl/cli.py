@@ -146,7 +146,8 @@ def evaluate_command(
     """
     suites = parse_suites(suite)
     with _quiet():
-        from hft_trl.evaluation.run import evaluate_models, find_models
+        from hft_trl.evaluation.models import find_models
+        from hft_trl.evaluation.run import evaluate_models
 
         evaluation = evaluate_models(
             find_models(models, base),

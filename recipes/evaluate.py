@@ -17,6 +17,8 @@ from accelerate import PartialState
 
 from hft_trl import exit_on_user_error
 from hft_trl.evaluation import options, parse_suites, print_evaluation, write_evaluation
+from hft_trl.evaluation.models import find_models
+from hft_trl.evaluation.run import evaluate_models
 
 
 def main(
@@ -33,8 +35,6 @@ def main(
 ) -> None:
     # Whatever can be wrong is found before anything is asked
     suites = parse_suites(suite)
-    from hft_trl.evaluation.run import evaluate_models, find_models
-
     folders = find_models(models, base)
 
     # Each model is asked what the cache doesn't know of it yet

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from hft_trl import demo
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError
-from hft_trl.evaluation.models import find_models, model_digest
+from hft_trl.evaluation.models import model_digest
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
 from hft_trl.report.machine import package_version
@@ -122,47 +122,6 @@ def evaluate_models(
         limit=limit,
         versions=versions,
     )
-
-
-def evaluate_stages(
-    suites: str | None, models: dict[str, str]
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float | None]]]:
-    """
-    Evaluate the models of a recipe for its report. Every process has to call.
-
-    Args:
-        suites (`str`, *optional*):
-            Names of suites, comma-separated. By default the embedded world's probes where the base is the embedded
-            model, in a loop of their own that needs no harness; elsewhere nothing.
-        models (`dict[str, str]`):
-            Folder or hub id of each model by name, the base first.
-
-    Returns:
-        `tuple[dict, dict]`: Scores in percent, and their standard errors where there are any, by model and heading.
-    """
-    if suites:
-        names = [name.strip() for name in suites.split(",")]
-        found = find_models(models.values())
-        evaluation = evaluate_models({name: found[place] for name, place in models.items()}, names)
-        scores: dict[str, dict[str, Score]] = {model: {} for model in models}
-        for suite in evaluation.scores:
-            for model in models:
-                columns = evaluation.columns(suite, model)
-                scores[model].update({**evaluation.scores[suite][model], f"{suite} average": columns["average"]})
-        return (
-            {model: {heading: score.value for heading, score in row.items()} for model, row in scores.items()},
-            {model: {heading: score.stderr for heading, score in row.items()} for model, row in scores.items()},
-        )
-    if next(iter(models.values())) != str(demo.MODEL) or not _is_main():
-        return {}, {}
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hft_trl.demo.probes import evaluate
-
-    return {
-        name: evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
-        for name, model in models.items()
-    }, {}
 
 
 def task_digest() -> str:

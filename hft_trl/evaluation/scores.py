@@ -207,6 +207,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
         rows = [[_folded(row[0]), *row[1:]] for row in grid.rows]
-        console.print(rich_table(replace(grid, rows=rows)))
+        table = rich_table(replace(grid, rows=rows))
+        table.show_edge, table.padding = False, (0, 1, 0, 0)  # six columns with their errors fit into 80 characters
+        console.print(table, end="\n\n")
     for note in notes(evaluation):
         console.print(note)

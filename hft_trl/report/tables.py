@@ -84,11 +84,15 @@ def evaluation_grid(report: Report) -> Grid:
     rows, first = [], None
     for model, scores in report.evaluation.items():
         first = scores if first is None else first
-        rows.append(
-            [model, *(_score(scores.get(name), None if first is scores else first.get(name)) for name in measures)]
-        )
+        errors = report.standard_errors.get(model, {})
+        cells = [
+            _score(scores.get(name), None if first is scores else first.get(name), errors.get(name))
+            for name in measures
+        ]
+        rows.append([model, *cells])
     headings = [name.replace("_", " ") for name in measures]
-    against = f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
+    against = " ± standard error" if report.standard_errors else ""
+    against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
     return Grid(f"Evaluation (percent{against})", ["model", *headings], rows)
 
 
@@ -230,7 +234,8 @@ def _unchanged(stage: StageRecord) -> str:
     return {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}[stage.frozen_unchanged]
 
 
-def _score(value: Any, base: Any) -> str:
+def _score(value: Any, base: Any, stderr: Any) -> str:
     if value is None:
         return NONE
-    return f"{value:.1f}" if base is None else f"{value:.1f} ({value - base:+.1f})"
+    error = "" if stderr is None else f"±{stderr:.1f}"
+    return f"{value:.1f}{error}" if base is None else f"{value:.1f}{error} ({value - base:+.1f})"
