@@ -348,6 +348,14 @@ def test_loss_and_margin_have_a_panel_for_each_stage_that_logged_them():
     assert len(line.get_xdata()) == 60
 
 
+def test_standard_errors_stand_beside_the_scores_that_have_them():
+    whole = report(stage(), evaluation={"base": {"a": 50.0, "b": 10.0}, "sft": {"a": 52.5, "b": 10.0}})
+    whole.standard_errors = {"base": {"a": 1.25, "b": None}, "sft": {"a": 2.0}}
+    grid = evaluation_grid(whole)
+    assert grid.rows == [["base", "50.0±1.2", "10.0"], ["sft", "52.5±2.0 (+2.5)", "10.0 (+0.0)"]]
+    assert "standard error" in grid.title
+
+
 def test_evaluation_bars_are_the_scores():
     """One bar for a model and measure, as high as the score in the JSON."""
     axes = evaluation_figure(report()).axes[0]

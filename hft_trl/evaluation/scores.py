@@ -133,7 +133,7 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
 def _cell(score: Score, base: Score | None) -> str:
     error = NONE if score.stderr is None else f"{score.stderr:.1f}"
     difference = "" if base is None else f" ({score.value - base.value:+.1f})"
-    return f"{score.value:.1f}±{error}{difference}"  # a difference goes to a line of its own where room is short
+    return f"{score.value:.1f}±{error}{difference}"
 
 
 def notes(evaluation: Evaluation) -> list[str]:
@@ -184,7 +184,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     return [data, text, picture]
 
 
-def _folded(path: str, width: int = 16) -> str:
+def _folded(path: str, width: int = 14) -> str:
     """A path in lines that are broken at its slashes, so that it leaves room for the scores."""
     lines = [""]
     for part in path.replace("/", "/\n").splitlines():
@@ -206,9 +206,9 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
-        rows = [[_folded(row[0]), *row[1:]] for row in grid.rows]
-        table = rich_table(replace(grid, rows=rows))
-        table.show_edge, table.padding = False, (0, 1, 0, 0)  # six columns with their errors fit into 80 characters
-        console.print(table, end="\n\n")
+        # Broken where it hurts least, so that six columns with their errors fit into 80 characters
+        rows = [[_folded(row[0]), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
+        columns = [heading.replace(" ", "\n") for heading in grid.columns]
+        console.print(rich_table(replace(grid, columns=columns, rows=rows)))
     for note in notes(evaluation):
         console.print(note)
