@@ -207,6 +207,23 @@ def generate_command(
     typer.echo(f"Written: {output}, {len(rows)} replies")
 
 
+@app.command("restore")
+@exit_on_user_error()
+def restore_command(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of a run with hft.delta_checkpoints.")],
+    output: Annotated[str, typer.Argument(help="Folder for the whole model.")],
+    start_model: Annotated[
+        str | None, typer.Option(help="The model that training started from, if it is somewhere else now.")
+    ] = None,
+) -> None:
+    """Make a whole model of a delta checkpoint."""
+    with _quiet():
+        from hft_trl.delta import restore
+
+        restore(checkpoint, output, start_model)
+    typer.echo(output)
+
+
 def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) -> dict[str, Any]:
     return {
         "model": model,

@@ -10,6 +10,7 @@ from hft_trl.demo.probes import evaluate
 from hft_trl.evaluation.models import find_models
 from hft_trl.evaluation.run import evaluate_models
 from hft_trl.evaluation.scores import AVERAGE, Score
+from hft_trl.zero import whole_models
 
 Figures = dict[str, dict[str, float | None]]
 
@@ -50,4 +51,5 @@ def evaluate_stages(models: dict[str, str], suites: Sequence[str] = ()) -> tuple
 
 
 def _probe(model: str) -> dict[str, float]:
-    return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    with whole_models():  # under ZeRO-3 only the first process is here, and no part of a model would help it
+        return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
