@@ -145,7 +145,7 @@ def evaluate_command(
     What was measured once comes from the cache. For several processes, launch recipes/evaluate.py.
     """
     suites = parse_suites(suite)
-    with _quiet():
+    with _quiet(logging.WARNING):  # the harness warns of prompts that don't fit, which it cuts
         from hft_trl.evaluation.models import find_models
         from hft_trl.evaluation.run import evaluate_models
 
@@ -259,10 +259,10 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(below: int = logging.ERROR) -> Iterator[None]:
     """Keep libraries from talking over the answer while a model is built: errors still come as exceptions."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(below - 1)
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")

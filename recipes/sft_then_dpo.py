@@ -81,13 +81,14 @@ def main(recipe: Recipe) -> None:
         train_and_save(dpo, trainer, len(dpo_data), base)
 
     # What was learned, and what was forgotten: the embedded world comes with its own probes
-    models = {"base": base, "sft": str(sft.folder), "dpo": str(dpo.folder)}
-    scores, standard_errors = evaluate_stages(models, suites)
+    stages = {"sft": str(sft.folder), "dpo": str(dpo.folder)}
+    scores, standard_errors, shown = evaluate_stages(sft.model, stages, suites)
     if PartialState().is_main_process:
         report = Report(
             stages=[finished(sft), finished(dpo)],
             evaluation=scores,
             standard_errors=standard_errors,
+            suites=shown,
             base_model=base,
             command=sys.argv,
             settings={**settings(sft), **settings(dpo)},

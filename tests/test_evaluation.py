@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hft_trl import HFTError, demo
+from hft_trl.arguments import ModelArguments
 from hft_trl.chat import tulu_template
 from hft_trl.cli import app
 from hft_trl.demo import probes
@@ -151,20 +152,27 @@ def test_torchs_randomness_is_left_alone(tmp_path):
 def test_a_recipe_gets_the_same_scores_with_and_without_the_harness(chatty, monkeypatch, tmp_path):
     """Without suites the probes run in a loop of their own; with the suite `demo` the harness adds errors and an average."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    models = {"base": str(demo.MODEL), "sft": str(chatty)}
+    start, stages = ModelArguments(str(demo.MODEL), chat_template="tulu"), {"sft": str(chatty)}
     monkeypatch.setattr("hft_trl.evaluation.stages.evaluate", lambda model, tokenizer: {"knowledge": 1.0})
-    assert evaluate_stages(models) == ({"base": {"knowledge": 1.0}, "sft": {"knowledge": 1.0}}, {})
-    assert evaluate_stages({"base": str(chatty)}) == ({}, {})
+    assert evaluate_stages(start, stages) == ({"base": {"knowledge": 1.0}, "sft": {"knowledge": 1.0}}, {}, {})
+    assert evaluate_stages(ModelArguments(str(chatty)), stages) == ({}, {}, {})
     seen = {}
 
-    def asked(folders, suites):
-        seen.update(folders=folders, suites=suites)
-        return fake(["base", "sft"])
+    def asked(folders, suites, **options):
+        seen.update(folders=folders, suites=suites, **options)
+        return fake(["base", "sft"], ["HumanEval"])
 
     monkeypatch.setattr("hft_trl.evaluation.stages.evaluate_models", asked)
-    scores, errors = evaluate_stages(models, ["general", "knowledge"])
-    assert seen == {"folders": {"base": demo.MODEL, "sft": chatty}, "suites": ["general", "knowledge"]}
-    assert scores["base"]["general average"] == pytest.approx((scores["base"]["MMLU"] + scores["base"]["GSM8K"]) / 2)
+    scores, errors, shown = evaluate_stages(start, stages, ["general", "knowledge"])
+    models = {"base": demo.MODEL, "sft": chatty}
+    assert seen == {"folders": models, "suites": ["general", "knowledge"], "chat_template": "tulu"}
+    average = scores["base"]["general average without HumanEval"]
+    assert average == pytest.approx((scores["base"]["MMLU"] + scores["base"]["GSM8K"]) / 2)
+    assert shown == {
+        "general": ["MMLU", "GSM8K", "general average without HumanEval"],
+        "knowledge": ["TriviaQA", "knowledge average"],
+    }
+    assert list(scores["sft"]) == [name for names in shown.values() for name in names]
     assert errors["sft"]["MMLU"] == 1.5
     assert errors["sft"]["TriviaQA"] is None
 

@@ -69,7 +69,8 @@ def from_the_hub(path, name=None, **_):
     rows = HUB[path]
     if isinstance(rows, dict):
         rows = [
-            {**rows, "question": f"{number}: {rows['question']}"} if "question" in rows else rows for number in range(12)
+            {**rows, "question": f"{number}: {rows['question']}"} if "question" in rows else rows
+            for number in range(12)
         ]
     return DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), Dataset.from_list(rows)))
 

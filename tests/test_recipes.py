@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from hft_trl.evaluation.run import evaluate_models
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
 STAGE_FIELDS = {
@@ -116,8 +118,8 @@ def test_suites_run_on_the_base_and_every_stage(recipe, finished_run, tmp_path, 
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
     output = shutil.copytree(finished_run[0], tmp_path / "run")
 
-    def briefly(folders, suites):
-        return evaluate_models(folders, suites, limit=3, cache=tmp_path / "cache")
+    def briefly(folders, suites, **options):
+        return evaluate_models(folders, suites, limit=3, cache=tmp_path / "cache", **options)
 
     monkeypatch.setattr("hft_trl.evaluation.stages.evaluate_models", briefly)
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--evaluate", "demo")

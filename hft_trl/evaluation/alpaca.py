@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.models import find_models
+from hft_trl.files import write_json
 from hft_trl.generate import chat
 
 Row = dict[str, str]
@@ -114,6 +115,6 @@ def write_outputs(rows: list[Row], path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, rows, ensure_ascii=False)
     except OSError as error:
         raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error

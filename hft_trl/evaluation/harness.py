@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.suites import TASKS, Task
+from hft_trl.zero import whole_models
 
 Results = dict[str, dict[str, Any]]
 
@@ -41,7 +42,7 @@ class SharedOutLM(HFLM):
 
     def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, batch_size: int) -> None:
         state = PartialState()
-        with as_user_error(f"the model {str(folder)!r}"):
+        with as_user_error(f"the model {str(folder)!r}"), whole_models():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(state.device)
         with quiet_harness():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -109,7 +110,7 @@ def ask(lm: SharedOutLM, task: Task, loaded: dict[str, Any], limit: int | None, 
         part.set_fewshot_seed(DEFAULT_OTHER_SEED)  # each time anew, so that every model sees the same examples
     # In the chat form every special token comes from the template, as in training.
     lm.add_bos_token = False if task.chat else None
-    with quiet_harness(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(DEFAULT_OTHER_SEED)
         try:
             found = evaluate(

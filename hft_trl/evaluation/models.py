@@ -23,7 +23,7 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 
     Args:
         names (`Iterable[str]`):
-            Folders, hub ids, or `"demo"` for the embedded model.
+            Folders, hub ids (`"id@revision"` for a branch, tag or commit), or `"demo"` for the embedded model.
         base (`str`, *optional*):
             The model to compare with, named in the same way. By default the first of `names`.
 
@@ -44,8 +44,11 @@ def _find(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
         return folder
+    repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors*", *SETTINGS]))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=["*.safetensors*", *SETTINGS])
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise HFTError(f"{name!r} is neither a folder nor a model that the hub gave: {first_line(error)}") from error
 

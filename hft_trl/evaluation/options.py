@@ -7,7 +7,9 @@ import typer
 
 Models = Annotated[
     list[str],
-    typer.Argument(metavar="MODEL", help="Folders or hub ids of the models, or demo for the embedded model."),
+    typer.Argument(
+        metavar="MODEL", help="Folders or hub ids (id@revision) of the models, or demo for the embedded model."
+    ),
 ]
 Suite = Annotated[str, typer.Option(help="general, knowledge or demo; several with commas.")]
 Base = Annotated[str | None, typer.Option(help="Model to compare with; by default the first MODEL.")]

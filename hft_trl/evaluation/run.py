@@ -12,11 +12,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hft_trl import demo
+from hft_trl.backends import check_launch
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.evaluation.models import model_digest
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
+from hft_trl.files import write_json
 from hft_trl.report.machine import package_version
 
 MEASURED_WITH = ("lm_eval", "transformers", "torch")
@@ -63,9 +65,16 @@ def evaluate_models(
         [`Evaluation`]: The scores.
 
     Raises:
-        [`HFTError`]: If the harness is not installed, or a model or a task's data can't be loaded.
+        [`HFTError`]: If the harness is not installed, a model or a task's data can't be loaded, or there are more processes
+            than items.
     """
     check_harness()
+    check_launch()  # FSDP may leave every process but the first with empty weights
+    processes = PartialState(cpu=not torch.accelerator.is_available()).num_processes
+    if limit is not None and limit < processes:
+        raise HFTError(
+            f"--limit {limit} leaves some of the {processes} processes without an item: raise it, or launch fewer."
+        )
     cache = cache or default_cache()
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
@@ -164,16 +173,13 @@ def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
-    path = _file(cache, key)
     numbers = {
         name: {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
         for name, figures in results.items()
     }
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"key": key, "results": numbers}, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(_file(cache, key), {"key": key, "results": numbers})
     except OSError as error:
         raise HFTError(
             f"the cache {cache} can't be written ({error.strerror}): choose another with --cache."

@@ -1,17 +1,21 @@
 """What an evaluation measured: `evaluation.json`, and the tables made from it."""
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from hft_trl.errors import HFTError
-from hft_trl.report.tables import NONE, Grid, rich_table
+from hft_trl.files import write_json
+from hft_trl.report.tables import NONE, Grid, narrowed, rich_table
 
 EVALUATION_FILE = "evaluation.json"
 AVERAGE = "average"
+ERROR_OF_AVERAGE = (
+    "The standard errors are the harness's, over the items of a task. That of an average is the root of the sum of its "
+    "scores' squared errors, divided by their number: the tasks are fixed, and their items independent."
+)
 
 
 @dataclass(frozen=True)
@@ -171,27 +175,18 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     parts = ["# Evaluation"]
     for grid in score_grids(evaluation):
         suite, _, form = grid.title.partition(" ")
-        parts += [f"## {suite}", form.strip("()").capitalize() + ".", table(grid)]
-    parts += notes(evaluation)
+        form = form.strip("()")
+        parts += [f"## {suite}", f"{form[0].upper()}{form[1:]}.", table(grid)]
+    parts += [*notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})", f"Every figure comes from `{data.name}`, {evaluation.created}."]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(evaluation.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(data, evaluation.to_dict(), allow_nan=False)
         text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         score_figure(evaluation).savefig(picture, dpi=150, facecolor="white")
     except OSError as error:
         raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
     return [data, text, picture]
-
-
-def _folded(path: str, width: int = 14) -> str:
-    """A path in lines that are broken at its slashes, so that it leaves room for the scores."""
-    lines = [""]
-    for part in path.replace("/", "/\n").splitlines():
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
@@ -206,9 +201,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
-        # Broken where it hurts least, so that six columns with their errors fit into 80 characters
-        rows = [[_folded(row[0]), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
-        columns = [heading.replace(" ", "\n") for heading in grid.columns]
-        console.print(rich_table(replace(grid, columns=columns, rows=rows)))
+        console.print(rich_table(narrowed(grid)))
     for note in notes(evaluation):
         console.print(note)

@@ -104,6 +104,11 @@ def check_harness() -> None:
         raise HFTError("evaluation needs lm-evaluation-harness, which is not installed: pip install 'hft-trl[eval]'.")
 
 
+def headings(suite: str) -> list[str]:
+    """The headings of all figures of a suite, whether it is run with code or without."""
+    return [heading for task in SUITES[suite] for heading in task.figures]
+
+
 def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
     """
     The tasks to run.

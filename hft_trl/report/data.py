@@ -128,6 +128,8 @@ class Report:
             the embedded world are `"knowledge"`, `"ability"` and more.
         standard_errors (`dict[str, dict[str, float]]`, *optional*):
             Standard errors of the scores, where they are known.
+        suites (`dict[str, list[str]]`, *optional*):
+            Which scores are shown together, and their order; empty where all are.
         base_model (`str`, *optional*):
             Hub id or folder of the model that the first stage started from.
         command (`list[str]`, *optional*):
@@ -147,6 +149,7 @@ class Report:
     stages: list[StageRecord]
     evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)
     standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    suites: dict[str, list[str]] = field(default_factory=dict)
     base_model: str = ""
     command: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import yaml
 
 from hft_trl.report.data import REPORT_FILE, Report, StageRecord
-from hft_trl.report.tables import Grid, evaluation_grid, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid
 
 CAPTIONS = {
     "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
@@ -40,9 +40,9 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
         f"{methods or 'No stage'}, from `{report.base_model or 'an unnamed model'}`, {report.created}. "
         f"Every figure below comes from `{REPORT_FILE}`.",
     ]
-    scores = evaluation_grid(report)
-    if scores.rows:
-        parts += ["## Evaluation", scores.title + ".", table(scores), *_picture("evaluation.png", pictures)]
+    scores = evaluation_grids(report)
+    if scores:
+        parts += ["## Evaluation", scores[0].title + ".", *map(table, scores), *_picture("evaluation.png", pictures)]
     parts += ["## Stages", table(stage_grid(report))]
     parts.append("\n".join(_origin(stage) for stage in report.stages))
     parts += ["### Trained share by category", table(share_grid(report))]
