@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from datasets import DatasetDict
+from hub import Hub, row
 
 from hft_trl import HFTError
 from hft_trl.evaluation.functions import grade_programs, pass_at_k, passes
@@ -11,68 +11,12 @@ from hft_trl.evaluation.suites import SUITES, TASKS, tasks_of
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
 
-from datasets import Dataset  # noqa: E402
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from hft_trl.evaluation import harness, run  # noqa: E402
 
-LANGUAGES = ("arabic", "bengali", "english", "finnish", "indonesian", "korean", "russian", "swahili", "telugu")
-ADD = {
-    "task_id": "HumanEval/0",
-    "prompt": "def add(a, b):\n",
-    "canonical_solution": "    return a + b\n",
-    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
-    "entry_point": "add",
-}
-HUB = {
-    "cais/mmlu": {"question": "Two?", "subject": "any", "choices": ["1", "2", "3", "4"], "answer": 1},
-    "openai/gsm8k": {"question": "One and one?", "answer": "One and one are 2.\n#### 2"},
-    "SaylorTwift/bbh": {"input": "not True is", "target": "False"},
-    "google-research-datasets/tydiqa": [
-        {
-            "id": f"{language}-{number}",
-            "title": "Rome",
-            "context": "Rome is old.",
-            "question": "What is old?",
-            "answers": {"text": ["Rome", "The city"], "answer_start": [0, 0]},
-        }
-        for language in LANGUAGES
-        for number in range(2)
-    ],
-    "truthfulqa/truthful_qa": {
-        "question": "Is the moon cheese?",
-        "mc1_targets": {"choices": ["No.", "Yes."], "labels": [1, 0]},
-        "mc2_targets": {"choices": ["No.", "Yes."], "labels": [1, 0]},
-    },
-    "openai/openai_humaneval": ADD,
-    "google-research-datasets/nq_open": {"question": "what is old", "answer": ["Rome", "the city of Rome"]},
-    "mandarjoshi/trivia_qa": {
-        "question": "What is old?",
-        "question_id": "tc_0",
-        "answer": {"aliases": ["Rome", "Roma"], "value": "Rome"},
-    },
-    "hotpotqa/hotpot_qa": {
-        "id": "5a",
-        "question": "Which old city has a colosseum?",
-        "answer": "Rome",
-        "type": "bridge",
-        "level": "hard",
-        "supporting_facts": {"title": ["Rome"], "sent_id": [0]},
-        "context": {"title": ["Rome"], "sentences": [["Rome is old."]]},
-    },
-}
-
-
-def from_the_hub(path, name=None, **_):
-    """What `datasets.load_dataset` gives for each id on the hub, a dozen rows long, whose questions differ."""
-    rows = HUB[path]
-    if isinstance(rows, dict):
-        rows = [
-            {**rows, "question": f"{number}: {rows['question']}"} if "question" in rows else rows
-            for number in range(12)
-        ]
-    return DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), Dataset.from_list(rows)))
+ADD = row("openai/openai_humaneval", 0)
 
 
 class StandIn(LM):
@@ -105,9 +49,14 @@ def manager():
     return TaskManager(include_path=str(TASKS))
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    return Hub(tmp_path_factory.mktemp("hub"))
+
+
 @pytest.fixture
-def local(monkeypatch, manager):
-    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", from_the_hub)
+def local(monkeypatch, manager, hub):
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", hub.load_dataset)
     monkeypatch.setattr(harness, "TaskManager", lambda **_: manager)
 
 
@@ -185,9 +134,7 @@ def test_general_is_asked_in_chat_turns_and_knowledge_in_plain_language(local):
     assert model.add_bos_token is None
 
 
-def test_every_model_sees_the_same_examples(local, monkeypatch):
-    questions = [{**HUB["google-research-datasets/nq_open"], "question": f"question {number}"} for number in range(40)]
-    monkeypatch.setitem(HUB, "google-research-datasets/nq_open", questions)
+def test_every_model_sees_the_same_examples(local):
     chosen = task("nq_open")
     loaded = harness.load_tasks([chosen])["nq_open"]
     prompts = []
