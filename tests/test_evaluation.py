@@ -6,10 +6,12 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import tiny_llama
 from matplotlib.container import BarContainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +31,10 @@ from hft_trl.evaluation.run import evaluate_models
 from hft_trl.evaluation.stages import evaluate_stages
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
+
+from lm_eval.models.huggingface import HFLM
+
+from hft_trl.evaluation.harness import SharedOutLM
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,6 +112,31 @@ def test_a_second_run_asks_nothing(chatty, measured, monkeypatch):
     forbid_asking(monkeypatch)
     again = evaluate_models(find_models([str(chatty)], "demo"), ["demo"], limit=40, cache=measured[0])
     assert again.scores == measured[1].scores
+
+
+def test_another_model_and_another_task_ask_only_their_own_items(chatty, tmp_path, monkeypatch):
+    """Counted where the harness asks: 5 facts by likelihood, and 2 x 5 chat items by generation."""
+    asked = []
+    for kind in ("loglikelihood", "generate_until"):
+
+        def counted(lm, requests, kind=kind):
+            asked.append((lm.model.name_or_path, kind, len(requests)))
+            return getattr(HFLM, kind)(lm, requests)
+
+        monkeypatch.setattr(SharedOutLM, kind, counted)
+
+    def run(*names):
+        asked.clear()
+        evaluation = evaluate_models(find_models(names), ["demo"], limit=5, cache=tmp_path)
+        return list(evaluation.scores["demo"]), asked
+
+    base = [(str(demo.MODEL), "loglikelihood", 5), (str(demo.MODEL), "generate_until", 10)]
+    tuned = [(str(chatty), *rest) for _, *rest in base]
+    assert run("demo") == (["demo"], base)
+    assert run("demo", str(chatty)) == (["demo", str(chatty)], tuned)
+    assert run(str(chatty), "demo") == ([str(chatty), "demo"], [])
+    monkeypatch.setitem(SUITES, "demo", (replace(SUITES["demo"][0], num_fewshot=2), SUITES["demo"][1]))
+    assert run("demo") == (["demo"], base[:1])
 
 
 def test_only_what_is_new_is_asked(measured, tmp_path):
@@ -193,18 +224,19 @@ def fake(models: list[str], skipped: tuple[str, ...] = ()) -> Evaluation:
 
 
 def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
-    evaluation = fake(["llama", "runs/a/long/path/to/sft"], ["HumanEval"])
+    evaluation = fake(["Llama", "runs/a/long/path/to/sft"], ["HumanEval"])
     general, knowledge = score_grids(evaluation)
     assert general.columns == ["model", "MMLU", "GSM8K", "average"]
-    assert general.rows[0] == ["llama", "10.0±1.5", "11.0±1.5", "10.5±1.1"]
+    assert general.rows[0] == ["Llama", "10.0±1.5", "11.0±1.5", "10.5±1.1"]
     assert general.rows[1][1:] == ["20.0±1.5 (+10.0)", "21.0±1.5 (+10.0)", "20.5±1.1 (+10.0)"]
-    assert knowledge.rows[0] == ["llama", "10.0±-", "10.0±-"]
+    assert knowledge.rows[0] == ["Llama", "10.0±-", "10.0±-"]
     written = write_evaluation(evaluation, tmp_path / "new")
     assert [path.name for path in written] == ["evaluation.json", "evaluation.md", "evaluation.png"]
     content = json.loads(written[0].read_text())
     assert content["limit"] == 7
-    assert content["scores"]["general"]["llama"]["average"]["value"] == 10.5
+    assert content["scores"]["general"]["Llama"]["average"]["value"] == 10.5
     markdown = written[1].read_text()
+    assert "in brackets the difference to Llama," in markdown
     for grid in (general, knowledge):
         for row in grid.rows:
             assert f"| {' | '.join(row)} |" in markdown
@@ -267,6 +299,44 @@ def test_what_can_not_be_evaluated_is_one_line(tmp_path, tokenizer, arguments, w
     assert result.stdout == ""
     assert result.stderr.count("error: ") == 1
     assert words in result.stderr.splitlines()[-1]
+
+
+def test_prompts_that_are_cut_are_said(tmp_path, tokenizer, caplog):
+    """The harness drops what doesn't fit, from the left, with a warning that must reach the user."""
+    tiny_llama(len(tokenizer), max_position_embeddings=40).save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    flags = ["--limit", "1", "--cache", str(tmp_path), "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, ["evaluate", str(tmp_path / "short"), *flags]).exit_code == 0
+    assert "Left truncation applied" in caplog.text
+
+
+def test_launches_that_would_ask_wrongly_are_refused(monkeypatch, tmp_path):
+    """More processes than items, for which the harness has no answer; and FSDP's empty weights."""
+    models = find_models(["demo"])
+    with monkeypatch.context() as patch:
+        patch.setitem(PartialState._shared_state, "num_processes", 4)
+        with pytest.raises(HFTError, match=r"--limit 3 .* 4 processes"):
+            evaluate_models(models, ["demo"], limit=3, cache=tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(HFTError, match="fsdp_cpu_ram_efficient_loading"):
+        evaluate_models(models, ["demo"], limit=3, cache=tmp_path)
+
+
+def test_a_revision_of_the_hub_is_asked_for_by_name(monkeypatch, tmp_path, base):
+    asked = []
+    monkeypatch.setattr(
+        "hft_trl.evaluation.models.snapshot_download", lambda name, **options: asked.append((name, options)) or base
+    )
+    assert list(find_models(["org/tuned@v2"], "org/base")) == ["org/base", "org/tuned@v2"]
+    assert [(name, options["revision"]) for name, options in asked] == [("org/base", None), ("org/tuned", "v2")]
+    seen = []
+    monkeypatch.setattr("hft_trl.evaluation.stages.find_models", lambda names: seen.extend(names) or pytest.skip())
+    for start in (ModelArguments("org/base", model_revision="abc"), ModelArguments(str(base), model_revision="abc")):
+        with pytest.raises(pytest.skip.Exception):
+            evaluate_stages(start, {"sft": "runs/sft"}, ["demo"])
+    assert seen == ["org/base@abc", "runs/sft", str(base), "runs/sft"]
 
 
 def test_the_command_prints_json_alone_and_compares_with_the_base(chatty, measured, tmp_path, monkeypatch):

@@ -192,6 +192,7 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
         (["--method", "half"], ["method", "half"]),
         (["--hft.ratio", "0"], ["hft.ratio", "0.0"]),
         (["--evaluate", "generally"], ["generally", "knowledge"]),
+        (["--evaluate", "demo", "--model.trust_remote_code", "true"], ["evaluate", "trust_remote_code"]),
         (["--sft.dataset", "missing.jsonl"], ["missing.jsonl"]),
         (["--dpo.split", "tests"], ["tests", "train_prefs"]),
         (["--model", "missing/folder/of/a/model"], ["missing/folder/of/a/model"]),
