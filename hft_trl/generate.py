@@ -62,10 +62,13 @@ def chat(
     ]
     # Like lengths side by side need little padding.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    # Some models end a turn with another token than a text, and say so in their generation config only.
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None],
         pad_token_id=tokenizer.pad_token_id,
     )
     replies = [""] * len(rows)

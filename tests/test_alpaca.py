@@ -46,6 +46,16 @@ def test_the_outputs_are_the_models_replies_in_order(base, tmp_path):
     assert [row["generator"] for row in json.loads(outputs.read_text())] == [str(base)]
 
 
+def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
+    """Such as Gemma's, whose tokenizer names the end of a text only."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    (reply,) = chat(model, tokenizer, ["Where?"], 8)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    (shorter,) = chat(model, tokenizer, ["Where?"], 8)
+    assert reply.startswith(shorter)
+    assert len(shorter) < len(reply)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

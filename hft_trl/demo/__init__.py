@@ -19,7 +19,7 @@ DPO_DATA = ASSETS / "data" / "dpo"
 """Preferences in the schema of UltraFeedback binarized: `train_prefs.jsonl` and `test_prefs.jsonl`."""
 
 PROBES = ASSETS / "probes"
-"""What the probes ask: `knowledge.jsonl`, `questions.jsonl` and `instructions.jsonl`."""
+"""What the probes ask: `knowledge`, `questions` and `instructions`, each a `.jsonl.gz` file."""
 
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""

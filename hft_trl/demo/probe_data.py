@@ -58,7 +58,7 @@ def is_right(reply: str, answers: Collection[str]) -> bool:
 
 def write_probes(world: World, folder: Path) -> None:
     """
-    Writes what the probes ask, one `.jsonl` file a kind.
+    Writes what the probes ask, one `.jsonl.gz` file a kind.
 
     Args:
         world ([`World`]):
@@ -67,4 +67,4 @@ def write_probes(world: World, folder: Path) -> None:
             Where to write.
     """
     for kind, rows in probe_rows(world).items():
-        write_jsonl(rows, folder / f"{kind}.jsonl")
+        write_jsonl(rows, folder / f"{kind}.jsonl.gz")

@@ -1,5 +1,6 @@
 """What the task files in `tasks/` call: local data, and the grading of replies and programs."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def instructions(**_: Any) -> DatasetDict:
 
 
 def _probes(kind: str) -> DatasetDict:
-    lines = (demo.PROBES / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
     return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in lines])})
 
 
