@@ -25,6 +25,7 @@ from transformers.utils import (
     CONFIG_NAME,
     FEATURE_EXTRACTOR_NAME,
     GENERATION_CONFIG_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     logging,
@@ -45,6 +46,7 @@ COMPANIONS = (
     SPECIAL_TOKENS_MAP_FILE,
     ADDED_TOKENS_FILE,
     CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     CHAT_TEMPLATE_DIR,
     PROCESSOR_NAME,
     FEATURE_EXTRACTOR_NAME,
@@ -114,9 +116,7 @@ def blend(base: str, tuned: str, out: str | Path, share: float) -> None:
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
     before, after = _open_pair(base, tuned, out)
-    text = (
-        f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
-    )
+    text = f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
     with _new_folder(out) as folder:
         _write_weights(before, after, dict.fromkeys(after.places, float(share)), folder)
         _write_card(folder, before, after, "Blend", text)
@@ -183,7 +183,9 @@ def _new_folder(out: str | Path) -> Iterator[Path]:
         temporary.replace(out)
         _sync(out.parent)
     except OSError as error:
-        raise HFTError(f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder.") from error
+        raise HFTError(
+            f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder."
+        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -22,7 +22,6 @@ RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
 
-
 def model_path(model: str) -> str:
     """The embedded model's folder for the word `demo`, every other hub id or folder as it is."""
     return str(MODEL) if model == "demo" else model
