@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,7 @@ class SavedModel:
         self.name = name
         self.path = demo.model_path(name)
         self.skeleton = build_on_meta(self.path)
-        self.files = weight_files(self.path)
-        check_readable(self.files.values())
+        self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None
         transforms = get_model_conversion_mapping(self.skeleton)
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -113,6 +113,25 @@ class SavedModel:
             converter.add_tensor(name, key, self.places[key].pattern, self.tensor(key))
         found = converter.convert(name, model=self.skeleton, config=self.skeleton.config)[name]
         return found[0] if isinstance(found, list) else found
+
+
+def _tensor_files(path: str, name: str) -> dict[str, Path]:
+    """What the files hold, and not what their index says that they hold."""
+    listed = weight_files(path)
+    check_readable(listed.values())
+    files: dict[str, Path] = {}
+    for file in sorted(set(listed.values())):
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():
+                if key in files:
+                    raise HFTError(f"{name!r} holds {key} twice, in {files[key].name} and {file.name}: save it anew.")
+                files[key] = file
+    wrong = [key for key, file in listed.items() if files.get(key) != file]
+    if wrong:
+        raise HFTError(
+            f"{name!r} has no {wrong[0]} in {listed[wrong[0]].name}, where its index says it is: save it anew."
+        )
+    return files
 
 
 def check_alike(base: SavedModel, tuned: SavedModel) -> None:
