@@ -101,7 +101,7 @@ class SavedModel:
         for name, _ in self.skeleton.named_parameters():
             if name not in keys or name not in dtypes:
                 return None
-            digests[name] = fingerprint(self._parameter(name, keys[name]).to(dtypes[name]))
+            digests[name] = fingerprint(self._parameter(name, keys[name]), dtypes[name])
         return combined_digest(digests)
 
     def _parameter(self, name: str, keys: list[str]) -> torch.Tensor:
@@ -122,7 +122,7 @@ def _tensor_files(path: str, name: str) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for file in sorted(set(listed.values())):
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():
+            for key in opened.keys():  # noqa: SIM118 (no mapping)
                 if key in files:
                     raise HFTError(f"{name!r} holds {key} twice, in {files[key].name} and {file.name}: save it anew.")
                 files[key] = file

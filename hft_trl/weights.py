@@ -23,11 +23,24 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fingerprint(tensor: torch.Tensor) -> str:
-    """SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit."""
-    tensor = tensor.cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+# Elements converted, compared or written at a time, so that the memory needed does not grow with the tensors.
+CHUNK = 1 << 18
+
+
+def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """
+    SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit.
+
+    Args:
+        tensor (`torch.Tensor`):
+            The tensor.
+        dtype (`torch.dtype`, *optional*):
+            Take the tensor as converted to this type.
+    """
+    dtype = dtype if dtype is not None else tensor.dtype
+    digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
+    for piece in tensor.cpu().contiguous().reshape(-1).split(CHUNK):
+        digest.update(memoryview(piece.to(dtype).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -140,10 +153,6 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
                     )
 
 
-# Elements compared or written at a time, so that the memory needed does not grow with the tensors.
-CHUNK = 1 << 20
-
-
 class Change(NamedTuple):
     """
     How far one tensor moved.
@@ -191,7 +200,7 @@ def change(name: str, before: torch.Tensor, after: torch.Tensor) -> Change:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8).reshape(tensor.numel(), -1)
+    return tensor.view(torch.uint8).reshape(tensor.numel(), tensor.element_size())
 
 
 def changes(base: str, tuned: str) -> Iterator[Change]:

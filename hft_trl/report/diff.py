@@ -148,7 +148,7 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     Raises:
         [`HFTError`]: If there is nothing to draw, or the file can't be written.
     """
-    figure = change_figure([(_title(diff), _unit_changes(diff)) for diff in diffs])
+    figure = change_figure([(_title(diff, 32), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
     try:
@@ -167,8 +167,11 @@ def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
     ]
 
 
-def _title(diff: "ModelDiff") -> str:
-    return f"{diff.tuned} ({diff.method.upper()})" if diff.method else diff.tuned
+def _title(diff: "ModelDiff", width: int | None = None) -> str:
+    """The model and how it was tuned; of a name longer than `width`, the end."""
+    cut = width is not None and len(diff.tuned) > width
+    name = f"...{diff.tuned[-width:]}" if cut else diff.tuned
+    return f"{name} ({diff.method.upper()})" if diff.method else name
 
 
 def _pair(moved: "Moved | None") -> tuple[str, str]:
