@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-deepspeed lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml recipes/sft_then_dpo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-deepspeed: $(VENV)/.installed-deepspeed
+	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest -m deepspeed tests/zero
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -28,4 +31,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(INSTALL) -e ".[test]"
+	touch $@
+
+# In a folder of its own, since accelerate imports an installed DeepSpeed in every process, whether it is used or not.
+# Nothing is compiled.
+$(VENV)/.installed-deepspeed: $(VENV)/.installed-test
+	rm -rf $(VENV)/deepspeed
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --target $(VENV)/deepspeed deepspeed hjson py-cpuinfo msgpack einops ninja
 	touch $@

@@ -76,6 +76,8 @@ class DataArguments:
             This stage's method, if it is another than the run's.
         drop_equal_pairs (`bool`, *optional*, defaults to `False`):
             Whether to drop preference pairs whose sides are equal instead of refusing them.
+        reference_quantization (`str`, *optional*):
+            Hold the reference in `"8bit"` or `"4bit"` through bitsandbytes. Its log-probabilities are then rounded.
     """
 
     dataset: str = field(metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."})
@@ -87,6 +89,9 @@ class DataArguments:
     )
     drop_equal_pairs: bool = field(
         default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
+    )
+    reference_quantization: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Hold the reference in 8 or 4 bits, through bitsandbytes."}
     )
 
 
@@ -122,6 +127,8 @@ class StageArguments:
             See [`ModelArguments`].
         drop_equal_pairs (`bool`, *optional*, defaults to `False`):
             See [`DataArguments`].
+        reference_quantization (`str`, *optional*):
+            See [`DataArguments`]. For the preference stage only.
         overwrite (`bool`, *optional*, defaults to `False`):
             See [`RunArguments`].
     """
@@ -132,5 +139,8 @@ class StageArguments:
     )
     drop_equal_pairs: bool = field(
         default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
+    )
+    reference_quantization: Literal["8bit", "4bit"] | None = field(
+        default=None, metadata={"help": "Hold the reference in 8 or 4 bits, through bitsandbytes."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})

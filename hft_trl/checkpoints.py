@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -11,9 +13,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import cached_file, logging
 
+from hft_trl.delta import tensor_files
 from hft_trl.errors import HFTError
+from hft_trl.manifest import MANIFEST_FILE, incomplete_because
 from hft_trl.selection import SELECTION_FILE, Selection
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import check_readable
 
 logger = logging.get_logger(__name__)
 
@@ -41,10 +45,14 @@ def torn_because(checkpoint: str | Path) -> str | None:
     """
     Why a checkpoint can't be resumed from, or `None` if it is whole.
 
-    The trainer writes the weights first and its state last, so a readable state beside readable weights means that
-    the process was not killed half-way.
+    A checkpoint of HFT is whole if it has its manifest, which is written last, and every file is there in full. One of
+    stock TRL has none: there the state is written last, so a readable state beside readable weights means that the
+    process was not killed half-way.
     """
     checkpoint = Path(checkpoint)
+    reason = incomplete_because(checkpoint)
+    if reason is not None:
+        return reason
     for name, others in (
         (TRAINER_STATE_NAME, ()),
         (OPTIMIZER_NAME, ("optimizer.bin", "optimizer_0", "latest")),  # FSDP whole, FSDP sharded, DeepSpeed
@@ -52,10 +60,12 @@ def torn_because(checkpoint: str | Path) -> str | None:
     ):
         if not any((checkpoint / candidate).exists() for candidate in (name, *others)):
             return f"{name} is missing" + (" (saved with save_only_model?)" if name == OPTIMIZER_NAME else "")
+    if (checkpoint / MANIFEST_FILE).exists():
+        return None
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         if not (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            check_readable(weight_files(str(checkpoint)).values())
+            check_readable(tensor_files(checkpoint).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -67,19 +77,21 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
     Args:
         folder (`str` or `Path`):
-            The trainer's `output_dir`.
+            The trainer's `output_dir`. Where there are several processes, all have to call, and get the first one's
+            answer.
 
     Returns:
         `str` or `None`: The checkpoint's folder. Torn checkpoints are named in a warning and left where they are.
     """
-    if not Path(folder).is_dir():
-        return None
-    for checkpoint in reversed(sort_checkpoints(str(folder))):
-        reason = torn_because(checkpoint)
-        if reason is None:
-            return checkpoint
-        logger.warning(f"Passing over the checkpoint {checkpoint}, which can't be resumed: {reason}.")
-    return None
+    found: list[str | None] = [None]
+    if PartialState().is_main_process and Path(folder).is_dir():
+        for checkpoint in reversed(sort_checkpoints(str(folder))):
+            reason = torn_because(checkpoint)
+            if reason is None:
+                found = [checkpoint]
+                break
+            logger.warning(f"Passing over the checkpoint {checkpoint}, which can't be resumed: {reason}.")
+    return broadcast_object_list(found)[0]
 
 
 def last_finite_checkpoint(folder: str | Path) -> str | None:
@@ -90,7 +102,7 @@ def last_finite_checkpoint(folder: str | Path) -> str | None:
 
 def _is_finite(checkpoint: str) -> bool:
     try:
-        files = weight_files(checkpoint)
+        files = tensor_files(checkpoint)
         check_readable(files.values())
     except (HFTError, OSError):
         return False

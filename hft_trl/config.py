@@ -52,7 +52,7 @@ class HFTConfig:
             (one process, DDP). The losses are the same to the last bit.
         delta_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
-            model on resuming. The final model is always whole.
+            model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
 
     Raises:
         [`HFTError`]: If a value is out of its range.

@@ -1,11 +1,14 @@
 """Data sets: a hub id, a folder or a file becomes a checked data set in the shape that TRL's trainers take."""
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate import PartialState
 from datasets import (
     Dataset,
     DatasetDict,
@@ -16,6 +19,7 @@ from datasets import (
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import tqdm
 from huggingface_hub.errors import OfflineModeIsEnabled
 from trl import DatasetMixtureConfig, get_dataset, maybe_convert_to_chatml
 
@@ -144,8 +148,10 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
         [`HFTError`]: Naming the column or the first row that can't be trained on.
     """
     if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
-        with as_user_error(f"{name}, column conversations"):
-            dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations")
+        with as_user_error(f"{name}, column conversations"), PartialState().main_process_first():
+            dataset = dataset.map(
+                maybe_convert_to_chatml, remove_columns="conversations", desc="Converting conversations"
+            )
     columns = set(dataset.column_names)
     for wanted in ({"messages"}, {"prompt", "completion"}, {text_field}, {"input_ids"}):
         if wanted <= columns:
@@ -155,17 +161,24 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
             f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
             f"{text_field}."
         )
+
+    def check_conversation(row: int, messages: Any) -> None:
+        _check_messages(messages, f"row {row} of {name}")
+        _check_answered(messages, f"row {row} of {name}")
+
+    def check_completion(row: int, prompt: Any, completion: Any) -> None:
+        _check_completed(prompt, completion, f"row {row} of {name}", "completion")
+
+    def check_text(row: int, text: Any) -> None:
+        if not isinstance(text, str) or not text:
+            raise HFTError(f"row {row} of {name}, {text_field} is {text!r}: it must be text, and not empty.")
+
     if wanted == {"messages"}:
-        for row, messages in _rows(dataset, "messages"):
-            _check_messages(messages, f"row {row} of {name}")
-            _check_answered(messages, f"row {row} of {name}")
+        _for_each_row(check_conversation, dataset, "messages")
     elif wanted == {"prompt", "completion"}:
-        for row, (prompt, completion) in _rows(dataset, "prompt", "completion"):
-            _check_completed(prompt, completion, f"row {row} of {name}", "completion")
+        _for_each_row(check_completion, dataset, "prompt", "completion")
     elif wanted == {text_field}:
-        for row, text in _rows(dataset, text_field):
-            if not isinstance(text, str) or not text:
-                raise HFTError(f"row {row} of {name}, {text_field} is {text!r}: it must be text, and not empty.")
+        _for_each_row(check_text, dataset, text_field)
     optional = {"tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks"}
     return dataset.select_columns([column for column in dataset.column_names if column in wanted | optional])
 
@@ -195,13 +208,16 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
         raise HFTError(f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected.")
     if "prompt" in columns and isinstance(dataset[0]["prompt"], str) and isinstance(dataset[0]["chosen"], list):
         if dataset[0]["chosen"] and dataset[0]["chosen"][0].get("role") == "assistant":
-            dataset = dataset.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+            with PartialState().main_process_first():
+                dataset = dataset.map(_as_users_turn, desc="Converting prompts")
         else:
             dataset = dataset.remove_columns("prompt")
     explicit = "prompt" in dataset.column_names
     wanted = (["prompt"] if explicit else []) + ["chosen", "rejected"]
     equal = set()
-    for row, (*prompt, chosen, rejected) in _rows(dataset, *wanted):
+
+    def check_pair(row: int, *values: Any) -> None:
+        *prompt, chosen, rejected = values
         where = f"row {row} of {name}"
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
             _check_completed(prompt[0] if explicit else type(chosen)(), answer, where, side)
@@ -214,6 +230,8 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
             equal.add(row)
         elif not explicit and isinstance(chosen, list) and chosen[0] != rejected[0]:
             raise HFTError(f"{where}: chosen and rejected begin with different turns, so they share no prompt.")
+
+    _for_each_row(check_pair, dataset, *wanted)
     if len(equal) == len(dataset):
         raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
     if equal:
@@ -222,14 +240,20 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
     return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *optional}])
 
 
-def _rows(dataset: Dataset, *columns: str) -> Iterable[tuple[int, Any]]:
-    """Row numbers and values, read in batches since row by row is slow."""
-    row = 0
-    for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
-        values = batch[columns[0]] if len(columns) == 1 else zip(*(batch[column] for column in columns), strict=True)
-        for value in values:
-            yield row, value
-            row += 1
+def _for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
+    """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
+    # No PartialState here: the first one decides on devices, which is for the trainer's arguments to say.
+    row, quiet = 0, os.environ.get("LOCAL_RANK", "0") != "0"
+    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
+        for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+            for values in zip(*(batch[column] for column in columns), strict=True):
+                check(row, *values)
+                row += 1
+            bar.update(len(batch[columns[0]]))
+
+
+def _as_users_turn(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]}
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -288,13 +312,14 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
     """
     if "seq_lengths" in prepared.column_names:
         lost = 0
-        for _, (labels, lengths) in _rows(prepared, "labels", "seq_lengths"):
-            start = 0
-            for length in lengths:
-                lost += all(label == -100 for label in labels[start : start + length])
-                start += length
+        for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
+            # How many trained tokens stand before each token, so that a row has the difference of two of them.
+            before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
+            ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
+            lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
     elif packing:
-        lost = rows * all(label == -100 for _, labels in _rows(prepared, "labels") for label in labels)
+        batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
+        lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
     else:
         lost = rows - len(prepared)
     if lost >= rows:

@@ -1,9 +1,13 @@
 """The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from hft_trl.data import content_digest
 from hft_trl.errors import HFTError
+from hft_trl.files import flush, write_json, writing
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.weights import check_readable, weight_files
@@ -27,6 +32,10 @@ VOLATILE = re.compile(
     r"|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
 )
 
+# How the global batch is divided among processes and steps of accumulation may change too: only sums are rounded anew.
+DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
+LOCK_FILE = ".stage.lock"
+
 
 def settings(stage: Stage) -> dict[str, Any]:
     """What the trained weights depend on, as plain JSON."""
@@ -39,6 +48,9 @@ def settings(stage: Stage) -> dict[str, Any]:
         for key, value in sorted(args.items())
         if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
     }
+    kept["global_batch_size"] = (
+        stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
+    )
     content = {
         "model": dataclasses.asdict(stage.model),
         "data": dataclasses.asdict(stage.data),
@@ -80,7 +92,8 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
         problem: list[str | None] = [None]
         if PartialState().is_main_process:
             try:
-                _open(stage, overwrite)
+                with writing(stage.folder):
+                    _open(stage, overwrite)
             except HFTError as error:
                 problem = [str(error)]
         broadcast_object_list(problem)  # so that all processes end, and none waits for the first
@@ -109,18 +122,27 @@ def _open(stage: Stage, overwrite: bool) -> None:
             f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
         ) from error
     if not (folder / STAGE_FILE).exists():
-        if any(path.name != f".{STAGE_FILE}" for path in folder.iterdir()):
+        if any(path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()):
             raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
+        _lock(folder)
     elif overwrite:
-        shutil.rmtree(folder)
-        folder.mkdir()
+        _lock(folder)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name not in (
+                STAGE_FILE,
+                LOCK_FILE,
+            ):  # without the first, the rest would seem to be someone else's
+                path.unlink()
     else:
+        _lock(folder)
         before = _read(folder)["settings"]
         differences = [
             f"{section}.{key} {before.get(section, {}).get(key)!r} there, {now.get(section, {}).get(key)!r} here"
             for section in sorted(before.keys() | now.keys())
             for key in sorted(before.get(section, {}).keys() | now.get(section, {}).keys())
-            if before.get(section, {}).get(key) != now.get(section, {}).get(key)
+            if before.get(section, {}).get(key) != now.get(section, {}).get(key) and key not in DIVIDING
         ]
         if differences and not any(folder.glob("checkpoint-*")) and finished(stage) is None:
             _write(folder, {"settings": now, "record": None})  # nothing was trained with the other settings
@@ -133,6 +155,24 @@ def _open(stage: Stage, overwrite: bool) -> None:
     _write(folder, {"settings": now, "record": None})
 
 
+def _lock(folder: Path) -> None:
+    """Keep a second run out of a folder until this process ends, however it ends: the kernel lets go of the lock."""
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        # Of the process itself, so that no child which outlives a kill holds it.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(handle, 100).decode(errors="replace")
+        os.close(handle)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise HFTError(
+            f"output_dir {str(folder)!r} is in use by process {holder}: wait for it, end it, or choose another one."
+        ) from error
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())  # and never closed, which would unlock it
+
+
 def finished(stage: Stage) -> StageRecord | None:
     """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
     record = _read(stage.folder)["record"]
@@ -143,7 +183,8 @@ def finished(stage: Stage) -> StageRecord | None:
 
 
 def mark_finished(stage: Stage, record: StageRecord) -> None:
-    """Write a stage's figures into its folder, after which a rerun skips the stage."""
+    """Write a stage's figures into its folder when its model is on the disk, after which a rerun skips the stage."""
+    flush(stage.folder)
     _write(stage.folder, {**_read(stage.folder), "record": dataclasses.asdict(record)})
 
 
@@ -158,6 +199,4 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    temporary = folder / f".{STAGE_FILE}"
-    temporary.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    temporary.replace(folder / STAGE_FILE)
+    write_json(folder / STAGE_FILE, content)

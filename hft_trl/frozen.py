@@ -1,10 +1,17 @@
-"""The frozen half in memory: what its bits were, and whether they still are."""
+"""The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
 
 import re
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from hft_trl.weights import fingerprints
+from hft_trl.errors import HFTError
+from hft_trl.weights import fingerprints, tensors, weight_files
+
+logger = logging.get_logger(__name__)
 
 # What torch.compile and FSDP's activation checkpointing put into parameter names.
 WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
@@ -21,6 +28,107 @@ class FrozenHalf:
 
     def __init__(self, digests: dict[str, str]) -> None:
         self.digests = digests
+        self._cast: dict[str, tuple[Path, torch.dtype, str]] = {}
+        self._first_name: dict[str, str] = {}
+
+    def hold_in(
+        self,
+        dtype: torch.dtype,
+        model: PreTrainedModel,
+        revision: str | None = None,
+        reference: torch.nn.Module | None = None,
+    ) -> None:
+        """
+        Hold the frozen half in a smaller type, without a copy in the larger one.
+
+        Where that rounds, or the start model's file has another type, the file's own tensors are saved later on. A
+        parameter stays as it is where rounding would change it and no file holds it under its name (fused experts), where
+        its values do not fit, and in an `nn.LayerNorm`, which can't compute with two types on a CPU.
+
+        Args:
+            dtype (`torch.dtype`):
+                The type.
+            model ([`~transformers.PreTrainedModel`]):
+                The model before its first step and before anything has wrapped it.
+            revision (`str`, *optional*):
+                Branch, tag or commit that the model was loaded from.
+            reference (`torch.nn.Module`, *optional*):
+                A reference with weights of its own, which is rounded likewise, so that it stays the start model.
+        """
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+        whole = {id(parameter) for norm in norms for parameter in norm.parameters()}
+        parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
+        others = dict(reference.named_parameters()) if reference is not None else {}
+        files = _start_files(model, revision)
+        on_disk = {}
+        for name, tensor in tensors(files, parameters.keys() & files.keys()):
+            loaded = parameters[name].detach().cpu()
+            if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
+                on_disk[name] = tensor.dtype
+        left = []
+        for name, parameter in parameters.items():
+            loaded = parameter.data
+            if id(parameter) not in whole:
+                cast = loaded.to(dtype)
+                if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
+                    parameter.data = cast
+                    if name in others:
+                        others[name].data = others[name].data.to(dtype)
+                else:
+                    left.append(name)
+            if on_disk.get(name, parameter.dtype) != parameter.dtype:
+                self._cast[name] = (files[name], loaded.dtype, self.digests[name])
+        if left:
+            logger.warning(
+                f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: they do not fit "
+                f"into {str(dtype).removeprefix('torch.')}, and could not be saved with their own bits from "
+                f"{model.config._name_or_path!r}, whose safetensors files do not hold them under these names."
+            )
+        by_id: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._first_name[name] = by_id.setdefault(id(parameter), name)
+        self.digests = self.digests | fingerprints(parameters.items())
+
+    def as_saved(
+        self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
+    ) -> dict[str, torch.Tensor] | None:
+        """
+        What to save of a model: its state dict with the start model's own tensors where [`hold_in`] has rounded them.
+
+        Args:
+            model (`torch.nn.Module`):
+                The model.
+            state_dict (`dict[str, torch.Tensor]`, *optional*):
+                Its whole state dict if the backend had to gather it.
+            folder (`str`):
+                Where it will be saved.
+
+        Raises:
+            [`HFTError`]: If the start model's files are gone or have changed.
+        """
+        if not self._cast:
+            return state_dict
+        files = {name: path for name, (path, _, _) in self._cast.items()}
+        try:
+            start = dict(tensors(files, files))
+        except (OSError, SafetensorError) as error:
+            raise HFTError(
+                f"the frozen half is saved from the start model's files, and one is gone or torn ({error}): restore it."
+            ) from error
+        found = fingerprints((name, tensor.to(self._cast[name][1])) for name, tensor in start.items())
+        for name, digest in found.items():
+            if digest != self._cast[name][2]:
+                raise HFTError(
+                    f"the frozen half is saved from the start model's files, but {name} has changed in {str(files[name])!r}: "
+                    "restore the file."
+                )
+        if any(path.resolve().parent == Path(folder).resolve() for path in files.values()):
+            start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
+        saved = {}
+        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+            plain = WRAPPERS.sub("", name)
+            saved[name] = start.get(self._first_name.get(plain, plain), tensor)
+        return saved
 
     def check(self, model: torch.nn.Module) -> None:
         """
@@ -44,3 +152,11 @@ class FrozenHalf:
                 raise RuntimeError(
                     f"the frozen parameter {name} moved during training: nothing was saved as a success"
                 )
+
+
+def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
+    """The safetensors file of every tensor of the model that was loaded, by name; nothing if there are none."""
+    try:
+        return weight_files(model.config._name_or_path, revision)
+    except (HFTError, OSError):
+        return {}

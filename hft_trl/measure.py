@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainerState
 from transformers.utils import logging
 
+from hft_trl import reference
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.selection import Selection, find_units
 from hft_trl.trainers import HFTMixin
 from hft_trl.weights import changes
+from hft_trl.zero import numel
 
 logger = logging.get_logger(__name__)
 
@@ -55,26 +58,35 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
-    # A checkpoint of the last step is taken over without a training loop, so there is no time and no optimizer.
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
+    if resumed_from and resumed_from.global_step == trainer.state.global_step:
+        runtime = None  # a checkpoint of the last step is taken over, which is no training
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     memory = (
         [value for entry in trainer.optimizer.state.values() for value in entry.values()] if trainer.optimizer else []
     )
+    own_reference = vars(trainer).get("ref_model")
+    beside, shared = (
+        reference.memory(model, trainer.accelerator.unwrap_model(own_reference)) if own_reference else (None, None)
+    )
+    optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
+    if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
+        optimizer_bytes = sum(gather_object([optimizer_bytes]))
+    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return StageRecord(
         name=stage.name,
         method=stage.hft.method,
         selection_digest=trainer.hft_selection.digest,
         share=trainer.hft_selection.share,
-        trainable_params=model.num_parameters(only_trainable=True),
-        total_params=model.num_parameters(),
+        trainable_params=sum(size for size, learns in sizes if learns),
+        total_params=sum(size for size, _ in sizes),
         steps=trainer.state.global_step,
         tokens=tokens,
         tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
         runtime_seconds=runtime,
         peak_memory_bytes=peak_memory(),
-        optimizer_state_bytes=sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor)) or None,
+        optimizer_state_bytes=optimizer_bytes or None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if stage.hft.method == "hft" else None,  # `train` raises where it is not
@@ -82,6 +94,8 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         dataset=stage.data.dataset,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
+        reference_memory_bytes=beside,
+        shared_reference_bytes=shared,
     )
 
 

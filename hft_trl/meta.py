@@ -5,6 +5,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl.errors import HFTError, first_line
+from hft_trl.zero import whole_models
 
 
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -44,7 +45,7 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
         name = wrong[0] if wrong else type(config).__name__
         raise HFTError(f"model {model!r} is a {name}, which is no causal LM: give a decoder-only language model.")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), whole_models():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's constructor finds wrong with the config, or a package it needs
         raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error

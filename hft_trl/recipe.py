@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 
 from hft_trl import demo
 from hft_trl.arguments import DataArguments, HFTArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.backends import check_frozen_dtype
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
@@ -26,6 +27,8 @@ SECTIONS = {
     "sft": "learning_rate",
     "dpo": "beta",
 }  # with a key as example
+
+PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
 
 
 class _Parser(TrlParser):
@@ -99,7 +102,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without={"output_dir", "trust_remote_code", *(["drop_equal_pairs"] if name == "sft" else [])},
+            without={"output_dir", "trust_remote_code", *(PREFERENCE_ONLY if name == "sft" else ())},
         )
         stages[name] = _stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
         # The revision is the hub model's: the next stage starts from a folder.
@@ -132,7 +135,8 @@ def parse_stage(
     _answer_help(argv, help_text)
     values, flags = _read(argv, None, ())
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
-    script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""])
+    without = ("reference_quantization",) if name == "sft" else ()
+    script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -146,6 +150,7 @@ def parse_stage(
         split=script.dataset_train_split,
         eval_split=script.dataset_test_split if args.eval_strategy != "no" else None,
         drop_equal_pairs=extra.drop_equal_pairs,
+        reference_quantization=extra.reference_quantization,
     )
     start = ModelArguments(
         model_name_or_path=model.model_name_or_path,
@@ -167,6 +172,10 @@ def _stage(
     hft: HFTConfig,
     mixture: DatasetMixtureConfig | None = None,
 ) -> Stage:
+    if hft.frozen_dtype and hft.method == "hft":
+        check_frozen_dtype(
+            args, hft.frozen_dtype
+        )  # here, so that a later stage's mistake is found before the first trains
     if model.model_name_or_path == "demo":
         model = dataclasses.replace(model, model_name_or_path=str(demo.MODEL))
     if data.dataset == "demo":
@@ -278,7 +287,7 @@ def _parse(
     if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
         raw["bf16"] = is_torch_bf16_gpu_available()
     # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
-    for key in {"assistant_only_loss", "logging_first_step"} & {*known}:
+    for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
         raw.setdefault(key, True)
     parser.set_defaults_with_config(**raw)
     try:

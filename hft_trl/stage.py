@@ -1,21 +1,26 @@
 """One stage of a recipe: its model, tokenizer and data checked, trained from where its folder stands, and measured."""
 
+import os
 from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, data
+from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
+from hft_trl.files import writing
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.selection import select
@@ -24,22 +29,56 @@ from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
+LARGE = 20_000  # rows
+
 
 def check_model(stage: Stage) -> None:
     """
-    Check from its config that a model can be trained, before anything is downloaded or trained.
+    Check from its config that a model can be trained as launched, before anything is downloaded or trained.
 
     Raises:
         [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
-            is a folder whose weights are missing or torn.
+            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend.
     """
+    if stage.hft.method == "hft":
+        check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
+        if is_delta(folder):
+            raise HFTError(
+                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
+            )
         if any(folder.glob("*.safetensors*")):
             check_readable(weight_files(str(folder)).values())
         elif not any(folder.glob("*.bin")):
             raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
     select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
+
+
+def check_reference(stage: Stage, base_model: str) -> None:
+    """
+    Check that a preference stage can have the reference that its settings ask for, before anything is trained.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        base_model (`str`):
+            Hub id or folder of the run's first start model, which has the same shapes.
+
+    Raises:
+        [`HFTError`]: Naming what stands against it.
+    """
+    if stage.data.reference_quantization is not None:
+        revision = stage.model.model_revision if base_model == stage.model.model_name_or_path else None
+        model = build_on_meta(base_model, revision, stage.model.trust_remote_code)
+        check_quantizable(stage.data.reference_quantization, stage.args, model)
+
+
+def load_reference(stage: Stage) -> PreTrainedModel | None:
+    """The reference of a preference stage if it is a quantised one, otherwise `None`: then the trainer makes it of the policy."""
+    if stage.data.reference_quantization is None:
+        return None
+    return load_quantized(stage.model.model_name_or_path, stage.data.reference_quantization, stage.args)
 
 
 def load_tokenizer(stage: Stage) -> PreTrainedTokenizerBase:
@@ -64,7 +103,8 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
 
     Args:
         stage ([`Stage`]):
-            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations.
+            The stage. Its loss is restricted to the assistant's tokens only where the data are conversations. Large data
+            are prepared by several processes unless its `dataset_num_proc` says otherwise.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if the stage has an `eval_split`.
@@ -81,6 +121,9 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
     evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
     if isinstance(stage.args, SFTConfig):
         stage.args.assistant_only_loss = stage.args.assistant_only_loss and is_conversational(train[0])
+    if stage.args.dataset_num_proc is None and len(train) >= LARGE:
+        # Faster, and memory-mapped files that a pass has read count as resident until the process lets go of them.
+        stage.args.dataset_num_proc = min(max(os.cpu_count() or 1, 4), 16)
     return train, evaluation
 
 
@@ -129,12 +172,13 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
     trainer.train(resume_from_checkpoint=checkpoint)
     record = measure(stage, trainer, resumed_from)
     record.rows, record.dropped_rows = rows - dropped, dropped
-    trainer.save_model()
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=stage.data.dataset)
-    if PartialState().is_main_process:
-        start = stage.model.model_name_or_path
-        record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
-        mark_finished(stage, record)
+    with writing(stage.folder):
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card(dataset_name=stage.data.dataset)
+        if PartialState().is_main_process:
+            start = stage.model.model_name_or_path
+            record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
+            mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

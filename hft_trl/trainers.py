@@ -3,25 +3,29 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import reference
-from hft_trl.backends import check_backend
-from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, selection_of
+from hft_trl import backends, delta, reference, zero
+from hft_trl.backends import check_backend, check_frozen_dtype
+from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.manifest import check_layout, layout, sealing
+from hft_trl.preemption import StopAtStepEnd
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
@@ -64,28 +68,35 @@ class HFTMixin:
         given, takes_reference = _arguments(super().__init__, args, kwargs)
         reference_given = given.get("ref_model") is not None
         _refuse_adapters(given)
-        precomputed = given.get("args") is not None and vars(given["args"]).get("precompute_ref_log_probs")
-        if takes_reference and not reference_given and not precomputed:
-            reference.check_has_path(given.get("model"))
-
-        super().__init__(*args, **kwargs)
+        self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
+        if self.hft_config.method == "hft":
+            backends.check_launch(given.get("args"))
+        if self._frozen_dtype and given.get("args") is not None:
+            check_frozen_dtype(given["args"], self._frozen_dtype)
+        zero.prepare(given.get("args"), self.hft_config)
+        with self._policy_loaded_once(given) as loaded:
+            if loaded is not None:
+                super().__init__(**loaded)
+            else:
+                if takes_reference:
+                    reference.check_has_path(given)
+                super().__init__(*args, **kwargs)
 
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
+        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
         self._first_step = True
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
-        own_reference = vars(self).get("ref_model")  # also of trainers that always load it themselves
-        if own_reference is not None:
-            reference.freeze(own_reference)
-            reference.check_is_start(model, self.accelerator.unwrap_model(own_reference), reference_given)
+        self._settle_halves(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
+        self._preemption = StopAtStepEnd.install(self)
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
@@ -95,13 +106,51 @@ class HFTMixin:
             raise HFTError(
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
+        cast = zero.training_dtype(self.accelerator.state)
+        if cast is not None:
+            zero.cast(model, cast)
         if self.hft_config.method == "hft":
-            check_not_rounded(start, {name: p.dtype for name, p in model.named_parameters() if not p.is_meta})
+            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
         parameters = fingerprints(model.named_parameters())
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
         return dataclasses.replace(selection, start_model=start_model)
+
+    def _policy_loaded_once(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
+        """What to call the parent with instead of what was `given`, if a trainer can make its reference of the policy."""
+        return nullcontext()
+
+    def _settle_halves(self, policy: PreTrainedModel, reference_given: bool) -> None:
+        """Check the reference against the policy, hold the frozen half in its type, and store it once where that can be."""
+        own = vars(self).get("ref_model")  # also of trainers that always load it themselves
+        reason = reference.why_not_shared(self.args, self.hft_config)
+        if own is not None:
+            own = self.accelerator.unwrap_model(own)
+            reference.freeze(own)
+            if reason is not None or not reference.is_hollow(own):
+                reference.check_is_start(policy, own, reference_given)
+                reason = reason or ("ref_model was passed, which is left as it is" if reference_given else None)
+        self._shares_reference = own is not None and reason is None
+        if self._frozen_dtype:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            revision = (self.args.model_init_kwargs or {}).get("revision")
+            rounded = None if sharded or reference_given else own
+            self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
+        if self._shares_reference:
+            reference.tie(policy, own)
+        if own is not None and self.hft_config.method == "hft":
+            reference.report_memory(policy, own, reason)
+            if self.is_deepspeed_enabled:
+                zero.log_reference(self.accelerator.state.deepspeed_plugin)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
+        """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._shares_reference:
+            reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        return prepared
 
     def check_frozen(self) -> None:
         """
@@ -117,26 +166,35 @@ class HFTMixin:
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
+                raise HFTError(
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
+                    "resume_from_checkpoint."
+                )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
                 check_resumable(self.hft_selection, resume_from_checkpoint)
-            if self._is_trained(resume_from_checkpoint):
-                self.check_frozen()
-                return TrainOutput(self.state.global_step, float("nan"), {})
+            check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
 
-    def _is_trained(self, checkpoint: str) -> bool:
-        """Take over a checkpoint of step `max_steps`. transformers would train one step more, and end in other weights."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        if not 0 < self.args.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        return True
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self._preemption is not None:
+            self._preemption.leave()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
+        run = Path(self._get_output_dir(trial=trial))
+        with sealing(self, run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
@@ -152,6 +210,11 @@ class HFTMixin:
             self._warn_of_parts_without_gradient()
         return loss
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Run the parent's step, under autocast before `train` too where the halves are held in two types."""
+        with self.accelerator.autocast() if self._frozen_dtype else nullcontext():
+            return super().prediction_step(*args, **kwargs)
+
     def _warn_of_parts_without_gradient(self) -> None:
         idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
         if idle:
@@ -163,9 +226,41 @@ class HFTMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""
         self.check_frozen()
-        if self.args.should_save:
-            self.hft_selection.save(output_dir or self.args.output_dir)
-        super().save_model(output_dir, _internal_call)
+        with writing(output_dir or self.args.output_dir):
+            if self.args.should_save:
+                self.hft_selection.save(output_dir or self.args.output_dir)
+            if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, no final model
+                if self.args.should_save:
+                    model = self.accelerator.unwrap_model(self.model)
+                    delta.save(model, self.processing_class, self.hft_selection, output_dir)
+                return
+            if backends.saves_shards(self.accelerator) and not _internal_call:
+                # Shards are enough to resume from; what training ends with has to load anywhere.
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Save as the parent does, with the start model's own tensors where the frozen half is held in a smaller type."""
+        if not self._frozen_dtype or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        super()._save(output_dir, self._frozen.as_saved(model, state_dict, folder))
+        # transformers names the first parameter's type, and loading in that one could round the others
+        model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        model.config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if delta.is_delta(resume_from_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if delta.is_delta(self.state.best_model_checkpoint):
+            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""
@@ -194,7 +289,42 @@ class HFTSFTTrainer(HFTMixin, SFTTrainer):
 
 
 class HFTDPOTrainer(HFTMixin, DPOTrainer):
-    """[`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen."""
+    """
+    [`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen.
+
+    In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
+    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it is
+    such a copy too, sharded layer by layer like the policy.
+    """
+
+    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
+        self._to_shard: torch.nn.Module | None = None
+        super().__init__(*args, hft_config=hft_config, **kwargs)
+        if self.args.precompute_ref_log_probs:
+            self.accelerator.print("reference: its log-probs were computed before training, and it is not kept.")
+
+    @contextmanager
+    def _policy_loaded_once(self, given: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+        with reference.loaded_once(given, self.hft_config) as loaded:
+            if loaded is not None and backends.fsdp_version(loaded["args"]) == 2:
+                self._to_shard = loaded["ref_model"]
+            yield loaded
+        if self._to_shard is not None and self.args.precompute_ref_log_probs:
+            self.ref_model = None  # as TRL does with a reference of its own
+        self._to_shard = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as the parent does, and shard the reference before TRL shards it as one piece."""
+        super().create_accelerator_and_postprocess()
+        if self._to_shard is not None:
+            backends.shard_reference(self.accelerator, self._to_shard)
+            if self.args.precompute_ref_log_probs:
+                backends.make_hashable(self._to_shard)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute as the parent does, on a data set beside whose file every process finds the parent's cache."""
+        dataset = backends.seen_by_all(dataset, Path(self.args.output_dir) / "reference_log_probs" / name)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[str, Any], bool]:

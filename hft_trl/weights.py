@@ -1,6 +1,7 @@
 """Weights on disk and in memory: fingerprints, and how far two saved models lie apart."""
 
 import hashlib
+import itertools
 import json
 import math
 from collections import deque
@@ -14,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from hft_trl import zero
 from hft_trl.errors import HFTError
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered over the processes if FSDP2 has sharded it."""
+    """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
+    if zero.is_partitioned(tensor):
+        return zero.gathered(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -50,7 +54,7 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
     Args:
         tensors (`Iterable[tuple[str, torch.Tensor]]`):
-            Names and tensors, such as `model.named_parameters()`. Under FSDP2 every process has to call.
+            Names and tensors, such as `model.named_parameters()`. Under FSDP2 and ZeRO-3 every process has to call.
 
     Returns:
         `dict[str, str]`: SHA-256 in hex by name.
@@ -74,13 +78,15 @@ def combined_digest(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def weight_files(model: str) -> dict[str, Path]:
+def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     """
     Where a saved model keeps its tensors.
 
     Args:
         model (`str`):
             A folder, or a hub id that is in the local cache already (nothing is downloaded).
+        revision (`str`, *optional*):
+            Branch, tag or commit of a hub id.
 
     Returns:
         `dict[str, Path]`: The safetensors file of every tensor, by tensor name.
@@ -88,16 +94,13 @@ def weight_files(model: str) -> dict[str, Path]:
     Raises:
         [`HFTError`]: If there is no whole set of safetensors files.
     """
-    index = cached_file(
-        model, SAFE_WEIGHTS_INDEX_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
+    local = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, **local)
     if index is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
         files = {name: Path(index).with_name(file) for name, file in names.items()}
     else:
-        single = cached_file(
-            model, SAFE_WEIGHTS_NAME, local_files_only=True, _raise_exceptions_for_missing_entries=False
-        )
+        single = cached_file(model, SAFE_WEIGHTS_NAME, **local)
         if single is None:
             raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
         check_readable([Path(single)])
@@ -116,6 +119,14 @@ def check_readable(files: Iterable[Path]) -> None:
             raise HFTError(f"{path} is missing or torn ({error}).") from error
 
 
+def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named tensors from their safetensors files. They are mapped from the disk, so they take memory only while they are used."""
+    wanted = sorted(names, key=lambda name: (str(files[name]), name))
+    for path, group in itertools.groupby(wanted, key=files.__getitem__):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in group)
+
+
 # Types that every value of a type on disk fits into.
 EXACT = {
     "F32": {torch.float32, torch.float64},
@@ -124,7 +135,7 @@ EXACT = {
 }
 
 
-def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
+def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
     """
     Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.
 
@@ -133,6 +144,8 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
             Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be checked.
         dtypes (`Mapping[str, torch.dtype]`):
             The loaded parameters' types by name.
+        remedy (`str`, *optional*):
+            What the error tells the user to do, by default to load the model in float32.
 
     Raises:
         [`HFTError`]: Naming the first parameter that was rounded.
@@ -148,8 +161,7 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype]) -> None:
                 if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
                     raise HFTError(
                         f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
-                        "the frozen half could not keep its bits: load the model with dtype float32, or save it in that "
-                        "dtype first."
+                        f"the frozen half could not keep its bits: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
                     )
 
 

@@ -7,8 +7,8 @@ accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --met
 ```
 
 The flags are those of TRL's ScriptArguments, DPOConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
---chat_template and --overwrite. --dataset_name also takes a folder or a .jsonl, .json or .parquet file. The same command
-again continues where it stopped.
+--chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit) and --overwrite. --dataset_name also takes a
+folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
 """
 
 import sys
@@ -20,7 +20,7 @@ from hft_trl import HFTDPOTrainer, as_user_error, exit_on_user_error
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Stage, parse_stage
 from hft_trl.report import Report, environment, print_report, write_views
-from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
+from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
 
 
 def main(stage: Stage, overwrite: bool) -> None:
@@ -28,6 +28,7 @@ def main(stage: Stage, overwrite: bool) -> None:
 
     # Whatever can be wrong is found before anything is trained
     check_model(stage)
+    check_reference(stage, base)
     train_data, eval_data = load_data(stage)
     tokenizer = load_tokenizer(stage)
     open_stages([stage], overwrite)
@@ -37,6 +38,7 @@ def main(stage: Stage, overwrite: bool) -> None:
         with as_user_error("the trainer"):
             trainer = HFTDPOTrainer(
                 model=base,
+                ref_model=load_reference(stage),
                 args=stage.args,
                 train_dataset=train_data,
                 eval_dataset=eval_data,

@@ -38,7 +38,8 @@ from hft_trl.demo.probes import evaluate
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Recipe, parse_recipe
 from hft_trl.report import Report, environment, print_report, write_views
-from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
+from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
+from hft_trl.zero import whole_models
 
 
 def main(recipe: Recipe) -> None:
@@ -46,6 +47,7 @@ def main(recipe: Recipe) -> None:
 
     # Whatever can be wrong is found before anything is trained
     check_model(sft)
+    check_reference(dpo, base)
     sft_data, sft_eval = load_data(sft)
     dpo_data, dpo_eval = load_data(dpo)
     tokenizer = load_tokenizer(sft)
@@ -69,6 +71,7 @@ def main(recipe: Recipe) -> None:
         with as_user_error("the DPO trainer"):
             trainer = HFTDPOTrainer(
                 model=dpo.model.model_name_or_path,
+                ref_model=load_reference(dpo),
                 args=dpo.args,
                 train_dataset=dpo_data,
                 eval_dataset=dpo_eval,
@@ -96,7 +99,8 @@ def main(recipe: Recipe) -> None:
 
 
 def probe(model: str) -> dict[str, float]:
-    return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+    with whole_models():  # under ZeRO-3 only the first process is here, and no part of a model would help it
+        return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
 
 
 if __name__ == "__main__":

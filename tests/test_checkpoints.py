@@ -1,17 +1,23 @@
 """Checkpoints: a torn one is named and passed over, the newest whole one is found."""
 
 import json
+import logging
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig
 
-from hft_trl import HFTConfig, select
+from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
 from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
+from hft_trl.manifest import MANIFEST_FILE, check_layout
 
 
 def checkpoint(folder, step):
@@ -74,3 +80,158 @@ def test_a_models_selection_is_found_in_its_folder_and_nowhere_else(base, tmp_pa
     assert selection_of(tiny_llama(300)) is None
     model.config._name_or_path = str(tmp_path / "gone by now")
     assert selection_of(model) is None
+
+
+def trained(base, rows, folder, **settings):
+    """A trainer that saves a checkpoint at every step."""
+    settings = {
+        "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
+        "logging_steps": 1, "per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1, **settings,
+    }  # fmt: skip
+    data = Dataset.from_dict({"text": [str(row) for row in rows["messages"]]})
+    return HFTSFTTrainer(model=str(base), args=SFTConfig(str(folder), **settings), train_dataset=data)
+
+
+@pytest.fixture(scope="module")
+def sealed(base, tulu, tmp_path_factory):
+    """Checkpoints as the trainer leaves them."""
+    folder = tmp_path_factory.mktemp("sealed")
+    trained(base, tulu, folder).train()
+    return folder
+
+
+def test_a_manifest_names_every_file_with_its_size_and_what_the_run_was(sealed):
+    for step in (1, 2, 3):
+        folder = sealed / f"checkpoint-{step}"
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST_FILE}
+        assert manifest["files"] == sizes
+        assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "hft_selection.json"} <= sizes.keys()
+        assert manifest["backend"] == "one process or DDP"
+        assert (manifest["processes"], manifest["global_batch_size"]) == (1, 4)
+
+
+def test_any_file_that_is_missing_or_cut_short_makes_a_checkpoint_torn_and_is_named(sealed, tmp_path, caplog):
+    names = [path.name for path in (sealed / "checkpoint-3").iterdir()]
+    assert len(names) > 10
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    for name in names:
+        for harm in (Path.unlink, lambda path: os.truncate(path, path.stat().st_size // 2)):
+            folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+            harm(folder / "checkpoint-3" / name)
+            caplog.clear()
+            assert last_whole_checkpoint(folder) == str(folder / "checkpoint-2")
+            assert name in caplog.text
+            assert str(folder / "checkpoint-3") in caplog.text
+            assert (folder / "checkpoint-3").is_dir()
+            shutil.rmtree(folder)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def test_resuming_passes_over_a_torn_checkpoint_and_keeps_it_under_another_name(base, tulu, sealed, tmp_path):
+    """Nothing new is mixed into it, rotation neither counts nor removes it, and the weights are those of a run in one go."""
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    torn = (folder / "checkpoint-3" / "optimizer.pt").read_bytes()[:-1]
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(torn)
+    for _ in range(2):
+        again = trained(base, tulu, folder, save_total_limit=1)
+        again.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-3", "torn-checkpoint-3"]
+    assert (folder / "torn-checkpoint-3" / "optimizer.pt").read_bytes() == torn
+    for name in ("model.safetensors", "rng_state.pth", "scheduler.pt"):
+        assert (folder / "checkpoint-3" / name).read_bytes() == (sealed / "checkpoint-3" / name).read_bytes()
+
+
+def test_where_no_checkpoint_is_whole_resuming_says_so(base, tulu, sealed, tmp_path):
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / MANIFEST_FILE).unlink()
+    with pytest.raises(HFTError, match=r"no checkpoint in .* is whole"):
+        trained(base, tulu, folder).train(resume_from_checkpoint=True)
+    (folder / "checkpoint-1" / MANIFEST_FILE).write_text("{")
+    with pytest.raises(HFTError, match="torn"):
+        trained(base, tulu, folder).train(resume_from_checkpoint=folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize("dies_in", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
+def test_rotation_removes_the_last_whole_checkpoint_only_when_the_next_is_whole(
+    base, tulu, tmp_path, monkeypatch, dies_in
+):
+    """With save_total_limit=1 and a save of the next one that fails on its way, wherever it does."""
+    trainer = trained(base, tulu, tmp_path, save_total_limit=1)
+    save = getattr(HFTSFTTrainer, dies_in)
+
+    def die_at_two(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFTSFTTrainer, dies_in, die_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    monkeypatch.undo()
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert trainer.args.save_total_limit == 1
+    trained(base, tulu, tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
+    names = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
+    assert names == ["checkpoint-3", "torn-checkpoint-2"]
+
+
+def test_a_whole_checkpoint_that_is_saved_over_stays_until_the_new_one_is_whole(
+    base, tulu, sealed, tmp_path, monkeypatch
+):
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    trainer = trained(base, tulu, folder)
+    monkeypatch.setattr("hft_trl.manifest.seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert torn_because(folder / "replaced-checkpoint-1") is None
+    monkeypatch.undo()
+    trained(base, tulu, folder).train()
+    assert not list(folder.glob("replaced-checkpoint-[23]"))
+    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-3")
+
+
+def test_half_an_epoch_resumed_at_its_last_step_trains_no_step_more(base, tulu, tmp_path):
+    """transformers always trains one step more there, and ends in other weights."""
+    settings = {"max_steps": -1, "num_train_epochs": 0.5}
+    whole = trained(base, tulu, tmp_path, **settings)
+    whole.train()
+    step = whole.state.global_step
+    assert 0 < step < 8
+    rerun = trained(base, tulu, tmp_path, **settings)
+    rerun.train(resume_from_checkpoint=True)
+    assert rerun.state.global_step == step
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(parameter, rerun.model.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"backend": "FSDP with FULL_STATE_DICT"},
+            ["saved by FSDP with FULL_STATE_DICT", "one process or DDP can't read"],
+        ),
+        ({"backend": "DeepSpeed ZeRO-2"}, ["saved by DeepSpeed ZeRO-2"]),
+        ({"global_batch_size": 64}, ["global batch of 64", "this run has 4", "per_device_train_batch_size"]),
+    ],
+)
+def test_a_checkpoint_of_another_backend_or_batch_is_refused(base, tulu, sealed, tmp_path, change, words):
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    path = folder / "checkpoint-3" / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(HFTError) as error:
+        trained(base, tulu, folder).train(resume_from_checkpoint=True)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_another_number_of_processes_is_refused_where_the_optimizer_is_divided(sealed, tmp_path):
+    here = {"backend": "one process or DDP", "processes": 2, "global_batch_size": 4}
+    check_layout(sealed / "checkpoint-3", here)
+    check_layout(sealed / "checkpoint-3", {**here, "global_batch_size": 8}, any_batch=True)
+    folder = Path(shutil.copytree(sealed / "checkpoint-3", tmp_path / "checkpoint-3"))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "backend": "DeepSpeed ZeRO-2"}))
+    with pytest.raises(HFTError, match="launch 1 processes"):
+        check_layout(folder, {**here, "backend": "DeepSpeed ZeRO-2"})

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
+from hft_trl.files import write_json
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
@@ -169,23 +168,10 @@ class Report:
         Raises:
             [`HFTError`]: If the folder can't be written.
         """
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         path = Path(directory) / REPORT_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{REPORT_FILE}.")
-            temporary = Path(name)
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                # mkstemp makes files that only their owner may read; a report is as readable as its neighbours.
-                temporary.chmod(0o644)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_json(path, _finite(asdict(self)), ensure_ascii=False, allow_nan=False)
         except OSError as error:
             raise HFTError(f"{path} can't be written ({error.strerror}): choose another output folder.") from error
         return path

@@ -62,6 +62,11 @@ def stage_grid(report: Report) -> Grid:
         ["loss, first to last", *(f"{loss(s.first_loss)} to {loss(s.last_loss)}" for s in report.stages)],
         ["frozen part unchanged", *(_unchanged(stage) for stage in report.stages)],
     ]
+    if any(stage.reference_memory_bytes is not None for stage in report.stages):
+        rows.insert(-2, ["reference, beside the policy", *(size(s.reference_memory_bytes) for s in report.stages)])
+        rows.insert(
+            -2, ["reference, shared with the policy", *(size(s.shared_reference_bytes) for s in report.stages)]
+        )
     if any(stage.rows is not None for stage in report.stages):
         rows.append(["rows", *(count(stage.rows) for stage in report.stages)])
     if any(stage.dropped_rows for stage in report.stages):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.files import write_json
 from hft_trl.selection.categories import LAYER_CATEGORIES
 from hft_trl.selection.choose import choose
 from hft_trl.selection.units import Unit, find_units
@@ -120,7 +121,7 @@ class Selection:
         path = Path(directory) / SELECTION_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(path, content)
         except OSError as error:
             raise HFTError(f"The selection cannot be written to {path}: {error.strerror or error}.") from error
         return path

@@ -222,6 +222,8 @@ def _find_layers(
     from torch import nn
     from transformers import GradientCheckpointingLayer
 
+    from hft_trl.zero import numel
+
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():
         above = list(_ancestors(path))
@@ -236,7 +238,7 @@ def _find_layers(
     if stacks or not lists:
         paths = [(f"{stack}.{index}", "") for stack in stacks for index in range(len(lists[stack]))]
         return {path: (number, len(path) + 1, "") for number, (path, _) in enumerate(paths)}
-    largest = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
+    largest = max(lists, key=lambda path: sum(map(numel, lists[path].parameters())))
     parent, _, _ = largest.rpartition(".")
     beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == len(lists[largest])]
     layers = {}

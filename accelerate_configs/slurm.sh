@@ -1,0 +1,35 @@
+#!/bin/bash
+# FSDP2 on 2 machines of 8 GPUs under Slurm, one `accelerate launch` on each. For 13B to 34B.
+#   sbatch accelerate_configs/slurm.sh recipes/sft_then_dpo.py --config recipes/configs/llama2-13b.yaml
+# Another configuration: CONFIG=accelerate_configs/ddp_multi_node.yaml sbatch ... More machines: sbatch --nodes 4 ...
+# output_dir and the caches of datasets and the hub must be on a file system that all machines share. Before its time
+# is up, and when it is pre-empted, the job is told to save, and queued again; the same command then goes on from there.
+#SBATCH --job-name=hft
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@600
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
+
+export CONFIG=${CONFIG:-accelerate_configs/fsdp2_multi_node.yaml}
+export MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export NUM_PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
+# torch's launcher passes SIGTERM on and kills after 30 seconds; a large model takes longer to save.
+export PET_SHUTDOWN_TIMEOUT=540
+
+stopped=no
+trap 'stopped=yes; kill -TERM "$run"' TERM
+srun bash -c 'exec accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
+  --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" "$@"' _ "$@" &
+run=$!
+# A signal ends `wait` before the job has
+while code=0; wait "$run" || code=$?; kill -0 "$run" 2>/dev/null; do :; done
+if [ "$stopped" = yes ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

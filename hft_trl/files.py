@@ -1,0 +1,95 @@
+"""Files that are written whole or not at all, and what a disk that refuses them means for the user."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hft_trl.errors import HFTError
+
+# What torch's and safetensors' writers say of a disk that is full. They hide the system's error behind types of their own.
+WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing", "SafetensorError")
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """
+    Write a JSON file whole or not at all: whenever the process or the machine dies, the file is the old or the new one.
+
+    Args:
+        path (`Path`):
+            The file. Its folder must exist. Half of a file can only be left at the same name with a dot before it,
+            which the next call overwrites.
+        content (`Any`):
+            What to write.
+        **options (`Any`):
+            Further arguments of `json.dumps`.
+
+    Raises:
+        `OSError`: If the folder can't be written. The file is then as it was.
+    """
+    text = json.dumps(content, indent=2, **options) + "\n"
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def flush(folder: Path) -> None:
+    """Have every file in a folder, and in the folders in it, reach the disk before the call returns."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems can't flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """
+    Turn a disk that is full, read-only or gone into an [`HFTError`]. Put it around whatever saves.
+
+    Args:
+        folder (`str` or `Path`):
+            What is written, for the message.
+    """
+    try:
+        yield
+    except HFTError:
+        raise
+    except OSError as error:
+        raise _refused(folder, error.strerror or str(error)) from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if not any(word in text for word in WRITERS):
+            raise
+        # safetensors quotes the system's reason, torch drops it
+        reason = str(error).split("I/O error: ")[-1] if "I/O error" in text else "a file was cut short"
+        raise _refused(folder, reason) from error
+
+
+def _refused(folder: str | Path, reason: str) -> HFTError:
+    here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    return HFTError(
+        f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make room, or mend the folder's permissions, and run the same command "
+        "again; it goes on from the last whole checkpoint."
+    )

@@ -1,0 +1,193 @@
+"""
+The manifest of a checkpoint, written when everything else is on the disk: what belongs to it, and what it was made under.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+from transformers.utils import logging
+
+from hft_trl.errors import HFTError
+from hft_trl.files import flush, write_json, writing
+from hft_trl.selection import SELECTION_FILE
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.get_logger(__name__)
+
+MANIFEST_FILE = "hft_checkpoint.json"
+VERSION = 1
+REPLICATED = "one process or DDP"
+
+
+def backend_of(state: AcceleratorState) -> str:
+    """What writes and reads a run's checkpoints, in words. Runs with the same words can read each other's."""
+    if state.distributed_type == DistributedType.FSDP:
+        return f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    return REPLICATED
+
+
+def layout(trainer: "Trainer") -> dict[str, Any]:
+    """What a trainer's checkpoints depend on beside their settings: backend, number of processes, global batch size."""
+    return {
+        "backend": backend_of(trainer.accelerator.state),
+        "processes": trainer.accelerator.num_processes,
+        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
+    }
+
+
+@contextmanager
+def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
+    """
+    Put it around a trainer's own saving of a checkpoint: nothing old is mixed into it, its manifest is written when all
+    processes have written all files, and only then older checkpoints are rotated away.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer. Every process has to call.
+        checkpoint (`Path`):
+            The folder that it is about to write.
+
+    Raises:
+        [`HFTError`]: If the disk is full or read-only. Earlier checkpoints are then as they were.
+    """
+    args, run = trainer.args, checkpoint.parent
+    replaced = None
+    if args.should_save and checkpoint.exists():
+        with writing(checkpoint):
+            whole = incomplete_because(checkpoint) is None
+            replaced = set_aside(checkpoint, "replaced" if whole else "torn")
+    trainer.accelerator.wait_for_everyone()  # the others must not write into the folder while it is being moved
+    limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files are there
+    try:
+        with writing(checkpoint):
+            yield
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()
+    if not args.should_save:
+        return
+    with writing(checkpoint):
+        seal(checkpoint, layout(trainer))
+        if replaced is not None and replaced.name.startswith("replaced"):
+            shutil.rmtree(replaced)
+        for other in sort_checkpoints(str(run)):
+            if incomplete_because(other) is not None:
+                set_aside(Path(other), "torn")  # else the rotation would count it, or delete it
+        rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+
+
+def seal(checkpoint: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint whose other files are all written."""
+    flush(checkpoint)
+    files = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+    write_json(checkpoint / MANIFEST_FILE, {"version": VERSION, **content, "files": files})
+
+
+def read(checkpoint: str | Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest; `None` if it has none. One that can't be read raises a `ValueError` or an `OSError`."""
+    try:
+        content = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise ValueError(f"{MANIFEST_FILE} is no manifest of version {VERSION}")
+    return content
+
+
+def incomplete_because(checkpoint: str | Path) -> str | None:
+    """
+    Which file of a checkpoint is missing or has another size than when it was saved; `None` if all are there.
+
+    A checkpoint without a manifest may be one of stock TRL, which is complete if its last file, `trainer_state.json`, is
+    there and HFT had no hand in it.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        manifest = read(checkpoint)
+    except (ValueError, OSError) as error:
+        return f"{MANIFEST_FILE} can't be read ({error})"
+    if manifest is None:
+        if (checkpoint / SELECTION_FILE).exists():
+            return f"{MANIFEST_FILE}, which is written last, is missing"
+        return None if (checkpoint / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
+    for name, size in manifest["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename `checkpoint-6` to `torn-checkpoint-6` (or another word for `why`), so that nothing is mixed into it or counts it."""
+    number, target = 1, checkpoint.with_name(f"{why}-{checkpoint.name}")
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"{why}-{checkpoint.name}-{number}")
+    reason = incomplete_because(checkpoint)
+    if reason is not None:
+        logger.warning(
+            f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
+        )
+    return checkpoint.rename(target)
+
+
+def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
+    """
+    Refuse to resume a checkpoint that this backend can't read, or that would go on with other batches.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder. One without a manifest (of stock TRL, or from the hub) is not checked.
+        here (`dict[str, Any]`):
+            The [`layout`] of the trainer that wants to resume.
+        any_batch (`bool`, *optional*, defaults to `False`):
+            Whether the global batch may be another one, as with `auto_find_batch_size`.
+
+    Raises:
+        [`HFTError`]: Naming what differs and how to mend it.
+    """
+    if not (Path(checkpoint) / MANIFEST_FILE).exists():
+        return
+    reason = incomplete_because(checkpoint)
+    if reason is not None:
+        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
+    there = read(checkpoint)
+    if there["backend"] != here["backend"]:
+        raise HFTError(
+            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} can't read: resume as it was "
+            "launched, or train into another output_dir."
+        )
+    if there["processes"] != here["processes"]:
+        if here["backend"].startswith("DeepSpeed"):
+            raise HFTError(
+                f"{checkpoint} was saved by {there['processes']} processes, which {here['backend']} can't divide into "
+                f"{here['processes']}: launch {there['processes']} processes, or train into another output_dir."
+            )
+        logger.warning(
+            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it goes on with "
+            "the same data, but sums are rounded in another way, so it won't end in the same bits."
+        )
+    if there["global_batch_size"] != here["global_batch_size"] and not any_batch:
+        raise HFTError(
+            f"{checkpoint} was trained with a global batch of {there['global_batch_size']}, this run has "
+            f"{here['global_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x processes): change "
+            "them so that the product is the same, or train into another output_dir."
+        )

@@ -1,0 +1,138 @@
+"""DeepSpeed ZeRO: parameters that are partitioned over the processes, and what its settings must say for HFT."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.integrations import deepspeed as integration
+from transformers.utils import logging
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+
+logger = logging.get_logger(__name__)
+
+UNCAST = (
+    "DeepSpeed's mixed precision casts the whole model, so train without (mixed_precision 'no' in the launch "
+    "configuration and bf16 false) or under FSDP2"
+)
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds the parameter in parts, one on every process."""
+    return hasattr(tensor, "ds_id")  # as DeepSpeed itself asks
+
+
+def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole of a partitioned parameter, as a copy. Every process has to call, in the same order."""
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, and must not be taken apart here
+        return parameter.detach().clone()
+    with deepspeed.zero.GatheredParameters(parameter):
+        return parameter.detach().clone()
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """Number of elements of the whole parameter, partitioned or not."""
+    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
+
+
+def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:
+    """
+    Set DeepSpeed up for a trainer that is about to be made, and see that its settings suit HFT.
+
+    Args:
+        args ([`~transformers.TrainingArguments`], *optional*):
+            The trainer's arguments. Under ZeRO-3 with frozen parameters their gradient checkpointing becomes reentrant.
+        hft_config ([`HFTConfig`]):
+            What to train.
+
+    Raises:
+        [`HFTError`]: Naming the setting and what to use instead.
+    """
+    if args is None:
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+            raise HFTError("args is None: under DeepSpeed pass the trainer's config, such as SFTConfig(output_dir).")
+        return
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return
+    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share.
+    AcceleratorState._reset_state()
+    plugin.set_deepspeed_weakref()
+    if hft_config.method == "hft" and hft_config.frozen_dtype is not None:
+        raise HFTError(
+            f"hft.frozen_dtype is {hft_config.frozen_dtype!r}, but DeepSpeed holds a model in one type: leave it out. With "
+            "bf16, DeepSpeed keeps master weights of what is trained only, so the frozen half takes 2 bytes each anyway."
+        )
+    if plugin.zero_stage != 3:
+        return
+    if not plugin.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+        raise HFTError(
+            "zero3_save_16bit_model is false, so the model would not be saved as one that can be loaded: set it to true, as "
+            "in accelerate_configs/zero3.yaml (in a DeepSpeed file stage3_gather_16bit_weights_on_model_save)."
+        )
+    if hft_config.method == "hft":
+        _make_reentrant(args)
+
+
+def _make_reentrant(args: TrainingArguments) -> None:
+    """As TRL does for adapters: the other kind fails with `CheckpointError` where a parameter is frozen."""
+    kwargs = dict(args.activation_checkpointing_kwargs or {})
+    if not args.activation_checkpointing or kwargs.get("use_reentrant"):
+        return
+    if kwargs.get("selective"):
+        raise HFTError(
+            "gradient_checkpointing_kwargs has selective, which needs non-reentrant checkpointing, but under ZeRO-3 frozen "
+            "parameters need the reentrant one: drop it."
+        )
+    if kwargs.get("use_reentrant") is False:
+        logger.warning(
+            "use_reentrant is False, but under ZeRO-3 frozen parameters need reentrant gradient checkpointing: it is set to True."
+        )
+    # transformers reads the new name, TRL the old one
+    args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
+
+
+def training_dtype(state: AcceleratorState) -> torch.dtype | None:
+    """The 16-bit type that DeepSpeed casts a whole model to, `None` where it doesn't."""
+    if state.deepspeed_plugin is None:
+        return None
+    for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
+        if state.deepspeed_plugin.get_value(key) is True:
+            return dtype
+    return None
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters now as DeepSpeed would when training starts, so that the frozen half's bits are known before."""
+    for parameter in model.parameters():
+        if not is_partitioned(parameter):  # else it was loaded in this type
+            parameter.data = parameter.data.to(dtype)
+
+
+def log_reference(plugin: DeepSpeedPlugin) -> None:
+    """Say once where DeepSpeed keeps the reference of preference training."""
+    if plugin.zero_stage == 3:
+        place = "partitioned over the processes by ZeRO-3 and gathered module by module, so none ever holds the whole"
+    else:
+        place = f"whole in every process, since ZeRO-{plugin.zero_stage} divides only what is trained"
+    PartialState().print(f"reference: {place}.")
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Let models that are built or loaded inside be whole on the calling process, where ZeRO-3 would partition them."""
+    before = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if before is not None and before() is not None:
+            integration.set_hf_deepspeed_config(before())

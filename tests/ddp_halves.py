@@ -1,0 +1,44 @@
+"""What a process of a DDP run does for the tests: DPO with the frozen half shared or not, whole or in bfloat16."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from conftest import ultrafeedback_row
+from datasets import Dataset
+from test_trainers import dpo_trainer, losses
+
+from hft_trl import HFTConfig, HFTDPOTrainer
+from hft_trl.reference import memory
+
+
+def main(base: Path, output: Path) -> None:
+    rows = Dataset.from_list([ultrafeedback_row(number) for number in range(32)])
+    found = {}
+    for name, share, dtype in (
+        ("shared", True, None),
+        ("unshared", False, None),
+        ("shared in bfloat16", True, "bfloat16"),
+        ("unshared in bfloat16", False, "bfloat16"),
+    ):
+        hft = HFTConfig(share_reference=share, frozen_dtype=dtype)
+        settings = {"bf16": dtype is not None, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+        trainer = dpo_trainer(HFTDPOTrainer, base, rows, output / name, hft, **settings)
+        trainer.train()
+        trainer.save_model()
+        if share:  # once more from the middle
+            again = dpo_trainer(HFTDPOTrainer, base, rows, output / name / "again", hft, **settings)
+            again.train(resume_from_checkpoint=output / name / "checkpoint-2")
+            again.save_model()
+        found[name] = {
+            "losses": losses(trainer),
+            "memory": memory(trainer.model, trainer.ref_model),
+            "frozen": trainer.hft_selection.frozen,
+            "processes": trainer.accelerator.num_processes,
+        }
+    (output / f"{PartialState().process_index}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

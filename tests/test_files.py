@@ -1,0 +1,67 @@
+"""Files are written whole or not at all, and only a disk's refusals are put down to the disk."""
+
+import errno
+import json
+import os
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hft_trl import HFTError
+from hft_trl.files import write_json, writing
+
+
+@pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.replace"])
+def test_a_file_that_can_not_be_written_is_as_it_was(tmp_path, monkeypatch, fails):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fails, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_kill_left_beside_a_file_is_written_over(tmp_path):
+    (tmp_path / ".a.json").write_text("{")
+    write_json(tmp_path / "a.json", {"new": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"new": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow beyond a kilobyte: the kernel refuses the rest, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: save_file({"w": torch.ones(10000)}, path),
+        lambda path: torch.save({"w": torch.ones(10000)}, path),
+        lambda path: path.write_text("x" * 10000),
+    ],
+    ids=["safetensors", "torch", "python"],
+)
+def test_a_file_that_is_cut_short_is_one_error_whoever_writes(save, tmp_path, small_files):
+    with pytest.raises(HFTError) as error, writing(tmp_path / "run" / "checkpoint-3"):
+        save(tmp_path / "file")
+    assert f"{tmp_path / 'run' / 'checkpoint-3'} can't be written (" in str(error.value)
+    assert "MB are free there): make room" in str(error.value)
+
+
+def test_other_errors_are_left_alone(tmp_path):
+    for error in (RuntimeError("the frozen parameter moved"), HFTError("ratio"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, writing(tmp_path):
+            raise error
+        assert caught.value is error
