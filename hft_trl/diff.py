@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hft_trl.checkpoints import selection_of
 from hft_trl.errors import HFTError
@@ -145,10 +146,20 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
     names = [name for name, _ in after.skeleton.named_parameters()]
     selection = selection_of(after.skeleton)
     frozen = _frozen(selection, names, after.name)
+    pieces: dict[tuple[str, str], Change] = {}
+    for key, place in logging.tqdm(after.places.items(), desc=f"Comparing {after.name}", disable=None, leave=False):
+        # A file may hold a tied parameter under each of its names: counted once, and loaded by its first.
+        if key == place.parameter or (place.parameter, place.piece) not in pieces:
+            old, new = before.tensor(before.counterpart(key, place)), after.tensor(key)
+            pieces[place.parameter, place.piece] = change(key, old, new)
     changes: dict[str, list[Change]] = {}
-    for key, place in after.places.items():
-        old, new = before.tensor(before.counterpart(key, place)), after.tensor(key)
-        changes.setdefault(place.parameter, []).append(change(key, old, new))
+    for (name, _), found in pieces.items():
+        changes.setdefault(name, []).append(found)
+    unknown = next((name for name in frozen if name not in changes), None)
+    if unknown is not None:
+        raise HFTError(
+            f"{unknown} is frozen in {after.name!r}, but no file holds it, so nothing can be said of it: save the model anew."
+        )
     units = [
         (unit, Moved.total(part for name in unit.names for part in changes.get(name, [])))
         for unit in find_units(after.skeleton)

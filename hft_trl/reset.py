@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,11 +27,13 @@ from transformers.utils import (
     LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
     logging,
 )
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.files import flush, sync
 from hft_trl.saved import SavedModel, check_alike
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
@@ -50,7 +51,6 @@ COMPANIONS = (
     CHAT_TEMPLATE_DIR,
     PROCESSOR_NAME,
     FEATURE_EXTRACTOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
 )
 
 
@@ -86,14 +86,14 @@ def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None 
             f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: a half is reset by a draw of its own, so "
             "leave them at 'hft' and 'fresh'."
         )
-    before, after = _open_pair(base, tuned, out)
+    before, after, out = _open(base, tuned, out)
     selection = select(after.skeleton, config)
     stays = set(selection.trainable)
     shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
     _check_exact(before, after, shares)
+    start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
+    selection = dataclasses.replace(selection, start_model=start)
     with _new_folder(out) as folder:
-        start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
-        selection = dataclasses.replace(selection, start_model=start)
         _write_weights(before, after, shares, folder)
         selection.save(folder)
         _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection))
@@ -115,21 +115,36 @@ def blend(base: str, tuned: str, out: str | Path, share: float) -> None:
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
-    before, after = _open_pair(base, tuned, out)
+    before, after, out = _open(base, tuned, out)
     text = f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
     with _new_folder(out) as folder:
         _write_weights(before, after, dict.fromkeys(after.places, float(share)), folder)
         _write_card(folder, before, after, "Blend", text)
 
 
-def _open_pair(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel]:
+def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
+    """Both models and the folder to write, once all is checked that can be checked before a byte is written."""
     out = Path(out)
-    if out.is_dir() and not any(out.iterdir()):
-        pass
-    elif out.exists() or out.is_symlink():
+    empty = out.is_dir() and not any(out.iterdir())
+    if not empty and (out.exists() or out.is_symlink()):
         raise HFTError(f"out {str(out)!r} exists already: choose a new folder.")
+    if out.is_mount():
+        raise HFTError(f"out {str(out)!r} is a mount point, which can't be replaced: choose a new folder in it.")
     before, after = SavedModel(base), SavedModel(tuned)
     check_alike(before, after)
+    _check_tokens(before, after)
+    out = out.resolve()  # a link to an empty folder can't be replaced by a folder
+    here = next(path for path in out.parents if path.exists())
+    needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
+    if free < needed:
+        raise HFTError(
+            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or choose "
+            "a folder on another disk."
+        )
+    return before, after, out
+
+
+def _check_tokens(before: SavedModel, after: SavedModel) -> None:
     ours, theirs = _tokenizer(before), _tokenizer(after)
     if ours is not None and theirs is not None:
         known = theirs.get_vocab()
@@ -137,10 +152,9 @@ def _open_pair(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, Save
         for token, number in ours.get_vocab().items():
             if known.get(token, number) != number:
                 raise HFTError(
-                    f"token {token!r} is number {number} in the vocabulary of {base!r} and {known[token]} in that of "
-                    f"{tuned!r}: give the model that the tuned one started from."
+                    f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
+                    f"of {after.name!r}: give the model that the tuned one started from."
                 )
-    return before, after
 
 
 def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
@@ -169,19 +183,18 @@ def _short(dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all is in it and on disk, and is removed on an error."""
-    out = Path(out)
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when all is in it and on disk, and is removed on an error."""
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
-        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may enter
-        temporary.replace(out)
-        _sync(out.parent)
+        folder = temporary / out.name  # mkdtemp's own folder may be entered by its owner alone
+        folder.mkdir()
+        yield folder
+        flush(folder)
+        folder.replace(out)
+        sync(out.parent)
     except OSError as error:
         raise HFTError(
             f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder."
@@ -191,23 +204,21 @@ def _new_folder(out: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """The tuned model's files anew: its headers as they are, and the values in between."""
-    root = next(iter(after.files.values())).parent
-    tokenizer = _tokenizer(after)
-    for name in {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}:
+def _copy_companions(after: SavedModel, folder: Path) -> None:
+    root, tokenizer = next(iter(after.files.values())).parent, _tokenizer(after)
+    names = {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}
+    if set(after.files.values()) != {root / SAFE_WEIGHTS_NAME}:
+        names.add(SAFE_WEIGHTS_INDEX_NAME)
+    for name in names:
         if (root / name).is_dir():
             shutil.copytree(root / name, folder / name)
         elif (root / name).is_file():
             shutil.copyfile(root / name, folder / name)
+
+
+def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
+    """The tuned model's files anew: its headers as they are, and the values in between."""
+    _copy_companions(after, folder)
     paths = sorted(set(after.files.values()))
     total = sum(path.stat().st_size for path in paths)
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as bar:

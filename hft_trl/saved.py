@@ -10,11 +10,15 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils import logging
 
 from hft_trl import demo
+from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.meta import build_on_meta
 from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
+
+FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Place(NamedTuple):
@@ -50,12 +54,17 @@ class SavedModel:
         places (`dict[str, Place]`): Where each of these tensors belongs, of those that belong to a parameter.
 
     Raises:
-        [`HFTError`]: If there is no such model, its files are not whole, or a tensor holds several parameters.
+        [`HFTError`]: If there is no such model, if it is quantised or a delta checkpoint, if its files are not whole, or if a
+            tensor holds several parameters.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.path = demo.model_path(name)
+        if is_delta(self.path):
+            raise HFTError(
+                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
+            )
         self.skeleton = build_on_meta(self.path)
         self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None
@@ -63,6 +72,7 @@ class SavedModel:
         self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
+        _check_floating(self)
         self._key_at = {(place.parameter, place.piece): key for key, place in self.places.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -98,16 +108,17 @@ class SavedModel:
         for key in sorted(self.places, key=dot_natural_key):
             keys.setdefault(self.places[key].parameter, []).append(key)
         digests = {}
-        for name, _ in self.skeleton.named_parameters():
-            if name not in keys or name not in dtypes:
-                return None
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        if any(name not in keys or name not in dtypes for name in names):
+            return None
+        for name in logging.tqdm(names, desc=f"Digest of {self.name}", disable=None, leave=False):
             digests[name] = fingerprint(self._parameter(name, keys[name]), dtypes[name])
         return combined_digest(digests)
 
     def _parameter(self, name: str, keys: list[str]) -> torch.Tensor:
         pattern = self.places[keys[0]].pattern
         if not pattern:
-            return self.tensor(keys[0])
+            return self.tensor(name if name in keys else keys[0])
         converter = copy.deepcopy(next(each for each in self._converters if pattern in each.source_patterns))
         for key in keys:
             converter.add_tensor(name, key, self.places[key].pattern, self.tensor(key))
@@ -132,6 +143,17 @@ def _tensor_files(path: str, name: str) -> dict[str, Path]:
             f"{name!r} has no {wrong[0]} in {listed[wrong[0]].name}, where its index says it is: save it anew."
         )
     return files
+
+
+def _check_floating(saved: SavedModel) -> None:
+    """Quantised weights, unlike those of a quantised config, are told by their types alone."""
+    for key in saved.places:
+        dtype = saved.tensor(key).dtype
+        if dtype not in FULL_PRECISION:
+            raise HFTError(
+                f"{key} is {str(dtype).removeprefix('torch.')} in {saved.name!r}, so the model is quantised: give the "
+                "full-precision model."
+            )
 
 
 def check_alike(base: SavedModel, tuned: SavedModel) -> None:

@@ -13,7 +13,13 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from hft_trl import zero
 from hft_trl.errors import HFTError
@@ -95,18 +101,23 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
         [`HFTError`]: If there is no whole set of safetensors files.
     """
     local = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    # In the order of `from_pretrained`: an index may be left over from shards that a single file has replaced.
+    single = cached_file(model, SAFE_WEIGHTS_NAME, **local)
+    if single is not None:
+        check_readable([Path(single)])
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), Path(single))
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, **local)
     if index is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
-        files = {name: Path(index).with_name(file) for name, file in names.items()}
-    else:
-        single = cached_file(model, SAFE_WEIGHTS_NAME, **local)
-        if single is None:
-            raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
-        check_readable([Path(single)])
-        with safe_open(single, framework="pt") as file:
-            files = dict.fromkeys(file.keys(), Path(single))
-    return files
+        return {name: Path(index).with_name(file) for name, file in names.items()}
+    for pickled in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        if cached_file(model, pickled, **local) is not None:
+            raise HFTError(
+                f"{model!r} holds no {SAFE_WEIGHTS_NAME} but {pickled}, which is not read: load it with from_pretrained and "
+                "save it with save_pretrained first."
+            )
+    raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
 
 
 def check_readable(files: Iterable[Path]) -> None:

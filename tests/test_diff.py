@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_reset import moved
-from test_saved import tiny_moe
+from test_saved import tied_with_both_in_the_file, tiny_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, half_reset, select
@@ -177,6 +178,30 @@ def test_a_half_reset_model_passes_against_its_base(base, tmp_path):
     (diff,) = compare(str(tmp_path / "tuned"), [str(tmp_path / "out")])
     assert (diff.byte_identical, diff.is_start) == (False, False)
     assert set(diff.touched) == set(selection.frozen)
+
+
+def test_a_tied_parameter_that_is_in_the_file_twice_counts_once(tmp_path):
+    model = tiny_llama(64, tie_word_embeddings=True)
+    tied_with_both_in_the_file(tmp_path / "base")
+    (diff,) = compare(str(tmp_path / "base"), [trained(model, tmp_path)])
+    assert sum(found.size for _, found in diff.units) == model.num_parameters()
+    (diff,) = compare(str(tmp_path / "tuned"), [str(tmp_path / "base")])
+    assert sum(found.size for _, found in diff.units) == model.num_parameters()
+
+
+def test_a_frozen_parameter_that_no_file_holds_is_an_error(base, tmp_path):
+    """Nothing can be said of it, least of all yes."""
+    tuned = trained(tiny_llama(64), tmp_path)
+    tiny_llama(64).save_pretrained(base, max_shard_size="30KB")
+    name = compare(base, [tuned])[0].frozen[0]
+    for folder in (base, tuned):
+        tensors = {key: value for path in Path(folder).glob("*.safetensors") for key, value in load_file(path).items()}
+        for path in Path(folder).glob("model*"):
+            path.unlink()
+        del tensors[name]
+        save_file(tensors, f"{folder}/model.safetensors")
+    with pytest.raises(HFTError, match=f"{name} is frozen .* no file holds it"):
+        compare(base, [tuned])
 
 
 def test_the_selection_of_another_model_is_an_error(base, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -324,6 +325,55 @@ def test_a_folder_that_holds_anything_is_refused_and_an_empty_one_is_taken(pair,
         half_reset(*pair, tmp_path / "file" / "out")
 
 
+def test_a_link_to_an_empty_folder_is_followed(pair, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    half_reset(*pair, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+
+
+def test_the_folder_has_the_permissions_of_any_new_folder(pair, tmp_path):
+    """Not those of a temporary one, which its owner alone may enter."""
+    (tmp_path / "any").mkdir()
+    half_reset(*pair, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_mount_point_is_refused_before_a_byte_is_written(pair, tmp_path, monkeypatch):
+    """It could not be replaced at the end."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(HFTError, match="mount point"):
+        half_reset(*pair, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_too_small_is_refused_before_a_byte_is_written(pair, tmp_path, monkeypatch):
+    """By the size of the tuned model's files; the message says what is needed and what is free."""
+    needed = sum(path.stat().st_size for path in Path(pair[1]).glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    monkeypatch.setattr(reset, "_write", None)  # nothing is to be written
+    for run in (half_reset, lambda *folders: blend(*folders, 0.5)):
+        with pytest.raises(HFTError, match=r"needs 0\.0 GB, and 0\.0 GB are free"):
+            run(*pair, tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_index_left_over_beside_a_single_file_is_passed_over(tmp_path):
+    """As `from_pretrained` does: `save_pretrained` leaves it where a model was saved in shards before."""
+    tiny_llama(64).save_pretrained(tmp_path / "base")
+    moved(tiny_llama(64)).save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
+    moved(tiny_llama(64), seed=1).save_pretrained(tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "model.safetensors.index.json").exists()
+    found = half_reset(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "out")
+    base, tuned, out = (digests(tmp_path / name) for name in ("base", "tuned", "out"))
+    assert out == {key: (tuned if key in found.trainable else base)[key] for key in tuned}
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
 @pytest.mark.parametrize("after", [0, 1, 30])
 def test_a_full_disk_leaves_nothing_behind(pair, tmp_path, monkeypatch, after):
     """Whichever write it is that fails."""
@@ -345,7 +395,7 @@ def test_interrupted_the_output_is_not_there(pair, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reset, "_sync", interrupt)
+    monkeypatch.setattr(reset, "flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         half_reset(*pair, tmp_path / "out")
     assert not list(tmp_path.iterdir())

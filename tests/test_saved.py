@@ -112,6 +112,44 @@ def test_a_tensor_that_holds_several_parameters_is_refused(tmp_path):
     assert found == {name for name, _ in model.named_parameters()}
 
 
+def delta(folder):
+    tiny_llama(64).config.save_pretrained(folder)
+    save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "hft_delta.safetensors")
+    return f"is a delta checkpoint.*hft-trl restore {folder} OUTPUT"
+
+
+def quantised(folder):
+    llama(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    return r"is quantised \(gptq\)"
+
+
+def quantised_and_not_said_so(folder):
+    tiny_llama(64).save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors = {
+        key: value.to(torch.float8_e4m3fn) if "q_proj" in key else value for key, value in load_file(path).items()
+    }
+    save_file(tensors, path)
+    return r"q_proj.weight is float8_e4m3fn .* quantised"
+
+
+def pickled(folder):
+    model = tiny_llama(64)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return r"holds no model\.safetensors but pytorch_model\.bin.*save_pretrained"
+
+
+@pytest.mark.parametrize("save", [delta, quantised, quantised_and_not_said_so, pickled])
+def test_what_is_no_whole_model_in_safetensors_is_refused(tmp_path, save):
+    """In one sentence that says what to do instead."""
+    words = save(tmp_path)
+    with pytest.raises(HFTError, match=words):
+        SavedModel(str(tmp_path))
+
+
 def other_architecture(folder):
     tiny_moe().save_pretrained(folder)
 

@@ -99,6 +99,13 @@ def test_a_fingerprint_in_another_type_is_that_of_the_converted_tensor(dtype, ot
     assert fingerprint(tensor, other) == fingerprint(tensor.to(other))
 
 
+def test_a_single_file_goes_before_an_index_as_it_does_in_from_pretrained(tmp_path):
+    folder = tmp_path / "model"
+    sharded(folder, {"a": torch.ones(1), "b": torch.ones(1)})
+    save_file({"c": torch.ones(1)}, folder / "model.safetensors")
+    assert weight_files(str(folder)) == {"c": folder / "model.safetensors"}
+
+
 def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
     with pytest.raises(HFTError, match=r"holds no model\.safetensors"):
         weight_files(str(tmp_path))
