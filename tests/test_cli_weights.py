@@ -1,11 +1,14 @@
 """`hft-trl half-reset` and `hft-trl diff` on models that the recipe trained: what they print, write and exit with."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,8 @@ def test_select_knows_the_embedded_model_by_its_word():
 def test_progress_is_shown_on_standard_error_where_that_is_a_terminal(runs, tmp_path):
     """And standard output holds the result alone."""
     controller, terminal = pty.openpty()
+    # A new one is 0 characters wide, and tqdm draws nothing there.
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     command = ["half-reset", "--base", "demo", "--tuned", str(runs / "fft"), "--out", str(tmp_path / "r")]
     found = subprocess.run(
         [sys.executable, "-c", "from hft_trl.cli import main; main()", *command],
