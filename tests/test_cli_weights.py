@@ -60,7 +60,7 @@ def test_diff_of_an_hft_model_says_byte_identical_and_exits_with_0(runs):
 
 
 def test_half_reset_then_diff(runs, tmp_path):
-    """The issue's own example: what was set back is the base's, and standard output is JSON alone."""
+    """What was set back is the base's, standard output is JSON alone, and `select` shows the stored half."""
     result = run("half-reset", "--base", "demo", "--tuned", runs / "fft", "--out", tmp_path / "r")
     assert result.exit_code == 0, result.output
     assert "50.00%" in result.stdout
@@ -69,6 +69,8 @@ def test_half_reset_then_diff(runs, tmp_path):
     (row,) = json.loads(result.stdout)["models"]
     assert (row["frozen_half_byte_identical"], row["base_is_start_model"]) == (True, True)
     assert row["selection"] == Selection.load(tmp_path / "r").digest
+    shown = json.loads(run("select", tmp_path / "r", "--json").stdout)
+    assert (shown["stored"], shown["digest"]) == (True, row["selection"])
 
 
 def test_exit_code_1_when_the_frozen_half_is_not_the_bases(runs):
