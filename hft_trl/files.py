@@ -49,17 +49,18 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def flush(folder: Path) -> None:
     """Have every file in a folder, and in the folders in it, reach the disk before the call returns."""
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of files, reach the disk before the call returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -24,4 +24,10 @@ PROBES = ASSETS / "probes"
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
-__all__ = ["ASSETS", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA"]
+
+def model_path(model: str) -> str:
+    """The embedded model's folder for the word `demo`, every other hub id or folder as it is."""
+    return str(MODEL) if model == "demo" else model
+
+
+__all__ = ["ASSETS", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA", "model_path"]
