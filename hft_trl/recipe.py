@@ -186,8 +186,7 @@ def _stage(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
             "its output_dir by itself: drop it. To go on from an older one, move the newer ones away."
         )
-    if model.model_name_or_path == "demo":
-        model = dataclasses.replace(model, model_name_or_path=str(demo.MODEL))
+    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     if data.dataset == "demo":
         data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if name == "sft" else demo.DPO_DATA))
     args.trust_remote_code = model.trust_remote_code

@@ -14,7 +14,8 @@ from trl import DPOConfig, SFTConfig
 from typer.main import get_command
 
 from hft_trl import demo
-from hft_trl.cli import app, evaluate_command
+from hft_trl.cli import app
+from hft_trl.commands.evaluation import evaluate_command
 from hft_trl.recipe import parse_recipe, parse_stage
 
 ROOT = Path(__file__).parent.parent

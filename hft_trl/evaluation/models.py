@@ -39,7 +39,7 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 
 
 def _find(name: str) -> Path:
-    folder = demo.MODEL if name == "demo" else Path(name)
+    folder = Path(demo.model_path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
