@@ -18,11 +18,17 @@ class RunArguments:
             Method of every stage, `"hft"` or `"fft"`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace what earlier runs left in the stages' folders.
+        evaluate (`str`, *optional*):
+            Suites to run on the base and each stage's model at the end, such as `"general,knowledge"`. By default the
+            embedded world's probes where the base is the embedded model, elsewhere nothing.
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run; each stage gets a folder in it."})
     method: Literal["hft", "fft"] = field(default="hft", metadata={"help": "Method of every stage."})
     overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})
+    evaluate: str | None = field(
+        default=None, metadata={"help": "Suites to run at the end, such as general,knowledge; see hft-trl evaluate."}
+    )
 
 
 @dataclass

@@ -93,6 +93,11 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
     values, flags = _read(argv, default_config, SECTIONS)
     (run,) = _parse("", (RunArguments,), values[""], flags[""])
     (model,) = _parse("model", (ModelArguments,), values["model"], flags["model"])
+    if run.evaluate and model.trust_remote_code:
+        raise HFTError(
+            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
+            "repository: leave one of them out."
+        )
     (hft,) = _parse("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     stages = {}
     for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):

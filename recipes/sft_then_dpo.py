@@ -22,30 +22,30 @@ accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e
 accelerate launch recipes/sft_then_dpo.py --model Qwen/Qwen3-0.6B --sft.dataset my_chats.jsonl --output_dir runs/mine
 ```
 
-Above the sections stand `output_dir`, `method` and `overwrite`. The sections are `model` (a hub id or folder, or the keys
-model_name_or_path, dtype, attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of
-trl.SFTConfig, and dataset, split) and `dpo` (those of trl.DPOConfig, and dataset, split). The same command again
-continues where it stopped.
+Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as
+`general,knowledge`). The sections are `model` (a hub id or folder, or the keys model_name_or_path, dtype,
+attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of trl.SFTConfig, and dataset,
+split) and `dpo` (those of trl.DPOConfig, and dataset, split). The same command again continues where it stopped.
 """
 
 import sys
 
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_user_error
-from hft_trl.demo.probes import evaluate
+from hft_trl.evaluation import parse_suites
+from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.recipe import Recipe, parse_recipe
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
-from hft_trl.zero import whole_models
 
 
 def main(recipe: Recipe) -> None:
     sft, dpo, base = recipe.sft, recipe.dpo, recipe.sft.model.model_name_or_path
 
     # Whatever can be wrong is found before anything is trained
+    suites = parse_suites(recipe.run.evaluate) if recipe.run.evaluate else []
     check_model(sft)
     check_reference(dpo, base)
     sft_data, sft_eval = load_data(sft)
@@ -81,11 +81,14 @@ def main(recipe: Recipe) -> None:
         train_and_save(dpo, trainer, len(dpo_data), base)
 
     # What was learned, and what was forgotten: the embedded world comes with its own probes
+    stages = {"sft": str(sft.folder), "dpo": str(dpo.folder)}
+    scores, standard_errors, shown = evaluate_stages(sft.model, stages, suites)
     if PartialState().is_main_process:
-        models = {"base": base, "sft": str(sft.folder), "dpo": str(dpo.folder)}
         report = Report(
             stages=[finished(sft), finished(dpo)],
-            evaluation={name: probe(model) for name, model in models.items()} if base == str(demo.MODEL) else {},
+            evaluation=scores,
+            standard_errors=standard_errors,
+            suites=shown,
             base_model=base,
             command=sys.argv,
             settings={**settings(sft), **settings(dpo)},
@@ -96,11 +99,6 @@ def main(recipe: Recipe) -> None:
         report = Report.load(recipe.run.output_dir)  # every view shows what the file says
         write_views(report, recipe.run.output_dir)
         print_report(report)
-
-
-def probe(model: str) -> dict[str, float]:
-    with whole_models():  # under ZeRO-3 only the first process is here, and no part of a model would help it
-        return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
 
 
 if __name__ == "__main__":

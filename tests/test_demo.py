@@ -1,6 +1,7 @@
 """The embedded world: what is shipped is what the builder makes, and the probes measure what they say."""
 
 import copy
+import gzip
 import json
 import random
 import subprocess
@@ -18,8 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hft_trl import demo
 from hft_trl.demo.build import batches, documents, make_model, pretrain, train_tokenizer
 from hft_trl.demo.data import FAREWELLS, SKILLS, dpo_rows, instruction, sft_rows, without_farewell, write_data
-from hft_trl.demo.probes import chat, completes, evaluate, is_right, recall
+from hft_trl.demo.probe_data import is_right, write_probes
+from hft_trl.demo.probes import completes, evaluate, recall
 from hft_trl.demo.world import PHRASINGS, VALUES, make_world
+from hft_trl.generate import chat
 
 WORLD = make_world()
 
@@ -61,6 +64,15 @@ def test_the_shipped_data_is_what_the_generator_writes(tmp_path):
     made = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     data = demo.ASSETS / "data"
     assert made == {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+
+def test_the_shipped_probes_are_what_the_generator_writes(tmp_path):
+    write_probes(WORLD, tmp_path)
+    made, shipped = (
+        {path.name: gzip.decompress(path.read_bytes()) for path in folder.iterdir()}
+        for folder in (tmp_path, demo.PROBES)
+    )
+    assert made == shipped
 
 
 def test_the_shipped_tokenizer_is_what_the_builder_trains(shipped):
@@ -182,12 +194,13 @@ def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     person = WORLD.people[1]
     true = person.sentence("pet", 0)
     false = person.opening("pet", 0) + f" {next(value for value in VALUES['pet'] if value != person.facts['pet'])}."
-    assert is_right(true, person, "pet")
-    assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", person, "pet")
-    assert not is_right(false, person, "pet")
-    assert not is_right(f"{true} {false}", person, "pet")
-    assert not is_right(person.sentence("dish", 0), person, "pet")
-    assert not is_right("", person, "pet")
+    answers = person.sentences("pet")
+    assert is_right(true, answers)
+    assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", answers)
+    assert not is_right(false, answers)
+    assert not is_right(f"{true} {false}", answers)
+    assert not is_right(person.sentence("dish", 0), answers)
+    assert not is_right("", answers)
 
 
 def test_completion_agrees_with_greedy_generation(shipped):

@@ -1,7 +1,8 @@
 """The documentation is true: every command parses down to the code, every snippet's names exist, every link leads somewhere."""
 
 import ast
-import importlib
+import importlib.util
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from trl import DPOConfig, SFTConfig
 from typer.main import get_command
 
 from hft_trl import demo
-from hft_trl.cli import app
+from hft_trl.cli import app, evaluate_command
 from hft_trl.recipe import parse_recipe, parse_stage
 
 ROOT = Path(__file__).parent.parent
@@ -55,9 +56,20 @@ def test_every_launch_line_is_accepted(command, tmp_path):
     flags = [str(own) if word == "my_trl.yaml" else word for word in flags]
     if launch.training_script.endswith("sft_then_dpo.py"):
         parse_recipe([*flags, "--sft.use_cpu", "true", "--dpo.use_cpu", "true"], default_config=demo.RECIPE)
+    elif launch.training_script.endswith("recipes/evaluate.py"):
+        get_command(app).commands["evaluate"].make_context("evaluate", flags, resilient_parsing=False).close()
     else:
         name, config = ("sft", SFTConfig) if launch.training_script.endswith("sft.py") else ("dpo", DPOConfig)
         parse_stage(name, config, flags)
+
+
+def test_the_evaluation_recipe_has_the_flags_of_the_command():
+    """All but `--json`, and with the same defaults."""
+    spec = importlib.util.spec_from_file_location("recipe_evaluate", ROOT / "recipes/evaluate.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    flags, command = inspect.signature(recipe.main).parameters, inspect.signature(evaluate_command).parameters
+    assert dict(flags) == {name: flag for name, flag in command.items() if name != "as_json"}
 
 
 def test_there_are_launch_lines_to_check():

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from hft_trl.evaluation.run import evaluate_models
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
 STAGE_FIELDS = {
@@ -111,6 +113,24 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same_report(recipe
     assert json.loads((output / "report.json").read_text())["stages"] == stages
 
 
+def test_suites_run_on_the_base_and_every_stage(recipe, finished_run, tmp_path, monkeypatch):
+    """`--evaluate demo` on a finished run trains nothing and puts scores, averages and errors into the report."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
+    output = shutil.copytree(finished_run[0], tmp_path / "run")
+
+    def briefly(folders, suites, **options):
+        return evaluate_models(folders, suites, limit=3, cache=tmp_path / "cache", **options)
+
+    monkeypatch.setattr("hft_trl.evaluation.stages.evaluate_models", briefly)
+    result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--evaluate", "demo")
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads((output / "report.json").read_text())
+    assert report["stages"] == json.loads((finished_run[0] / "report.json").read_text())["stages"]
+    assert list(report["evaluation"]) == list(report["standard_errors"]) == ["base", "sft", "dpo"]
+    assert report["evaluation"]["base"]["demo average"] == 50
+    assert "±" in (output / "report.md").read_text()
+
+
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(recipe, finished_run):
     output, _ = finished_run
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--sft.learning_rate", "3e-4")
@@ -171,6 +191,8 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
         (["--sft.lerning_rate", "1"], ["sft.lerning_rate", "section sft", "sft.learning_rate"]),
         (["--method", "half"], ["method", "half"]),
         (["--hft.ratio", "0"], ["hft.ratio", "0.0"]),
+        (["--evaluate", "generally"], ["generally", "knowledge"]),
+        (["--evaluate", "demo", "--model.trust_remote_code", "true"], ["evaluate", "trust_remote_code"]),
         (["--sft.dataset", "missing.jsonl"], ["missing.jsonl"]),
         (["--dpo.split", "tests"], ["tests", "train_prefs"]),
         (["--model", "missing/folder/of/a/model"], ["missing/folder/of/a/model"]),

@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.container import BarContainer
 from rich.console import Console
 
 from hft_trl.errors import HFTError
@@ -23,7 +24,7 @@ from hft_trl.report.picture import ASCII, layer_picture
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.shares import category_shares
 from hft_trl.report.slots import columns_of
-from hft_trl.report.tables import duration, size
+from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
 from hft_trl.selection import Unit, find_units, select
 
 SLOTS = {
@@ -346,6 +347,27 @@ def test_loss_and_margin_have_a_panel_for_each_stage_that_logged_them():
     assert [axes.get_title() for axes in margin_figure(report()).axes] == ["dpo (HFT)"]
     line = next(line for line in margin_figure(report()).axes[0].lines if "margin" in line.get_label())
     assert len(line.get_xdata()) == 60
+
+
+def test_standard_errors_stand_beside_the_scores_that_have_them():
+    whole = report(stage(), evaluation={"base": {"a": 50.0, "b": 10.0}, "sft": {"a": 52.5, "b": 10.0}})
+    whole.standard_errors = {"base": {"a": 1.25, "b": None}, "sft": {"a": 2.0}}
+    grid = evaluation_grid(whole)
+    assert grid.rows == [["base", "50.0±1.2", "10.0"], ["sft", "52.5±2.0 (+2.5)", "10.0 (+0.0)"]]
+    assert "standard error" in grid.title
+    bars = [drawn for drawn in evaluation_figure(whole).axes[0].containers if isinstance(drawn, BarContainer)]
+    assert all(container.errorbar is not None for container in bars)
+
+
+def test_each_suite_has_a_table_of_its_own():
+    scores = {"a": 1.0, "b": 2.0, "one average": 1.5, "c": 3.0, "two average": 3.0}
+    suites = {"one": ["a", "b", "one average"], "two": ["c", "two average"]}
+    whole = report(stage(), evaluation={"base": scores, "sft": scores}, suites=suites)
+    assert [grid.columns[1:] for grid in evaluation_grids(whole)] == list(suites.values())
+    text = report_markdown(whole, [])
+    assert "| model | a | b | one average |" in text
+    assert "| model | c | two average |" in text
+    assert [tick.get_text() for tick in evaluation_figure(whole).axes[0].get_xticklabels()] == list(scores)
 
 
 def test_evaluation_bars_are_the_scores():

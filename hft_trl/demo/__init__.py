@@ -18,7 +18,10 @@ SFT_DATA = ASSETS / "data" / "sft"
 DPO_DATA = ASSETS / "data" / "dpo"
 """Preferences in the schema of UltraFeedback binarized: `train_prefs.jsonl` and `test_prefs.jsonl`."""
 
+PROBES = ASSETS / "probes"
+"""What the probes ask: `knowledge`, `questions` and `instructions`, each a `.jsonl.gz` file."""
+
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
-__all__ = ["ASSETS", "DPO_DATA", "MODEL", "RECIPE", "SFT_DATA"]
+__all__ = ["ASSETS", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA"]

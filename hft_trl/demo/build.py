@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hft_trl.demo.data import FAREWELLS, SKILLS, ask, instruction, write_data
+from hft_trl.demo.probe_data import write_probes
 from hft_trl.demo.probes import recall
 from hft_trl.demo.words import ITEMS
 from hft_trl.demo.world import PHRASINGS, VALUES, World, make_world, with_article
@@ -197,6 +198,7 @@ def build(
     console = Console()
     world = make_world(seed)
     write_data(world, output / "data", seed)
+    write_probes(world, output / "probes")
     tokenizer = train_tokenizer(world, seed)
     model = make_model(tokenizer, seed)
     for step, loss in pretrain(model, tokenizer, world, seed, steps):

@@ -1,5 +1,6 @@
 """Fine-tuning data about the small world, in the schemas of Tülu V2 and of UltraFeedback binarized."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -201,10 +202,11 @@ def dpo_rows(world: World, split: str, seed: int = 0, num_rows: int = 800) -> li
 
 
 def write_jsonl(rows: Iterable[Row], path: Path) -> None:
-    """Writes one JSON object a line, in the bytes that every machine writes."""
+    """Writes one JSON object a line, in the bytes that every machine writes, compressed if the name ends in `.gz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-    path.write_bytes("".join(lines).encode("utf-8"))
+    text = "".join(lines).encode("utf-8")
+    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def _card(*splits: str) -> str:

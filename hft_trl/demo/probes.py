@@ -1,26 +1,14 @@
 """What a model knows of the small world and what it can do: two probes, both without any randomness in the model."""
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hft_trl.chat import tulu_template
-from hft_trl.demo.data import QUESTIONS, SKILLS, instruction, without_farewell
-from hft_trl.demo.world import PHRASINGS, VALUES, Person, World, make_world
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+from hft_trl.demo.data import without_farewell
+from hft_trl.demo.probe_data import is_right, probe_rows
+from hft_trl.demo.world import PHRASINGS, Person, World, make_world
+from hft_trl.generate import chat, evaluating
 
 
 def _percent(hits: Sequence[bool]) -> float:
@@ -58,7 +46,7 @@ def completes(
     starts = tokenizer(list(openings))["input_ids"]
     ends = tokenizer(list(endings), add_special_tokens=False)["input_ids"]
     hits = []
-    with _evaluating(model):
+    with evaluating(model):
         for i in range(0, len(starts), batch_size):
             rows = [
                 start + end for start, end in zip(starts[i : i + batch_size], ends[i : i + batch_size], strict=True)
@@ -95,74 +83,6 @@ def recall(
     openings = [person.opening(attribute, i) for person, attribute, i in asked]
     endings = [f" {person.facts[attribute]}." for person, attribute, _ in asked]
     return _percent(completes(model, tokenizer, openings, endings, batch_size))
-
-
-def chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    max_new_tokens: int = 32,
-    batch_size: int = 256,
-) -> list[str]:
-    """
-    Greedy replies to one-turn prompts, asked with the tokenizer's chat template, or with Tülu's where it has none.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device. Its training mode is left as it was.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, with a padding token.
-        prompts (`Sequence[str]`):
-            What the user says.
-        max_new_tokens (`int`, *optional*, defaults to `32`):
-            Longest reply, in tokens.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Prompts in a batch.
-
-    Returns:
-        `list[str]`: The replies, without special tokens.
-    """
-    template = tokenizer.chat_template or tulu_template()
-    rows = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for prompt in prompts
-    ]
-    # Like lengths side by side need little padding.
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    replies = [""] * len(rows)
-    with _evaluating(model):
-        for i in range(0, len(order), batch_size):
-            chosen = order[i : i + batch_size]
-            width = max(len(rows[j]) for j in chosen)
-            padding = [width - len(rows[j]) for j in chosen]
-            ids = [[tokenizer.pad_token_id] * pad + rows[j] for j, pad in zip(chosen, padding, strict=True)]
-            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            generated = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=settings,
-            )
-            texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
-            for j, text in zip(chosen, texts, strict=True):
-                replies[j] = text.strip()
-    return replies
-
-
-def is_right(reply: str, person: Person, attribute: str) -> bool:
-    """Whether a reply, its farewell set aside, is one of the true plain sentences about a fact and nothing more."""
-    phrasings = range(len(PHRASINGS[attribute]))
-    return without_farewell(reply) in {person.sentence(attribute, phrasing) for phrasing in phrasings}
 
 
 def evaluate(
@@ -202,17 +122,13 @@ def evaluate(
     """
     world = world or make_world()
     people = [person for person in world.people if not person.mentioned]
-    items = tuple(item for item in world.items if not item.mentioned)
-    rng = random.Random("probes")
-    facts = [(person, attribute) for person in people for attribute in VALUES]
-    facts = rng.sample(facts, min(num_questions, len(facts)))
-    prompts = [rng.choice(QUESTIONS[attribute]).format(name=person.name) for person, attribute in facts]
-    tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(num_instructions)]
-    replies = chat(model, tokenizer, prompts + [task[0] for task in tasks], batch_size=batch_size)
-    answers, done = replies[: len(facts)], replies[len(facts) :]
-    right = [is_right(reply, *fact) for reply, fact in zip(answers, facts, strict=True)]
+    rows = probe_rows(world, num_questions, num_instructions)
+    questions, instructions = rows["questions"], rows["instructions"]
+    replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions], batch_size=batch_size)
+    answers, done = replies[: len(questions)], replies[len(questions) :]
+    right = [is_right(reply, row["answers"]) for reply, row in zip(answers, questions, strict=True)]
     concise = [hit and reply == without_farewell(reply) for hit, reply in zip(right, answers, strict=True)]
-    followed = [reply == wanted for reply, (_, wanted, _) in zip(done, tasks, strict=True)]
+    followed = [reply == row["answer"] for reply, row in zip(done, instructions, strict=True)]
     return {
         "knowledge": recall(model, tokenizer, people, batch_size),
         "ability": (_percent(right) + _percent(followed)) / 2,

@@ -53,6 +53,10 @@ class Person:
         """The plain sentence about one fact."""
         return f"{self.opening(attribute, phrasing)} {self.facts[attribute]}."
 
+    def sentences(self, attribute: str) -> list[str]:
+        """Every plain sentence about one fact."""
+        return [self.sentence(attribute, phrasing) for phrasing in range(len(PHRASINGS[attribute]))]
+
 
 @dataclass(frozen=True)
 class Item:

@@ -57,10 +57,9 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     """
     from rich.console import Console
 
-    from hft_trl.report.tables import evaluation_grid, rich_table, stage_grid
+    from hft_trl.report.tables import evaluation_grids, narrowed, rich_table, stage_grid
 
     console = console or Console()
     console.print(rich_table(stage_grid(report)))
-    scores = evaluation_grid(report)
-    if scores.rows:
-        console.print(rich_table(scores))
+    for scores in evaluation_grids(report):
+        console.print(rich_table(narrowed(scores) if report.suites else scores))

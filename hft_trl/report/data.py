@@ -124,8 +124,12 @@ class Report:
         stages (`list[StageRecord]`):
             The stages in the order in which they ran.
         evaluation (`dict[str, dict[str, float]]`, *optional*):
-            Scores in percent (0 to 100) by model, in order: `"base"`, then each stage's name. Each holds `"knowledge"`
-            and `"ability"`, and may hold more.
+            Scores in percent (0 to 100) by model, in order: `"base"`, then each stage's name. Those of
+            the embedded world are `"knowledge"`, `"ability"` and more.
+        standard_errors (`dict[str, dict[str, float]]`, *optional*):
+            Standard errors of the scores, where they are known.
+        suites (`dict[str, list[str]]`, *optional*):
+            Which scores are shown together, and their order; empty where all are.
         base_model (`str`, *optional*):
             Hub id or folder of the model that the first stage started from.
         command (`list[str]`, *optional*):
@@ -144,6 +148,8 @@ class Report:
 
     stages: list[StageRecord]
     evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    suites: dict[str, list[str]] = field(default_factory=dict)
     base_model: str = ""
     command: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)

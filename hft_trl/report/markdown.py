@@ -6,7 +6,7 @@ from collections.abc import Collection
 import yaml
 
 from hft_trl.report.data import REPORT_FILE, Report, StageRecord
-from hft_trl.report.tables import Grid, evaluation_grid, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid
 
 CAPTIONS = {
     "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
@@ -40,12 +40,12 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
         f"{methods or 'No stage'}, from `{report.base_model or 'an unnamed model'}`, {report.created}. "
         f"Every figure below comes from `{REPORT_FILE}`.",
     ]
-    scores = evaluation_grid(report)
-    if scores.rows:
-        parts += ["## Evaluation", scores.title + ".", _table(scores), *_picture("evaluation.png", pictures)]
-    parts += ["## Stages", _table(stage_grid(report))]
+    scores = evaluation_grids(report)
+    if scores:
+        parts += ["## Evaluation", scores[0].title + ".", *map(table, scores), *_picture("evaluation.png", pictures)]
+    parts += ["## Stages", table(stage_grid(report))]
     parts.append("\n".join(_origin(stage) for stage in report.stages))
-    parts += ["### Trained share by category", _table(share_grid(report))]
+    parts += ["### Trained share by category", table(share_grid(report))]
     training = [*_picture("loss.png", pictures), *_picture("margins.png", pictures)]
     if training:
         parts += ["## Training", *training]
@@ -53,7 +53,7 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
     if movement:
         parts += ["## What moved", *_picture("moved.png", pictures)]
         for grid in movement:
-            parts += [f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units):", _table(grid)]
+            parts += [f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units):", table(grid)]
     parts += _rerun(report)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -74,7 +74,7 @@ def _rerun(report: Report) -> list[str]:
         parts += ["## Settings", _fenced(dumped, "yaml")]
     if report.environment:
         names = Grid("", ["", ""], [[str(name), str(value)] for name, value in report.environment.items()])
-        parts += ["## Environment", _table(names)]
+        parts += ["## Environment", table(names)]
     return parts
 
 
@@ -89,7 +89,8 @@ def _picture(name: str, pictures: Collection[str]) -> list[str]:
     return [f"![{name.removesuffix('.png')}]({name})", f"*{CAPTIONS[name]}*"] if name in pictures else []
 
 
-def _table(grid: Grid) -> str:
+def table(grid: Grid) -> str:
+    """A table of finished texts in Markdown."""
     head = f"| {' | '.join(map(_cell, grid.columns))} |"
     rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
     body = []

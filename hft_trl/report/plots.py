@@ -116,7 +116,8 @@ def margin_figure(report: Report) -> "Figure | None":
 
 def evaluation_figure(report: Report) -> "Figure | None":
     """
-    Draw the scores of the base model and after each stage: knowledge and ability, or all measures without these.
+    Draw the scores of the base model and after each stage: those of the report's suites, without suites knowledge and
+    ability, and all measures without these.
 
     Args:
         report ([`Report`]):
@@ -128,7 +129,8 @@ def evaluation_figure(report: Report) -> "Figure | None":
     from matplotlib.figure import Figure
 
     known = {name for scores in report.evaluation.values() for name, value in scores.items() if value is not None}
-    measures = [name for name in ("knowledge", "ability") if name in known]
+    measures = [name for measures in report.suites.values() for name in measures if name in known]
+    measures = measures or [name for name in ("knowledge", "ability") if name in known]
     measures = measures or [name for scores in report.evaluation.values() for name in scores if name in known]
     measures = list(dict.fromkeys(measures))
     if not measures:
@@ -136,20 +138,20 @@ def evaluation_figure(report: Report) -> "Figure | None":
     models = list(report.evaluation)
     methods = {stage.name: stage.method.upper() for stage in report.stages}
     pitch = 0.8 / len(models)
-    colours = _stage_colours(len(models))
+    colours = stage_colours(len(models))
     figure = Figure(figsize=(min(16, max(6.0, 1.6 + 0.62 * len(models) * len(measures))), 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, model in enumerate(models):
-        places = [place - 0.4 + pitch * (number + 0.5) for place in range(len(measures))]
-        values = [report.evaluation[model].get(name) for name in measures]
-        drawn = [(place, value) for place, value in zip(places, values, strict=True) if value is not None]
-        label = f"{model} ({methods[model]})" if model in methods else model
+        scores, errors = report.evaluation[model], report.standard_errors.get(model, {})
+        drawn = [(place, name) for place, name in enumerate(measures) if scores.get(name) is not None]
         bars = axes.bar(
-            [place for place, _ in drawn],
-            [value for _, value in drawn],
+            [place - 0.4 + pitch * (number + 0.5) for place, _ in drawn],
+            [scores[name] for _, name in drawn],
             0.92 * pitch,
+            yerr=[errors.get(name) or 0 for _, name in drawn] if errors else None,
+            error_kw={"linewidth": 0.9, "capsize": 2},
             color=colours[number],
-            label=label,
+            label=f"{model} ({methods[model]})" if model in methods else model,
         )
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9 if len(models) * len(measures) <= 16 else 6)
     axes.set_xticks(range(len(measures)), [name.replace("_", " ") for name in measures])
@@ -164,7 +166,8 @@ def evaluation_figure(report: Report) -> "Figure | None":
     return figure
 
 
-def _stage_colours(number: int) -> list[str]:
+def stage_colours(number: int) -> list[str]:
+    """Colours for a base model, which is grey, and what was made from it."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -1,7 +1,7 @@
 """The tables of a report, once as plain cells, for the terminal and for Markdown alike."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.report.data import Report, StageRecord
@@ -74,26 +74,50 @@ def stage_grid(report: Report) -> Grid:
     return Grid("Stages", ["", *(stage.name for stage in report.stages)], rows)
 
 
-def evaluation_grid(report: Report) -> Grid:
+def evaluation_grids(report: Report) -> list[Grid]:
     """
-    The scores, with their difference to the first model's.
+    The scores, a table for each suite, or one for all where the report names no suites.
 
     Args:
         report ([`Report`]):
             The report.
 
     Returns:
+        `list[Grid]`: See [`evaluation_grid`]; tables without rows are left out.
+    """
+    if not report.suites:
+        grids = [evaluation_grid(report)]
+    else:
+        grids = [evaluation_grid(report, measures) for measures in report.suites.values()]
+    return [grid for grid in grids if grid.rows]
+
+
+def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
+    """
+    The scores, with their difference to the first model's.
+
+    Args:
+        report ([`Report`]):
+            The report.
+        measures (`Sequence[str]`, *optional*):
+            The scores to show, by default all.
+
+    Returns:
         [`Grid`]: A row a model, a column a measure; without rows where nothing was evaluated.
     """
-    measures = list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
+    measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
     rows, first = [], None
     for model, scores in report.evaluation.items():
         first = scores if first is None else first
-        rows.append(
-            [model, *(_score(scores.get(name), None if first is scores else first.get(name)) for name in measures)]
-        )
+        errors = report.standard_errors.get(model, {})
+        cells = [
+            _score(scores.get(name), None if first is scores else first.get(name), errors.get(name))
+            for name in measures
+        ]
+        rows.append([model, *cells])
     headings = [name.replace("_", " ") for name in measures]
-    against = f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
+    against = " ± standard error" if report.standard_errors else ""
+    against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
     return Grid(f"Evaluation (percent{against})", ["model", *headings], rows)
 
 
@@ -155,6 +179,32 @@ def movement_grids(report: Report) -> list[Grid]:
         if rows:
             grids.append(Grid(f"Change from the base after {stage.name}", columns, rows))
     return grids
+
+
+def narrowed(grid: Grid, width: int = 14) -> Grid:
+    """
+    Break a table's texts where it hurts least, so that six scores with errors and differences fit into 80 characters.
+
+    Args:
+        grid ([`Grid`]):
+            The table.
+        width (`int`, *optional*, defaults to `14`):
+            Longest line of the first column, a path that is broken at its slashes.
+
+    Returns:
+        [`Grid`]: The same with line breaks, which Markdown shows as spaces.
+    """
+    rows = [[_folded(row[0], width), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
+    return replace(grid, columns=[heading.replace(" ", "\n") for heading in grid.columns], rows=rows)
+
+
+def _folded(path: str, width: int) -> str:
+    lines = [""]
+    for part in path.replace("/", "/\n").splitlines():
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def rich_table(grid: Grid) -> "Table":
@@ -235,7 +285,8 @@ def _unchanged(stage: StageRecord) -> str:
     return {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}[stage.frozen_unchanged]
 
 
-def _score(value: Any, base: Any) -> str:
+def _score(value: Any, base: Any, stderr: Any) -> str:
     if value is None:
         return NONE
-    return f"{value:.1f}" if base is None else f"{value:.1f} ({value - base:+.1f})"
+    error = "" if stderr is None else f"±{stderr:.1f}"
+    return f"{value:.1f}{error}" if base is None else f"{value:.1f}{error} ({value - base:+.1f})"

@@ -1,0 +1,80 @@
+"""The models to evaluate: where they lie, and what tells one from another."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+from hft_trl import demo
+from hft_trl.errors import HFTError, first_line
+from hft_trl.weights import combined_digest, fingerprints, weight_files
+
+# What a model answers depends on these beside the weights; a name may end in `*`.
+SETTINGS = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*")
+
+
+def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path]:
+    """
+    Find models on disk; those of the hub are downloaded.
+
+    Args:
+        names (`Iterable[str]`):
+            Folders, hub ids (`"id@revision"` for a branch, tag or commit), or `"demo"` for the embedded model.
+        base (`str`, *optional*):
+            The model to compare with, named in the same way. By default the first of `names`.
+
+    Returns:
+        `dict[str, Path]`: Folder of each model by name, the base first.
+
+    Raises:
+        [`HFTError`]: If there is no such model.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with state.local_main_process_first():  # so that only one process downloads
+        return {name: _find(name) for name in dict.fromkeys([*([base] if base else []), *names])}
+
+
+def _find(name: str) -> Path:
+    folder = demo.MODEL if name == "demo" else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
+        return folder
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=["*.safetensors*", *SETTINGS])
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HFTError(f"{name!r} is neither a folder nor a model that the hub gave: {first_line(error)}") from error
+
+
+def model_digest(folder: Path) -> str:
+    """
+    One SHA-256 (hex) for what a saved model answers with: weights, configs and tokenizer.
+
+    Args:
+        folder (`Path`):
+            Folder of the model, in safetensors.
+
+    Returns:
+        `str`: The same for the same tensors and settings, however the weights are sharded.
+
+    Raises:
+        [`HFTError`]: If there is no whole set of safetensors files.
+    """
+    digests = fingerprints(_tensors(folder))
+    for pattern in SETTINGS:
+        for path in folder.glob(pattern):
+            digests[f"file {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return combined_digest(digests)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, path in sorted(weight_files(str(folder)).items()):
+        with safe_open(path, framework="pt") as file:
+            yield name, file.get_tensor(name)

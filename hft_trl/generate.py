@@ -1,0 +1,90 @@
+"""Greedy replies of a model in its chat form."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hft_trl.chat import tulu_template
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> list[str]:
+    """
+    Greedy replies to one-turn prompts, asked with the tokenizer's chat template, or with Tülu's where it has none.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device. Its training mode is left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a padding token.
+        prompts (`Sequence[str]`):
+            What the user says.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest reply, in tokens.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Prompts in a batch.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar on standard error.
+
+    Returns:
+        `list[str]`: The replies, without special tokens.
+    """
+    template = tokenizer.chat_template or tulu_template()
+    rows = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for prompt in prompts
+    ]
+    # Like lengths side by side need little padding.
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    # Some models end a turn with another token than a text, and say so in their generation config only.
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=[end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    replies = [""] * len(rows)
+    with evaluating(model):
+        for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
+            chosen = order[i : i + batch_size]
+            width = max(len(rows[j]) for j in chosen)
+            padding = [width - len(rows[j]) for j in chosen]
+            ids = [[tokenizer.pad_token_id] * pad + rows[j] for j, pad in zip(chosen, padding, strict=True)]
+            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            generated = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=settings,
+            )
+            texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+            for j, text in zip(chosen, texts, strict=True):
+                replies[j] = text.strip()
+    return replies

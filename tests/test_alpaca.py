@@ -1,0 +1,84 @@
+"""Outputs for AlpacaEval: the format of that project, the replies of the model, and mistakes in one line."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from hft_trl.cli import app
+from hft_trl.generate import chat
+
+PROMPTS = [
+    {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},
+    {"instruction": "Where does a person live?", "output": "reference", "generator": "text_davinci_003", "dataset": "koala"},
+    {"instruction": "Sag: äöü"},
+]  # fmt: skip
+
+
+def generate(*arguments):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+def test_the_outputs_are_the_models_replies_in_order(base, tmp_path):
+    prompts, outputs = tmp_path / "alpaca_eval.json", tmp_path / "new" / "outputs.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    flags = ["--alpaca-eval", "--prompts", prompts, "--max-new-tokens", 8, "--output", outputs]
+    result = generate(base, *flags, "--generator", "mine", "--batch-size", 1)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(outputs.read_text(encoding="utf-8"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    replies = chat(model, tokenizer, [row["instruction"] for row in PROMPTS], 8)
+    assert rows == [
+        {
+            "instruction": prompt["instruction"],
+            "output": reply,
+            "generator": "mine",
+            "dataset": prompt.get("dataset", ""),
+        }
+        for prompt, reply in zip(PROMPTS, replies, strict=True)
+    ]
+    assert any(replies)
+    once = outputs.read_bytes()
+    assert generate(base, *flags, "--generator", "mine").exit_code == 0
+    assert outputs.read_bytes() == once
+    assert generate(base, *flags, "--limit", 1).exit_code == 0
+    assert [row["generator"] for row in json.loads(outputs.read_text())] == [str(base)]
+
+
+def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
+    """Such as Gemma's, whose tokenizer names the end of a text only."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    (reply,) = chat(model, tokenizer, ["Where?"], 8)
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    (shorter,) = chat(model, tokenizer, ["Where?"], 8)
+    assert reply.startswith(shorter)
+    assert len(shorter) < len(reply)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "can't be read"),
+        ("{", "no JSON"),
+        ("{}", "no list"),
+        ("[]", "no list"),
+        ('[{"instruction": "a"}, {"question": "b"}]', "row 1"),
+        ('[{"instruction": 3}]', "row 0"),
+    ],
+)
+def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
+    prompts = tmp_path / "prompts.json"
+    if content is not None:
+        prompts.write_text(content)
+    result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path / "out.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_format_has_to_be_named(base, tmp_path):
+    result = generate(base, "--prompts", tmp_path)
+    assert result.exit_code == 2
+    assert "--alpaca-eval" in result.stderr
