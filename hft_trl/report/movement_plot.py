@@ -3,7 +3,7 @@
 from math import ceil
 from typing import TYPE_CHECKING
 
-from hft_trl.report.data import Report
+from hft_trl.report.data import Report, StageRecord
 from hft_trl.report.movement import CategoryMovement, MovementGrid, category_movement, movement_grid
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ BLUE, GREY, ABSENT = "#0072B2", "#4D4D4D", "#DDDDDD"
 HATCH = "////"
 
 
-def movement_figure(report: Report) -> "Figure | None":
+def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
     """
     Draw how far the units moved from the base model, a heat map and bars for each stage.
 
@@ -25,6 +25,8 @@ def movement_figure(report: Report) -> "Figure | None":
     Args:
         report ([`Report`]):
             The report.
+        only ([`StageRecord`], *optional*):
+            The one stage to draw, on the scale that all of them have together.
 
     Returns:
         `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
@@ -36,7 +38,7 @@ def movement_figure(report: Report) -> "Figure | None":
     from matplotlib.patches import Patch
 
     stages = [stage for stage in report.stages if category_movement(stage)]
-    if not stages:
+    if not stages or (only is not None and all(stage is not only for stage in stages)):
         return None
     categories = [category_movement(stage) for stage in stages]
     grids = [movement_grid(stage) for stage in stages]
@@ -48,8 +50,9 @@ def movement_figure(report: Report) -> "Figure | None":
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
-    across = max(1, min(len(stages), int(17 // width)))
-    down = ceil(len(stages) / across)
+    shown = [row for row in zip(stages, categories, grids, strict=True) if only is None or row[0] is only]
+    across = max(1, min(len(shown), int(17 // width)))
+    down = ceil(len(shown) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
     longest = max(
@@ -57,13 +60,16 @@ def movement_figure(report: Report) -> "Figure | None":
     )
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for stage, rows, grid, part in zip(stages, categories, grids, parts, strict=False):
+    for (stage, rows, grid), part in zip(shown, parts, strict=False):
         part.suptitle(f"after {stage.name} ({stage.method.upper()})", fontweight="bold")
         if grid.cells:
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
-            scale = part.colorbar(ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02)
+            aspect = max(20, 6 * map_height)  # as slim beside 80 layers as beside 8
+            scale = part.colorbar(
+                ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02, aspect=aspect
+            )
             scale.set_label("change from the base")
         else:
             lower = part.subplots()
@@ -153,4 +159,4 @@ def _bar_pair(axes: "Axes", place: int, row: CategoryMovement) -> None:
         else:
             axes.barh(middle, value, 0.9 * height, facecolor="white", edgecolor=GREY, hatch=HATCH)
         text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
-        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)
