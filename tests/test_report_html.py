@@ -184,6 +184,7 @@ def hostile():
     )
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_what_users_typed_stays_text():
     """A data set called <script>, and the same for models, commands, settings, measures and matrices."""
     page = Page(report_page(hostile()))
@@ -276,7 +277,10 @@ def browser(tmp_path_factory):
         missing(
             f"no browser: none of {', '.join(names)} with chromedriver is on PATH (apt-get install chromium-driver)"
         )
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the extra `test` has it)")
+    try:
+        from selenium import webdriver
+    except ImportError:
+        missing("selenium is not installed (the extra `test` has it)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -406,6 +410,7 @@ def test_learned_and_frozen_cells_differ_in_colour(browser, opened):
     assert colours[0] != colours[1]
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_browser_runs_nothing_that_users_typed(browser, opened):
     """The page of a hostile report shows it as text, and the title is the page's own."""
     assert opened(report_page(hostile())) == ([], [], [])
