@@ -12,7 +12,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@600
+#SBATCH --signal=B:USR1@600
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
 
@@ -22,14 +22,31 @@ export NUM_PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
 # torch's launcher passes SIGTERM on and kills after 30 seconds; a large model takes longer to save.
 export PET_SHUTDOWN_TIMEOUT=540
 
-stopped=no
-trap 'stopped=yes; kill -TERM "$run"' TERM
-srun bash -c 'exec accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" \
-  --num_processes "$NUM_PROCESSES" --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" "$@"' _ "$@" &
-run=$!
-# A signal ends `wait` before the job has
-while code=0; wait "$run" || code=$?; kill -0 "$run" 2>/dev/null; do :; done
-if [ "$stopped" = yes ]; then
+# The launchers are told by a file. A signal to srun won't do, which answers SIGTERM by killing all tasks at once, nor one by
+# scancel, which reaches every process of the step, data loaders too.
+export STOP_FILE=$PWD/.stop-$SLURM_JOB_ID
+rm -f "$STOP_FILE"
+trap 'touch "$STOP_FILE"' USR1 TERM
+
+srun bash -c '
+  accelerate launch --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$NUM_PROCESSES" \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_IP" "$@" &
+  launcher=$! told=no code=0
+  trap "kill -TERM $launcher" TERM
+  while kill -0 "$launcher" 2>/dev/null; do
+    if [ "$told" = no ] && [ -e "$STOP_FILE" ]; then told=yes; kill -TERM "$launcher"; fi
+    sleep "${POLL_SECONDS:-5}"
+  done
+  wait "$launcher" || code=$?
+  exit "$code"' _ "$@" &
+run=$! code=0
+# A signal ends the inner wait only, so the code is that of srun
+while kill -0 "$run" 2>/dev/null; do
+  sleep "${POLL_SECONDS:-5}" & wait $! || true
+done
+wait "$run" || code=$?
+if [ -e "$STOP_FILE" ]; then
+  rm -f "$STOP_FILE"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -80,7 +80,8 @@ def check_backend(state: AcceleratorState) -> None:
 
 def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
     """
-    Refuse to hold the frozen half in a type of its own where the two types could not be computed with together.
+    Refuse to hold the frozen half in a type of its own where the halves could not be computed with together, or where the
+    reference would be another model.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -97,10 +98,15 @@ def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
             f"hft.frozen_dtype is {frozen_dtype}, but mixed_precision is {args.mixed_precision!r}, so the two halves could not "
             f"be computed with together: set {needed} to true, or leave hft.frozen_dtype out."
         )
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+    if args.deepspeed_plugin is not None:
         raise HFTError(
-            f"hft.frozen_dtype is {frozen_dtype}, but zero_stage is 3, which stores all parameters in one type: leave "
-            "hft.frozen_dtype out, or use FSDP2, as in accelerate_configs/fsdp2.yaml."
+            f"hft.frozen_dtype is {frozen_dtype}, but DeepSpeed holds a model in one type: leave it out. With bf16, DeepSpeed "
+            "keeps master weights of what is trained only, so the frozen half takes 2 bytes each anyway."
+        )
+    if vars(args).get("precompute_ref_log_probs"):  # TRL computes them before the half is known
+        raise HFTError(
+            f"hft.frozen_dtype is {frozen_dtype}, but precompute_ref_log_probs computes with the reference before its frozen "
+            "half is rounded, so it would not be the policy's: leave one of the two out."
         )
 
 

@@ -15,7 +15,7 @@ from transformers.utils import cached_file, logging
 
 from hft_trl.delta import tensor_files
 from hft_trl.errors import HFTError
-from hft_trl.manifest import MANIFEST_FILE, incomplete_because
+from hft_trl.manifest import MANIFEST_FILE, incomplete_because, put_back
 from hft_trl.selection import SELECTION_FILE, Selection
 from hft_trl.weights import check_readable
 
@@ -41,16 +41,23 @@ def selection_of(model: PreTrainedModel) -> Selection | None:
     return Selection.load(Path(file).parent) if file is not None else None
 
 
-def torn_because(checkpoint: str | Path) -> str | None:
+def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
     """
     Why a checkpoint can't be resumed from, or `None` if it is whole.
 
     A checkpoint of HFT is whole if it has its manifest, which is written last, and every file is there in full. One of
     stock TRL has none: there the state is written last, so a readable state beside readable weights means that the
     process was not killed half-way.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder.
+        sealed (`bool`, *optional*, defaults to `True`):
+            Whether one of HFT has to have its manifest. One from the hub has none, since it is uploaded before.
     """
     checkpoint = Path(checkpoint)
-    reason = incomplete_because(checkpoint)
+    unsealed = not sealed and not (checkpoint / MANIFEST_FILE).exists()
+    reason = None if unsealed else incomplete_because(checkpoint)
     if reason is not None:
         return reason
     for name, others in (
@@ -85,6 +92,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
+        put_back(Path(folder))
         for checkpoint in reversed(sort_checkpoints(str(folder))):
             reason = torn_because(checkpoint)
             if reason is None:
@@ -95,22 +103,48 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 
 def last_finite_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a trainer's output folder whose weights are whole and hold no NaN or infinity."""
+    """
+    The newest checkpoint of a trainer's output folder that is whole and whose weights hold no NaN or infinity.
+
+    Values are read from safetensors only: shards of FSDP and DeepSpeed count as good when they are whole.
+    """
     checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
     return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
 
 
 def _is_finite(checkpoint: str) -> bool:
+    if incomplete_because(checkpoint) is not None:
+        return False
     try:
         files = tensor_files(checkpoint)
-        check_readable(files.values())
     except (HFTError, OSError):
-        return False
+        return True  # shards
     for name, path in files.items():
         with safe_open(path, framework="pt") as file:
             if not torch.isfinite(file.get_tensor(name)).all():
                 return False
     return True
+
+
+def check_whole(checkpoint: str | Path, processes: int) -> None:
+    """
+    Refuse a checkpoint that is named by its path and has lost a part: without it training would start anew in that part.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder, perhaps one that was downloaded, without a manifest.
+        processes (`int`):
+            Number of processes that want to resume.
+
+    Raises:
+        [`HFTError`]: Naming what is missing.
+    """
+    reason = torn_because(checkpoint, sealed=False)
+    if reason is None and not (Path(checkpoint) / MANIFEST_FILE).exists():
+        states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)
+    if reason is not None:
+        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
 
 
 def check_resumable(selection: Selection, checkpoint: str | Path) -> None:

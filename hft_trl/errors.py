@@ -5,12 +5,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
+LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
@@ -41,7 +43,7 @@ class Stopped(SystemExit):
 def exit_on_user_error() -> Iterator[None]:
     """
     Turn an [`HFTError`] into one line on the standard error stream and exit code 2, and a SIGTERM into one line and exit
-    code 143, without a traceback. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint first.
+    code 143, without a traceback. Of several processes the first one speaks for all. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint first.
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None
@@ -49,6 +51,8 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except HFTError as error:
+        if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
+            time.sleep(LATER)
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except Stopped as stop:

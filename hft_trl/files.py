@@ -15,6 +15,13 @@ from hft_trl.errors import HFTError
 WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing", "SafetensorError")
 
 
+# What systems say of a disk
+DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE, errno.ENXIO),
+}
+
+
 def write_json(path: Path, content: Any, **options: Any) -> None:
     """
     Write a JSON file whole or not at all: whenever the process or the machine dies, the file is the old or the new one.
@@ -77,7 +84,9 @@ def writing(folder: str | Path) -> Iterator[None]:
     except HFTError:
         raise
     except OSError as error:
-        raise _refused(folder, error.strerror or str(error)) from error
+        if error.errno not in DISK:  # the hub's and the network's errors are such errors too
+            raise
+        raise _refused(folder, error.strerror) from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         if not any(word in text for word in WRITERS):

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from hft_trl.data import content_digest
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, write_json, writing
+from hft_trl.processes import all_see
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.weights import check_readable, weight_files
@@ -34,7 +35,7 @@ VOLATILE = re.compile(
 
 # How the global batch is divided among processes and steps of accumulation may change too: only sums are rounded anew.
 DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
-LOCK_FILE = ".stage.lock"
+LOCK_FILE = "_stage.lock"
 
 
 def settings(stage: Stage) -> dict[str, Any]:
@@ -99,6 +100,11 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
         broadcast_object_list(problem)  # so that all processes end, and none waits for the first
         if problem[0] is not None:
             raise HFTError(problem[0])
+        if PartialState().num_processes > 1 and not all_see(stage.folder / STAGE_FILE):
+            raise HFTError(
+                f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system that all "
+                "machines share."
+            )
         if finished(stage) is None:
             gap = stage
         elif gap is not None:

@@ -1,17 +1,15 @@
 """Log-probs of the reference that are computed before training, by several processes and sharded models too."""
 
-import contextlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, is_caching_enabled, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME
 
 from hft_trl.errors import HFTError
+from hft_trl.processes import all_see
 from hft_trl.weights import combined_digest, fingerprint, fingerprints, full
 
 
@@ -74,30 +72,14 @@ def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
             "cache, but caching is off: call datasets.enable_caching(), or use one process."
         )
     file = Path(dataset.cache_files[0]["filename"]) if dataset.cache_files else None
-    if _all_see(file):
+    if all_see(file):
         return dataset
     if state.is_main_process:
         dataset.save_to_disk(str(folder))
     state.wait_for_everyone()
-    if not _all_see(folder / DATASET_STATE_JSON_FILENAME):
+    if not all_see(folder / DATASET_STATE_JSON_FILENAME):
         raise HFTError(
             f"precompute_ref_log_probs: not every process sees {str(folder)!r}: put output_dir on a file system that all "
             "machines share."
         )
     return load_from_disk(str(folder))
-
-
-def _all_see(file: Path | None) -> bool:
-    """Whether all processes mean the same file, on the same disk."""
-    if len(set(gather_object([str(file)]))) > 1 or file is None:
-        return False
-    # Two machines may have files of one name, so a new one tells
-    state, mark = PartialState(), [None]
-    if state.is_main_process:
-        with contextlib.suppress(OSError):
-            mark = [tempfile.mkstemp(dir=file.parent)[1]]
-    broadcast_object_list(mark)
-    seen = gather_object([mark[0] is not None and Path(mark[0]).exists()])
-    if state.is_main_process and mark[0] is not None:
-        Path(mark[0]).unlink()
-    return all(seen)

@@ -3,6 +3,7 @@ The manifest of a checkpoint, written when everything else is on the disk: what 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
         return
     with writing(checkpoint):
         seal(checkpoint, layout(trainer))
-        if replaced is not None and replaced.name.startswith("replaced"):
+        if replaced is not None and replaced.name.startswith("_replaced"):
             shutil.rmtree(replaced)
         for other in sort_checkpoints(str(run)):
             if incomplete_because(other) is not None:
@@ -136,17 +137,27 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
 
 
 def set_aside(checkpoint: Path, why: str) -> Path:
-    """Rename `checkpoint-6` to `torn-checkpoint-6` (or another word for `why`), so that nothing is mixed into it or counts it."""
-    number, target = 1, checkpoint.with_name(f"{why}-{checkpoint.name}")
+    """Rename `checkpoint-6` to `_torn-checkpoint-6` (or another word for `why`), so that nothing is mixed into it, counts it or, with the line in front, uploads it."""
+    number, target = 1, checkpoint.with_name(f"_{why}-{checkpoint.name}")
     while target.exists():
         number += 1
-        target = checkpoint.with_name(f"{why}-{checkpoint.name}-{number}")
+        target = checkpoint.with_name(f"_{why}-{checkpoint.name}-{number}")
     reason = incomplete_because(checkpoint)
     if reason is not None:
         logger.warning(
             f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
         )
     return checkpoint.rename(target)
+
+
+def put_back(run: Path) -> None:
+    """Give a whole checkpoint that was being saved over its name again, where a kill came before the new one was whole."""
+    for replaced in sorted(run.glob("_replaced-checkpoint-*")):
+        checkpoint = replaced.with_name(re.sub(r"^_replaced-(checkpoint-\d+).*", r"\1", replaced.name))
+        if incomplete_because(replaced) is None and (not checkpoint.exists() or incomplete_because(checkpoint)):
+            if checkpoint.exists():
+                set_aside(checkpoint, "torn")
+            replaced.rename(checkpoint)
 
 
 def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:

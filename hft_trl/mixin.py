@@ -16,7 +16,13 @@ from transformers.utils import logging
 
 from hft_trl import backends, card, delta, reference, zero
 from hft_trl.backends import check_backend, check_frozen_dtype
-from hft_trl.checkpoints import check_resumable, last_finite_checkpoint, last_whole_checkpoint, selection_of
+from hft_trl.checkpoints import (
+    check_resumable,
+    check_whole,
+    last_finite_checkpoint,
+    last_whole_checkpoint,
+    selection_of,
+)
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
@@ -162,10 +168,15 @@ class HFTMixin:
                 )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            check_whole(resume_from_checkpoint, self.args.world_size)
             if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
                 check_resumable(self.hft_selection, resume_from_checkpoint)
             check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._preemption is not None:
+                self._preemption.put_away()
         self.check_frozen()
         return output
 

@@ -43,6 +43,7 @@ class StopAtStepEnd(JITCheckpointCallback):
         return None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.put_away()  # `auto_find_batch_size` begins again without an end
         self.stopping, self.saved_step = False, None
         self.jit_manager = _Asked(self.trainer)
         self.jit_manager.setup_signal_handler()
@@ -83,7 +84,15 @@ class StopAtStepEnd(JITCheckpointCallback):
         first = trainer.is_world_process_zero()
         raise Stopped(f"SIGTERM; saved {folder}, the same command goes on from there." if first else "")
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_train_end(*args, **kwargs)
-        if self.jit_manager.is_checkpoint_requested:  # it came too late for a step to see it
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.put_away()
+
+    def put_away(self) -> None:
+        """Handle SIGTERM as before training, however that ended. One that came too late for a step to see is sent again."""
+        manager, self.jit_manager = self.jit_manager, None
+        if manager is None:
+            return
+        if manager._original_sigterm_handler is not None:  # one that was not set from Python can't be set again
+            signal.signal(signal.SIGTERM, manager._original_sigterm_handler)
+        if manager.is_checkpoint_requested:
             signal.raise_signal(signal.SIGTERM)

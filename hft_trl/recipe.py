@@ -181,6 +181,11 @@ def _stage(
         check_frozen_dtype(
             args, hft.frozen_dtype
         )  # here, so that a later stage's mistake is found before the first trains
+    if args.resume_from_checkpoint is not None:
+        raise HFTError(
+            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
+            "its output_dir by itself: drop it. To go on from an older one, move the newer ones away."
+        )
     if model.model_name_or_path == "demo":
         model = dataclasses.replace(model, model_name_or_path=str(demo.MODEL))
     if data.dataset == "demo":

@@ -64,7 +64,7 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Compute as the parent does, on a data set beside whose file every process finds the parent's cache."""
-        dataset = log_probs.seen_by_all(dataset, Path(self.args.output_dir) / "reference_log_probs" / name)
+        dataset = log_probs.seen_by_all(dataset, Path(self.args.output_dir) / "_reference_log_probs" / name)
         if self.is_deepspeed_enabled:
             self._precompute_model_hash = log_probs.digest(self.ref_model or self.model)
         return super()._precompute_ref_logps(dataset, name, batch_size)

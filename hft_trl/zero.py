@@ -66,11 +66,6 @@ def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:
     # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share.
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
-    if hft_config.method == "hft" and hft_config.frozen_dtype is not None:
-        raise HFTError(
-            f"hft.frozen_dtype is {hft_config.frozen_dtype!r}, but DeepSpeed holds a model in one type: leave it out. With "
-            "bf16, DeepSpeed keeps master weights of what is trained only, so the frozen half takes 2 bytes each anyway."
-        )
     if plugin.zero_stage != 3:
         return
     if not plugin.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):

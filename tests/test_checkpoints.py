@@ -1,8 +1,10 @@
 """Checkpoints: a torn one is named and passed over, the newest whole one is found."""
 
+import inspect
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
-from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
-from hft_trl.manifest import MANIFEST_FILE, check_layout
+from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
+from hft_trl.folder import LOCK_FILE
+from hft_trl.manifest import MANIFEST_FILE, check_layout, set_aside
 
 
 def checkpoint(folder, step):
@@ -136,8 +140,8 @@ def test_resuming_passes_over_a_torn_checkpoint_and_keeps_it_under_another_name(
     for _ in range(2):
         again = trained(base, tulu, folder, save_total_limit=1)
         again.train(resume_from_checkpoint=True)
-    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-3", "torn-checkpoint-3"]
-    assert (folder / "torn-checkpoint-3" / "optimizer.pt").read_bytes() == torn
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["_torn-checkpoint-3", "checkpoint-3"]
+    assert (folder / "_torn-checkpoint-3" / "optimizer.pt").read_bytes() == torn
     for name in ("model.safetensors", "rng_state.pth", "scheduler.pt"):
         assert (folder / "checkpoint-3" / name).read_bytes() == (sealed / "checkpoint-3" / name).read_bytes()
 
@@ -151,6 +155,31 @@ def test_where_no_checkpoint_is_whole_resuming_says_so(base, tulu, sealed, tmp_p
     (folder / "checkpoint-1" / MANIFEST_FILE).write_text("{")
     with pytest.raises(HFTError, match="torn"):
         trained(base, tulu, folder).train(resume_from_checkpoint=folder / "checkpoint-1")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize("sealed_too", [True, False], ids=["sealed", "from-the-hub"])
+def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, sealed, tmp_path, name, sealed_too):
+    """transformers would begin anew in that part, without a word. One from the hub has no manifest, and else is whole."""
+    folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "downloaded"))
+    if not sealed_too:
+        (folder / MANIFEST_FILE).unlink()
+        check_whole(folder, processes=1)
+        with pytest.raises(HFTError, match=r"rng_state_0\.pth is missing"):
+            check_whole(folder, processes=2)
+    (folder / name).unlink()
+    with pytest.raises(HFTError, match=rf"downloaded is torn \({name} is missing"):
+        trained(base, tulu, tmp_path / "run").train(resume_from_checkpoint=str(folder))
+
+
+def test_what_is_set_aside_and_computed_beside_a_model_is_not_uploaded(tmp_path):
+    """By the patterns with which transformers' trainer uploads its output folder."""
+    (tmp_path / "checkpoint-2").mkdir()
+    aside = set_aside(tmp_path / "checkpoint-2", "torn").name
+    names = ["model.safetensors", f"{aside}/optimizer.pt", "_reference_log_probs/train/data.arrow", LOCK_FILE]
+    uploads = re.findall(r"ignore_patterns=(.*),\n", inspect.getsource(Trainer))
+    assert uploads == ['["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]'] * 2
+    assert list(filter_repo_objects(names, ignore_patterns=["_*", "checkpoint-*"])) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("dies_in", ["save_model", "_save_optimizer_and_scheduler", "_save_rng_state"])
@@ -174,7 +203,7 @@ def test_rotation_removes_the_last_whole_checkpoint_only_when_the_next_is_whole(
     assert trainer.args.save_total_limit == 1
     trained(base, tulu, tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
     names = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
-    assert names == ["checkpoint-3", "torn-checkpoint-2"]
+    assert names == ["_torn-checkpoint-2", "checkpoint-3"]
 
 
 def test_a_whole_checkpoint_that_is_saved_over_stays_until_the_new_one_is_whole(
@@ -185,10 +214,15 @@ def test_a_whole_checkpoint_that_is_saved_over_stays_until_the_new_one_is_whole(
     monkeypatch.setattr("hft_trl.manifest.seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert torn_because(folder / "replaced-checkpoint-1") is None
+    assert torn_because(folder / "_replaced-checkpoint-1") is None
     monkeypatch.undo()
+    shutil.copytree(folder, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-3")
+    assert last_whole_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-1")  # by its name again
+    assert (tmp_path / "killed" / "_torn-checkpoint-1").is_dir()
     trained(base, tulu, folder).train()
-    assert not list(folder.glob("replaced-checkpoint-[23]"))
+    assert not list(folder.glob("_replaced-checkpoint-[23]"))
     assert last_whole_checkpoint(folder) == str(folder / "checkpoint-3")
 
 

@@ -7,6 +7,7 @@ import resource
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
 from hft_trl import HFTError
@@ -33,6 +34,14 @@ def test_what_a_kill_left_beside_a_file_is_written_over(tmp_path):
     write_json(tmp_path / "a.json", {"new": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"new": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_errors_of_the_hub_and_the_network_are_not_put_down_to_the_disk(tmp_path):
+    """They are OSErrors too."""
+    for error in (ConnectionError("503 Service Unavailable"), OfflineModeIsEnabled("offline"), TimeoutError("slow")):
+        with pytest.raises(type(error)) as raised, writing(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 @pytest.fixture

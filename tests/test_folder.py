@@ -2,6 +2,7 @@
 
 import errno
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def train(folder):
     """What training leaves, as far as the folder is concerned."""
     save_file({"w": torch.ones(1)}, folder / "sft" / "model.safetensors")
     mark_finished(stage(folder), RECORD)
+
+
+def test_a_folder_that_is_another_one_for_some_process_is_refused(tmp_path, monkeypatch):
+    """As on two machines with a disk each: the second would find no checkpoint, and train something else."""
+    monkeypatch.setattr("hft_trl.folder.PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+    open_stages([stage(tmp_path)])
+    monkeypatch.setattr("hft_trl.folder.all_see", lambda _: False)
+    with pytest.raises(HFTError, match="is not the same folder for every process"):
+        open_stages([stage(tmp_path)])
 
 
 def test_a_folder_is_unfinished_until_it_is_marked(tmp_path):
@@ -119,7 +129,7 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     (tmp_path / "sft" / "old.safetensors").write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     open_stages([stage(tmp_path)], overwrite=True)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [".stage.lock", "notes.txt", "sft", "stage.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_stage.lock", "notes.txt", "sft", "stage.json"]
     (tmp_path / "other" / "sft").mkdir(parents=True)
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
     with pytest.raises(HFTError, match="holds files of something else"):

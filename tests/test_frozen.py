@@ -164,16 +164,20 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, ultrafeedback, 
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_it_is_refused_without_autocast_and_under_zero_3(base, tulu, tmp_path):
+def test_it_is_refused_without_autocast_and_under_deepspeed(base, tulu, tmp_path):
     with pytest.raises(HFTError, match=r"mixed_precision is 'no'.*set bf16 to true"):
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, BF16)
     sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft", frozen_dtype="bfloat16"))
     with pytest.raises(HFTError, match="set fp16 to true"):
         check_frozen_dtype(SimpleNamespace(mixed_precision="bf16", deepspeed_plugin=None), "float16")
-    with pytest.raises(HFTError, match="zero_stage is 3"):
-        check_frozen_dtype(
-            SimpleNamespace(mixed_precision="bf16", deepspeed_plugin=SimpleNamespace(zero_stage=3)), "bfloat16"
-        )
+    with pytest.raises(HFTError, match="DeepSpeed holds a model in one type"):
+        check_frozen_dtype(SimpleNamespace(mixed_precision="bf16", deepspeed_plugin=SimpleNamespace()), "bfloat16")
+
+
+def test_log_probs_beforehand_would_be_those_of_another_model_so_they_are_refused(base, ultrafeedback, tmp_path):
+    """TRL computes them before the frozen half is rounded: the first loss would not be ln 2."""
+    with pytest.raises(HFTError, match="precompute_ref_log_probs computes with the reference before"):
+        dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, BF16, bf16=True, precompute_ref_log_probs=True)
 
 
 def frozen_half(model):

@@ -53,8 +53,8 @@ def slurm(tmp_path):
     calls = tmp_path / "calls"
     stand_ins = {
         "scontrol": 'echo "scontrol $*" >> "$CALLS"; if [ "$1" = show ]; then echo node1; echo node2; fi',
-        # Both tasks at once; a signal is passed on to them
-        "srun": 'trap \'kill -TERM $a $b\' TERM; SLURM_NODEID=0 "$@" & a=$!; SLURM_NODEID=1 "$@" & b=$!; wait; wait; exit 3',
+        # Both tasks at once. Like the real one (srun_job.c, _srun_signal_mgr), it answers SIGTERM by killing them.
+        "srun": 'trap \'kill -KILL $a $b\' TERM; SLURM_NODEID=0 "$@" & a=$!; SLURM_NODEID=1 "$@" & b=$!; wait; wait; exit 3',
         "accelerate": 'trap \'echo stopped >> "$CALLS"; exit 1\' TERM; echo "accelerate $* timeout $PET_SHUTDOWN_TIMEOUT" '
         '>> "$CALLS"; for i in $(seq "$SECONDS_TO_TRAIN"); do sleep 0.1; done',
     }
@@ -69,6 +69,7 @@ def slurm(tmp_path):
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "2",
         "SLURM_GPUS_ON_NODE": "4",
+        "POLL_SECONDS": "0.1",
     }
 
     def start(tenths_of_a_second):
@@ -92,14 +93,16 @@ def test_slurm_launches_once_on_each_machine_with_its_rank(slurm):
     assert not any("requeue" in line for line in lines)
 
 
-def test_slurm_passes_a_warning_on_waits_for_the_end_and_queues_the_job_again(slurm):
+@pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM], ids=["time is up", "pre-empted"])
+def test_slurm_passes_a_warning_on_waits_for_the_end_and_queues_the_job_again(slurm, warning):
     job, calls = slurm(600)
     deadline = time.monotonic() + 60
     while not calls.exists() or calls.read_text().count("accelerate") < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(warning)
     assert job.wait(timeout=60) == 3
     lines = calls.read_text().splitlines()
     assert lines.count("stopped") == 2
     assert lines[-1] == "scontrol requeue 7"
+    assert not list(ROOT.glob(".stop-*"))

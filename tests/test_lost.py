@@ -153,7 +153,7 @@ def test_a_kill_at_each_kind_of_write_is_mended_by_the_next_run(launch, whole, t
         assert run.wait() == [-signal.SIGKILL], (given, run.output()[-2000:])
     launch(output).finish()
     assert_same(output, whole)
-    assert {path.name for path in (output / "sft").glob("torn-*")} >= {"torn-checkpoint-1", "torn-checkpoint-2"}
+    assert {path.name for path in (output / "sft").glob("_torn-*")} >= {"_torn-checkpoint-1", "_torn-checkpoint-2"}
     assert torn_because(last_whole_checkpoint(output / "dpo")) is None
 
 

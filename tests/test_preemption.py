@@ -8,7 +8,7 @@ from conftest import tiny_llama
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hft_trl import HFTSFTTrainer
+from hft_trl import HFTError, HFTSFTTrainer
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import sft_dataset
 from hft_trl.errors import Stopped, exit_on_user_error
@@ -34,7 +34,7 @@ def dropping(tmp_path_factory, tokenizer):
     return folder
 
 
-def trainer_for(model, rows, folder, step=None, **settings):
+def trainer_for(model, rows, folder, step=None, kind=HFTSFTTrainer, **settings):
     settings = {
         "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
         "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_train_epochs": 2,
@@ -42,7 +42,7 @@ def trainer_for(model, rows, folder, step=None, **settings):
     }  # fmt: skip
     data = sft_dataset(rows.select(range(16)).select_columns(["messages"]), "tulu")
     data = data.map(lambda row: {"text": str(row["messages"])}, remove_columns=["messages"])
-    return HFTSFTTrainer(
+    return kind(
         model=str(model),
         args=SFTConfig(str(folder), **settings),
         train_dataset=data,
@@ -103,6 +103,30 @@ def test_trackers_are_closed_and_other_callbacks_get_their_events(dropping, tulu
     with pytest.raises(Stopped):
         trainer.train()
     assert events == ["save", "end"]
+
+
+def test_sigterm_is_handled_as_before_however_training_ended(dropping, tulu, tmp_path):
+    """After a batch that did not fit and was halved, which begins training twice, and after an error."""
+    before, batches = signal.getsignal(signal.SIGTERM), []
+
+    class DoesNotFit(HFTSFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            batches.append(len(inputs["input_ids"]))
+            if batches[-1] > 2:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Diverges(HFTSFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * float("nan")
+
+    trainer_for(dropping, tulu, tmp_path / "a", kind=DoesNotFit, max_steps=2, auto_find_batch_size=True).train()
+    assert batches[0] > 2
+    assert batches[-1] <= 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(HFTError, match="loss is nan"):
+        trainer_for(dropping, tulu, tmp_path / "b", kind=Diverges, max_steps=2).train()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_without_the_setting_sigterm_is_left_alone(dropping, tulu, tmp_path):

@@ -139,6 +139,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         parse_recipe(["--config", str(tmp_path / "broken.yaml")])
 
 
+def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):
+    with pytest.raises(HFTError, match="goes on from the newest whole checkpoint"):
+        parse_recipe(["--output_dir", str(tmp_path), "--sft.resume_from_checkpoint", "x"], default_config=demo.RECIPE)
+
+
 def test_a_user_error_is_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as exit_, exit_on_user_error():
         demo_recipe("--sft.lerning_rate", "1")

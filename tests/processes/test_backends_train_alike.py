@@ -19,9 +19,9 @@ TRAININGS = {
         *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),
         *("sft-sharded", "sft-sharded-resumed", "sft-sharded-mixed", "sft-checkpointing"),
         *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
-        *("dpo-sharded", "dpo-sharded-resumed"),
+        *("dpo-sharded", "dpo-sharded-resumed", "dpo-sharded-mixed"),
     ],
-    "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-precomputed"],
+    "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-resumed", "dpo-precomputed"],
 }
 EVERY = [(backend, training) for backend, trainings in TRAININGS.items() for training in trainings]
 every_training = pytest.mark.parametrize(("backend", "training"), EVERY)
@@ -186,5 +186,5 @@ def test_sharded_checkpoints_hold_shards_only(together):
 def test_precomputed_log_probs_of_rows_in_memory_are_found_by_every_process(together):
     """TRL caches them beside the rows' file, and each process has one of its own for rows in memory."""
     for backend in TRAININGS:
-        assert (together(backend) / "dpo-precomputed" / "reference_log_probs" / "train" / "state.json").is_file()
+        assert (together(backend) / "dpo-precomputed" / "_reference_log_probs" / "train" / "state.json").is_file()
         assert all(rank["parts"][1] == 0 for rank in seen(together(backend), "dpo-precomputed"))

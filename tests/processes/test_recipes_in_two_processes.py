@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import tulu_row, ultrafeedback_row
-from launch import RECIPES, ROOT, finish, on_cpu, start
+from launch import RECIPES, ROOT, finish, free_port, on_cpu, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -62,6 +62,25 @@ def test_all_recipes_under_the_shipped_configuration_for_two_cpu_processes(base,
     check_run(tmp_path / "dpo", base, ["dpo"])
     assert output.count("reference: shares") == 1  # said once, not by every process
     assert output.count("reference: its log-probs were computed before training") == 1
+
+
+def test_a_mistake_is_said_once_by_two_processes(base, tmp_path):
+    launch = start(
+        ROOT / "accelerate_configs/cpu2.yaml", *both_stages(base, tmp_path), "--sft.resume_from_checkpoint", "x"
+    )
+    said = launch.communicate(timeout=300)[0]
+    assert launch.returncode == 1  # the launcher's, whatever its processes' codes are
+    assert said.count("error: resume_from_checkpoint is 'x'") == 1
+
+
+@pytest.mark.parametrize("config", ["ddp_multi_node.yaml", "fsdp2_multi_node.yaml"])
+def test_both_stages_on_two_machines(base, tmp_path, config):
+    """As shipped, apart from the CPU: one process on each machine, here on loopback."""
+    flags = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--machine_rank"]
+    command = (on_cpu(config, tmp_path), RECIPES, *both_stages(base, tmp_path))
+    output = finish(*(start(*command, flags=[*flags, str(rank)]) for rank in range(2)))
+    check_run(tmp_path / "both", base, ["sft", "dpo"])
+    assert ("sharded by FSDP2" in output) == config.startswith("fsdp2")
 
 
 def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):

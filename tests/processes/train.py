@@ -58,6 +58,10 @@ TRAININGS = {
     "dpo-resumed": {},
     "dpo-sharded": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     "dpo-sharded-resumed": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "dpo-sharded-mixed": {
+        **{"bf16": True, "frozen_dtype": "bfloat16"},
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    },
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
 
