@@ -277,6 +277,12 @@ def test_standard_errors_stand_beside_the_scores_that_have_them():
     assert all(container.errorbar is not None for container in bars)
 
 
+def test_low_scores_keep_their_errors_inside_of_the_picture():
+    whole = report(stage(), evaluation={"base": {"a": 1.0}, "sft": {"a": 3.0}})
+    whole.standard_errors = {"base": {"a": 1.0}, "sft": {"a": 2.0}}
+    assert evaluation_figure(whole).axes[0].get_ylim()[1] > 5.0
+
+
 def test_each_suite_has_a_table_of_its_own():
     scores = {"a": 1.0, "b": 2.0, "one average": 1.5, "c": 3.0, "two average": 3.0}
     suites = {"one": ["a", "b", "one average"], "two": ["c", "two average"]}

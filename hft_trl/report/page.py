@@ -154,9 +154,10 @@ def verdict(report: Report) -> tuple[str, str]:
     broken = [stage.name for stage in report.stages if stage.frozen_unchanged is False]
     kept = [stage.name for stage in report.stages if stage.frozen_unchanged]
     if broken:
-        return "bad", f"The frozen half did not stay unchanged in {' and '.join(broken)}."
+        return "bad", f"The frozen half did not stay unchanged: {', '.join(broken)}."
     if kept:
-        return "good", f"What was frozen in {' and '.join(kept)} is unchanged, bit for bit."
+        stages = "every stage" if len(kept) == len(report.stages) else ", ".join(kept)
+        return "good", f"What was frozen is unchanged, bit for bit, in {stages}."
     return "none", "Nothing was frozen."
 
 
