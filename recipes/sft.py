@@ -48,7 +48,12 @@ def main(stage: Stage, overwrite: bool) -> None:
     # Report
     if PartialState().is_main_process:
         report = Report(
-            [finished(stage)], {}, base, sys.argv, settings(stage), PartialState().num_processes, environment()
+            stages=[finished(stage)],
+            base_model=base,
+            command=sys.argv,
+            settings=settings(stage),
+            num_processes=PartialState().num_processes,
+            environment=environment(),
         )
         report.save(stage.folder)
         report = Report.load(stage.folder)  # every view shows what the file says

@@ -91,7 +91,7 @@ def main(recipe: Recipe) -> None:
             suites=shown,
             base_model=base,
             command=sys.argv,
-            settings={**settings(sft), **settings(dpo)},
+            settings={"sft": settings(sft), "dpo": settings(dpo)},
             num_processes=PartialState().num_processes,
             environment=environment(),
         )

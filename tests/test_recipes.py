@@ -89,7 +89,8 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
     assert report["evaluation"].keys() == {"base", "sft", "dpo"}
     assert all(scores.keys() >= {"knowledge", "ability"} for scores in report["evaluation"].values())
     assert report["evaluation"]["base"]["knowledge"] >= 99
-    for name in ("report.md", "loss.png", "moved.png", "evaluation.png", "margins.png"):
+    assert [report["settings"][stage]["data"]["split"] for stage in ("sft", "dpo")] == ["train", "train_prefs"]
+    for name in ("report.md", "report.html", "loss.png", "moved.png", "evaluation.png", "margins.png"):
         assert (output / name).stat().st_size > 500, name
     assert "knowledge" in result.stdout
 
@@ -182,6 +183,7 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
     assert records[0]["trainable_params"] == records[0]["total_params"]
     assert records[0]["frozen_unchanged"] is None
     assert (tmp_path / "dpo" / "report.md").is_file()
+    assert (tmp_path / "dpo" / "report.html").is_file()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
 
 

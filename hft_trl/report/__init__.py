@@ -15,7 +15,7 @@ __all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report",
 
 def write_views(report: Report, directory: str | Path) -> list[Path]:
     """
-    Write `report.md` and the pictures.
+    Write `report.md`, the pictures, and `report.html`, which has all of it in one file.
 
     Call it with what [`Report.load`] gives, so that the views show what the JSON says.
 
@@ -32,6 +32,7 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
         [`HFTError`]: If the folder can't be written.
     """
     from hft_trl.report.markdown import report_markdown
+    from hft_trl.report.page import PAGE_FILE, report_page
     from hft_trl.report.plots import write_plots
 
     folder = Path(directory)
@@ -40,9 +41,11 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
         pictures = write_plots(report, folder)
         text = folder / "report.md"
         text.write_text(report_markdown(report, [picture.name for picture in pictures]), encoding="utf-8")
+        page = folder / PAGE_FILE
+        page.write_text(report_page(report), encoding="utf-8")
     except OSError as error:
         raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
-    return [text, *pictures]
+    return [text, page, *pictures]
 
 
 def print_report(report: Report, console: "Console | None" = None) -> None:

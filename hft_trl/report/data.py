@@ -135,7 +135,7 @@ class Report:
         command (`list[str]`, *optional*):
             The command line of the run.
         settings (`dict[str, Any]`, *optional*):
-            The settings of the run after the command line has had its say, by section.
+            The settings of the run after the command line has had its say, by section, or by stage and section.
         num_processes (`int`, *optional*, defaults to 1):
             Number of processes that the run had.
         environment (`dict[str, Any]`, *optional*):

@@ -58,6 +58,12 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def launch_command(report: Report) -> str:
+    """The command line of the run, for a shell. A script is named with the launcher that starts it."""
+    launcher = ["accelerate", "launch"] if report.command and report.command[0].endswith(".py") else []
+    return shlex.join([*launcher, *report.command])
+
+
 def _origin(stage: StageRecord) -> str:
     start = f" started from `{stage.start_model}`" if stage.start_model else ""
     data = f", data `{stage.dataset}`" if stage.dataset else ""
@@ -68,7 +74,7 @@ def _origin(stage: StageRecord) -> str:
 def _rerun(report: Report) -> list[str]:
     parts = []
     if report.command:
-        parts += ["## Command", _fenced(shlex.join(report.command), "sh")]
+        parts += ["## Command", _fenced(launch_command(report), "sh")]
     if report.settings:
         dumped = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100).rstrip("\n")
         parts += ["## Settings", _fenced(dumped, "yaml")]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
-from hft_trl.report.data import Report, UnitChange
+from hft_trl.report.data import Report, StageRecord, UnitChange
 from hft_trl.report.movement import CategoryMovement, MovementGrid, category_movement, movement_grid
 
 if TYPE_CHECKING:
@@ -16,21 +16,25 @@ BLUE, GREY, ABSENT = "#0072B2", "#4D4D4D", "#DDDDDD"
 HATCH = "////"
 
 
-def movement_figure(report: Report) -> "Figure | None":
+def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
     """
     Draw how far the units moved from the base model, a heat map and bars for each stage.
 
     Args:
         report ([`Report`]):
             The report.
+        only ([`StageRecord`], *optional*):
+            The one stage to draw, on the scale that all of them have together.
 
     Returns:
         `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
     """
-    return change_figure([(f"after {stage.name} ({stage.method.upper()})", stage.moved) for stage in report.stages])
+    titles = [f"after {stage.name} ({stage.method.upper()})" for stage in report.stages]
+    models = zip(titles, (stage.moved for stage in report.stages), strict=True)
+    return change_figure(models, None if only is None else titles[report.stages.index(only)])
 
 
-def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure | None":
+def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str | None = None) -> "Figure | None":
     """
     Draw how far the units of some models moved from one base model, a heat map and bars for each, on one scale.
 
@@ -40,6 +44,8 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     Args:
         models (`Iterable[tuple[str, Sequence[UnitChange]]]`):
             A title and the units of each.
+        only (`str`, *optional*):
+            Title of the one model to draw, on the scale that all of them have together.
 
     Returns:
         `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
@@ -51,7 +57,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     from matplotlib.patches import Patch
 
     models = [(title, moved) for title, moved in models if category_movement(moved)]
-    if not models:
+    if not models or (only is not None and all(title != only for title, _ in models)):
         return None
     categories = [category_movement(moved) for _, moved in models]
     grids = [movement_grid(moved) for _, moved in models]
@@ -63,8 +69,10 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
-    across = max(1, min(len(models), int(17 // width)))
-    down = ceil(len(models) / across)
+    titles = [title for title, _ in models]
+    shown = [row for row in zip(titles, categories, grids, strict=True) if only in (None, row[0])]
+    across = max(1, min(len(shown), int(17 // width)))
+    down = ceil(len(shown) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
     longest = max(
@@ -72,13 +80,16 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     )
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
+    for (title, rows, grid), part in zip(shown, parts, strict=False):
         part.suptitle(title, fontweight="bold")
         if grid.cells:
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
-            scale = part.colorbar(ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02)
+            aspect = max(20, 6 * map_height)  # as slim beside 80 layers as beside 8
+            scale = part.colorbar(
+                ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02, aspect=aspect
+            )
             scale.set_label("change from the base")
         else:
             lower = part.subplots()
@@ -168,4 +179,4 @@ def _bar_pair(axes: "Axes", place: int, row: CategoryMovement) -> None:
         else:
             axes.barh(middle, value, 0.9 * height, facecolor="white", edgecolor=GREY, hatch=HATCH)
         text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
-        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)

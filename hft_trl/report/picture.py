@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from string import ascii_lowercase
 
-from hft_trl.report.slots import Column, columns_of
+from hft_trl.report.slots import Column, LayerMap, layer_map
 from hft_trl.selection import OUTER_CATEGORIES, Unit
 
 SQUARES = "■□·"
@@ -31,24 +31,18 @@ def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int 
         `str`: The picture, without a newline at its end.
     """
     units, names = list(units), frozenset(trainable)
-    inner = [unit for unit in units if unit.layer is not None]
-    columns = columns_of((unit.category, unit.slot) for unit in inner)
-    counts: dict[tuple[int, Column], list[int]] = {}
-    for unit in inner:
-        cell = counts.setdefault((unit.layer, columns[unit.category, unit.slot]), [0, 0])
-        cell[0] += unit.names[0] in names
-        cell[1] += 1
-    cells = {place: _cell(*count, marks) for place, count in counts.items()}
-    layers = sorted({unit.layer for unit in inner})
+    inner = layer_map(
+        (unit.layer, unit.category, unit.slot, unit.names[0] in names) for unit in units if unit.layer is not None
+    )
+    cells = {place: cell_mark(*counts, marks) for place, counts in inner.cells.items()}
 
-    order = list(dict.fromkeys(columns.values()))
-    heads = {column: column.label for column in order}
-    lines = _grid(order, heads, cells, layers, marks[2])
+    heads = {column: column.label for column in inner.columns}
+    lines = _grid(inner, heads, cells, marks[2])
     key = []
     if max(map(len, lines), default=0) > width:
-        heads = {column: _letters(number) for number, column in enumerate(order)}
-        lines = _grid(order, heads, cells, layers, marks[2])
-        key = _wrap([f"{heads[column]} {column.pattern}" for column in order], width)
+        heads = {column: _letters(number) for number, column in enumerate(inner.columns)}
+        lines = _grid(inner, heads, cells, marks[2])
+        key = _wrap([f"{heads[column]} {column.pattern}" for column in inner.columns], width)
 
     outer = sorted((unit for unit in units if unit.layer is None), key=_outer_rank)
     shown = _wrap([f"{marks[unit.names[0] not in names]} {_module(unit)}" for unit in outer], width)
@@ -56,30 +50,23 @@ def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int 
     legend = [f"{marks[0]} learns", f"{marks[1]} frozen"]
     if any(marks[2] in line.split() for line in lines):
         legend.append(f"{marks[2]} no such unit")
-    if any(total > 1 for _, total in counts.values()):
+    if any(total > 1 for _, total in inner.cells.values()):
         legend.append("1/8 one of eight units learns")
     parts = [text, "\n".join(key), "\n".join(shown), "   ".join(legend)]
     return "\n\n".join(part for part in parts if part)
 
 
-def _cell(trained: int, total: int, marks: str) -> str:
-    return f"{trained}/{total}" if total > 1 else marks[0 if trained else 1]
+def cell_mark(learning: int, total: int, marks: str = SQUARES) -> str:
+    """A cell's mark, or a count where it stands for several units."""
+    return f"{learning}/{total}" if total > 1 else marks[0 if learning else 1]
 
 
-def _grid(
-    order: list[Column],
-    heads: dict[Column, str],
-    cells: dict[tuple[int, Column], str],
-    layers: list[int],
-    absent: str,
-) -> list[str]:
+def _grid(inner: LayerMap, heads: dict[Column, str], cells: dict[tuple[int, Column], str], absent: str) -> list[str]:
     widths = {
-        column: max(len(heads[column]), *(len(cells.get((layer, column), absent)) for layer in layers))
-        for column in order
+        column: max(len(heads[column]), *(len(cells.get((layer, column), absent)) for layer in inner.layers))
+        for column in inner.columns
     }
-    groups: dict[str, list[Column]] = {}
-    for column in order:
-        groups.setdefault(column.category, []).append(column)
+    groups = inner.groups()
 
     def row(first: str, texts: dict[Column, str]) -> str:
         parts = [
@@ -93,7 +80,10 @@ def _grid(
         for category, members in groups.items()
     }
     top = f"layer  {'  '.join(category.ljust(size) for category, size in sizes.items())}".rstrip()
-    body = [row(str(layer), {column: cells.get((layer, column), absent) for column in order}) for layer in layers]
+    body = [
+        row(str(layer), {column: cells.get((layer, column), absent) for column in inner.columns})
+        for layer in inner.layers
+    ]
     return [top, row("", heads), *body]
 
 

@@ -159,7 +159,12 @@ def evaluation_figure(report: Report) -> "Figure | None":
         axes.tick_params(axis="x", labelrotation=30)
     axes.set_xlim(-0.6, len(measures) - 0.4)
     axes.set_ylabel("score (percent)")
-    top = max(value for scores in report.evaluation.values() for value in scores.values() if value is not None)
+    top = max(
+        value + (report.standard_errors.get(model, {}).get(name) or 0)
+        for model, scores in report.evaluation.items()
+        for name, value in scores.items()
+        if value is not None
+    )
     axes.set_ylim(0, 108 if top > 50 else max(1.0, 1.15 * top))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")

@@ -1,4 +1,4 @@
-"""The columns of a layer picture: a layer's slots, grouped by category, with short labels."""
+"""The rows and columns of a layer picture: layers by slots, grouped by category, with short labels, and what learns."""
 
 import re
 from collections import Counter
@@ -57,6 +57,53 @@ def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column
             column = Column(category, pattern, label)
             columns.update({(category, slot): column for slot in names if patterns[slot] == pattern})
     return columns
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """
+    Which units of the layers learn, as the cells of a picture.
+
+    Args:
+        columns (`list[Column]`):
+            Columns, grouped by category.
+        layers (`list[int]`):
+            Running numbers of the layers.
+        cells (`dict[tuple[int, Column], tuple[int, int]]`):
+            For each layer and column that exists, how many units learn, and of how many.
+    """
+
+    columns: list[Column]
+    layers: list[int]
+    cells: dict[tuple[int, Column], tuple[int, int]]
+
+    def groups(self) -> dict[str, list[Column]]:
+        """`dict[str, list[Column]]`: The columns of each category, in the order of the picture."""
+        groups: dict[str, list[Column]] = {}
+        for column in self.columns:
+            groups.setdefault(column.category, []).append(column)
+        return groups
+
+
+def layer_map(units: Iterable[tuple[int, str, str, bool]]) -> LayerMap:
+    """
+    Arrange what learns by layer and slot.
+
+    Args:
+        units (`Iterable[tuple[int, str, str, bool]]`):
+            For each unit inside the layers its layer, category and slot, and whether it learns.
+
+    Returns:
+        [`LayerMap`]: The cells; those of slots that share a column count several units.
+    """
+    units = list(units)
+    columns = columns_of((category, slot) for _, category, slot, _ in units)
+    cells: dict[tuple[int, Column], tuple[int, int]] = {}
+    for layer, category, slot, learns in units:
+        place = layer, columns[category, slot]
+        learning, total = cells.get(place, (0, 0))
+        cells[place] = learning + learns, total + 1
+    return LayerMap(list(dict.fromkeys(columns.values())), sorted({layer for layer, *_ in units}), cells)
 
 
 def _rank(category: str) -> tuple[int, str]:
