@@ -42,10 +42,10 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
     ]
     scores = evaluation_grid(report)
     if scores.rows:
-        parts += ["## Evaluation", scores.title + ".", _table(scores), *_picture("evaluation.png", pictures)]
-    parts += ["## Stages", _table(stage_grid(report))]
+        parts += ["## Evaluation", scores.title + ".", table(scores), *_picture("evaluation.png", pictures)]
+    parts += ["## Stages", table(stage_grid(report))]
     parts.append("\n".join(_origin(stage) for stage in report.stages))
-    parts += ["### Trained share by category", _table(share_grid(report))]
+    parts += ["### Trained share by category", table(share_grid(report))]
     training = [*_picture("loss.png", pictures), *_picture("margins.png", pictures)]
     if training:
         parts += ["## Training", *training]
@@ -53,7 +53,7 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
     if movement:
         parts += ["## What moved", *_picture("moved.png", pictures)]
         for grid in movement:
-            parts += [f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units):", _table(grid)]
+            parts += [f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units):", table(grid)]
     parts += _rerun(report)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -74,7 +74,7 @@ def _rerun(report: Report) -> list[str]:
         parts += ["## Settings", _fenced(dumped, "yaml")]
     if report.environment:
         names = Grid("", ["", ""], [[str(name), str(value)] for name, value in report.environment.items()])
-        parts += ["## Environment", _table(names)]
+        parts += ["## Environment", table(names)]
     return parts
 
 
@@ -89,7 +89,7 @@ def _picture(name: str, pictures: Collection[str]) -> list[str]:
     return [f"![{name.removesuffix('.png')}]({name})", f"*{CAPTIONS[name]}*"] if name in pictures else []
 
 
-def _table(grid: Grid) -> str:
+def table(grid: Grid) -> str:
     head = f"| {' | '.join(map(_cell, grid.columns))} |"
     rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
     body = []
