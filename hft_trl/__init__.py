@@ -9,6 +9,7 @@ from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
     from hft_trl.mixin import HFTMixin
+    from hft_trl.reset import half_reset
     from hft_trl.selection import Selection, select
     from hft_trl.trainers import HFTDPOTrainer, HFTSFTTrainer
 
@@ -21,6 +22,7 @@ __all__ = [
     "Selection",
     "as_user_error",
     "exit_on_user_error",
+    "half_reset",
     "select",
 ]
 
@@ -31,6 +33,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _HOMES = {
     "Selection": "hft_trl.selection",
     "select": "hft_trl.selection",
+    "half_reset": "hft_trl.reset",
     "HFTDPOTrainer": "hft_trl.trainers",
     "HFTMixin": "hft_trl.mixin",
     "HFTSFTTrainer": "hft_trl.trainers",

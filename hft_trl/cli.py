@@ -6,25 +6,20 @@ Nothing heavy is imported before a command runs, so that `hft-trl --help` answer
 
 import dataclasses
 import json
-import logging
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from hft_trl.commands import files
+from hft_trl.commands.shared import given, quiet, setting
 from hft_trl.config import HFTConfig
+from hft_trl.demo import model_path
 from hft_trl.errors import exit_on_user_error
 from hft_trl.report.machine import package_version
 from hft_trl.report.picture import ASCII, SQUARES, layer_picture
 from hft_trl.report.shares import category_shares
 from hft_trl.report.tables import category_grid, rich_table
 from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, select
-
-if TYPE_CHECKING:
-    from typer.models import OptionInfo
 
 app = typer.Typer(
     name="hft-trl",
@@ -34,18 +29,12 @@ app = typer.Typer(
     # Framed help leaves long options and their texts a few characters each on a narrow terminal.
     rich_markup_mode=None,
 )
+app.add_typer(files.app)
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def _setting(name: str, *flags: str) -> "OptionInfo":
-    """The option for a field of [`HFTConfig`], with the help and the default that the field has."""
-    field = HFTConfig.__dataclass_fields__[name]
-    default = "none" if field.default is dataclasses.MISSING else str(field.default).lower()
-    return typer.Option(*flags, help=f"{field.metadata['help']} [default: {default}]")
 
 
 def _version(asked: bool) -> None:
@@ -67,16 +56,16 @@ def _root(
 @exit_on_user_error()
 def select_command(
     model: Annotated[
-        str, typer.Argument(help="Hub id or folder of a causal language model; only its config is read.")
+        str, typer.Argument(help="Hub id or folder of a causal language model, or demo; only its config is read.")
     ],
-    ratio: Annotated[float | None, _setting("ratio")] = None,
-    strategy: Annotated[Literal["category", "layer", "model"] | None, _setting("strategy")] = None,
-    seed: Annotated[int | None, _setting("seed")] = None,
-    exclude: Annotated[list[str] | None, _setting("exclude")] = None,
-    reselect: Annotated[Literal["fresh", "same", "complement"] | None, _setting("reselect")] = None,
-    train_embeddings: Annotated[bool | None, _setting("train_embeddings")] = None,
-    train_lm_head: Annotated[bool | None, _setting("train_lm_head")] = None,
-    train_final_norm: Annotated[bool | None, _setting("train_final_norm")] = None,
+    ratio: Annotated[float | None, setting("ratio")] = None,
+    strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
+    seed: Annotated[int | None, setting("seed")] = None,
+    exclude: Annotated[list[str] | None, setting("exclude")] = None,
+    reselect: Annotated[Literal["fresh", "same", "complement"] | None, setting("reselect")] = None,
+    train_embeddings: Annotated[bool | None, setting("train_embeddings")] = None,
+    train_lm_head: Annotated[bool | None, setting("train_lm_head")] = None,
+    train_final_norm: Annotated[bool | None, setting("train_final_norm")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")
@@ -89,25 +78,24 @@ def select_command(
     A model that was trained with HFT holds the half that it was trained with: without settings, that half is shown.
     With settings, or for another model, it is the half that the next stage would draw.
     """
-    given = {
-        "ratio": ratio,
-        "strategy": strategy,
-        "seed": seed,
-        "exclude": exclude or None,
-        "reselect": reselect,
-        "train_embeddings": train_embeddings,
-        "train_lm_head": train_lm_head,
-        "train_final_norm": train_final_norm,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    config = HFTConfig(**given)
-    with _quiet():
+    settings = given(
+        ratio=ratio,
+        strategy=strategy,
+        seed=seed,
+        exclude=exclude,
+        reselect=reselect,
+        train_embeddings=train_embeddings,
+        train_lm_head=train_lm_head,
+        train_final_norm=train_final_norm,
+    )
+    config = HFTConfig(**settings)
+    with quiet():
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
 
-        skeleton = build_on_meta(model, revision, trust_remote_code)
+        skeleton = build_on_meta(model_path(model), revision, trust_remote_code)
         previous = selection_of(skeleton)
-        stored = previous is not None and not given
+        stored = previous is not None and not settings
         selection = previous if stored else select(skeleton, config, previous)
         # A selection that some other model was trained with names parameters that this one lacks.
         selection.apply(skeleton)
@@ -120,23 +108,6 @@ def select_command(
         _show(f"What the next stage from {model} would train, {selection.config.reselect} selection", selection, units)
     else:
         _show(f"What a first stage from {model} would train", selection, units)
-
-
-@app.command("restore")
-@exit_on_user_error()
-def restore_command(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of a run with hft.delta_checkpoints.")],
-    output: Annotated[str, typer.Argument(help="Folder for the whole model.")],
-    start_model: Annotated[
-        str | None, typer.Option(help="The model that training started from, if it is somewhere else now.")
-    ] = None,
-) -> None:
-    """Make a whole model of a delta checkpoint."""
-    with _quiet():
-        from hft_trl.delta import restore
-
-        restore(checkpoint, output, start_model)
-    typer.echo(output)
 
 
 def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) -> dict[str, Any]:
@@ -171,16 +142,3 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
         console.print(line, soft_wrap=True)
     console.print(rich_table(category_grid(category_shares(units, selection.trainable))))
     console.print(picture, soft_wrap=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep libraries from talking over the answer while a model is built: errors still come as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

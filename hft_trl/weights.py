@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +27,24 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fingerprint(tensor: torch.Tensor) -> str:
-    """SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit."""
-    tensor = tensor.cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+# Elements converted, compared or written at a time, so that the memory needed does not grow with the tensors.
+CHUNK = 1 << 18
+
+
+def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """
+    SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit.
+
+    Args:
+        tensor (`torch.Tensor`):
+            The tensor.
+        dtype (`torch.dtype`, *optional*):
+            Take the tensor as converted to this type.
+    """
+    dtype = dtype if dtype is not None else tensor.dtype
+    digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
+    for piece in tensor.cpu().contiguous().reshape(-1).split(CHUNK):
+        digest.update(memoryview(piece.to(dtype).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
@@ -88,7 +102,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     else:
         single = cached_file(model, SAFE_WEIGHTS_NAME, **local)
         if single is None:
-            raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save the model as safetensors first.")
+            raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
         check_readable([Path(single)])
         with safe_open(single, framework="pt") as file:
             files = dict.fromkeys(file.keys(), Path(single))
@@ -152,11 +166,53 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
 
 
 class Change(NamedTuple):
-    """How far one tensor moved: norms (L2, in float64) of the difference and of the base."""
+    """
+    How far one tensor moved.
+
+    Args:
+        name (`str`):
+            The tensor's name.
+        difference, base (`float`):
+            Norms (L2, in float64) of the difference and of the base.
+        moved, size (`int`):
+            Number of elements that differ in a bit, and of all. Where the types differ, values are compared bit for bit
+            in the type that holds both.
+    """
 
     name: str
     difference: float
     base: float
+    moved: int
+    size: int
+
+
+def change(name: str, before: torch.Tensor, after: torch.Tensor) -> Change:
+    """
+    Compare two tensors, a piece at a time.
+
+    Args:
+        name (`str`):
+            Name for the result.
+        before, after (`torch.Tensor`):
+            Tensors of one shape, whatever their types.
+
+    Returns:
+        [`Change`]: Norms, and the number of elements that differ.
+    """
+    common = torch.promote_types(before.dtype, after.dtype)
+    difference = base = 0.0
+    moved = 0
+    for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
+        old, new = old.to(common), new.to(common)
+        moved += int((_bits(old) != _bits(new)).any(-1).sum())
+        old, new = old.double(), new.double()
+        difference += (new - old).square().sum().item()
+        base += old.square().sum().item()
+    return Change(name, math.sqrt(difference), math.sqrt(base), moved, before.numel())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8).reshape(tensor.numel(), tensor.element_size())
 
 
 def changes(base: str, tuned: str) -> Iterator[Change]:
@@ -177,5 +233,4 @@ def changes(base: str, tuned: str) -> Iterator[Change]:
         with safe_open(before[name], framework="pt") as old, safe_open(after[name], framework="pt") as new:
             old_tensor, new_tensor = old.get_tensor(name), new.get_tensor(name)
         if old_tensor.shape == new_tensor.shape:
-            old_tensor, new_tensor = old_tensor.double(), new_tensor.double()
-            yield Change(name, torch.linalg.norm(new_tensor - old_tensor).item(), torch.linalg.norm(old_tensor).item())
+            yield change(name, old_tensor, new_tensor)

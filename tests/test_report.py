@@ -382,7 +382,7 @@ def test_movement_means_tell_learned_from_frozen():
         UnitChange("c", 2, "norm", "n", False, 0.0),
         UnitChange("d", 3, "norm", "n", False, None),
     ]
-    (row,) = category_movement(stage(moved=units))
+    (row,) = category_movement(units)
     assert (row.learned, row.learned_units, row.frozen, row.frozen_units) == (0.375, 2, 0.0, 1)
 
 
@@ -395,7 +395,7 @@ def test_folded_cell_is_the_mean_of_its_units():
         for layer in range(2)
         for n in range(20)
     ]
-    grid = movement_grid(stage(moved=units))
+    grid = movement_grid(units)
     (column,) = grid.columns
     assert column.pattern == "mlp.experts.*.up_proj"
     assert grid.cells[0, column].change == pytest.approx(0.05)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hft_trl.errors import HFTError
-from hft_trl.weights import changes, check_readable, combined_digest, fingerprint, fingerprints, weight_files
+from hft_trl.weights import (
+    CHUNK,
+    change,
+    changes,
+    check_readable,
+    combined_digest,
+    fingerprint,
+    fingerprints,
+    weight_files,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
@@ -59,7 +68,35 @@ def test_changes_are_the_norms_of_the_difference_whatever_the_sharding(tmp_path)
     (tmp_path / "one").mkdir()
     save_file(before, tmp_path / "one" / "model.safetensors")
     found = list(changes(str(tmp_path / "one"), sharded(tmp_path / "many", after)))
-    assert found == [("a", 1.0, 5.0), ("b", 0.0, 2.0)]
+    assert found == [("a", 1.0, 5.0, 1, 2), ("b", 0.0, 2.0, 0, 4)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([0, 1, 2, 5]), st.data())
+def test_a_change_counts_the_values_that_differ_in_a_bit(size, data):
+    """Also in the second piece of a large tensor, and also a zero that only changed its sign."""
+    size += data.draw(st.sampled_from([0, CHUNK]))
+    before = torch.zeros(size)
+    after = before.clone()
+    places = data.draw(st.sets(st.integers(0, size - 1), max_size=3)) if size else set()
+    for number, place in enumerate(places):
+        after[place] = (-0.0, 3.0, 4.0)[number]
+    found = change("a", before, after)
+    assert found == ("a", [0.0, 0.0, 3.0, 5.0][len(places)], 0.0, len(places), size)
+
+
+def test_a_change_of_type_alone_is_none_where_the_wider_type_holds_the_same_values():
+    narrow = torch.tensor([1.5, -2.0, float("inf"), float("nan")], dtype=torch.bfloat16)
+    assert change("a", narrow, narrow.float()).moved == 0
+    assert change("a", narrow.float(), narrow).moved == 0
+    assert change("a", torch.tensor([0.1, 0.5]), torch.tensor([0.1, 0.5], dtype=torch.bfloat16)).moved == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([0, 3, CHUNK, CHUNK + 1]))
+def test_a_fingerprint_in_another_type_is_that_of_the_converted_tensor(dtype, other, size):
+    tensor = torch.arange(size).remainder(100).to(dtype)
+    assert fingerprint(tensor, other) == fingerprint(tensor.to(other))
 
 
 def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):

@@ -21,4 +21,10 @@ DPO_DATA = ASSETS / "data" / "dpo"
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
-__all__ = ["ASSETS", "DPO_DATA", "MODEL", "RECIPE", "SFT_DATA"]
+
+def model_path(model: str) -> str:
+    """The embedded model's folder for the word `demo`, every other hub id or folder as it is."""
+    return str(MODEL) if model == "demo" else model
+
+
+__all__ = ["ASSETS", "DPO_DATA", "MODEL", "RECIPE", "SFT_DATA", "model_path"]

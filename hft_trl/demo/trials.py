@@ -67,7 +67,9 @@ def run_trials(
             families.append((seed, asked))
     families.sort(key=lambda pair: -len(pair[1]))  # the longest first, so that all cores are busy to the end
     total = sum(len(family) for _, family in families)
-    missing = [(seed, family) for seed, family in families if not all(_file(output, run, seed).exists() for run in family)]
+    missing = [
+        (seed, family) for seed, family in families if not all(_file(output, run, seed).exists() for run in family)
+    ]
     yield _scored(output, families), total
     with ProcessPoolExecutor(
         workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_use_one_thread
@@ -144,7 +146,9 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
     for key, value in {**run.hft, "seed": seed}.items():
         if key != "method":
             words += [f"--hft.{key}", str(value)]
-    words += [word for stage in ("sft", "dpo") for word in (f"--{stage}.seed", str(seed), f"--{stage}.disable_tqdm", "true")]
+    words += [
+        word for stage in ("sft", "dpo") for word in (f"--{stage}.seed", str(seed), f"--{stage}.disable_tqdm", "true")
+    ]
     recipe = parse_recipe(words, default_config=demo.RECIPE)
     stage = recipe.sft if run.how == "sft" else dataclasses.replace(recipe.dpo, model=recipe.sft.model)
     open_stages([stage])

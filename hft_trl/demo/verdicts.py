@@ -141,4 +141,3 @@ def _cells(found: Difference) -> list[str]:
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
     p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
     return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]
-

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from hft_trl.report.data import StageRecord, UnitChange
+from hft_trl.report.data import UnitChange
 from hft_trl.report.slots import Column, columns_of
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
 
@@ -65,18 +65,18 @@ class MovementGrid:
     cells: dict[tuple[int, Column], Cell]
 
 
-def category_movement(stage: StageRecord) -> list[CategoryMovement]:
+def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
     """
     Average the movement from the base model by category.
 
     Args:
-        stage ([`StageRecord`]):
-            A stage whose `moved` is filled.
+        moved (`Iterable[UnitChange]`):
+            The units, such as a stage's `moved`.
 
     Returns:
         `list[CategoryMovement]`: The categories inside the layers, then those outside.
     """
-    known = [unit for unit in stage.moved if unit.relative_change is not None]
+    known = [unit for unit in moved if unit.relative_change is not None]
     present = {unit.category for unit in known}
     order = [category for category in LAYER_CATEGORIES + OUTER_CATEGORIES if category in present]
     order += sorted(present.difference(order))
@@ -88,18 +88,18 @@ def category_movement(stage: StageRecord) -> list[CategoryMovement]:
     return rows
 
 
-def movement_grid(stage: StageRecord) -> MovementGrid:
+def movement_grid(moved: Iterable[UnitChange]) -> MovementGrid:
     """
     Arrange the movement of the layers' units by layer and slot.
 
     Args:
-        stage ([`StageRecord`]):
-            A stage whose `moved` is filled.
+        moved (`Iterable[UnitChange]`):
+            The units, such as a stage's `moved`.
 
     Returns:
         [`MovementGrid`]: The grid, without units whose change is undefined; without cells where no unit is left.
     """
-    inner = [unit for unit in stage.moved if unit.layer is not None and unit.relative_change is not None]
+    inner = [unit for unit in moved if unit.layer is not None and unit.relative_change is not None]
     columns = columns_of((unit.category, unit.slot) for unit in inner)
     members: dict[tuple[int, Column], list[UnitChange]] = {}
     for unit in inner:

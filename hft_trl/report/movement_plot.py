@@ -1,9 +1,10 @@
 """The picture of what moved: layers by slots as a heat map, categories as bars, for each stage."""
 
+from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
-from hft_trl.report.data import Report
+from hft_trl.report.data import Report, UnitChange
 from hft_trl.report.movement import CategoryMovement, MovementGrid, category_movement, movement_grid
 
 if TYPE_CHECKING:
@@ -19,12 +20,26 @@ def movement_figure(report: Report) -> "Figure | None":
     """
     Draw how far the units moved from the base model, a heat map and bars for each stage.
 
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
+    """
+    return change_figure([(f"after {stage.name} ({stage.method.upper()})", stage.moved) for stage in report.stages])
+
+
+def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure | None":
+    """
+    Draw how far the units of some models moved from one base model, a heat map and bars for each, on one scale.
+
     A white cell holds the base's very weights. Cells that were frozen in the stage are hatched: where an earlier stage
     moved them they have a colour, too.
 
     Args:
-        report ([`Report`]):
-            The report.
+        models (`Iterable[tuple[str, Sequence[UnitChange]]]`):
+            A title and the units of each.
 
     Returns:
         `matplotlib.figure.Figure`: The figure, `None` where no movement was measured.
@@ -35,11 +50,11 @@ def movement_figure(report: Report) -> "Figure | None":
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    stages = [stage for stage in report.stages if category_movement(stage)]
-    if not stages:
+    models = [(title, moved) for title, moved in models if category_movement(moved)]
+    if not models:
         return None
-    categories = [category_movement(stage) for stage in stages]
-    grids = [movement_grid(stage) for stage in stages]
+    categories = [category_movement(moved) for _, moved in models]
+    grids = [movement_grid(moved) for _, moved in models]
     changes = sorted(cell.change for grid in grids for cell in grid.cells.values())
     # The scale ends where nearly all cells do, so that one runaway matrix doesn't turn the rest pale.
     top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
@@ -48,8 +63,8 @@ def movement_figure(report: Report) -> "Figure | None":
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
-    across = max(1, min(len(stages), int(17 // width)))
-    down = ceil(len(stages) / across)
+    across = max(1, min(len(models), int(17 // width)))
+    down = ceil(len(models) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
     longest = max(
@@ -57,8 +72,8 @@ def movement_figure(report: Report) -> "Figure | None":
     )
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for stage, rows, grid, part in zip(stages, categories, grids, parts, strict=False):
-        part.suptitle(f"after {stage.name} ({stage.method.upper()})", fontweight="bold")
+    for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
+        part.suptitle(title, fontweight="bold")
         if grid.cells:
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
             _heat_map(upper, grid, colours, norm)

@@ -150,7 +150,7 @@ def movement_grids(report: Report) -> list[Grid]:
     for stage in report.stages:
         rows = [
             [row.category, count(row.learned_units), change(row.learned), count(row.frozen_units), change(row.frozen)]
-            for row in category_movement(stage)
+            for row in category_movement(stage.moved)
         ]
         if rows:
             grids.append(Grid(f"Change from the base after {stage.name}", columns, rows))

@@ -1,0 +1,266 @@
+"""Half-Reset: a part of a tuned model set back to its base, or both averaged, written tensor by tensor."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.utils import (
+    CONFIG_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    GENERATION_CONFIG_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    logging,
+)
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.saved import SavedModel, check_alike
+from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.weights import CHUNK
+
+# What goes with the weights and is not a leftover of training; a tokenizer's class names its own files besides.
+COMPANIONS = (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    FULL_TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    ADDED_TOKENS_FILE,
+    CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_DIR,
+    PROCESSOR_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+)
+
+
+def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None = None) -> Selection:
+    """
+    Set half of a tuned model's transformer layers back to its base, without training and without loading either.
+
+    The choice is the one that training would make: what learns in a selection of these settings stays as it is in the
+    tuned model (embedding, output head and final norm by default), and all other parameters become the base's, bit for
+    bit. Buffers stay the tuned model's. Needs no more memory than a few pieces of one tensor.
+
+    Args:
+        base (`str`):
+            Folder, hub id in the local cache, or `"demo"`: the model that tuning started from.
+        tuned (`str`):
+            The tuned model, the same way.
+        out (`str` or `Path`):
+            New or empty folder. It appears whole or not at all, in the tuned model's shards.
+        config ([`HFTConfig`], *optional*):
+            `ratio` is the share of the layers' parameters that stays tuned. The draw follows on from no earlier
+            selection, so `reselect` has to be `"fresh"`, and `method` `"hft"`.
+
+    Returns:
+        [`Selection`]: What stayed tuned (`trainable`) and what was set back.
+
+    Raises:
+        [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type can't hold
+            the base's values, or if `out` holds anything or can't be written.
+    """
+    config = config if config is not None else HFTConfig()
+    if (config.method, config.reselect) != ("hft", "fresh"):
+        raise HFTError(
+            f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: a half is reset by a draw of its own, so "
+            "leave them at 'hft' and 'fresh'."
+        )
+    before, after = _open_pair(base, tuned, out)
+    selection = select(after.skeleton, config)
+    stays = set(selection.trainable)
+    shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
+    _check_exact(before, after, shares)
+    with _new_folder(out) as folder:
+        start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
+        selection = dataclasses.replace(selection, start_model=start)
+        _write_weights(before, after, shares, folder)
+        selection.save(folder)
+        _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection))
+    return selection
+
+
+def blend(base: str, tuned: str, out: str | Path, share: float) -> None:
+    """
+    Average a tuned model and its base, the baseline to Half-Reset: `(1 - share) * base + share * tuned`, all parameters.
+
+    Args:
+        base, tuned, out:
+            As for [`half_reset`].
+        share (`float`):
+            The tuned model's part, in [0, 1]. Averages are computed in float64 and rounded to the tuned model's type.
+
+    Raises:
+        [`HFTError`]: As [`half_reset`] does, apart from types, and if `share` is out of its range.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
+    before, after = _open_pair(base, tuned, out)
+    text = f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
+    with _new_folder(out) as folder:
+        _write_weights(before, after, dict.fromkeys(after.places, float(share)), folder)
+        _write_card(folder, before, after, "Blend", text)
+
+
+def _open_pair(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel]:
+    out = Path(out)
+    if out.is_dir() and not any(out.iterdir()):
+        pass
+    elif out.exists() or out.is_symlink():
+        raise HFTError(f"out {str(out)!r} exists already: choose a new folder.")
+    before, after = SavedModel(base), SavedModel(tuned)
+    check_alike(before, after)
+    ours, theirs = _tokenizer(before), _tokenizer(after)
+    if ours is not None and theirs is not None:
+        known = theirs.get_vocab()
+        # A token may have a new name (one of the reserved ones, put to use) but not another's number.
+        for token, number in ours.get_vocab().items():
+            if known.get(token, number) != number:
+                raise HFTError(
+                    f"token {token!r} is number {number} in the vocabulary of {base!r} and {known[token]} in that of "
+                    f"{tuned!r}: give the model that the tuned one started from."
+                )
+    return before, after
+
+
+def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
+    root = next(iter(saved.files.values())).parent
+    if not any((root / name).is_file() for name in (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(saved.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError):  # one that this machine can't load
+        return None
+
+
+def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, float]) -> None:
+    for key, share in shares.items():
+        place = after.places[key]
+        old, new = before.tensor(before.counterpart(key, place)).dtype, after.tensor(key).dtype
+        if share == 0 and torch.promote_types(old, new) != new:
+            raise HFTError(
+                f"{place.parameter} is {_short(old)} in {before.name!r} and {_short(new)} in {after.name!r}, which can't hold "
+                f"all its values, so it can't be set back bit for bit: save {after.name!r} in {_short(old)} first."
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when all is in it and on disk, and is removed on an error."""
+    out = Path(out)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner may enter
+        temporary.replace(out)
+        _sync(out.parent)
+    except OSError as error:
+        raise HFTError(
+            f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
+    """The tuned model's files anew: its headers as they are, and the values in between."""
+    root = next(iter(after.files.values())).parent
+    tokenizer = _tokenizer(after)
+    for name in {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, folder / name)
+        elif (root / name).is_file():
+            shutil.copyfile(root / name, folder / name)
+    paths = sorted(set(after.files.values()))
+    total = sum(path.stat().st_size for path in paths)
+    with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as bar:
+        for path in paths:
+            header, keys = _header(path)
+            with (folder / path.name).open("wb") as file:
+                bar.update(file.write(header))
+                for key in keys:
+                    for piece in _pieces(before, after, key, shares.get(key, 1.0)):
+                        bar.update(_write(file, piece))
+
+
+def _header(path: Path) -> tuple[bytes, list[str]]:
+    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names as they lie in the file."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        text = file.read(int.from_bytes(length, "little"))
+    entries = json.loads(text)
+    entries.pop("__metadata__", None)
+    return length + text, sorted(entries, key=lambda key: entries[key]["data_offsets"])
+
+
+def _pieces(before: SavedModel, after: SavedModel, key: str, share: float) -> Iterator[torch.Tensor]:
+    new = after.tensor(key).reshape(-1)
+    if share == 1:
+        yield from new.split(CHUNK)
+        return
+    old = before.tensor(before.counterpart(key, after.places[key])).reshape(-1)
+    for start, end in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
+        mixed = start if share == 0 else torch.lerp(start.double(), end.double(), share)
+        yield mixed.to(new.dtype)
+
+
+def _write(file: BinaryIO, piece: torch.Tensor) -> int:
+    return file.write(memoryview(piece.view(torch.uint8).numpy()))
+
+
+def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> str:
+    shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
+    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
+    return f"""\
+A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is as it was. Nothing
+was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: what it calls trainable
+stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
+
+| category | share that stayed tuned |
+|---|---|
+{shares}"""
+
+
+def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
+    # A card's base models are hub ids; folders are named in the text alone.
+    models = [saved.name for saved in (before, after) if not Path(saved.path).exists()]
+    tags = ["hft", title.lower()]
+    data = ModelCardData(base_model=models or None, library_name="transformers", tags=tags)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")
