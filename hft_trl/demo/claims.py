@@ -12,15 +12,15 @@ class Run(NamedTuple):
 
     Attributes:
         name (`str`): The run.
-        start (`str`): Name of the run whose model it starts from, or `"base"`.
-        how (`str`): Trained by SFT or DPO, or made from a tuned model's files.
+        start (`str`): Name of the run whose model it starts from; `""` for the base itself.
+        how (`str`): Trained by SFT or DPO, made from a tuned model's files, or the base as it is.
         hft (`dict[str, Any]`): The fields of [`HFTConfig`] that differ from the demo's.
         sweep (`bool`): Whether it belongs to a sweep, for which fewer seeds are enough.
     """
 
     name: str
     start: str
-    how: Literal["sft", "dpo", "half-reset", "blend"]
+    how: Literal["base", "sft", "dpo", "half-reset", "blend"]
     hft: dict[str, Any]
     sweep: bool = False
 
@@ -51,6 +51,7 @@ def _sft(name: str, sweep: bool = True, **hft: Any) -> Run:
 RUNS = {
     run.name: run
     for run in (
+        Run(BASE, "", "base", {}),
         _sft("sft-fft", sweep=False, method="fft"),
         _sft("sft-hft", sweep=False),
         *(Run(f"dpo-{then}-from-{first}", f"sft-{first}", "dpo", {"method": then}) for first in ("fft", "hft") for then in ("fft", "hft")),
@@ -133,8 +134,6 @@ QUESTIONS = (
 
 def needed(questions: tuple[Question, ...]) -> list[Run]:
     """The runs that questions ask for, and those which these start from, each after its start."""
-    names: set[str] = {name for question in questions for name in question.runs.values()} - {BASE}
-    for run in reversed(RUNS.values()):
-        if run.name in names and run.start != BASE:
-            names.add(run.start)
+    names = {name for question in questions for name in question.runs.values()}
+    names |= {RUNS[name].start for name in names}
     return [run for run in RUNS.values() if run.name in names]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -60,9 +61,9 @@ def run_trials(
         (output / "scores").mkdir(parents=True, exist_ok=True)
         _check_flags(output, flags)
     families = []
-    for root in (run for run in runs if run.start == BASE):
-        family = [root, *(run for run in runs if run.start == root.name)]
-        for seed in range(1, max(seeds, sweep_seeds) + 1):
+    for root in (run for run in runs if run.start in ("", BASE)):
+        family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
+        for seed in range(1, 2 if root.name == BASE else max(seeds, sweep_seeds) + 1):
             asked = [run for run in family if seed <= (sweep_seeds if run.sweep else seeds)]
             families.append((seed, asked))
     families.sort(key=lambda pair: -len(pair[1]))  # the longest first, so that all cores are busy to the end
@@ -72,7 +73,7 @@ def run_trials(
     ]
     yield _scored(output, families), total
     with ProcessPoolExecutor(
-        workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_use_one_thread
+        workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_settle, initargs=(output,)
     ) as pool:
         futures = [pool.submit(make_and_score, family, seed, output, flags) for seed, family in missing]
         try:
@@ -108,10 +109,10 @@ def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str])
         if run is not family[0] and _file(output, run, seed).exists():
             continue
         folder = _folder(output, run, seed)
-        start = models[run.start]
+        start = models[run.start or BASE]
         if run.how in ("sft", "dpo"):
             models[run.name] = _train(run, seed, start, folder, flags)
-        else:
+        elif run.how != "base":
             models[run.name] = folder / run.how
             if not models[run.name].exists():  # it appears whole or not at all
                 if run.how == "half-reset":
@@ -192,10 +193,10 @@ def _folder(output: Path, run: Run, seed: int) -> Path:
     return output / "models" / f"{run.name}-{seed}"
 
 
-def _use_one_thread() -> None:
+def _settle(output: Path) -> None:
+    """Prepare a process that makes models: what trainers print goes into a file of its own."""
     import torch
-    from transformers.utils import logging
 
+    log = Path(output, f"log-{os.getpid()}.txt").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 (to the end)
+    sys.stdout = sys.stderr = log
     torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
