@@ -57,9 +57,10 @@ def run_trials(
         [`HFTError`]: If a flag is not one of the recipe's, or the folder holds scores that were made with others.
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
+    _check_flags(output, flags)
     with writing(output):
         (output / "scores").mkdir(parents=True, exist_ok=True)
-        _check_flags(output, flags)
+        write_json(output / SETTINGS_FILE, {"flags": flags})
     families = []
     for root in (run for run in runs if run.start in ("", BASE)):
         family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
@@ -178,7 +179,6 @@ def _check_flags(output: Path, flags: list[str]) -> None:
                 f"{output} holds scores made with the flags {' '.join(before) or 'none'}, now they are "
                 f"{' '.join(flags) or 'none'}: use the same, or another output_dir."
             )
-    write_json(path, {"flags": flags})
 
 
 def _scored(output: Path, families: list[tuple[int, list[Run]]]) -> int:
