@@ -1,0 +1,139 @@
+"""The paper's questions, asked of the embedded world: which models are made, and which of them are compared."""
+
+from typing import Any, Literal, NamedTuple
+
+BASE = "base"
+RATIOS = tuple(tenth / 10 for tenth in range(1, 10))
+
+
+class Run(NamedTuple):
+    """
+    How one model of a seed is made.
+
+    Attributes:
+        name (`str`): The run.
+        start (`str`): Name of the run whose model it starts from; `""` for the base itself.
+        how (`str`): Trained by SFT or DPO, made from a tuned model's files, or the base as it is.
+        hft (`dict[str, Any]`): The fields of [`HFTConfig`] that differ from the demo's.
+        sweep (`bool`): Whether it belongs to a sweep, for which fewer seeds are enough.
+    """
+
+    name: str
+    start: str
+    how: Literal["base", "sft", "dpo", "half-reset", "blend"]
+    hft: dict[str, Any]
+    sweep: bool = False
+
+
+class Question(NamedTuple):
+    """
+    Runs that answer a question of the paper together.
+
+    Attributes:
+        name (`str`): A word for it, used in file names.
+        title (`str`): The question.
+        runs (`dict[str, str]`): Names of the runs by their label, in the order of the table.
+        against (`str`): Label of the run with which the others are compared.
+        scores (`tuple[str, ...]`): Scores of the probes that answer it.
+    """
+
+    name: str
+    title: str
+    runs: dict[str, str]
+    against: str
+    scores: tuple[str, ...] = ("knowledge", "ability")
+
+
+def _sft(name: str, sweep: bool = True, **hft: Any) -> Run:
+    return Run(name, BASE, "sft", hft, sweep)
+
+
+RUNS = {
+    run.name: run
+    for run in (
+        Run(BASE, "", "base", {}),
+        _sft("sft-fft", sweep=False, method="fft"),
+        _sft("sft-hft", sweep=False),
+        *(Run(f"dpo-{then}-from-{first}", f"sft-{first}", "dpo", {"method": then}) for first in ("fft", "hft") for then in ("fft", "hft")),
+        *(Run(f"reset-{strategy}", "sft-fft", "half-reset", {"strategy": strategy}) for strategy in ("category", "layer", "model")),
+        Run("blend", "sft-fft", "blend", {}),
+        *(_sft(f"sft-{strategy}", strategy=strategy) for strategy in ("layer", "model")),
+        *(_sft(f"sft-ratio-{ratio}", ratio=ratio) for ratio in RATIOS if ratio != 0.5),
+        _sft("sft-no-embeddings", train_embeddings=False),
+        _sft("sft-no-head", train_lm_head=False),
+        _sft("sft-neither", train_embeddings=False, train_lm_head=False),
+        *(Run(f"dpo-{again}", "sft-hft", "dpo", {"reselect": again}, sweep=True) for again in ("same", "complement")),
+    )
+}  # fmt: skip
+"""Every run by its name, each after the one it starts from."""
+
+QUESTIONS = (
+    Question(
+        "sft",
+        "SFT: does HFT forget less than FFT, and learn as much?",
+        {BASE: BASE, "FFT": "sft-fft", "HFT": "sft-hft"},
+        against="FFT",
+    ),
+    Question(
+        "dpo",
+        "DPO: FFT or HFT, from an FFT or HFT initialisation",
+        {
+            "FFT, then FFT": "dpo-fft-from-fft",
+            "FFT, then HFT": "dpo-hft-from-fft",
+            "HFT, then FFT": "dpo-fft-from-hft",
+            "HFT, then HFT": "dpo-hft-from-hft",
+        },
+        against="FFT, then FFT",
+        scores=("knowledge", "ability", "concise"),
+    ),
+    Question(
+        "reset",
+        "Half-Reset: does setting half of a fully tuned model back bring the base's knowledge back?",
+        {
+            "FFT": "sft-fft",
+            "half reset, by category": "reset-category",
+            "half reset, whole layers": "reset-layer",
+            "half reset, any matrix": "reset-model",
+            "average with the base": "blend",
+            "HFT": "sft-hft",
+        },
+        against="FFT",
+    ),
+    Question(
+        "strategy",
+        "Strategy: half of each category, of the layers, or of all matrices?",
+        {"category": "sft-hft", "layer": "sft-layer", "model": "sft-model"},
+        against="category",
+    ),
+    Question(
+        "ratio",
+        "Ratio: how much should learn?",
+        {**{f"{r:.1f}": "sft-hft" if r == 0.5 else f"sft-ratio-{r}" for r in RATIOS}, "1.0 (FFT)": "sft-fft"},
+        against="0.5",
+    ),
+    Question(
+        "embeddings",
+        "Embedding and head: should they learn?",
+        {
+            "both learn": "sft-hft",
+            "embedding frozen": "sft-no-embeddings",
+            "head frozen": "sft-no-head",
+            "both frozen": "sft-neither",
+        },
+        against="both learn",
+    ),
+    Question(
+        "reselect",
+        "The second stage: a fresh half, the same one, or the other one?",
+        {"fresh": "dpo-hft-from-hft", "same": "dpo-same", "complement": "dpo-complement"},
+        against="fresh",
+        scores=("knowledge", "ability", "concise"),
+    ),
+)
+
+
+def needed(questions: tuple[Question, ...]) -> list[Run]:
+    """The runs that questions ask for, and those which these start from, each after its start."""
+    names = {name for question in questions for name in question.runs.values()}
+    names |= {RUNS[name].start for name in names}
+    return [run for run in RUNS.values() if run.name in names]
