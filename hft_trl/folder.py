@@ -56,7 +56,7 @@ def settings(stage: Stage) -> dict[str, Any]:
         "model": dataclasses.asdict(stage.model),
         "data": dataclasses.asdict(stage.data),
         "hft": {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype},
-        stage.name: kept,
+        stage.section: kept,
     }
     if not best:
         content["data"].pop("eval_split")

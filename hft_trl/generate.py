@@ -1,4 +1,4 @@
-"""Greedy replies of a model in its chat form."""
+"""Greedy replies of a model, in its chat form or as plain continuations."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +60,37 @@ def chat(
         )
         for prompt in prompts
     ]
+    return complete(model, tokenizer, rows, max_new_tokens, batch_size, progress)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> list[str]:
+    """
+    What a model greedily writes after rows of tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device. Its training mode is left as it was.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, with a padding token.
+        rows (`Sequence[Sequence[int]]`):
+            Token ids, one row for each continuation, of any lengths.
+        max_new_tokens (`int`, *optional*, defaults to `32`):
+            Longest continuation, in tokens.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Rows in a batch.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar on standard error.
+
+    Returns:
+        `list[str]`: The continuations, without special tokens and the white space around them.
+    """
     # Like lengths side by side need little padding.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     # Some models end a turn with another token than a text, and say so in their generation config only.
@@ -77,7 +108,7 @@ def chat(
             chosen = order[i : i + batch_size]
             width = max(len(rows[j]) for j in chosen)
             padding = [width - len(rows[j]) for j in chosen]
-            ids = [[tokenizer.pad_token_id] * pad + rows[j] for j, pad in zip(chosen, padding, strict=True)]
+            ids = [[tokenizer.pad_token_id] * pad + list(rows[j]) for j, pad in zip(chosen, padding, strict=True)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
             generated = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),

@@ -1,41 +1,18 @@
 """From a YAML file and the command line to the sections of a recipe: TRL's configs, HFT's settings, data sets."""
 
-import argparse
 import dataclasses
-import difflib
-import os
-import sys
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import torch
-import yaml
-from transformers.utils import is_torch_bf16_gpu_available
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from hft_trl import demo
 from hft_trl.arguments import DataArguments, HFTArguments, ModelArguments, RunArguments, StageArguments
 from hft_trl.backends import check_frozen_dtype
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-
-SECTIONS = {
-    "model": "model_name_or_path",
-    "hft": "ratio",
-    "sft": "learning_rate",
-    "dpo": "beta",
-}  # with a key as example
+from hft_trl.sections import SECTIONS, answer_help, parse_section, read_sections
 
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
-
-
-class _Parser(TrlParser):
-    """TRL's parser, whose errors can be caught."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 @dataclasses.dataclass
@@ -44,7 +21,7 @@ class Stage:
     One stage of training.
 
     Attributes:
-        name (`str`): `"sft"` or `"dpo"`.
+        name (`str`): `"sft"`, `"dpo"` or the name of a round.
         model ([`ModelArguments`]): What it starts from.
         data ([`DataArguments`]): What it learns from.
         args ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]): The trainer's arguments.
@@ -58,6 +35,11 @@ class Stage:
     args: SFTConfig | DPOConfig
     hft: HFTConfig
     mixture: DatasetMixtureConfig | None = None
+
+    @property
+    def section(self) -> str:
+        """The section that its arguments stand in, `"sft"` or `"dpo"`."""
+        return "dpo" if isinstance(self.args, DPOConfig) else "sft"
 
     @property
     def folder(self) -> Path:
@@ -89,19 +71,19 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
     Raises:
         [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
     """
-    _answer_help(argv, help_text)
-    values, flags = _read(argv, default_config, SECTIONS)
-    (run,) = _parse("", (RunArguments,), values[""], flags[""])
-    (model,) = _parse("model", (ModelArguments,), values["model"], flags["model"])
+    answer_help(argv, help_text)
+    values, flags = read_sections(argv, default_config, SECTIONS)
+    (run,) = parse_section("", (RunArguments,), values[""], flags[""])
+    (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if run.evaluate and model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
             "repository: leave one of them out."
         )
-    (hft,) = _parse("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     stages = {}
     for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
-        data, args = _parse(
+        data, args = parse_section(
             name,
             (DataArguments, config),
             values[name],
@@ -109,7 +91,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
             fixed={"output_dir": str(Path(run.output_dir) / name)},
             without={"output_dir", "trust_remote_code", *(PREFERENCE_ONLY if name == "sft" else ())},
         )
-        stages[name] = _stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
+        stages[name] = make_stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(run, **stages)
@@ -137,11 +119,11 @@ def parse_stage(
     Raises:
         [`HFTError`]: Naming the flag and the nearest valid one, or the value that doesn't fit.
     """
-    _answer_help(argv, help_text)
-    values, flags = _read(argv, None, ())
+    answer_help(argv, help_text)
+    values, flags = read_sections(argv, None, ())
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
-    script, args, model, mixture, hft, extra = _parse("", types, values[""], flags[""], without=without)
+    script, args, model, mixture, hft, extra = parse_section("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -165,11 +147,11 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = _stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
+    stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
     return stage, extra.overwrite
 
 
-def _stage(
+def make_stage(
     name: str,
     model: ModelArguments,
     data: DataArguments,
@@ -177,6 +159,12 @@ def _stage(
     hft: HFTConfig,
     mixture: DatasetMixtureConfig | None = None,
 ) -> Stage:
+    """
+    A stage whose parts fit together: `"demo"` becomes the embedded files, and the trainer loads the model as it says.
+
+    Raises:
+        [`HFTError`]: If the arguments ask for what a recipe decides itself.
+    """
     if hft.frozen_dtype and hft.method == "hft":
         check_frozen_dtype(
             args, hft.frozen_dtype
@@ -200,144 +188,3 @@ def _stage(
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
     return Stage(name, model, data, args, hft, mixture)
-
-
-def _answer_help(argv: list[str], text: str) -> None:
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(text.strip() + "\n")
-        sys.exit(0)
-
-
-def _read(
-    argv: list[str], default_config: str | Path | None, sections: Iterable[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """The YAML file's values and the command line's tokens, both by section; `""` is what stands above the sections."""
-    path = default_config
-    flags: dict[str, list[str]] = {name: [] for name in ("", *sections)}
-    current = ""
-    tokens = iter(argv)
-    for token in tokens:
-        if not token.startswith("--"):
-            flags[current].append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
-        if name == "config":
-            path = value if equals else next(tokens, None)
-            if path is None:
-                raise HFTError("--config is the last word: give it the path of a YAML file.")
-            continue
-        current, dot, key = name.partition(".")
-        if name in sections:
-            current, key = name, "model_name_or_path"
-            if name != "model":
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{SECTIONS[name]}.")
-        elif not dot:
-            current, key = "", name
-        elif current not in sections:
-            raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}")
-        flags[current].append(f"--{key}{equals}{value}")
-
-    values = _load_yaml(path) if path is not None else {}
-    nested = {name: values.pop(name, None) or {} for name in sections}
-    if isinstance(nested.get("model"), str):
-        nested["model"] = {"model_name_or_path": nested["model"]}
-    for name, section in nested.items():
-        if not isinstance(section, dict):
-            raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
-    return {"": values, **nested}, flags
-
-
-def _load_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HFTError(f"config {str(path)!r} can't be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise HFTError(f"config {str(path)!r} is no valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise HFTError(f"config {str(path)!r} must hold keys and values.")
-    for key, value in (values.pop("env", None) or {}).items():
-        os.environ[str(key)] = str(value)
-    return values
-
-
-def _parse(
-    section: str,
-    types: tuple[type, ...],
-    values: dict[str, Any],
-    flags: list[str],
-    fixed: dict[str, Any] | None = None,
-    without: Iterable[str] = (),
-) -> tuple[Any, ...]:
-    """Build the dataclasses of one section from the YAML's `values` and the command line's `flags`, which win."""
-    prefix = f"{section}." if section else ""
-    hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
-    known = [
-        field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
-    ]
-    switches = [f"no_{name}" for name in known if hints[name] in (bool, bool | None)]
-    given = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-    for key in (*values, *given):
-        if key not in known and not (key in given and key in switches):
-            where = f"in section {section}" if section else "above the sections"
-            raise HFTError(f"unknown key {prefix}{key} {where}: {_nearest(str(key), known, prefix)}")
-
-    parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
-    argv, raw = [], dict(fixed or {})
-    for key, value in values.items():
-        if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
-            raw[key] = value
-        elif isinstance(value, bool) and not _accepts(hints[key], bool):
-            raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
-        elif isinstance(value, str | int | float):
-            argv.append(f"--{key}={value}")  # through argparse, which converts and checks it like a flag
-        else:
-            raise HFTError(f"{prefix}{key} is {value!r}: it takes {_readable(hints[key])}.")
-    if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
-        raw["bf16"] = is_torch_bf16_gpu_available()
-    # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
-    for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
-        raw.setdefault(key, True)
-    parser.set_defaults_with_config(**raw)
-    try:
-        namespace, rest = parser.parse_known_args([*argv, *flags])
-    except argparse.ArgumentError as error:
-        name = (error.argument_name or "").partition("/")[0].lstrip("-")
-        raise HFTError(f"{prefix}{name}: {error.message}.") from error
-    if rest:
-        raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
-    found = vars(namespace)
-    if found.get("bf16") and not found.get("use_cpu") and not is_torch_bf16_gpu_available():
-        raise HFTError(
-            f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
-        )
-    if found.get("fp16") and not torch.cuda.is_available():
-        raise HFTError(f"{prefix}fp16 is true, but this machine has no GPU: set {prefix}fp16 to false.")
-    if "use_cpu" in found and not torch.accelerator.is_available():
-        # Said outright, since accelerate otherwise runs several CPU processes as so many separate runs.
-        found["use_cpu"] = True
-    try:
-        with warnings.catch_warnings():
-            # transformers renames it to activation_checkpointing; TRL still sets the old name for everybody.
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            return tuple(
-                kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
-                for kind in types
-            )
-    except HFTError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise HFTError(f"{section or 'settings'}: {' '.join(str(error).split())}") from error
-
-
-def _accepts(hint: Any, kind: type) -> bool:
-    return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
-
-
-def _readable(hint: Any) -> str:
-    return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
-
-
-def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{matches[0]}?" if matches else f"the valid ones are {', '.join(sorted(known))}."

@@ -1,0 +1,174 @@
+"""Sections of a YAML file and dotted flags: read, checked, and parsed into dataclasses by TRL's parser."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import TrlParser
+
+from hft_trl.errors import HFTError
+
+SECTIONS = {
+    "model": "model_name_or_path",
+    "hft": "ratio",
+    "sft": "learning_rate",
+    "dpo": "beta",
+}  # with a key as example
+
+
+class _Parser(TrlParser):
+    """TRL's parser, whose errors can be caught."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def answer_help(argv: list[str], text: str) -> None:
+    """Print the text and end, if the command line asks for help."""
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(text.strip() + "\n")
+        sys.exit(0)
+
+
+def read_sections(
+    argv: list[str], default_config: str | Path | None, sections: Iterable[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
+    """The YAML file's values and the command line's tokens, both by section; `""` is what stands above the sections."""
+    path = default_config
+    flags: dict[str, list[str]] = {name: [] for name in ("", *sections)}
+    current = ""
+    tokens = iter(argv)
+    for token in tokens:
+        if not token.startswith("--"):
+            flags[current].append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        if name == "config":
+            path = value if equals else next(tokens, None)
+            if path is None:
+                raise HFTError("--config is the last word: give it the path of a YAML file.")
+            continue
+        current, dot, key = name.partition(".")
+        if name in sections:
+            current, key = name, "model_name_or_path"
+            if name != "model":
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{SECTIONS[name]}.")
+        elif not dot:
+            current, key = "", name
+        elif current not in sections:
+            raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}")
+        flags[current].append(f"--{key}{equals}{value}")
+
+    values = load_yaml(path) if path is not None else {}
+    nested = {name: values.pop(name, None) or {} for name in sections}
+    if isinstance(nested.get("model"), str):
+        nested["model"] = {"model_name_or_path": nested["model"]}
+    for name, section in nested.items():
+        if not isinstance(section, dict):
+            raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
+    return {"": values, **nested}, flags
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HFTError(f"config {str(path)!r} can't be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise HFTError(f"config {str(path)!r} is no valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise HFTError(f"config {str(path)!r} must hold keys and values.")
+    for key, value in (values.pop("env", None) or {}).items():
+        os.environ[str(key)] = str(value)
+    return values
+
+
+def parse_section(
+    section: str,
+    types: tuple[type, ...],
+    values: dict[str, Any],
+    flags: list[str],
+    fixed: dict[str, Any] | None = None,
+    without: Iterable[str] = (),
+) -> tuple[Any, ...]:
+    """Build the dataclasses of one section from the YAML's `values` and the command line's `flags`, which win."""
+    prefix = f"{section}." if section else ""
+    hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
+    known = [
+        field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
+    ]
+    switches = [f"no_{name}" for name in known if hints[name] in (bool, bool | None)]
+    given = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    for key in (*values, *given):
+        if key not in known and not (key in given and key in switches):
+            where = f"in section {section}" if section else "above the sections"
+            raise HFTError(f"unknown key {prefix}{key} {where}: {_nearest(str(key), known, prefix)}")
+
+    parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
+    argv, raw = [], dict(fixed or {})
+    for key, value in values.items():
+        if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
+            raw[key] = value
+        elif isinstance(value, bool) and not _accepts(hints[key], bool):
+            raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
+        elif isinstance(value, str | int | float):
+            argv.append(f"--{key}={value}")  # through argparse, which converts and checks it like a flag
+        else:
+            raise HFTError(f"{prefix}{key} is {value!r}: it takes {_readable(hints[key])}.")
+    if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
+        raw["bf16"] = is_torch_bf16_gpu_available()
+    # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
+    for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
+        raw.setdefault(key, True)
+    parser.set_defaults_with_config(**raw)
+    try:
+        namespace, rest = parser.parse_known_args([*argv, *flags])
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").partition("/")[0].lstrip("-")
+        raise HFTError(f"{prefix}{name}: {error.message}.") from error
+    if rest:
+        raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
+    found = vars(namespace)
+    if found.get("bf16") and not found.get("use_cpu") and not is_torch_bf16_gpu_available():
+        raise HFTError(
+            f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
+        )
+    if found.get("fp16") and not torch.cuda.is_available():
+        raise HFTError(f"{prefix}fp16 is true, but this machine has no GPU: set {prefix}fp16 to false.")
+    if "use_cpu" in found and not torch.accelerator.is_available():
+        # Said outright, since accelerate otherwise runs several CPU processes as so many separate runs.
+        found["use_cpu"] = True
+    try:
+        with warnings.catch_warnings():
+            # transformers renames it to activation_checkpointing; TRL still sets the old name for everybody.
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+            return tuple(
+                kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
+                for kind in types
+            )
+    except HFTError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise HFTError(f"{section or 'settings'}: {' '.join(str(error).split())}") from error
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
+
+
+def _readable(hint: Any) -> str:
+    return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
+
+
+def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{matches[0]}?" if matches else f"the valid ones are {', '.join(sorted(known))}."
