@@ -138,7 +138,9 @@ def _load_split(stage: Stage, split: str) -> Dataset:
     return data.preference_dataset(dataset, name, stage.data.drop_equal_pairs)
 
 
-def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) -> StageRecord:
+def train_and_save(
+    stage: Stage, trainer: HFTMixin, rows: int, base_model: str, truncated_rows: int | None = None
+) -> StageRecord:
     """
     Train a stage from where its folder stands, save the model, and mark the folder as finished.
 
@@ -151,6 +153,8 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
             Rows of the data set that the trainer was given.
         base_model (`str`):
             Hub id or folder of the run's first start model, from which movements are measured.
+        truncated_rows (`int`, *optional*):
+            Rows that were cut to fit, where they were counted.
 
     Returns:
         [`StageRecord`]: What the stage measured.
@@ -171,7 +175,7 @@ def train_and_save(stage: Stage, trainer: HFTMixin, rows: int, base_model: str) 
     reset_peak_memory()
     trainer.train(resume_from_checkpoint=checkpoint)
     record = measure(stage, trainer, resumed_from)
-    record.rows, record.dropped_rows = rows - dropped, dropped
+    record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
     with writing(stage.folder):
         trainer.save_model()
         trainer.save_state()

@@ -24,10 +24,13 @@ PROBES = ASSETS / "probes"
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
+CONTINUAL_RECIPE = ASSETS / "continual.yaml"
+"""The settings of the demo's continual run."""
+
 
 def model_path(model: str) -> str:
     """The embedded model's folder for the word `demo`, every other hub id or folder as it is."""
     return str(MODEL) if model == "demo" else model
 
 
-__all__ = ["ASSETS", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA", "model_path"]
+__all__ = ["ASSETS", "CONTINUAL_RECIPE", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA", "model_path"]

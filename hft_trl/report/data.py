@@ -81,6 +81,8 @@ class StageRecord:
             What the stage started from and learned on.
         rows, dropped_rows (`int`, *optional*):
             Rows of the data set that were used, and rows left out because truncation left them no trained token.
+        truncated_rows (`int`, *optional*):
+            Rows that were cut from the left to fit, `None` where they were not counted.
         resumed_from_step (`int`, *optional*):
             Step of the checkpoint that the stage went on from.
         history (`list[dict]`, *optional*):
@@ -108,6 +110,7 @@ class StageRecord:
     dataset: str = ""
     rows: int | None = None
     dropped_rows: int | None = None
+    truncated_rows: int | None = None
     resumed_from_step: int | None = None
     reference_memory_bytes: int | None = None
     shared_reference_bytes: int | None = None

@@ -1,0 +1,130 @@
+"""After a round: what its model answers on the test sets of the tasks seen, and the score of each."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hft_trl.continual.metrics import METRICS
+from hft_trl.continual.tasks import Task
+from hft_trl.continual.text import encode_prompts
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json, writing
+from hft_trl.generate import complete
+from hft_trl.zero import whole_models
+
+PREDICTIONS = "predictions"
+
+
+@dataclass(frozen=True)
+class Answered:
+    """
+    A task as a round's model answered it.
+
+    Attributes:
+        score (`float`): By the task's metric, from 0 to 100.
+        empty (`int`): Predictions without any text, which score 0.
+        truncated (`int`): Prompts that were cut from the left.
+    """
+
+    score: float
+    empty: int
+    truncated: int
+
+
+def evaluate_tasks(
+    folder: str | Path,
+    tasks: Iterable[Task],
+    max_new_tokens: int,
+    max_length: int | None,
+    batch_size: int,
+    dtype: str = "auto",
+) -> dict[str, Answered]:
+    """
+    Let a round's model answer test sets greedily, in batches, and score it. Every process has to call, and takes a part.
+
+    What was answered before with the same settings is read, so nothing is generated twice.
+
+    Args:
+        folder (`str` or `Path`):
+            The round's model. `predictions/<task>.json` in it gets each row's answer and prediction, in the test set's
+            order.
+        tasks (`Iterable[Task]`):
+            The tasks.
+        max_new_tokens (`int`):
+            Longest prediction, in tokens.
+        max_length (`int`, *optional*):
+            Longest text, in tokens: a prompt may have what `max_new_tokens` leave of it.
+        batch_size (`int`):
+            Prompts in a batch of a process.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type to load the model in.
+
+    Returns:
+        `dict[str, Answered]`: Scores by task, in the first process; the others get an empty one.
+    """
+    folder, state, found = Path(folder), PartialState(), {}
+    model = tokenizer = None
+    prompt_length = None if max_length is None else max_length - max_new_tokens
+    for task in tasks:
+        path = folder / PREDICTIONS / f"{task.name}.json"
+        made_with = {
+            "test_digest": hashlib.sha256(json.dumps(task.test).encode()).hexdigest(),
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+        }
+        known = _read(path, made_with) if state.is_main_process else None
+        if not any(gather_object([known is not None])):
+            if model is None:
+                with whole_models():
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(state.device)
+                tokenizer = AutoTokenizer.from_pretrained(folder)
+            rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
+            with state.split_between_processes(rows) as ours:
+                predictions = gather_object(
+                    complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
+                )
+            if state.is_main_process:
+                known = _write(path, task, predictions, truncated, made_with)
+        if known is not None:
+            found[task.name] = known
+    return found
+
+
+def check_lengths(max_length: int | None, max_new_tokens: int) -> None:
+    """
+    Check that answers leave room for prompts.
+
+    Raises:
+        [`HFTError`]: If they don't.
+    """
+    if max_new_tokens < 1 or (max_length is not None and max_new_tokens >= max_length):
+        raise HFTError(
+            f"max_new_tokens is {max_new_tokens} and sft.max_length {max_length}: it must be at least 1, and less than "
+            "sft.max_length, since a prompt gets what it leaves."
+        )
+
+
+def _read(path: Path, made_with: dict[str, Any]) -> Answered | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Answered(**content["result"]) if content["made_with"] == made_with else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there, or not whole: it is made anew
+
+
+def _write(path: Path, task: Task, predictions: Sequence[str], truncated: int, made_with: dict[str, Any]) -> Answered:
+    score = METRICS[task.metric]([row.prompt for row in task.test], predictions, [row.answer for row in task.test])
+    result = Answered(score, sum(not text.strip() for text in predictions), truncated)
+    rows = [{"answer": row.answer, "prediction": text} for row, text in zip(task.test, predictions, strict=True)]
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        content = {"task": task.name, "metric": task.metric, "result": asdict(result), "made_with": made_with}
+        write_json(path, {**content, "predictions": rows}, ensure_ascii=False)
+    return result

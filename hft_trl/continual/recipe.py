@@ -1,0 +1,195 @@
+"""The settings of a continual run, and its rounds as stages, which resume and are checked as all stages are."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from accelerate import PartialState
+from transformers.utils import logging
+from trl import SFTConfig
+
+from hft_trl import demo
+from hft_trl.arguments import DataArguments, ModelArguments, RunArguments
+from hft_trl.config import HFTConfig
+from hft_trl.continual.evaluate import check_lengths
+from hft_trl.continual.metrics import check_metrics
+from hft_trl.continual.rounds import Round, plan_rounds
+from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json, writing
+from hft_trl.recipe import Stage, make_stage
+from hft_trl.sections import answer_help, parse_section, read_sections
+
+logger = logging.get_logger(__name__)
+
+SECTIONS = ("model", "hft", "sft")
+
+
+@dataclasses.dataclass
+class ContinualArguments(RunArguments):
+    """
+    What belongs to a continual run as a whole: the keys above the sections, beside those of [`RunArguments`].
+
+    Args:
+        benchmark (`str`, *optional*):
+            TRACE's folder, any folder with a `tasks.yaml`, or `"demo"` for the embedded mini benchmark.
+        tasks (`str`, *optional*):
+            YAML file with tasks of one's own, which are learned after the benchmark's.
+        approach (`str`, *optional*, defaults to `"sequential"`):
+            See [`~hft_trl.continual.rounds.plan_rounds`].
+        replay_share (`float`, *optional*, defaults to `0.1`):
+            Share of the rows of each earlier task that replay mixes in.
+        max_new_tokens (`int`, *optional*, defaults to `512`):
+            Longest prediction, in tokens (TRACE's `max_ans_len`).
+        eval_batch_size (`int`, *optional*, defaults to `64`):
+            Prompts that a process answers at a time.
+    """
+
+    benchmark: str | None = dataclasses.field(default=None, metadata={"help": "TRACE's folder, or demo."})
+    tasks: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with tasks of your own."})
+    approach: Literal["sequential", "replay", "multitask", "individual"] = dataclasses.field(
+        default="sequential", metadata={"help": "How the tasks are learned."}
+    )
+    replay_share: float = dataclasses.field(
+        default=0.1, metadata={"help": "Share of each earlier task's rows that replay mixes in."}
+    )
+    max_new_tokens: int = dataclasses.field(default=512, metadata={"help": "Longest prediction, in tokens."})
+    eval_batch_size: int = dataclasses.field(default=64, metadata={"help": "Prompts answered at a time."})
+
+
+@dataclasses.dataclass
+class ContinualRecipe:
+    """
+    A parsed continual run.
+
+    Attributes:
+        run ([`ContinualArguments`]): What belongs to the run as a whole.
+        model ([`~hft_trl.arguments.ModelArguments`]): The base.
+        hft ([`HFTConfig`]): What each round trains.
+        sft ([`~trl.SFTConfig`]): The trainer's arguments, but for folder and epochs of a round.
+        own_epochs (`bool`): Whether the user set the length of a round, which otherwise is the task's.
+    """
+
+    run: ContinualArguments
+    model: ModelArguments
+    hft: HFTConfig
+    sft: SFTConfig
+    own_epochs: bool
+
+    def stages(self, rounds: Sequence[Round]) -> list[Stage]:
+        """
+        The rounds as stages, each with the file of rows that it learns from. Every process has to call.
+
+        Raises:
+            [`HFTError`]: If the folder of the run can't be written, or holds a run of another approach.
+        """
+        output, stages = Path(self.run.output_dir), []
+        for planned in rounds:
+            path = output / f"{planned.name}.json"
+            if PartialState().is_main_process:
+                with writing(output):
+                    output.mkdir(parents=True, exist_ok=True)
+                    _write_once(path, [{"prompt": row.prompt, "completion": row.answer} for row in planned.rows])
+            args = copy.copy(self.sft)
+            args.output_dir = str(output / planned.name)
+            if not self.own_epochs:
+                args.num_train_epochs = planned.epochs
+            model = self.model
+            if planned.start is not None:  # the revision is the hub model's
+                model = dataclasses.replace(
+                    model, model_name_or_path=str(output / planned.start), model_revision="main"
+                )
+            stages.append(make_stage(planned.name, model, DataArguments(str(path)), args, self.hft))
+        PartialState().wait_for_everyone()
+        return stages
+
+
+def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
+    """
+    Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`; flags win over the file.
+
+    Args:
+        argv (`list[str]`):
+            The command line without the program's name.
+        default_config (`str` or `Path`, *optional*):
+            The YAML file to use when there is no `--config`.
+        help_text (`str`, *optional*):
+            What `--help` prints.
+
+    Raises:
+        [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
+    """
+    answer_help(argv, help_text)
+    values, flags = read_sections(argv, default_config, SECTIONS)
+    (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
+    if run.benchmark is None and run.tasks is None:
+        raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
+    if not 0 <= run.replay_share <= 1:
+        raise HFTError(f"replay_share is {run.replay_share!r}: it must be from 0 to 1.")
+    (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
+    if hft.strategy == "layer" and hft.ratio == 0.5 and not _given("reselect", values["hft"], flags["hft"]):
+        hft = dataclasses.replace(hft, reselect="complement")  # the layers not learned in the last round (paper)
+    (sft,) = parse_section(
+        "sft",
+        (SFTConfig,),
+        values["sft"],
+        flags["sft"],
+        fixed={"output_dir": run.output_dir},
+        without={"output_dir", "trust_remote_code"},
+    )
+    if sft.packing:
+        raise HFTError("sft.packing is true, but rows of a task are learned one by one: drop it.")
+    if sft.eval_strategy != "no":
+        raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
+    check_lengths(sft.max_length, run.max_new_tokens)
+    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
+    length = ("num_train_epochs", "max_steps")
+    own_epochs = any(_given(key, values["sft"], flags["sft"]) for key in length)
+    return ContinualRecipe(run, model, dataclasses.replace(hft, method=run.method), sft, own_epochs)
+
+
+def _given(key: str, values: dict[str, Any], flags: list[str]) -> bool:
+    return key in values or any(flag[2:].partition("=")[0].replace("-", "_") == key for flag in flags)
+
+
+def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
+    """
+    Read and check every task of a run, and plan its rounds. Every process has to call.
+
+    Raises:
+        [`HFTError`]: Naming the folder, file, row or key that is missing, or the library that a metric needs.
+    """
+    run, tasks = recipe.run, []
+    folder = run.benchmark
+    if folder == "demo":
+        folder = str(Path(run.output_dir) / "benchmark")
+        if PartialState().is_main_process:
+            from hft_trl.demo.continual import write_benchmark
+
+            with writing(folder):
+                write_benchmark(folder)
+        PartialState().wait_for_everyone()
+    if folder is not None:
+        tasks += read_benchmark(folder)
+    if run.tasks is not None:
+        tasks += read_tasks(run.tasks)
+    check_names(tasks)
+    check_metrics([task.metric for task in tasks])
+    general = read_replay(folder) if folder is not None and run.approach == "replay" else ()
+    if run.approach == "replay" and not general:
+        logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
+    return tasks, plan_rounds(run.approach, tasks, general, run.replay_share, recipe.hft.seed)
+
+
+def _write_once(path: Path, content: list[dict[str, str]]) -> None:
+    """Write a file unless it is there with this content: a new one would be tokenized anew."""
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return
+    except (OSError, ValueError):
+        pass
+    write_json(path, content, ensure_ascii=False)

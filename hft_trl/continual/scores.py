@@ -1,0 +1,179 @@
+"""From scores of tasks after rounds to what continual learning is judged by: overall performance and backward transfer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hft_trl.continual.evaluate import Answered
+from hft_trl.continual.rounds import Round
+from hft_trl.continual.tasks import Task
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json, writing
+from hft_trl.report import StageRecord
+
+SCORES_FILE = "scores.json"
+VERSION = 1
+
+Matrix = Sequence[Sequence[float]]
+"""`matrix[t][i]` is the score, from 0 to 100, on task `i` after round `t`; a row is as long as tasks are seen by then."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """
+    Overall performance and backward transfer after each round (paper, section 4.3), with t tasks seen by then.
+
+    Attributes:
+        op (`list[float]`):
+            OP_t, the mean of the scores on the t tasks.
+        bwt (`list[float]`):
+            BWT_t, 1/t times the sum over the tasks of earlier rounds of their score now less that of their own round.
+        bwt_t_minus_1 (`list[float | None]`):
+            The same sum divided by the t - 1 earlier tasks, as most of the literature has it; `None` where there are none.
+    """
+
+    op: list[float]
+    bwt: list[float]
+    bwt_t_minus_1: list[float | None]
+
+
+def curves(matrix: Matrix) -> Curves:
+    """
+    Overall performance and backward transfer.
+
+    Args:
+        matrix (`Matrix`):
+            A row per round. A first round of several tasks (all pooled) is a row with all of them.
+
+    Returns:
+        [`Curves`]: A value of each per round.
+    """
+    op, bwt, bwt_t_minus_1 = [], [], []
+    first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
+    earlier = 0
+    for row in matrix:
+        change = sum(row[task] - first[task] for task in range(earlier))
+        op.append(sum(row) / len(row))
+        bwt.append(change / len(row))
+        bwt_t_minus_1.append(change / earlier if earlier else None)
+        earlier = len(row)
+    return Curves(op, bwt, bwt_t_minus_1)
+
+
+def score_rows(rounds: Sequence[Round], answered: Sequence[Mapping[int, Answered]]) -> list[list[Answered]]:
+    """
+    A row per round, with a task for each seen by then, as the newest model that was asked answered it.
+
+    Args:
+        rounds (`Sequence[Round]`):
+            The rounds so far.
+        answered (`Sequence[Mapping[int, Answered]]`):
+            For each of them, what its model answered, by the task's number. Where each task has a model of its own, a
+            row repeats what the earlier models answered.
+    """
+    rows: list[list[Answered]] = []
+    newest: dict[int, Answered] = {}
+    seen: set[int] = set()
+    for planned, found in zip(rounds, answered, strict=True):
+        newest.update(found)
+        seen.update(planned.tasks)
+        rows.append([newest[task] for task in sorted(seen)])
+    return rows
+
+
+def write_scores(
+    folder: str | Path,
+    approach: str,
+    tasks: Sequence[Task],
+    rounds: Sequence[Round],
+    answered: Sequence[Mapping[int, Answered]],
+    records: Sequence[StageRecord],
+    probes: Mapping[str, Mapping[str, float | None]],
+) -> dict[str, Any]:
+    """
+    Write `scores.json`. The same rounds give the same bytes: it holds no times.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the run.
+        approach (`str`):
+            Name of the approach.
+        tasks (`Sequence[Task]`):
+            All tasks in order.
+        rounds (`Sequence[Round]`), answered (`Sequence[Mapping[int, Answered]]`):
+            The finished rounds, and what their models answered, see [`score_rows`].
+        records (`Sequence[StageRecord]`):
+            What was measured in them.
+        probes (`Mapping[str, Mapping[str, float | None]]`):
+            General abilities and knowledge after the last round, by model and name.
+
+    Returns:
+        `dict[str, Any]`: What was written.
+    """
+    rows = score_rows(rounds, answered)
+    matrix = [[task.score for task in row] for row in rows]
+    content = {
+        "version": VERSION,
+        "approach": approach,
+        "method": records[-1].method,
+        "model": records[0].start_model,
+        "tasks": [task.name for task in tasks],
+        "metrics": [task.metric for task in tasks],
+        "matrix": matrix,
+        **asdict(curves(matrix)),
+        "probes": probes,
+        "rounds": [
+            {
+                "name": planned.name,
+                "tasks": [tasks[number].name for number in planned.tasks],
+                "selection_digest": record.selection_digest,
+                "share": record.share,
+                "steps": record.steps,
+                "rows": record.rows,
+                "truncated_rows": record.truncated_rows,
+            }
+            for planned, record in zip(rounds, records, strict=True)
+        ],
+        "empty_predictions": [[task.empty for task in row] for row in rows],
+        "truncated_prompts": [[task.truncated for task in row] for row in rows],
+    }
+    path = Path(folder) / SCORES_FILE
+    with writing(path):
+        write_json(path, content, ensure_ascii=False)
+    return content
+
+
+def read_scores(folder: str | Path) -> dict[str, Any] | None:
+    """
+    What [`write_scores`] wrote; `None` if there is nothing yet.
+
+    Raises:
+        [`HFTError`]: If the file is no such file.
+    """
+    path = Path(folder) / SCORES_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{path} can't be read ({error}): remove it, and run the same command again.") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
+    return content
+
+
+def check_approach(folder: str | Path, approach: str) -> None:
+    """
+    Check that a folder has no scores of another approach.
+
+    Raises:
+        [`HFTError`]: If it has.
+    """
+    scores = read_scores(folder)
+    if scores is not None and scores["approach"] != approach:
+        raise HFTError(
+            f"output_dir {str(folder)!r} was made with the approach {scores['approach']}, now it is {approach}: choose "
+            "another output_dir, or pass --overwrite."
+        )

@@ -1,0 +1,211 @@
+"""Tasks on disk: TRACE's folders as they were released, and users' own tasks from a small YAML file."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hft_trl.continual.metrics import METRICS
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json
+from hft_trl.sections import load_yaml
+
+TASKS_FILE = "tasks.yaml"
+REPLAY_FOLDER = "Lima"
+"""Folder in a benchmark with general alignment data, which replay mixes in (TRACE's name for LIMA)."""
+
+
+class Known(NamedTuple):
+    """Metric and epochs of one of TRACE's tasks."""
+
+    metric: str
+    epochs: int
+
+
+# Order and epochs are those of TRACE's own training script, which the HFT paper follows. Metrics as the HFT paper says:
+# TRACE's code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons; only the letter counts.
+TRACE = {
+    "C-STANCE": Known("accuracy", 5),
+    "FOMC": Known("accuracy", 3),
+    "MeetingBank": Known("rouge_l", 7),
+    "Py150": Known("edit_similarity", 5),
+    "ScienceQA": Known("choice_accuracy", 3),
+    "NumGLUE-cm": Known("accuracy", 5),
+    "NumGLUE-ds": Known("accuracy", 5),
+    "20Minuten": Known("rouge_l", 7),
+}
+"""TRACE's eight tasks in the paper's order."""
+
+
+class Row(NamedTuple):
+    """What a model reads and what it is to write; the text is one after the other, with nothing between."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task, checked when it is read.
+
+    Attributes:
+        name (`str`): Its name, also that of files.
+        train, test (`tuple[Row, ...]`): Rows to learn from and rows to be scored on.
+        metric (`str`): One of [`~hft_trl.continual.metrics.METRICS`].
+        epochs (`int`): Passes over `train` in the task's round.
+    """
+
+    name: str
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+    metric: str
+    epochs: int
+
+
+def read_benchmark(folder: str | Path) -> list[Task]:
+    """
+    Read a benchmark.
+
+    Args:
+        folder (`str` or `Path`):
+            TRACE's folder, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which hold `train.json`
+            and `test.json` (`eval.json` is not read). Or any folder with a `tasks.yaml`, see [`read_tasks`].
+
+    Returns:
+        `list[Task]`: The tasks in the order in which they are learned, TRACE's in the paper's order.
+
+    Raises:
+        [`HFTError`]: Naming the folder, file, row or key that is missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HFTError(f"benchmark {str(folder)!r} is no folder: give the path of TRACE's LLM-CL-Benchmark_5000.")
+    if (folder / TASKS_FILE).is_file():
+        return read_tasks(folder / TASKS_FILE)
+    missing = [name for name in TRACE if not (folder / name).is_dir()]
+    if missing:
+        raise HFTError(
+            f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks are "
+            f"missing): complete it, or name the tasks that are there in a {TASKS_FILE}."
+        )
+    return [_task(name, _files(folder / name), *known) for name, known in TRACE.items()]
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """
+    Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
+
+    Args:
+        path (`str` or `Path`):
+            The file. `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files,
+            relative to the YAML file; by default the folder of the task's name beside it. A task of TRACE needs neither
+            `metric` nor `epochs`.
+
+    Returns:
+        `list[Task]`: The tasks in the file's order.
+
+    Raises:
+        [`HFTError`]: Naming the key or file that is missing, unknown or has a wrong value.
+    """
+    path = Path(path)
+    entries = load_yaml(path).get("tasks")
+    if not isinstance(entries, list) or not entries:
+        raise HFTError(
+            f"{path} has no list of tasks: write them below the key tasks, each with name, metric and epochs."
+        )
+    return [_from_yaml(entry, f"task {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)]
+
+
+def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise HFTError(f"{where} is {entry!r}: give it a name, metric and epochs.")
+    name, known = entry["name"], TRACE.get(entry["name"], Known("", 0))
+    if name != Path(name).name or name.startswith("."):
+        raise HFTError(
+            f"{where} has the name {name!r}: files are named after it, so it can hold no slash and begin with no dot."
+        )
+    unknown = sorted(entry.keys() - {"name", "files", "metric", "epochs"})
+    if unknown:
+        raise HFTError(f"{where} ({name}) has the key {unknown[0]!r}: the keys are name, files, metric and epochs.")
+    metric, epochs = entry.get("metric", known.metric), entry.get("epochs", known.epochs)
+    if metric not in METRICS:
+        raise HFTError(f"{where} ({name}) has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise HFTError(f"{where} ({name}) has epochs {epochs!r}: it must be a whole number from 1 on.")
+    files = entry.get("files", name)
+    if isinstance(files, dict) and files.keys() >= {"train", "test"}:
+        return _task(name, {split: folder / str(files[split]) for split in ("train", "test")}, metric, epochs)
+    if not isinstance(files, str):
+        raise HFTError(f"{where} ({name}) has files {files!r}: give a folder, or a file each for train and test.")
+    return _task(name, _files(folder / files), metric, epochs)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise HFTError(f"the task folder {str(folder)!r} does not exist: it must hold train.json and test.json.")
+    return {split: folder / f"{split}.json" for split in ("train", "test")}
+
+
+def _task(name: str, files: dict[str, Path], metric: str, epochs: int) -> Task:
+    return Task(name, read_rows(files["train"]), read_rows(files["test"]), metric, epochs)
+
+
+def read_rows(path: str | Path) -> tuple[Row, ...]:
+    """
+    Read a JSON list of `{"prompt": ..., "answer": ...}`.
+
+    Raises:
+        [`HFTError`]: Naming the file, and the first row that has no prompt, or no answer to learn.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HFTError(f"the task file {str(path)!r} can't be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise HFTError(f"the task file {str(path)!r} is no valid JSON: {error}.") from error
+    if not isinstance(content, list) or not content:
+        raise HFTError(
+            f"the task file {str(path)!r} must be a JSON list of rows with prompt and answer, and not empty."
+        )
+    for number, row in enumerate(content):
+        where = f"row {number} of {str(path)!r}"
+        if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
+            raise HFTError(f"{where} is {row!s:.80}: give it a prompt and an answer.")
+        for key in ("prompt", "answer"):
+            if not isinstance(row[key], str) or not row[key].strip():
+                raise HFTError(f"{where} has {key} {row[key]!r}: it must be text, and not empty.")
+    return tuple(Row(row["prompt"], row["answer"]) for row in content)
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """
+    Check that every task has a name of its own.
+
+    Raises:
+        [`HFTError`]: If there is no task, or two have one name.
+    """
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise HFTError(f"two tasks have the name {twice!r}: give each a name of its own.")
+    if not names:
+        raise HFTError("there is no task: give a benchmark, or tasks of your own.")
+
+
+def read_replay(folder: str | Path) -> tuple[Row, ...]:
+    """
+    General alignment data that replay mixes in: `Lima/train.json` of a benchmark; nothing where it has none.
+
+    Raises:
+        [`HFTError`]: If the file is there and can't be learned from.
+    """
+    path = Path(folder) / REPLAY_FOLDER / "train.json"
+    return read_rows(path) if path.exists() else ()
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows in TRACE's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [row._asdict() for row in rows], ensure_ascii=False)

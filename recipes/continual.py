@@ -1,0 +1,105 @@
+"""
+Continual learning: task after task, a fresh half of the model in every round, and what is left of the earlier tasks.
+
+Without arguments it learns eight small tasks with a small embedded model, in a few minutes on a CPU:
+
+```bash
+accelerate launch recipes/continual.py
+```
+
+TRACE with the paper's order, epochs and hyper-parameters (the file's header says on which machine), and tasks of your own:
+
+```bash
+accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --benchmark data/LLM-CL-Benchmark_5000
+accelerate launch recipes/continual.py --model Qwen/Qwen3-0.6B --tasks my_tasks.yaml --output_dir runs/mine
+```
+
+Each approach with either method; flags win over the file:
+
+```bash
+accelerate launch recipes/continual.py --approach sequential --method fft --output_dir runs/fft
+accelerate launch recipes/continual.py --approach replay --hft.reselect same --hft.ratio 0.3 --output_dir runs/replay
+```
+
+Above the sections stand `output_dir`, `approach` (sequential, replay, multitask, individual), `method`, `benchmark`, `tasks`,
+`replay_share`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round). The sections are
+`model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
+stopped, also in the middle of a round.
+"""
+
+import sys
+
+from accelerate import PartialState
+from rich.console import Console
+
+from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
+from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.recipe import ContinualRecipe, load_rounds, parse_continual
+from hft_trl.continual.scores import check_approach, write_scores
+from hft_trl.continual.tables import score_grid
+from hft_trl.continual.text import encode
+from hft_trl.evaluation import parse_suites
+from hft_trl.evaluation.stages import evaluate_stages
+from hft_trl.folder import finished, open_stages
+from hft_trl.recipe import Stage
+from hft_trl.report.tables import rich_table
+from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
+
+
+def main(recipe: ContinualRecipe) -> None:
+    run, base = recipe.run, recipe.model.model_name_or_path
+
+    # Whatever can be wrong is found before anything is trained
+    suites = parse_suites(run.evaluate) if run.evaluate else []
+    if not run.overwrite:
+        check_approach(run.output_dir, run.approach)
+    tasks, rounds = load_rounds(recipe)
+    stages = recipe.stages(rounds)
+    check_model(stages[0])
+    load_tokenizer(stages[0])
+    open_stages(stages, run.overwrite)
+
+    # Round after round: learn, then answer the test sets of the tasks seen so far
+    answered, probes = [], {}
+    for number, (planned, stage) in enumerate(zip(rounds, stages, strict=True), 1):
+        if not finished(stage):
+            learn(stage, base)
+        asked = {tasks[task].name: task for task in planned.evaluated}
+        found = evaluate_tasks(
+            stage.folder,
+            [tasks[task] for task in planned.evaluated],
+            run.max_new_tokens,
+            stage.args.max_length,
+            run.eval_batch_size,
+            recipe.model.dtype,
+        )
+        answered.append({asked[name]: result for name, result in found.items()})
+        if number == len(rounds) and run.approach != "individual":  # which has no model that learned all tasks
+            probes, _, _ = evaluate_stages(recipe.model, {planned.name: str(stage.folder)}, suites)
+        if PartialState().is_main_process:
+            records = [finished(done) for done in stages[:number]]
+            scores = write_scores(run.output_dir, run.approach, tasks, rounds[:number], answered, records, probes)
+
+    if PartialState().is_main_process:
+        Console().print(rich_table(score_grid(scores)))
+
+
+def learn(stage: Stage, base: str) -> None:
+    """Train a round: a half of the last round's model learns the answers of a task."""
+    tokenizer = load_tokenizer(stage)
+    rows, _ = load_data(stage)
+    rows, truncated = encode(rows, tokenizer, stage.args.max_length, stage.args.dataset_num_proc)
+    with as_user_error(f"the trainer of {stage.name}"):
+        trainer = HFTSFTTrainer(
+            model=stage.model.model_name_or_path,
+            args=stage.args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            hft_config=stage.hft,
+        )
+    train_and_save(stage, trainer, len(rows), base, truncated)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_continual(sys.argv[1:], default_config=demo.CONTINUAL_RECIPE, help_text=__doc__))
