@@ -51,10 +51,9 @@ def _kind(rng: random.Random, people: list[Person], things: dict[str, list[str]]
     return Row(_asked(f"Items: {items[0]}", "kind"), f"It is {with_article(kinds[0])}.")
 
 
-def _pick(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
-    kinds, items = _three(rng, things)
-    right = rng.randrange(3)
-    return Row(_asked(f"Items: {', '.join(items)}", kinds[right]), f"It is {items[right]}.")
+def _last(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
+    _, items = _three(rng, things)
+    return Row(_asked(f"Items: {', '.join(items)}", "last"), f"At the end is {items[-1]}.")
 
 
 def _reverse(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
@@ -68,7 +67,7 @@ TASKS: dict[str, tuple[str, Callable[..., Row]]] = {
     "Kinds": ("accuracy", _kind),
     "Profiles": ("rouge_l", _profile),
     "Lists": ("edit_similarity", _reverse),
-    "Picks": ("accuracy", _pick),
+    "Ends": ("accuracy", _last),
     "Trades": ("accuracy", _person("profession", "trade", "Works as")),
     "Pets": ("accuracy", _person("pet", "pet", "Keeps")),
     "Summaries": ("rouge_l", _summary),

@@ -1,0 +1,80 @@
+"""Metrics of tasks are from 0 to 100, as the libraries say, and 0 where nothing was predicted."""
+
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rapidfuzz.distance import Indel
+from rouge_score.rouge_scorer import RougeScorer
+
+from hft_trl.continual.metrics import METRICS, check_metrics
+from hft_trl.errors import HFTError
+
+OFFLINE = [name for name in METRICS if name != "sari"]
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+@given(texts=st.lists(st.tuples(st.text(), st.from_regex(r"\w+( \w+)*", fullmatch=True)), min_size=1, max_size=4))
+def test_a_metric_is_a_mean_from_0_to_100_that_is_100_for_the_answers_themselves(name, texts):
+    predictions, answers = zip(*texts, strict=True)
+    score = METRICS[name]([""] * len(texts), predictions, answers)
+    alone = [METRICS[name]([""], [prediction], [answer]) for prediction, answer in texts]
+    assert score == pytest.approx(sum(alone) / len(alone))
+    assert all(0 <= value <= 100 for value in alone)
+    assert METRICS[name]([""] * len(texts), answers, answers) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_an_empty_prediction_scores_0(name):
+    assert METRICS[name](["p", "p"], ["", "yes"], ["yes", "yes"]) == 50
+
+
+def test_accuracy_is_exact_but_for_white_space_around():
+    assert METRICS["accuracy"]([""] * 4, [" B", "b", "B.", "B"], ["B", "B", "B", "B\n"]) == 50
+
+
+def test_of_a_choice_only_the_letter_counts():
+    answers = ["B\nBecause wax is smooth.", "A\nBecause it rains."]
+    assert METRICS["choice_accuracy"](["", ""], ["B\nBecause I say so.", "C\nBecause it rains."], answers) == 50
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_edit_similarity_counts_characters_inserted_and_deleted(prediction, answer):
+    expected = 100 * (1 - Indel.distance(prediction, answer) / (len(prediction) + len(answer)))
+    assert METRICS["edit_similarity"]([""], [prediction], [answer]) == pytest.approx(expected)
+
+
+def test_rouge_l_is_rouge_scores_own_on_plain_english():
+    answer, prediction = "The council adopts the ordinance of May.", "the ordinance is adopted by the council"
+    expected = RougeScorer(["rougeL"]).score(answer, prediction)["rougeL"].fmeasure
+    assert METRICS["rouge_l"]([""], [prediction], [answer]) == pytest.approx(100 * expected)
+
+
+def test_rouge_l_reads_words_of_other_alphabets_whole():
+    """rouge-score's own tokenizer would cut "Größe" and "Grüße" into "gr" and "e", half the same."""
+    assert METRICS["rouge_l"]([""], ["Grüße"], ["Größe"]) == 0
+    assert METRICS["rouge_l"]([""], ["支持"], ["支持"]) == 100
+
+
+def test_sari_is_the_evaluate_librarys_with_the_prompt_as_source(monkeypatch):
+    asked = []
+
+    class Sari:
+        def compute(self, **texts):
+            asked.append(texts)
+            return {"sari": 26.95}
+
+    monkeypatch.setattr("evaluate.load", lambda name: Sari() if name == "sari" else None)
+    assert METRICS["sari"](["long"], ["short"], ["brief"]) == 26.95
+    assert asked == [{"sources": ["long"], "predictions": ["short"], "references": [["brief"]]}]
+
+
+def test_a_metric_that_cannot_be_loaded_is_said_with_what_to_install(monkeypatch):
+    check_metrics(OFFLINE)
+    monkeypatch.setattr("evaluate.load", lambda name: (_ for _ in ()).throw(ConnectionError("no hub")))
+    with pytest.raises(HFTError, match=r"sari can't be loaded \(no hub\): run pip install evaluate"):
+        check_metrics(["accuracy", "sari"])
+    monkeypatch.setitem(sys.modules, "rapidfuzz.fuzz", None)
+    with pytest.raises(HFTError, match=r"edit_similarity needs rapidfuzz.*hft-trl\[continual\]"):
+        check_metrics(["edit_similarity"])
