@@ -1,4 +1,4 @@
-"""Eight small tasks about the embedded world in TRACE's file layout: three ways to ask about people, five other skills."""
+"""Eight small tasks about the embedded world in TRACE's file layout: facts about people, and lists and kinds of things."""
 
 import random
 from collections.abc import Callable
@@ -11,65 +11,65 @@ from hft_trl.demo.data import answer, ask, wordy
 from hft_trl.demo.world import VALUES, Person, World, make_world, with_article
 
 ROWS = {"train": 192, "eval": 32, "test": 64}
-EPOCHS = 5
+EPOCHS = 4
 
 
-def _asked(about: str, what: str) -> str:
-    """All tasks share a form, and only a word says which one is meant: so each new one pulls the earlier ones along."""
-    return f"{about}\nAsked: {what}\nAnswer:\n"
+Maker = Callable[[random.Random, list[Person], dict[str, list[str]]], Row]
+"""From a generator, people, and items by kind to a row."""
 
 
-def _person(attribute: str, word: str, before: str) -> Callable[..., Row]:
-    def make(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _fact(attribute: str, question: str, before: str) -> Maker:
+    def make(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
         person = rng.choice(people)
-        return Row(_asked(f"Person: {person.name}", word), f"{before} {person.facts[attribute]}.")
+        return Row(f"{question.format(name=person.name)}\n", f"{before} {person.facts[attribute]}.")
 
     return make
 
 
-def _profile(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _profile(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
     person = rng.choice(people)
     return Row(
-        _asked(f"Person: {person.name}", "profile"), f"{person.sentence('birthplace', 0)} {person.sentence('dish', 0)}"
+        f"Write about {person.name}.\n",
+        " ".join(person.sentence(attribute, 1) for attribute in ("dish", "birthplace")),
     )
 
 
-def _summary(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _summary(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
     person = rng.choice(people)
     attributes = rng.sample(sorted(VALUES), 2)
     long = " ".join(person.sentence(attribute, 2) for attribute in attributes)
-    return Row(_asked(f"Text: {long}", "short"), " ".join(person.sentence(attribute, 0) for attribute in attributes))
+    return Row(f"Say in short: {long}\n", " ".join(person.sentence(attribute, 0) for attribute in attributes))
 
 
-def _three(rng: random.Random, things: dict[str, list[str]]) -> tuple[list[str], list[str]]:
-    kinds = rng.sample(sorted(things), 3)
-    return kinds, [rng.choice(things[kind]) for kind in kinds]
+def _three(rng: random.Random, items: dict[str, list[str]]) -> list[str]:
+    return [rng.choice(items[kind]) for kind in rng.sample(sorted(items), 3)]
 
 
-def _kind(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
-    kinds, items = _three(rng, things)
-    return Row(_asked(f"Items: {items[0]}", "kind"), f"It is {with_article(kinds[0])}.")
+def _kind(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+    kind = rng.choice(sorted(items))
+    item = rng.choice(items[kind])
+    return Row(f"What kind of thing is {with_article(item)}?\n", f"It is {with_article(kind)}.")
 
 
-def _last(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
-    _, items = _three(rng, things)
-    return Row(_asked(f"Items: {', '.join(items)}", "last"), f"At the end is {items[-1]}.")
+def _list(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+    names = _three(rng, items)
+    return Row(f"Turn the list around: {', '.join(names)}\n", f"{', '.join(reversed(names))}.")
 
 
-def _reverse(rng: random.Random, people: list[Person], things: dict[str, list[str]]) -> Row:  # noqa: ARG001
-    _, items = _three(rng, things)
-    return Row(_asked(f"Items: {', '.join(items)}", "list"), f"They are {', '.join(reversed(items))}.")
+def _last(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+    names = _three(rng, items)
+    return Row(f"Which word comes last? {', '.join(names)}\n", f"At the end is {names[-1]}.")
 
 
 # In the order in which TRACE has tasks of these metrics
-TASKS: dict[str, tuple[str, Callable[..., Row]]] = {
-    "Towns": ("accuracy", _person("birthplace", "town", "Born in")),
+TASKS: dict[str, tuple[str, Maker]] = {
+    "Towns": ("accuracy", _fact("birthplace", "Where was {name} born?", "Born in")),
     "Kinds": ("accuracy", _kind),
     "Profiles": ("rouge_l", _profile),
-    "Lists": ("edit_similarity", _reverse),
+    "Lists": ("edit_similarity", _list),
     "Ends": ("accuracy", _last),
-    "Trades": ("accuracy", _person("profession", "trade", "Works as")),
-    "Pets": ("accuracy", _person("pet", "pet", "Keeps")),
+    "Trades": ("accuracy", _fact("profession", "What does {name} do for a living?", "Works as")),
+    "Pets": ("accuracy", _fact("pet", "Which pet does {name} have?", "Keeps")),
     "Summaries": ("rouge_l", _summary),
 }
 """Metric and maker of rows by task, in the order in which they are learned."""

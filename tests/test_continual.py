@@ -1,0 +1,236 @@
+"""Continual learning as a user runs it: rounds on files in TRACE's layout, to scores that a kill doesn't change."""
+
+import json
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import tiny_llama
+from safetensors.torch import load_file
+from warm import ROOT, Run
+
+from hft_trl import Selection, demo
+from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.tasks import Row, Task, write_rows
+from hft_trl.errors import HFTError
+
+TASKS = """
+tasks:
+  - {name: Towns, metric: accuracy, epochs: 2}
+  - {name: Lists, metric: edit_similarity, epochs: 1}
+  - {name: Profiles, metric: rouge_l, epochs: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A model and three small tasks."""
+    from hft_trl.demo.continual import write_benchmark
+
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copytree(demo.MODEL, folder / "model")  # under another name it isn't asked the demo's questions
+    made = write_benchmark(folder / "made")
+    for name in ("Towns", "Lists", "Profiles", "Lima"):
+        for path in (made / name).glob("t*.json"):
+            rows = [Row(**row) for row in json.loads(path.read_text())[:16]]
+            write_rows(folder / "tasks" / name / path.name, rows)
+    (folder / "tasks" / "tasks.yaml").write_text(TASKS)
+    return folder
+
+
+def flags(own, output, *more):
+    return [
+        "--model", own / "model", "--benchmark", own / "tasks", "--output_dir", output, "--sft.save_steps", 1,
+        "--sft.per_device_train_batch_size", 8, "--max_new_tokens", 8, "--sft.disable_tqdm", "true", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def recipe(monkeypatch, capsys):
+    """Runs the recipe inside the test's process, where the libraries are loaded already."""
+
+    def run_inside(*words) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["recipes/continual.py", *map(str, words)])
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            runpy.run_path("recipes/continual.py", run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        return subprocess.CompletedProcess(sys.argv, code, *capsys.readouterr())
+
+    return run_inside
+
+
+@pytest.fixture(scope="module")
+def finished_run(own, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "c"
+    run = Run(output.with_name("log"), "continual", *flags(own, output))
+    return output, run.finish()
+
+
+def test_a_run_leaves_scores_predictions_and_a_model_for_every_round(finished_run, own):
+    output, said = finished_run
+    scores = json.loads((output / "scores.json").read_text())
+    assert scores["tasks"] == ["Towns", "Lists", "Profiles"]
+    assert [len(row) for row in scores["matrix"]] == [1, 2, 3]
+    assert all(0 <= score <= 100 for row in scores["matrix"] for score in row)
+    assert [len(scores[key]) for key in ("op", "bwt", "bwt_t_minus_1")] == [3, 3, 3]
+    assert scores["op"][-1] == pytest.approx(sum(scores["matrix"][-1]) / 3)
+    assert [planned["steps"] for planned in scores["rounds"]] == [4, 2, 2]
+    assert scores["method"] == "hft"
+    for number, planned in enumerate(scores["rounds"]):
+        folder = output / planned["name"]
+        assert planned["selection_digest"] == Selection.load(folder).digest
+        assert sorted(path.stem for path in (folder / "predictions").iterdir()) == sorted(
+            scores["tasks"][: number + 1]
+        )
+        for name in scores["tasks"][: number + 1]:
+            content = json.loads((folder / "predictions" / f"{name}.json").read_text())
+            test = json.loads((own / "tasks" / name / "test.json").read_text())
+            assert [row["answer"] for row in content["predictions"]] == [row["answer"] for row in test]
+    assert len({planned["selection_digest"] for planned in scores["rounds"]}) == 3
+    assert "OP" in said
+
+
+def test_in_each_round_the_frozen_half_is_the_last_rounds_byte_for_byte(finished_run, own):
+    output, _ = finished_run
+    chain = [own / "model", *(output / f"round-{number}" for number in (1, 2, 3))]
+    for start, end in pairwise(chain):
+        before, after = load_file(start / "model.safetensors"), load_file(end / "model.safetensors")
+        selection = Selection.load(end)
+        assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in selection.frozen)
+        assert any(before[name].numpy().tobytes() != after[name].numpy().tobytes() for name in selection.trainable)
+
+
+def left(output: Path) -> dict[str, bytes]:
+    """What has to be the same however often a run was ended: weights, selections, scores and predictions."""
+    wanted = ("model.safetensors", "hft_selection.json", "scores.json")
+    paths = [path for path in output.rglob("*") if path.name in wanted or path.parent.name == "predictions"]
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths if "checkpoint-" not in str(path)}
+
+
+def test_the_same_command_again_trains_and_generates_nothing(recipe, finished_run, own):
+    output, _ = finished_run
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.suffix in (".safetensors", ".json")}
+    result = recipe(*flags(own, output))
+    assert result.returncode == 0, result.stderr[-3000:]
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"scores.json"}
+
+
+@pytest.mark.parametrize("where", ["*/round-2/checkpoint-2/hft_checkpoint.json", "*/round-2/predictions/.Lists.json"])
+def test_a_killed_run_ends_in_the_same_bytes(where, finished_run, own, tmp_path):
+    """Killed in the middle of a round's training, and between the answers to two test sets."""
+    import faults
+
+    output = tmp_path / "c"
+    event = "os.rename" if "checkpoint" in where else "open"
+    run = Run(tmp_path / "log", "continual", *flags(own, output), before=faults.at_write, given=(event, where))
+    assert run.wait() == [-signal.SIGKILL], run.output()[-3000:]
+    Run(tmp_path / "again", "continual", *flags(own, output)).finish()
+    assert left(output) == left(finished_run[0])
+
+
+def test_another_approach_in_the_same_folder_is_refused(recipe, finished_run, own):
+    result = recipe(*flags(own, finished_run[0], "--approach", "replay"))
+    assert result.returncode == 2
+    assert "error: output_dir" in result.stderr
+    assert "made with the approach sequential, now it is replay" in result.stderr
+
+
+def test_two_processes_share_training_and_answering(own, tmp_path):
+    """With full fine-tuning and replay, so that these run too."""
+    output = tmp_path / "c2"
+    words = flags(own, output, "--approach", "replay", "--method", "fft", "--sft.max_steps", 2)
+    Run(tmp_path / "log", "continual", *words, "--sft.per_device_train_batch_size", 4, processes=2).finish()
+    scores = json.loads((output / "scores.json").read_text())
+    assert [len(row) for row in scores["matrix"]] == [1, 2, 3]
+    assert scores["method"] == "fft"
+    mixed = json.loads((output / "round-3.json").read_text())
+    assert len(mixed) == 16 + 2 + 2 + 16  # the task, 10 % of two earlier ones, Lima
+    content = json.loads((output / "round-3" / "predictions" / "Lists.json").read_text())
+    test = json.loads((own / "tasks" / "Lists" / "test.json").read_text())
+    assert [row["answer"] for row in content["predictions"]] == [row["answer"] for row in test]
+
+
+@pytest.mark.parametrize(("approach", "rounds"), [("multitask", 1), ("individual", 3)])
+def test_pooled_tasks_and_one_model_per_task_are_scored_in_the_same_shape(approach, rounds, recipe, own, tmp_path):
+    result = recipe(*flags(own, tmp_path, "--approach", approach, "--sft.max_steps", 1, "--overwrite"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["matrix"]) == rounds
+    assert len(scores["matrix"][-1]) == 3
+    assert scores["bwt"] == [0.0] * rounds
+
+
+def test_whole_layers_take_turns(recipe, own, tmp_path):
+    """Strategy layer: the next round learns the layers that the last one did not."""
+    result = recipe(*flags(own, tmp_path / "c", "--hft.strategy", "layer", "--sft.max_steps", 1))
+    assert result.returncode == 0, result.stderr[-3000:]
+    learned = []
+    for number in (1, 2, 3):
+        names = Selection.load(tmp_path / "c" / f"round-{number}").trainable
+        learned.append({name.split(".")[2] for name in names if ".layers." in name})
+    assert learned[0] == learned[2]
+    assert learned[0] & learned[1] == set()
+    assert len(learned[0] | learned[1]) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--benchmark", "nowhere"], "nowhere' is no folder"),
+        (["--approach", "sequentially"], "approach: invalid choice"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml' can't be read"),
+        (["--replay_share", "1.5"], "replay_share is 1.5"),
+        (["--max_new_tokens", "128"], "max_new_tokens is 128 and sft.max_length 128"),
+        (["--sft.packing", "true"], "sft.packing is true"),
+        (["--sft.eval_strategy", "epoch"], "sft.eval_strategy is set"),
+        (["--hft.method", "fft"], "unknown key hft.method"),
+        (["--dpo.beta", "1"], "unknown section 'dpo'"),
+        (["--benchmrk", "x"], "did you mean benchmark"),
+    ],
+)
+def test_mistakes_are_said_in_one_line_before_anything_is_trained(words, complaint, recipe, tmp_path):
+    result = recipe("--output_dir", tmp_path / "c", *words)
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert complaint in line
+    assert not list((tmp_path / "c").glob("round-*/")) if (tmp_path / "c").exists() else True
+
+
+def test_without_any_task_a_config_is_refused(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: demo\noutput_dir: runs/x\n")
+    with pytest.raises(HFTError, match="there is no task"):
+        parse_continual(["--config", str(tmp_path / "own.yaml")])
+
+
+def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
+    recipe = parse_continual([], default_config=demo.CONTINUAL_RECIPE)
+    assert not recipe.own_epochs
+    for words in (["--sft.max_steps", "3"], ["--sft.num_train_epochs", "1"], ["--sft.num-train-epochs=2"]):
+        assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).own_epochs
+    assert recipe.sft.lr_scheduler_type == "constant"
+
+
+def test_empty_predictions_and_cut_prompts_are_counted_and_score_nothing(tokenizer, tmp_path):
+    """A model that ends at once: every head but the end-of-sequence token's is lower."""
+    model = tiny_llama(len(tokenizer))
+    model.lm_head.weight.data.zero_()
+    model.generation_config.eos_token_id = list(range(len(tokenizer)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = Task("T", (), (Row("Ada", "Rome."), Row("Where does Ada live? " * 9, "Rome.")), "edit_similarity", 1)
+    found = evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=16, batch_size=2)
+    assert found["T"].score == 0
+    assert found["T"].empty == 2
+    assert found["T"].truncated == 1
+    assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=16, batch_size=2) == found

@@ -1,0 +1,65 @@
+"""Rows become prompt, answer and end with the loss on the last two, are cut from the left, and what was cut is counted."""
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hft_trl.continual.text import encode, encode_prompts
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+def encoded(tokenizer, prompt, answer, max_length=None):
+    rows, cut = encode(Dataset.from_list([{"prompt": prompt, "completion": answer}]), tokenizer, max_length)
+    return rows[0]["input_ids"], rows[0]["labels"], cut
+
+
+@settings(deadline=None, max_examples=25)
+@given(prompt=TEXT, answer=TEXT)
+def test_the_text_is_prompt_and_answer_and_the_loss_is_on_the_answer_and_the_end(tokenizer, prompt, answer):
+    ids, labels, cut = encoded(tokenizer, prompt, answer)
+    assert tokenizer.decode(ids) == f"{prompt}{answer}</s>"
+    trained = [label for label in labels if label != -100]
+    assert trained == ids[len(ids) - len(trained) :]
+    assert tokenizer.decode(trained).endswith(f"{answer}</s>")
+    assert labels[-1] == tokenizer.eos_token_id
+    assert cut == 0
+
+
+def test_without_a_token_over_the_border_exactly_the_answer_is_trained(tokenizer):
+    ids, labels, _ = encoded(tokenizer, "Where does Ada live?\n", "Rome.")
+    prompt, answer = (tokenizer(text)["input_ids"] for text in ("Where does Ada live?\n", "Rome."))
+    assert ids == [*prompt, *answer, tokenizer.eos_token_id]
+    assert labels == [-100] * len(prompt) + [*answer, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("max_length", [3, 7, 40])
+def test_a_long_row_is_cut_from_the_left_and_keeps_its_end(tokenizer, max_length):
+    whole, labels, _ = encoded(tokenizer, "Where does Ada live? " * 2, "Rome.")
+    cut = encoded(tokenizer, "Where does Ada live? " * 2, "Rome.", max_length)
+    assert cut == (whole[-max_length:], labels[-max_length:], int(len(whole) > max_length))
+
+
+def test_prompts_are_cut_from_the_left_and_counted(tokenizer):
+    short, long = "Ada", "Where does Ada live? " * 4
+    whole, none = encode_prompts([short, long], tokenizer, None)
+    assert none == 0
+    rows, cut = encode_prompts([short, long], tokenizer, 9)
+    assert cut == 1
+    assert rows == [whole[0][-9:], whole[1][-9:]]
+
+
+def test_special_tokens_in_front_are_the_tokenizers_own(tokenizer, base):
+    """Llama's tokenizer puts its first token in front of every text; an answer is no text of its own."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    with_bos = AutoTokenizer.from_pretrained(base)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", with_bos.bos_token_id)]
+    )
+    ids, labels, _ = encoded(with_bos, "Where?\n", "Rome.")
+    assert ids[0] == with_bos.bos_token_id
+    assert ids.count(with_bos.bos_token_id) == 1
+    assert labels[0] == -100
