@@ -113,7 +113,9 @@ def left(output: Path) -> dict[str, bytes]:
     """What has to be the same however often a run was ended: weights, selections, scores and predictions."""
     wanted = ("model.safetensors", "hft_selection.json", "scores.json")
     paths = [path for path in output.rglob("*") if path.name in wanted or path.parent.name == "predictions"]
-    return {str(path.relative_to(output)): path.read_bytes() for path in paths if "checkpoint-" not in str(path)}
+    paths = [path for path in paths if "checkpoint-" not in str(path)]
+    here = str(output).encode()  # a selection names its start model by the path
+    return {str(path.relative_to(output)): path.read_bytes().replace(here, b"") for path in paths}
 
 
 def test_the_same_command_again_trains_and_generates_nothing(recipe, finished_run, own):
