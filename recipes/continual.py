@@ -98,6 +98,7 @@ def learn(stage: Stage, base: str) -> None:
             hft_config=stage.hft,
         )
     train_and_save(stage, trainer, len(rows), base, truncated)
+    trainer.accelerator.free_memory()  # for the model that answers
 
 
 if __name__ == "__main__":

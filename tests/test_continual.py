@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import tiny_llama
 from safetensors.torch import load_file
 from warm import ROOT, Run
@@ -221,6 +222,27 @@ def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
     for words in (["--sft.max_steps", "3"], ["--sft.num_train_epochs", "1"], ["--sft.num-train-epochs=2"]):
         assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).own_epochs
     assert recipe.sft.lr_scheduler_type == "constant"
+
+
+def test_the_papers_hyper_parameters():
+    """Paper: Llama 2 7B chat, constant 1e-5, batch 128 on 8 GPUs, a fresh half in every round."""
+    config = ROOT / "recipes/configs/trace-llama2-7b-chat.yaml"
+    recipe = parse_continual(["--config", str(config), "--sft.use_cpu", "true"])
+    sft = recipe.sft
+    assert (sft.learning_rate, sft.lr_scheduler_type, recipe.hft.reselect, recipe.hft.ratio) == (
+        1e-5,
+        "constant",
+        "fresh",
+        0.5,
+    )
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps * 8 == 128
+    assert recipe.run.replay_share == 0.1
+    assert not recipe.own_epochs
+    header = config.read_text().split("\nmodel:")[0]
+    assert all(word in header for word in ("Machine:", "Memory:", "Needs:", "Launch:"))
+    for key, value in yaml.safe_load(config.read_text())["sft"].items():
+        found = getattr(sft, key)
+        assert found == value or str(getattr(found, "value", found)) == str(value), key
 
 
 def test_empty_predictions_and_cut_prompts_are_counted_and_score_nothing(tokenizer, tmp_path):

@@ -16,6 +16,7 @@ from typer.main import get_command
 from hft_trl import demo
 from hft_trl.cli import app
 from hft_trl.commands.evaluation import evaluate_command
+from hft_trl.continual.recipe import parse_continual
 from hft_trl.recipe import parse_recipe, parse_stage
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +58,8 @@ def test_every_launch_line_is_accepted(command, tmp_path):
     flags = [str(own) if word == "my_trl.yaml" else word for word in flags]
     if launch.training_script.endswith("sft_then_dpo.py"):
         parse_recipe([*flags, "--sft.use_cpu", "true", "--dpo.use_cpu", "true"], default_config=demo.RECIPE)
+    elif launch.training_script.endswith("continual.py"):
+        parse_continual([*flags, "--sft.use_cpu", "true"], default_config=demo.CONTINUAL_RECIPE)
     elif launch.training_script.endswith("recipes/evaluate.py"):
         get_command(app).commands["evaluate"].make_context("evaluate", flags, resilient_parsing=False).close()
     else:
