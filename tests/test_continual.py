@@ -218,17 +218,17 @@ def test_without_any_task_a_config_is_refused(tmp_path):
 
 def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
     recipe = parse_continual([], default_config=demo.CONTINUAL_RECIPE)
-    assert not recipe.own_epochs
-    for words in (["--sft.max_steps", "3"], ["--sft.num_train_epochs", "1"], ["--sft.num-train-epochs=2"]):
-        assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).own_epochs
-    assert recipe.sft.lr_scheduler_type == "constant"
+    assert recipe.arguments("c", 7).num_train_epochs == 7
+    assert recipe.arguments("c", 7).lr_scheduler_type == "constant"
+    for words in (["--sft.num_train_epochs", "1"], ["--sft.num-train-epochs=1"]):
+        assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).arguments("c", 7).num_train_epochs == 1
 
 
 def test_the_papers_hyper_parameters():
     """Paper: Llama 2 7B chat, constant 1e-5, batch 128 on 8 GPUs, a fresh half in every round."""
     config = ROOT / "recipes/configs/trace-llama2-7b-chat.yaml"
     recipe = parse_continual(["--config", str(config), "--sft.use_cpu", "true"])
-    sft = recipe.sft
+    sft = recipe.arguments("c", 5)
     assert (sft.learning_rate, sft.lr_scheduler_type, recipe.hft.reselect, recipe.hft.ratio) == (
         1e-5,
         "constant",
@@ -237,7 +237,7 @@ def test_the_papers_hyper_parameters():
     )
     assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps * 8 == 128
     assert recipe.run.replay_share == 0.1
-    assert not recipe.own_epochs
+    assert sft.num_train_epochs == 5
     header = config.read_text().split("\nmodel:")[0]
     assert all(word in header for word in ("Machine:", "Memory:", "Needs:", "Launch:"))
     for key, value in yaml.safe_load(config.read_text())["sft"].items():

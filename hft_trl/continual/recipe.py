@@ -1,6 +1,5 @@
 """The settings of a continual run, and its rounds as stages, which resume and are checked as all stages are."""
 
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -69,15 +68,36 @@ class ContinualRecipe:
         run ([`ContinualArguments`]): What belongs to the run as a whole.
         model ([`~hft_trl.arguments.ModelArguments`]): The base.
         hft ([`HFTConfig`]): What each round trains.
-        sft ([`~trl.SFTConfig`]): The trainer's arguments, but for folder and epochs of a round.
-        own_epochs (`bool`): Whether the user set the length of a round, which otherwise is the task's.
+        sft (`dict[str, Any]`), sft_flags (`list[str]`): The section `sft` of the file and of the command line.
     """
 
     run: ContinualArguments
     model: ModelArguments
     hft: HFTConfig
-    sft: SFTConfig
-    own_epochs: bool
+    sft: dict[str, Any]
+    sft_flags: list[str]
+
+    def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
+        """
+        The trainer's arguments of one round; epochs that the user set win, and `max_steps` does anyway.
+
+        Raises:
+            [`HFTError`]: Naming the key, or what continual learning has no use for.
+        """
+        (args,) = parse_section(
+            "sft",
+            (SFTConfig,),
+            self.sft,
+            self.sft_flags,
+            fixed={"output_dir": str(folder), "num_train_epochs": epochs},
+            without={"output_dir", "trust_remote_code"},
+        )
+        if args.packing:
+            raise HFTError("sft.packing is true, but rows of a task are learned one by one: drop it.")
+        if args.eval_strategy != "no":
+            raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
+        check_lengths(args.max_length, self.run.max_new_tokens)
+        return args
 
     def stages(self, rounds: Sequence[Round]) -> list[Stage]:
         """
@@ -93,11 +113,7 @@ class ContinualRecipe:
                 with writing(output):
                     output.mkdir(parents=True, exist_ok=True)
                     _write_once(path, [{"prompt": row.prompt, "completion": row.answer} for row in planned.rows])
-            args = copy.copy(self.sft)
-            args.output_dir = str(output / planned.name)
-            if not self.own_epochs:
-                args.num_train_epochs = planned.epochs
-            model = self.model
+            args, model = self.arguments(output / planned.name, planned.epochs), self.model
             if planned.start is not None:  # the revision is the hub model's
                 model = dataclasses.replace(
                     model, model_name_or_path=str(output / planned.start), model_revision="main"
@@ -133,23 +149,10 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     if hft.strategy == "layer" and hft.ratio == 0.5 and not _given("reselect", values["hft"], flags["hft"]):
         hft = dataclasses.replace(hft, reselect="complement")  # the layers not learned in the last round (paper)
-    (sft,) = parse_section(
-        "sft",
-        (SFTConfig,),
-        values["sft"],
-        flags["sft"],
-        fixed={"output_dir": run.output_dir},
-        without={"output_dir", "trust_remote_code"},
-    )
-    if sft.packing:
-        raise HFTError("sft.packing is true, but rows of a task are learned one by one: drop it.")
-    if sft.eval_strategy != "no":
-        raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
-    check_lengths(sft.max_length, run.max_new_tokens)
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    length = ("num_train_epochs", "max_steps")
-    own_epochs = any(_given(key, values["sft"], flags["sft"]) for key in length)
-    return ContinualRecipe(run, model, dataclasses.replace(hft, method=run.method), sft, own_epochs)
+    recipe = ContinualRecipe(run, model, dataclasses.replace(hft, method=run.method), values["sft"], flags["sft"])
+    recipe.arguments(run.output_dir, 1)  # a mistake in them is found now
+    return recipe
 
 
 def _given(key: str, values: dict[str, Any], flags: list[str]) -> bool:
