@@ -22,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hft_trl.config import HFTConfig
+from hft_trl.demo import model_path
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.selection import Selection
 from hft_trl.weights import check_readable, combined_digest, fingerprints, weight_files
@@ -176,7 +177,7 @@ def restore(checkpoint: str | Path, output: str | Path, start_model: str | None 
             f"{str(checkpoint)!r} has no {DELTA_FILE}: give a checkpoint of a run with hft.delta_checkpoints."
         )
     selection = Selection.load(checkpoint)
-    start = start_model or selection.start_model["name_or_path"]
+    start = model_path(start_model) if start_model else selection.start_model["name_or_path"]
     with as_user_error(f"the start model {start!r}"):
         config = AutoConfig.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(start, config=config, dtype=config.dtype)

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from hft_trl.chat import tulu_template
+from hft_trl.errors import HFTError
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def chat(
         prompts (`Sequence[str]`):
             What the user says.
         max_new_tokens (`int`, *optional*, defaults to `32`):
-            Longest reply, in tokens.
+            Longest reply, in tokens; a reply also ends with the model's positions.
         batch_size (`int`, *optional*, defaults to `256`):
             Prompts in a batch.
         progress (`bool`, *optional*, defaults to `False`):
@@ -49,6 +50,9 @@ def chat(
 
     Returns:
         `list[str]`: The replies, without special tokens.
+
+    Raises:
+        [`HFTError`]: If a prompt alone fills the model's positions.
     """
     template = tokenizer.chat_template or tulu_template()
     rows = [
@@ -91,13 +95,17 @@ def complete(
     Returns:
         `list[str]`: The continuations, without special tokens and the white space around them.
     """
+    room_of_model, longest = most_tokens(model), max(map(len, rows), default=0)
+    if room_of_model is not None and longest >= room_of_model:
+        raise HFTError(
+            f"a prompt has {longest} tokens, and the model {room_of_model} positions: leave that prompt out."
+        )
     # Like lengths side by side need little padding.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     # Some models end a turn with another token than a text, and say so in their generation config only.
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=[end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None],
         pad_token_id=tokenizer.pad_token_id,
@@ -110,12 +118,20 @@ def complete(
             padding = [width - len(rows[j]) for j in chosen]
             ids = [[tokenizer.pad_token_id] * pad + list(rows[j]) for j, pad in zip(chosen, padding, strict=True)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            room = max_new_tokens if room_of_model is None else min(max_new_tokens, room_of_model - width)
             generated = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=settings,
+                max_new_tokens=room,
             )
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for j, text in zip(chosen, texts, strict=True):
                 replies[j] = text.strip()
     return replies
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can take, `None` for those without a limit (state spaces)."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None

@@ -54,7 +54,7 @@ COMPANIONS = (
 )
 
 
-def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None = None) -> Selection:
+def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
     """
     Set half of a tuned model's transformer layers back to its base, without training and without loading either.
 
@@ -63,9 +63,9 @@ def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None 
     bit. Buffers stay the tuned model's. Needs no more memory than a few pieces of one tensor.
 
     Args:
-        base (`str`):
+        base (`str` or `Path`):
             Folder, hub id in the local cache, or `"demo"`: the model that tuning started from.
-        tuned (`str`):
+        tuned (`str` or `Path`):
             The tuned model, the same way.
         out (`str` or `Path`):
             New or empty folder. It appears whole or not at all, in the tuned model's shards.
@@ -80,6 +80,7 @@ def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None 
         [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type can't hold
             the base's values, or if `out` holds anything or can't be written.
     """
+    base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
     if (config.method, config.reselect) != ("hft", "fresh"):
         raise HFTError(
@@ -100,7 +101,7 @@ def half_reset(base: str, tuned: str, out: str | Path, config: HFTConfig | None 
     return selection
 
 
-def blend(base: str, tuned: str, out: str | Path, share: float) -> None:
+def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) -> None:
     """
     Average a tuned model and its base, the baseline to Half-Reset: `(1 - share) * base + share * tuned`, all parameters.
 
@@ -115,6 +116,7 @@ def blend(base: str, tuned: str, out: str | Path, share: float) -> None:
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
+    base, tuned = str(base), str(tuned)
     before, after, out = _open(base, tuned, out)
     text = f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
     with _new_folder(out) as folder:

@@ -35,6 +35,7 @@ from rich.console import Console
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.continual.evaluate import evaluate_tasks
 from hft_trl.continual.recipe import ContinualRecipe, load_rounds, parse_continual
+from hft_trl.continual.report import write_report
 from hft_trl.continual.scores import check_approach, write_scores
 from hft_trl.continual.tables import score_grid
 from hft_trl.continual.text import encode
@@ -81,6 +82,7 @@ def main(recipe: ContinualRecipe) -> None:
             scores = write_scores(run.output_dir, run.approach, tasks, rounds[:number], answered, records, probes)
 
     if PartialState().is_main_process:
+        write_report(run.output_dir)
         Console().print(rich_table(score_grid(scores)))
 
 

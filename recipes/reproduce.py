@@ -14,7 +14,7 @@ python recipes/reproduce.py --seeds 3 --sweep_seeds 3 --questions sft --sft.lear
 ```
 
 In `output_dir`: `scores/` (a JSON file for each model), `results.md` and a picture for each question. The paired tests need
-scipy: `pip install "hft-trl[eval]"`.
+scipy: `pip install -c constraints.txt -e ".[eval]"`.
 """
 
 import argparse
@@ -35,7 +35,9 @@ from hft_trl.report.tables import rich_table
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--seeds", type=int, default=10, help="Seeds for FFT against HFT (10).")
     parser.add_argument("--sweep_seeds", type=int, default=5, help="Seeds for the sweeps (5), no more than --seeds.")
     parser.add_argument("--questions", default="all", help=f"Some of {','.join(q.name for q in QUESTIONS)}.")
@@ -71,7 +73,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl"))
     head = f"""# The paper's questions on the embedded world
 
-Made by `python {shlex.join(sys.argv)}` until {datetime.now(timezone.utc):%Y-%m-%d} ({versions}). Scores in percent, mean
+Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} ({versions}). Scores in percent, mean
 (standard deviation) over the seeds. Differences are taken seed by seed; p is that of a two-sided paired t-test, not
 corrected for the number of comparisons."""
     write_figures(asked, scores, options.output_dir)

@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
+from hft_trl import HFTError
 from hft_trl.cli import app
 from hft_trl.generate import chat
 
@@ -76,6 +78,28 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
     assert not (tmp_path / "out.json").exists()
+
+
+def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
+    prompts = tmp_path / "alpaca_eval.json"
+    prompts.write_text(json.dumps(PROMPTS))
+    monkeypatch.setattr("hft_trl.evaluation.alpaca.replies", lambda *_, **__: pytest.fail("the model was asked"))
+    result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
+    assert result.exit_code == 2
+    assert "can't be written (Is a directory)" in result.output.replace("\n", " ")
+    assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
+
+
+def test_a_reply_ends_with_the_models_positions(tokenizer):
+    """GPT-2 has no position beyond them, and would fail."""
+    torch.manual_seed(0)
+    settings = {"n_positions": 48, "n_embd": 32, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **settings))
+    model.generation_config.eos_token_id = None
+    (reply,) = chat(model, tokenizer, ["Where?"], 2048)
+    assert isinstance(reply, str)
+    with pytest.raises(HFTError, match="tokens, and the model 48 positions"):
+        chat(model, tokenizer, ["Where does a person live? " * 20], 8)
 
 
 def test_the_format_has_to_be_named(base, tmp_path):

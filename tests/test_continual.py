@@ -258,3 +258,11 @@ def test_empty_predictions_and_cut_prompts_are_counted_and_score_nothing(tokeniz
     assert found["T"].empty == 2
     assert found["T"].truncated == 1
     assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=16, batch_size=2) == found
+
+
+def test_prompts_longer_than_the_model_are_cut_too(tokenizer, tmp_path):
+    """Without a max_length, what the model has no positions for would be found after hours of training."""
+    tiny_llama(len(tokenizer), max_position_embeddings=24).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = Task("T", (), (Row("Where does Ada live? " * 9, "Rome."),), "accuracy", 1)
+    assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=None, batch_size=2)["T"].truncated == 1

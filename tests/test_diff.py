@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, half_reset, select
 from hft_trl.diff import compare
-from hft_trl.report.diff import category_grid, diff_json, layer_grid, verdict, write_picture
+from hft_trl.report.diff import category_grid, check_picture, diff_json, layer_grid, verdict, write_picture
 from hft_trl.selection import LAYER_CATEGORIES
 
 YES = "frozen half byte-identical"
@@ -288,5 +288,7 @@ def test_the_picture_shows_the_models_side_by_side_on_one_scale(base, tmp_path, 
 
 @pytest.mark.parametrize("name", ["nowhere/diff.png", "diff.docx"])
 def test_a_picture_that_cannot_be_written_is_an_error(base, tmp_path, name):
+    with pytest.raises(HFTError, match="plot"):
+        check_picture(tmp_path / name)  # which the command asks before it compares
     with pytest.raises(HFTError, match="plot"):
         write_picture(compare(base, [trained(tiny_llama(64), tmp_path)]), tmp_path / name)

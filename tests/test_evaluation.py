@@ -27,10 +27,10 @@ from hft_trl.demo.world import make_world
 from hft_trl.evaluation import SUITES, Evaluation, Score, parse_suites, print_evaluation, score_grids, write_evaluation
 from hft_trl.evaluation.models import find_models, model_digest
 from hft_trl.evaluation.plot import score_figure
-from hft_trl.evaluation.run import evaluate_models
+from hft_trl.evaluation.run import _score, evaluate_models
 from hft_trl.evaluation.stages import evaluate_stages
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval.models.huggingface import HFLM
 
@@ -223,13 +223,29 @@ def fake(models: list[str], skipped: tuple[str, ...] = ()) -> Evaluation:
     return Evaluation(dict.fromkeys(models, "0"), scores, averaged, list(skipped), limit=7)
 
 
+def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_are_drawn(tmp_path):
+    """A diverged model's probabilities are NaN. A name may look like a formula, or like one that a legend leaves out."""
+    results = {"truthfulqa_mc2": {"acc,none": float("nan"), "acc_stderr,none": float("nan")}}
+    assert _score(results, "truthfulqa_mc2 acc,none") == Score(None, None, None)
+    evaluation = fake(["a$^$", "_under"])
+    evaluation.scores["general"]["_under"]["MMLU"] = Score(None)
+    general, _ = score_grids(evaluation)
+    assert general.rows[1][1] == general.rows[1][-1] == "-"
+    written = write_evaluation(evaluation, tmp_path)
+    content = json.loads(written[0].read_text())["scores"]["general"]["_under"]
+    assert content["MMLU"]["value"] is None
+    assert content["average"]["value"] is None
+    (legend,) = score_figure(evaluation).legends
+    assert [text.get_text() for text in legend.get_texts()] == [r"a\$^\$", "_under"]
+
+
 def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
     evaluation = fake(["Llama", "runs/a/long/path/to/sft"], ["HumanEval"])
     general, knowledge = score_grids(evaluation)
     assert general.columns == ["model", "MMLU", "GSM8K", "average"]
     assert general.rows[0] == ["Llama", "10.0±1.5", "11.0±1.5", "10.5±1.1"]
     assert general.rows[1][1:] == ["20.0±1.5 (+10.0)", "21.0±1.5 (+10.0)", "20.5±1.1 (+10.0)"]
-    assert knowledge.rows[0] == ["Llama", "10.0±-", "10.0±-"]
+    assert knowledge.rows[0] == ["Llama", "10.0", "10.0"]
     written = write_evaluation(evaluation, tmp_path / "new")
     assert [path.name for path in written] == ["evaluation.json", "evaluation.md", "evaluation.png"]
     content = json.loads(written[0].read_text())
@@ -241,7 +257,7 @@ def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
         for row in grid.rows:
             assert f"| {' | '.join(row)} |" in markdown
     assert "HumanEval was skipped" in markdown
-    assert "7 items a task only" in markdown
+    assert "at most 7 of each task's items" in markdown
     assert written[2].read_bytes().startswith(b"\x89PNG")
     print_evaluation(evaluation)
     out = capsys.readouterr().out
@@ -264,7 +280,7 @@ def test_an_unknown_suite_and_a_missing_harness_are_one_line(monkeypatch):
         with pytest.raises(HFTError, match="choose from general, knowledge, demo"):
             parse_suites(names)
     monkeypatch.setattr("hft_trl.evaluation.suites.find_spec", lambda name: None)
-    with pytest.raises(HFTError, match=r"pip install 'hft-trl\[eval\]'"):
+    with pytest.raises(HFTError, match=r"pip install -c constraints.txt -e '.\[eval\]'"):
         parse_suites("demo")
     result = CliRunner().invoke(app, ["evaluate", "demo"])
     assert (result.exit_code, result.stdout) == (2, "")

@@ -9,7 +9,7 @@ from hft_trl import HFTError
 from hft_trl.evaluation.functions import grade_programs, pass_at_k, passes
 from hft_trl.evaluation.suites import SUITES, TASKS, tasks_of
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402

@@ -116,7 +116,7 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same_report(recipe
 
 def test_suites_run_on_the_base_and_every_stage(recipe, finished_run, tmp_path, monkeypatch):
     """`--evaluate demo` on a finished run trains nothing and puts scores, averages and errors into the report."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'hft-trl[eval]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     output = shutil.copytree(finished_run[0], tmp_path / "run")
 
     def briefly(folders, suites, **options):

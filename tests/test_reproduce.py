@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import fmean
 
@@ -106,6 +107,40 @@ def test_each_run_makes_the_model_that_it_names(scored, tmp_path, monkeypatch):
     assert halves["dpo-same"].trainable == first.trainable
     layers = {name for name in first.trainable if ".layers." in name}
     assert not layers & set(halves["dpo-complement"].trainable)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--method", "--sft.method", "--model", "--model.dtype=x", "--hft.ratio", "--dpo.seed", "--overwrite", "--config"],
+)
+def test_what_the_runs_differ_in_can_not_be_set_for_all_of_them(tmp_path, flag):
+    """A row must be what its label says."""
+    value = {"--method": "fft", "--hft.ratio": "0.3", "--model": "demo", "--config": str(demo.RECIPE)}.get(flag)
+    with pytest.raises(HFTError, match="is what the runs differ in"):
+        next(run_trials([RUNS[BASE]], 1, 1, tmp_path / "new", 1, [flag] + [value] * (value is not None)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_sigterm_ends_it_and_its_processes_soon(tmp_path):
+    command = [sys.executable, "recipes/reproduce.py", "--seeds", "1", "--questions", "sft", "--workers", "2"]
+    command += ["--output_dir", str(tmp_path), "--sft.max_steps", "100000"]
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+    while len(list((tmp_path / "models").glob("*/sft/checkpoint-*"))) < 1:
+        assert run.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.2)
+    run.terminate()
+    assert run.wait(timeout=60) == 143
+    deadline = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-g", str(run.pid)], capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline, "a process lives on"
+        time.sleep(0.2)
+
+
+def test_runs_of_a_question_are_compared_on_the_seeds_that_all_of_them_have():
+    question = Question("q", "Which?", {"a": "run0", "b": "run1"}, "a", ("knowledge",))
+    means, _ = tables(question, scores_of([1.0, 2.0, 90.0], [3.0, 5.0]))
+    assert means.rows == [["a", "2", "1.5 (0.7)"], ["b", "2", "4.0 (1.4)"]]
 
 
 def test_scores_of_other_flags_are_not_mixed_and_bad_flags_are_found_first(tmp_path):

@@ -173,6 +173,12 @@ def test_the_output_is_a_model_with_tokenizer_card_and_selection(pair, tmp_path)
     assert again.share["layers"] == pytest.approx(1 - found.share["layers"])
 
 
+def test_paths_are_taken_like_names(pair, tmp_path):
+    base, tuned = map(Path, pair[:2])
+    assert half_reset(base, tuned, tmp_path / "r").start_model["name_or_path"] == str(base)
+    blend(base, tuned, tmp_path / "b", 0.5)
+
+
 def test_a_blend_has_a_card_and_no_selection(pair, tmp_path):
     """The tuned model's own selection and card would be untrue of it."""
     blend(*pair, tmp_path / "out", 0.25)

@@ -72,12 +72,6 @@ def test_zero3_that_would_save_no_model_is_refused_early(args, method):
         zero.prepare(args(plugin), HFTConfig(method=method))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_frozen_dtype_is_refused(args, stage):
-    with pytest.raises(HFTError, match=r"hft\.frozen_dtype is 'bfloat16'"):
-        zero.prepare(args(Plugin(stage)), HFTConfig(frozen_dtype="bfloat16"))
-
-
 def test_a_trainer_without_args_is_refused_under_deepspeed(base, tulu, monkeypatch):
     """Its defaults come too late to be corrected."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

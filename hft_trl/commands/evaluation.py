@@ -81,9 +81,10 @@ def generate_command(
     if not alpaca_eval:
         raise HFTError("say in which format the replies are wanted: --alpaca-eval is the one there is.")
     with quiet():
-        from hft_trl.evaluation.alpaca import read_prompts, replies, write_outputs
+        from hft_trl.evaluation.alpaca import check_output, read_prompts, replies, write_outputs
 
         rows = read_prompts(prompts)[:limit]
+        check_output(output)
         rows = replies(
             model,
             rows,

@@ -83,11 +83,11 @@ def diff_command(
     """
     with quiet():
         from hft_trl.diff import compare
-        from hft_trl.report.diff import category_grid, diff_json, layer_grid, verdict, write_picture
+        from hft_trl.report.diff import category_grid, check_picture, diff_json, layer_grid, verdict, write_picture
 
-        diffs = compare(base, tuned)
         if plot:
-            write_picture(diffs, plot)
+            check_picture(plot)
+        diffs = compare(base, tuned)
     if as_json:
         typer.echo(json.dumps(diff_json(diffs), indent=2, allow_nan=False))
     else:
@@ -99,6 +99,9 @@ def diff_command(
             console.print(rich_table(category_grid(diff)))
         for diff in diffs:
             console.print(verdict(diff), soft_wrap=True, markup=False)
+    if plot:
+        with quiet():
+            write_picture(diffs, plot)
     if any(diff.byte_identical is False for diff in diffs):
         raise typer.Exit(1)
 

@@ -16,7 +16,7 @@ from hft_trl.continual.tasks import Task
 from hft_trl.continual.text import encode_prompts
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json, writing
-from hft_trl.generate import complete
+from hft_trl.generate import complete, most_tokens
 from hft_trl.zero import whole_models
 
 PREDICTIONS = "predictions"
@@ -60,7 +60,7 @@ def evaluate_tasks(
         max_new_tokens (`int`):
             Longest prediction, in tokens.
         max_length (`int`, *optional*):
-            Longest text, in tokens: a prompt may have what `max_new_tokens` leave of it.
+            Longest text, in tokens: a prompt may have what `max_new_tokens` leave of it, and of the model's positions.
         batch_size (`int`):
             Prompts in a batch of a process.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -71,7 +71,6 @@ def evaluate_tasks(
     """
     folder, state, found = Path(folder), PartialState(), {}
     model = tokenizer = None
-    prompt_length = None if max_length is None else max_length - max_new_tokens
     for task in tasks:
         path = folder / PREDICTIONS / f"{task.name}.json"
         made_with = {
@@ -85,6 +84,8 @@ def evaluate_tasks(
                 with whole_models():
                     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(state.device)
                 tokenizer = AutoTokenizer.from_pretrained(folder)
+            limit = min((length for length in (max_length, most_tokens(model)) if length is not None), default=None)
+            prompt_length = None if limit is None else max(1, limit - max_new_tokens)
             rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
             with state.split_between_processes(rows) as ours:
                 predictions = gather_object(

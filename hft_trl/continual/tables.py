@@ -1,20 +1,17 @@
-"""Scores of a continual run as a table."""
+"""Scores of continual runs as tables."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from hft_trl.report.tables import Grid
 
 NONE = "-"
+Scores = dict[str, Any]
+"""What `scores.json` holds."""
 
 
-def score_grid(scores: dict[str, Any]) -> Grid:
-    """
-    The matrix with OP and BWT: a row per round, a column per task.
-
-    Args:
-        scores (`dict[str, Any]`):
-            What `scores.json` holds.
-    """
+def score_grid(scores: Scores) -> Grid:
+    """The matrix with OP and BWT: a row per round, a column per task."""
     rows = []
     for planned, row, op, bwt in zip(scores["rounds"], scores["matrix"], scores["op"], scores["bwt"], strict=True):
         cells = [f"{score:.1f}" for score in row]
@@ -22,3 +19,36 @@ def score_grid(scores: dict[str, Any]) -> Grid:
         rows.append([planned["name"], *cells, *empty, f"{op:.1f}", f"{bwt:+.1f}"])
     title = f"{scores['approach']}, {scores['method'].upper()}: scores from 0 to 100"
     return Grid(title, ["after", *scores["tasks"], "OP", "BWT"], rows)
+
+
+def forgetting_grid(scores: Scores) -> Grid:
+    """For each task the score after its own round, at the end, and what came between."""
+    rows, last = [], scores["matrix"][-1]
+    for number, (name, metric) in enumerate(zip(scores["tasks"], scores["metrics"], strict=True)):
+        if number < len(last):
+            own = next(row for row in scores["matrix"] if len(row) > number)[number]
+            rows.append([name, metric, f"{own:.1f}", f"{last[number]:.1f}", f"{last[number] - own:+.1f}"])
+    return Grid("What is left of each task", ["task", "metric", "after its round", "at the end", "change"], rows)
+
+
+def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
+    """
+    Runs side by side in the paper's shape: a row per approach, OP and BWT after the last round by method.
+
+    Args:
+        runs (`Mapping[str, Scores]`):
+            Scores by name. Runs of one approach and method get a row each.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, scores in runs.items():
+        open_row = next(
+            (row for row in rows if row["approach"] == scores["approach"] and scores["method"] not in row), None
+        )
+        if open_row is None:
+            open_row = {"approach": scores["approach"], "runs": []}
+            rows.append(open_row)
+        open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", f"{scores['bwt'][-1]:+.1f}"
+        open_row["runs"].append(name)
+    empty = (NONE, NONE)
+    cells = [[row["approach"], *row.get("fft", empty), *row.get("hft", empty), ", ".join(row["runs"])] for row in rows]
+    return Grid("After the last round", ["approach", "OP FFT", "BWT FFT", "OP HFT", "BWT HFT", "runs"], cells)

@@ -4,19 +4,27 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.claims import BASE, Run
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json, writing
+from hft_trl.report.machine import package_version
 
 SETTINGS_FILE = "settings.json"
+# Flags of the recipe that a run sets itself
+OWN = re.compile(
+    r"--(config|model(\..*)?|method|output_dir|overwrite|evaluate|hft\..*|(sft|dpo)\.(method|seed|output_dir))"
+)
 
 Scores = dict[str, dict[int, dict[str, float]]]
 """Scores in percent: by run, by seed, by name."""
@@ -54,13 +62,14 @@ def run_trials(
         `tuple[int, int]`: How many models are scored, and how many there will be.
 
     Raises:
-        [`HFTError`]: If a flag is not one of the recipe's, or the folder holds scores that were made with others.
+        [`HFTError`]: If a flag is not one of the recipe's or is one that the runs differ in, or the folder holds scores that
+            were made with others, or with other versions.
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
     _check_flags(output, flags)
     with writing(output):
         (output / "scores").mkdir(parents=True, exist_ok=True)
-        write_json(output / SETTINGS_FILE, {"flags": flags})
+        write_json(output / SETTINGS_FILE, _settings(flags))
     families = []
     for root in (run for run in runs if run.start in ("", BASE)):
         family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
@@ -82,7 +91,9 @@ def run_trials(
                 future.result()
                 yield _scored(output, families), total
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # they go on from their last checkpoints another time
+                process.terminate()
             raise
 
 
@@ -170,15 +181,25 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
 def _check_flags(output: Path, flags: list[str]) -> None:
     from hft_trl.recipe import parse_recipe
 
+    for flag in flags:
+        if OWN.fullmatch(flag.partition("=")[0]):
+            raise HFTError(f"{flag} is what the runs differ in, so it can't be the same for all: drop it.")
     parse_recipe(["--output_dir", str(output), *flags], default_config=demo.RECIPE)
     path = output / SETTINGS_FILE
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["flags"]
-        if before != flags:
-            raise HFTError(
-                f"{output} holds scores made with the flags {' '.join(before) or 'none'}, now they are "
-                f"{' '.join(flags) or 'none'}: use the same, or another output_dir."
-            )
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, now in _settings(flags).items():
+            if before[key] != now:
+                raise HFTError(
+                    f"{output} holds scores made with the {key} {before[key] or 'none'}, now they are {now or 'none'}: use the "
+                    "same, or another output_dir."
+                )
+
+
+def _settings(flags: list[str]) -> dict[str, Any]:
+    """What all scores of a folder have in common."""
+    names = ("torch", "transformers", "trl")
+    return {"flags": shlex.join(flags), "versions": ", ".join(f"{name} {package_version(name)}" for name in names)}
 
 
 def _scored(output: Path, families: list[tuple[int, list[Run]]]) -> int:

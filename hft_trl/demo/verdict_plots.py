@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hft_trl.demo.claims import BASE, Question
 from hft_trl.demo.trials import Scores
+from hft_trl.demo.verdicts import of_common_seeds
 from hft_trl.report.plots import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def question_figure(question: Question, scores: Scores) -> "Figure | None":
     """
     from matplotlib.figure import Figure
 
+    scores = of_common_seeds(question, scores)
     runs = {label: run for label, run in question.runs.items() if scores.get(run)}
     if not runs:
         return None

@@ -44,7 +44,9 @@ def check_tests() -> None:
         [`HFTError`]: If scipy is missing.
     """
     if find_spec("scipy") is None:
-        raise HFTError("the paired tests need scipy: pip install 'hft-trl[eval]'.")
+        raise HFTError(
+            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+        )
 
 
 def compare(scores: Scores, run: str, against: str, score: str) -> Difference | None:
@@ -80,6 +82,20 @@ def compare(scores: Scores, run: str, against: str, score: str) -> Difference | 
     return Difference(len(seeds), fmean(differences), interval.low, interval.high, test.pvalue, ahead)
 
 
+def of_common_seeds(question: Question, scores: Scores) -> Scores:
+    """The scores of a question's runs, under the seeds that all of them have so far. The base is the same under each."""
+    found = {run: scores[run] for run in question.runs.values() if run in scores}
+    seeds = (
+        set.intersection(*(set(values) for run, values in found.items() if run != BASE))
+        if found.keys() - {BASE}
+        else set()
+    )
+    return {
+        run: values if run == BASE else {seed: values[seed] for seed in values if seed in seeds}
+        for run, values in found.items()
+    }
+
+
 def tables(question: Question, scores: Scores) -> list[Grid]:
     """
     Answer a question: the means, and the differences to the run that the others are compared with.
@@ -93,6 +109,7 @@ def tables(question: Question, scores: Scores) -> list[Grid]:
     Returns:
         `list[Grid]`: Means with standard deviations, then differences.
     """
+    scores = of_common_seeds(question, scores)
     names = [score.replace("_", " ") for score in question.scores]
     means, differences = [], []
     for label, run in question.runs.items():

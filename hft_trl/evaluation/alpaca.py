@@ -1,6 +1,9 @@
 """Replies in the format of AlpacaEval, for its own judge."""
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -98,6 +101,23 @@ def replies(
         }
         for row, output in zip(rows, outputs, strict=True)
     ]
+
+
+def check_output(path: Path) -> None:
+    """
+    See that an outputs file can be written, before hours of replies.
+
+    Raises:
+        [`HFTError`]: If it can't.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error
 
 
 def write_outputs(rows: list[Row], path: Path) -> None:

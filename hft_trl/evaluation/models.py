@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from hft_trl import demo
+from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError, first_line
 from hft_trl.weights import combined_digest, fingerprints, weight_files
 
@@ -41,6 +42,10 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 def _find(name: str) -> Path:
     folder = Path(demo.model_path(name))
     if folder.is_dir():
+        if is_delta(folder):
+            raise HFTError(
+                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
+            )
         if not (folder / "config.json").is_file():
             raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
         return folder

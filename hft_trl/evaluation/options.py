@@ -1,7 +1,7 @@
 """The flags of `hft-trl evaluate` and of recipes/evaluate.py."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,7 +18,10 @@ Limit = Annotated[
     int | None, typer.Option(min=1, help="Ask this many items of each (sub)task only, for a quick look.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Items of a batch in each process.")]
-Dtype = Annotated[str, typer.Option(help="Type in which the weights are loaded; auto is the file's.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="Type in which the weights are loaded; auto is the file's."),
+]
 ChatTemplate = Annotated[
     str | None,
     typer.Option(help="tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."),

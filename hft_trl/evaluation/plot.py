@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hft_trl.evaluation.scores import Evaluation
-from hft_trl.report.plots import stage_colours
+from hft_trl.report.plots import plain, stage_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,16 +38,22 @@ def score_figure(evaluation: Evaluation) -> "Figure":
             scores = evaluation.columns(suite, model).values()
             axes.bar(
                 [column - 0.4 + pitch * (place + 0.5) for column in range(len(headings[suite]))],
-                [score.value for score in scores],
+                [float("nan") if score.value is None else score.value for score in scores],
                 0.92 * pitch,
                 yerr=[score.stderr or 0 for score in scores],
                 error_kw={"linewidth": 0.9, "capsize": 2},
                 color=colours[place],
-                label=model,
             )
         axes.set_xticks(range(len(headings[suite])), [heading.replace("_", "\n") for heading in headings[suite]])
         axes.set_ylim(0, 100)
         axes.set_ylabel("percent")
         axes.set_title(suite)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    # Names are given here, since a name that begins with a line would be left out of the axes' own legend
+    figure.legend(
+        figure.axes[0].containers[1::2],
+        [plain(model) for model in models],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     return figure

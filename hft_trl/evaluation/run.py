@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_
 from hft_trl.files import write_json
 from hft_trl.report.machine import package_version
 
-MEASURED_WITH = ("lm_eval", "transformers", "torch")
+MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
 
 
 def default_cache() -> Path:
@@ -134,9 +135,11 @@ def evaluate_models(
 
 
 def task_digest() -> str:
-    """SHA-256 (hex) of our tasks: their files, their functions and the embedded world's probes."""
+    """SHA-256 (hex) of our tasks: their files, what asks and judges them, and the embedded world's probes."""
     digest = hashlib.sha256()
-    for path in (*sorted(TASKS.iterdir()), Path(__file__).with_name("functions.py"), *sorted(demo.PROBES.iterdir())):
+    here, world = Path(__file__).parent, Path(demo.__file__).parent
+    code = [here / "functions.py", here / "harness.py", world / "probe_data.py", world / "data.py"]
+    for path in (*sorted(TASKS.iterdir()), *code, *sorted(demo.PROBES.iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -153,10 +156,11 @@ def _shared(value: Any) -> Any:
 def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
     name, _, key = figure.partition(" ")
     metric, _, kind = key.partition(",")
-    stderr = results[name].get(f"{metric}_stderr,{kind}")
+    value, stderr = results[name][key], results[name].get(f"{metric}_stderr,{kind}")
     return Score(
-        value=100 * results[name][key],
-        stderr=100 * stderr if isinstance(stderr, float) else None,  # the harness writes "N/A" where there is none
+        value=100 * value if isfinite(value) else None,  # a model that diverged
+        # The harness writes "N/A" where there is none
+        stderr=100 * stderr if isinstance(stderr, float) and isfinite(stderr) else None,
         samples=results[name].get("sample_len"),
     )
 

@@ -24,15 +24,15 @@ class Score:
     A figure in percent.
 
     Args:
-        value (`float`):
-            From 0 to 100.
+        value (`float`, *optional*):
+            From 0 to 100, `None` where the model gives no number (one that diverged).
         stderr (`float`, *optional*):
             Its standard error, `None` where the harness has none.
         samples (`int`, *optional*):
             Number of items that it was measured on.
     """
 
-    value: float
+    value: float | None
     stderr: float | None = None
     samples: int | None = None
 
@@ -83,7 +83,8 @@ class Evaluation:
         scores = [self.scores[suite][model][heading] for heading in self.averaged[suite]]
         errors = [score.stderr for score in scores]
         stderr = None if None in errors else sqrt(sum(error**2 for error in errors)) / len(errors)
-        return Score(sum(score.value for score in scores) / len(scores), stderr)
+        values = [score.value for score in scores]
+        return Score(None, None) if None in values else Score(sum(values) / len(values), stderr)
 
     def columns(self, suite: str, model: str) -> dict[str, Score]:
         """The scores of a model on a suite by heading, and their average."""
@@ -115,7 +116,7 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
     """
     base = next(iter(evaluation.models))
     against = f", in brackets the difference to {base}" if len(evaluation.models) > 1 else ""
-    limit = "" if evaluation.limit is None else f", {evaluation.limit} items a task only"
+    limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
     grids = []
     for suite in evaluation.scores:
         first = evaluation.columns(suite, base)
@@ -135,9 +136,11 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
 
 
 def _cell(score: Score, base: Score | None) -> str:
-    error = NONE if score.stderr is None else f"{score.stderr:.1f}"
-    difference = "" if base is None else f" ({score.value - base.value:+.1f})"
-    return f"{score.value:.1f}±{error}{difference}"
+    if score.value is None:
+        return NONE
+    error = "" if score.stderr is None else f"±{score.stderr:.1f}"
+    difference = "" if base is None or base.value is None else f" ({score.value - base.value:+.1f})"
+    return f"{score.value:.1f}{error}{difference}"
 
 
 def notes(evaluation: Evaluation) -> list[str]:

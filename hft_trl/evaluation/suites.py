@@ -101,7 +101,9 @@ def check_harness() -> None:
         [`HFTError`]: If it is not.
     """
     if find_spec("lm_eval") is None:
-        raise HFTError("evaluation needs lm-evaluation-harness, which is not installed: pip install 'hft-trl[eval]'.")
+        raise HFTError(
+            "evaluation needs lm-evaluation-harness, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+        )
 
 
 def headings(suite: str) -> list[str]:

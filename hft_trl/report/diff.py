@@ -1,5 +1,6 @@
 """A comparison of saved models in words, tables, JSON and a picture."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hft_trl.errors import HFTError
 from hft_trl.report.data import UnitChange
 from hft_trl.report.movement_plot import change_figure
+from hft_trl.report.plots import plain
 from hft_trl.report.tables import Grid, change, count, percent
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
 
@@ -135,6 +137,23 @@ def _model_json(diff: "ModelDiff") -> dict[str, Any]:
     }
 
 
+def check_picture(path: str | Path) -> None:
+    """
+    See that a picture can be written, before models are compared.
+
+    Raises:
+        [`HFTError`]: If its folder can't be written or its ending is no format.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(path)
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise HFTError(f"plot {str(path)!r} has no ending of a picture: choose another file, such as diff.png.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise HFTError(f"plot {str(path)!r} can't be written there: choose another file, such as diff.png.")
+
+
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     """
     Draw layers by modules as a heat map, the models side by side on one scale.
@@ -148,7 +167,7 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     Raises:
         [`HFTError`]: If there is nothing to draw, or the file can't be written.
     """
-    figure = change_figure([(_title(diff, 32), _unit_changes(diff)) for diff in diffs])
+    figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
     try:

@@ -171,6 +171,11 @@ def evaluation_figure(report: Report) -> "Figure | None":
     return figure
 
 
+def plain(text: str) -> str:
+    """A text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
+
+
 def stage_colours(number: int) -> list[str]:
     """Colours for a base model, which is grey, and what was made from it."""
     from matplotlib import colormaps

@@ -1,0 +1,101 @@
+"""A continual run as Markdown with its pictures, and several runs side by side; all from `scores.json`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hft_trl.continual.plots import curves_figure, matrix_figure
+from hft_trl.continual.scores import SCORES_FILE, read_scores
+from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_grid
+from hft_trl.errors import HFTError
+from hft_trl.files import writing
+from hft_trl.report.markdown import table
+
+
+def write_report(folder: str | Path) -> Path:
+    """
+    Write `report.md`, `matrix.png` and `curves.png` beside a run's `scores.json`, and return the first.
+
+    Raises:
+        [`HFTError`]: If there are no scores, or the folder can't be written.
+    """
+    folder = Path(folder)
+    scores = _scores(folder)
+    name = f"{scores['approach']}, {scores['method'].upper()}"
+    with writing(folder):
+        matrix_figure(scores).savefig(folder / "matrix.png", dpi=150, facecolor="white")
+        curves_figure({name: scores}).savefig(folder / "curves.png", dpi=150, facecolor="white")
+        (folder / "report.md").write_text(_markdown(scores), encoding="utf-8")
+    return folder / "report.md"
+
+
+def _markdown(scores: dict[str, Any]) -> str:
+    parts = [
+        "# Continual learning report",
+        f"{scores['approach']} with {scores['method'].upper()}, from `{scores['model']}`. Every figure comes from "
+        f"`{SCORES_FILE}`.",
+        f"OP {scores['op'][-1]:.1f}, BWT {scores['bwt'][-1]:+.1f} after the last of {len(scores['rounds'])} rounds.",
+        "## Scores",
+        table(score_grid(scores)),
+        "![Score on each task after each round](matrix.png)",
+        "OP is the mean of a row; BWT is the sum of what earlier tasks lost (negative) or won since their own round, divided "
+        "by the number of tasks seen.",
+        "![Overall performance and backward transfer](curves.png)",
+        "## Forgetting",
+        table(forgetting_grid(scores)),
+    ]
+    if scores["probes"]:
+        probes = (f"- {model}: {_listed(found)}" for model, found in scores["probes"].items())
+        parts += ["## General abilities and knowledge", "\n".join(probes)]
+    empty, cut = sum(scores["empty_predictions"][-1]), sum(scores["truncated_prompts"][-1])
+    parts.append(
+        f"At the end {empty} predictions were empty (they score 0), and {cut} prompts were cut from the left to fit."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(found: dict[str, float | None]) -> str:
+    return ", ".join(
+        f"{key.replace('_', ' ')} {'-' if value is None else f'{value:.1f}'}" for key, value in found.items()
+    )
+
+
+def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
+    """
+    The scores of runs that can be compared, by the name of the folder as it was given.
+
+    Raises:
+        [`HFTError`]: If a run has no scores yet, is not finished, or had other tasks than the first.
+    """
+    runs = {str(folder): _scores(Path(folder)) for folder in folders}
+    first, *others = runs.items()
+    for name, scores in (first, *others):
+        if len(scores["matrix"][-1]) < len(scores["tasks"]):
+            raise HFTError(
+                f"{name} has {len(scores['matrix'])} rounds of {len(scores['tasks'])} tasks: finish it first."
+            )
+        for key in ("tasks", "metrics"):
+            if scores[key] != first[1][key]:
+                raise HFTError(
+                    f"{name} has the {key} {', '.join(scores[key])}, {first[0]} has {', '.join(first[1][key])}: compare "
+                    "runs of the same tasks in the same order."
+                )
+    return runs
+
+
+def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Path:
+    """Write `comparison.md` and `comparison.png`, one table and one figure of runs, and return the first."""
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        curves_figure(runs).savefig(folder / "comparison.png", dpi=150, facecolor="white")
+        text = f"# Continual runs side by side\n\n{table(comparison_grid(runs))}\n\n![OP and BWT](comparison.png)\n"
+        (folder / "comparison.md").write_text(text, encoding="utf-8")
+    return folder / "comparison.md"
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    scores = read_scores(folder)
+    if scores is None:
+        raise HFTError(f"{folder} has no {SCORES_FILE}: give the folder of a continual run.")
+    return scores
