@@ -88,7 +88,8 @@ def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Pat
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        curves_figure(runs).savefig(folder / "comparison.png", dpi=150, facecolor="white")
+        labels = {f"{run['approach']}, {run['method'].upper()} ({name})": run for name, run in runs.items()}
+        curves_figure(labels).savefig(folder / "comparison.png", dpi=150, facecolor="white")
         text = f"# Continual runs side by side\n\n{table(comparison_grid(runs))}\n\n![OP and BWT](comparison.png)\n"
         (folder / "comparison.md").write_text(text, encoding="utf-8")
     return folder / "comparison.md"

@@ -1,0 +1,109 @@
+"""A continual run's report and the comparison of runs say what scores.json says, and nothing is drawn that is not there."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hft_trl.cli import app
+from hft_trl.continual.plots import curves_figure, matrix_figure
+from hft_trl.continual.report import compare, write_comparison, write_report
+from hft_trl.continual.scores import curves
+from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_grid
+from hft_trl.errors import HFTError
+
+
+def scores_of(approach="sequential", method="hft", matrix=((80.0,), (60.5, 40.0)), tasks=("A", "B")):
+    found = curves(matrix)
+    return {
+        "version": 1, "approach": approach, "method": method, "model": "demo", "tasks": list(tasks),
+        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **vars(found),
+        "probes": {"base": {"knowledge": 100.0, "other": None}},
+        "rounds": [{"name": f"round-{t}"} for t in range(1, len(matrix) + 1)],
+        "empty_predictions": [[0] * len(row) for row in matrix[:-1]] + [[3] + [0] * (len(matrix[-1]) - 1)],
+        "truncated_prompts": [[0] * len(row) for row in matrix],
+    }  # fmt: skip
+
+
+def save(folder, **scores):
+    folder.mkdir()
+    (folder / "scores.json").write_text(json.dumps(scores_of(**scores)))
+    return folder
+
+
+def test_the_matrix_is_shown_with_what_is_not_yet_seen_left_out():
+    grid = score_grid(scores_of())
+    assert grid.columns == ["after", "A", "B", "OP", "BWT"]
+    assert grid.rows == [["round-1", "80.0", "-", "80.0", "+0.0"], ["round-2", "60.5", "40.0", "50.2", "-9.8"]]
+
+
+def test_forgetting_is_the_change_since_a_tasks_own_round():
+    rows = forgetting_grid(scores_of()).rows
+    assert rows == [["A", "accuracy", "80.0", "60.5", "-19.5"], ["B", "accuracy", "40.0", "40.0", "+0.0"]]
+
+
+def test_the_heat_map_has_a_number_for_every_score_and_no_other():
+    (axes, _) = matrix_figure(scores_of()).axes
+    assert sorted(text.get_text() for text in axes.texts) == ["40", "60", "80"]
+    assert axes.images[0].get_array().mask.tolist() == [[False, True], [False, False]]
+
+
+def test_the_curves_are_op_and_bwt_and_a_single_round_is_a_level():
+    runs = {"a": scores_of(), "pooled $x$": scores_of("multitask", matrix=((70.0, 50.0),))}
+    op, bwt = curves_figure(runs).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in op.lines}
+    assert drawn["a"] == [80.0, 50.25]
+    assert drawn[r"pooled \$x\$"] == [60.0, 60.0]
+    assert {line.get_label(): list(line.get_ydata()) for line in bwt.lines}["a"] == [0.0, -9.75]
+
+
+def test_a_report_names_its_pictures_counts_and_probes(tmp_path):
+    folder = save(tmp_path / "run")
+    text = write_report(folder).read_text()
+    for picture in ("matrix.png", "curves.png"):
+        assert f"({picture})" in text
+        assert (folder / picture).stat().st_size > 5000
+    assert "OP 50.2, BWT -9.8 after the last of 2 rounds" in text
+    assert "3 predictions were empty" in text
+    assert "- base: knowledge 100.0, other -" in text
+    with pytest.raises(HFTError, match=r"has no scores\.json"):
+        write_report(tmp_path)
+
+
+def test_runs_stand_side_by_side_in_the_papers_shape():
+    runs = {
+        "a": scores_of(),
+        "b": scores_of(method="fft", matrix=((80.0,), (20.0, 60.0))),
+        "c": scores_of("replay"),
+        "d": scores_of(matrix=((80.0,), (80.0, 80.0))),
+    }
+    assert comparison_grid(runs).rows == [
+        ["sequential", "40.0", "-30.0", "50.2", "-9.8", "a, b"],
+        ["replay", "-", "-", "50.2", "-9.8", "c"],
+        ["sequential", "-", "-", "80.0", "+0.0", "d"],
+    ]
+
+
+def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
+    a, b = save(tmp_path / "a"), save(tmp_path / "b", method="fft")
+    result = CliRunner().invoke(app, ["continual", "compare", str(a), str(b), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "OP FFT" in result.output
+    assert "OP FFT" in (tmp_path / "out" / "comparison.md").read_text()
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
+    result = CliRunner().invoke(app, ["continual", "compare", str(a), str(b), "--json"])
+    assert json.loads(result.output)[str(a)]["op"] == [80.0, 50.25]
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    whole = save(tmp_path / "whole")
+    assert list(compare([whole])) == [str(whole)]
+    part = save(tmp_path / "part", matrix=((80.0,),))
+    with pytest.raises(HFTError, match="1 rounds of 2 tasks: finish it first"):
+        compare([whole, part])
+    other = save(tmp_path / "other", tasks=("A", "C"))
+    with pytest.raises(HFTError, match=r"other has the tasks A, C, .*whole has A, B"):
+        compare([whole, other])
+    with pytest.raises(HFTError, match=r"nowhere has no scores\.json"):
+        compare([whole, tmp_path / "nowhere"])
+    assert write_comparison(compare([whole]), tmp_path / "new").is_file()
