@@ -104,7 +104,7 @@ class ContinualRecipe:
         The rounds as stages, each with the file of rows that it learns from. Every process has to call.
 
         Raises:
-            [`HFTError`]: If the folder of the run can't be written, or holds a run of another approach.
+            [`HFTError`]: If the folder of the run can't be written.
         """
         output, stages = Path(self.run.output_dir), []
         for planned in rounds:
