@@ -63,7 +63,8 @@ def main(recipe: ContinualRecipe) -> None:
     # Round after round: learn, then answer the test sets of the tasks seen so far
     answered, probes = [], {}
     for number, (planned, stage) in enumerate(zip(rounds, stages, strict=True), 1):
-        if not finished(stage):
+        new = not finished(stage)
+        if new:
             learn(stage, base)
         asked = {tasks[task].name: task for task in planned.evaluated}
         found = evaluate_tasks(
@@ -77,7 +78,7 @@ def main(recipe: ContinualRecipe) -> None:
         answered.append({asked[name]: result for name, result in found.items()})
         if number == len(rounds) and run.approach != "individual":  # which has no model that learned all tasks
             probes, _, _ = evaluate_stages(recipe.model, {planned.name: str(stage.folder)}, suites)
-        if PartialState().is_main_process:
+        if PartialState().is_main_process and (new or number == len(rounds)):
             records = [finished(done) for done in stages[:number]]
             scores = write_scores(run.output_dir, run.approach, tasks, rounds[:number], answered, records, probes)
 
