@@ -85,12 +85,11 @@ def chat(
             padding = [width - len(rows[j]) for j in chosen]
             ids = [[tokenizer.pad_token_id] * pad + rows[j] for j, pad in zip(chosen, padding, strict=True)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            room = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+            settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
             generated = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=settings,
-                max_new_tokens=room,
             )
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for j, text in zip(chosen, texts, strict=True):
