@@ -94,12 +94,13 @@ def complete(
 
     Returns:
         `list[str]`: The continuations, without special tokens and the white space around them.
+
+    Raises:
+        [`HFTError`]: If a row alone fills the model's positions.
     """
-    room_of_model, longest = most_tokens(model), max(map(len, rows), default=0)
-    if room_of_model is not None and longest >= room_of_model:
-        raise HFTError(
-            f"a prompt has {longest} tokens, and the model {room_of_model} positions: leave that prompt out."
-        )
+    positions, longest = most_tokens(model), max(map(len, rows), default=0)
+    if positions is not None and longest >= positions:
+        raise HFTError(f"a prompt has {longest} tokens, and the model {positions} positions: leave that prompt out.")
     # Like lengths side by side need little padding.
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     # Some models end a turn with another token than a text, and say so in their generation config only.
@@ -118,12 +119,12 @@ def complete(
             padding = [width - len(rows[j]) for j in chosen]
             ids = [[tokenizer.pad_token_id] * pad + list(rows[j]) for j, pad in zip(chosen, padding, strict=True)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            room = max_new_tokens if room_of_model is None else min(max_new_tokens, room_of_model - width)
+            most = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+            settings.max_new_tokens = most
             generated = model.generate(
                 input_ids=torch.tensor(ids, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=settings,
-                max_new_tokens=room,
             )
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for j, text in zip(chosen, texts, strict=True):

@@ -16,11 +16,13 @@ from matplotlib.container import BarContainer
 from reports import ODD, moved, report, stage
 from rich.console import Console
 
+from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
 from hft_trl.report.markdown import report_markdown
 from hft_trl.report.movement import category_movement, movement_grid
 from hft_trl.report.movement_plot import movement_figure
+from hft_trl.report.page import report_page
 from hft_trl.report.picture import ASCII, layer_picture
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.shares import category_shares
@@ -448,3 +450,11 @@ def test_durations(value, text):
 def test_stage_fields_match_the_dataclass():
     """The required fields of a stage are the documented ones."""
     assert [field.name for field in fields(StageRecord)][: len(STAGE_FIELDS)] == STAGE_FIELDS
+
+
+def test_the_embedded_model_and_data_are_named_by_their_word():
+    """Not by where the package is installed."""
+    run = report(stage(start_model=str(demo.MODEL), dataset=str(demo.SFT_DATA)), base_model=str(demo.MODEL))
+    for text in (report_markdown(run, []), report_page(run)):
+        assert str(demo.ASSETS) not in text
+        assert "demo" in text

@@ -33,4 +33,9 @@ def model_path(model: str) -> str:
     return str(MODEL) if model == "demo" else model
 
 
-__all__ = ["ASSETS", "CONTINUAL_RECIPE", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA", "model_path"]
+def shown(source: str) -> str:
+    """The word `demo` for the embedded model and data, which lie where the package is installed; else as it is."""
+    return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source
+
+
+__all__ = ["ASSETS", "CONTINUAL_RECIPE", "DPO_DATA", "MODEL", "PROBES", "RECIPE", "SFT_DATA", "model_path", "shown"]

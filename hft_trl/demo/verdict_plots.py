@@ -61,7 +61,7 @@ def _panel(axes: "Axes", runs: dict[str, str], against: str, scores: Scores, sco
     for place, (label, run) in enumerate(runs.items()):
         values = [found[score] for found in scores[run].values()]
         colour = GREY if label == BASE else ORANGE if label == against else BLUE
-        spread = [(step / max(1, len(values) - 1) - 0.5) * 0.36 for step in range(len(values))]
+        spread = [(step - (len(values) - 1) / 2) / len(values) * 0.4 for step in range(len(values))]
         axes.bar(place, fmean(values), 0.7, color=colour, alpha=0.35)
         axes.plot([place + x for x in spread], values, "o", color=colour, markersize=3.5)
         if len(values) > 1:

@@ -63,7 +63,6 @@ def compare(scores: Scores, run: str, against: str, score: str) -> Difference | 
 
     Returns:
         [`Difference`] or `None`: `None` if they have no seed in common.
-
     """
     from scipy.stats import ttest_rel
 

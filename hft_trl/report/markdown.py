@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import yaml
 
+from hft_trl.demo import shown
 from hft_trl.report.data import REPORT_FILE, Report, StageRecord
 from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid
 
@@ -37,7 +38,7 @@ def report_markdown(report: Report, pictures: Collection[str]) -> str:
     methods = ", ".join(f"{stage.name} with {stage.method.upper()}" for stage in report.stages)
     parts = [
         "# Fine-tuning report",
-        f"{methods or 'No stage'}, from `{report.base_model or 'an unnamed model'}`, {report.created}. "
+        f"{methods or 'No stage'}, from `{shown(report.base_model) or 'an unnamed model'}`, {report.created}. "
         f"Every figure below comes from `{REPORT_FILE}`.",
     ]
     scores = evaluation_grids(report)
@@ -65,8 +66,8 @@ def launch_command(report: Report) -> str:
 
 
 def _origin(stage: StageRecord) -> str:
-    start = f" started from `{stage.start_model}`" if stage.start_model else ""
-    data = f", data `{stage.dataset}`" if stage.dataset else ""
+    start = f" started from `{shown(stage.start_model)}`" if stage.start_model else ""
+    data = f", data `{shown(stage.dataset)}`" if stage.dataset else ""
     digest = f", selection `{stage.selection_digest}`" if stage.selection_digest else ""
     return f"- `{stage.name}`{start}{data}{digest}"
 

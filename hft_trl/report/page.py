@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from hft_trl.demo import shown
 from hft_trl.report.data import REPORT_FILE, Report, StageRecord, UnitChange
 from hft_trl.report.markdown import CAPTIONS, launch_command
 from hft_trl.report.movement_plot import movement_figure
@@ -123,6 +124,7 @@ def report_page(report: Report) -> str:
     return templates.get_template(TEMPLATE).render(
         report=report,
         source=REPORT_FILE,
+        shown=shown,
         captions={name.removesuffix(".png"): text for name, text in CAPTIONS.items()},
         verdict=verdict(report),
         suites=_suites(report),

@@ -74,12 +74,15 @@ def test_a_mistake_is_said_once_by_two_processes(base, tmp_path):
 
 
 @pytest.mark.parametrize("config", ["ddp_multi_node.yaml", "fsdp2_multi_node.yaml"])
-def test_both_stages_on_two_machines(base, tmp_path, config):
+def test_all_recipes_on_two_machines(base, tmp_path, config):
     """As shipped, apart from the CPU: one process on each machine, here on loopback."""
     flags = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--machine_rank"]
-    command = (on_cpu(config, tmp_path), RECIPES, *both_stages(base, tmp_path))
+    recipes = [*both_stages(base, tmp_path), "+", *single_stage("sft", base, tmp_path), "+"]
+    command = (on_cpu(config, tmp_path), RECIPES, *recipes, *single_stage("dpo", base, tmp_path))
     output = finish(*(start(*command, flags=[*flags, str(rank)]) for rank in range(2)))
     check_run(tmp_path / "both", base, ["sft", "dpo"])
+    check_run(tmp_path / "sft", base, ["sft"])
+    check_run(tmp_path / "dpo", base, ["dpo"])
     assert ("sharded by FSDP2" in output) == config.startswith("fsdp2")
 
 
