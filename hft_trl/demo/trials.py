@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
@@ -67,9 +66,7 @@ def run_trials(
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
     _check_flags(output, flags)
-    with writing(output):
-        (output / "scores").mkdir(parents=True, exist_ok=True)
-        write_json(output / SETTINGS_FILE, _settings(flags))
+    settle_settings(output, flags)
     families = []
     for root in (run for run in runs if run.start in ("", BASE)):
         family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
@@ -185,21 +182,35 @@ def _check_flags(output: Path, flags: list[str]) -> None:
         if OWN.fullmatch(flag.partition("=")[0]):
             raise HFTError(f"{flag} is what the runs differ in, so it can't be the same for all: drop it.")
     parse_recipe(["--output_dir", str(output), *flags], default_config=demo.RECIPE)
-    path = output / SETTINGS_FILE
+
+
+def settle_settings(output: Path, flags: list[str]) -> None:
+    """
+    Make a folder for scores, and note what all of them have in common: the flags, and the versions of the libraries.
+
+    Args:
+        output (`Path`):
+            The folder.
+        flags (`list[str]`):
+            Flags of every run.
+
+    Raises:
+        [`HFTError`]: If the folder holds scores that were made with others, or can't be written.
+    """
+    names = ("torch", "transformers", "trl")
+    versions = ", ".join(f"{name} {package_version(name)}" for name in names)
+    settings, path = {"flags": shlex.join(flags), "versions": versions}, output / SETTINGS_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for key, now in _settings(flags).items():
+        for key, now in settings.items():
             if before[key] != now:
                 raise HFTError(
                     f"{output} holds scores made with the {key} {before[key] or 'none'}, now they are {now or 'none'}: use the "
                     "same, or another output_dir."
                 )
-
-
-def _settings(flags: list[str]) -> dict[str, Any]:
-    """What all scores of a folder have in common."""
-    names = ("torch", "transformers", "trl")
-    return {"flags": shlex.join(flags), "versions": ", ".join(f"{name} {package_version(name)}" for name in names)}
+    with writing(output):
+        (output / "scores").mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
 
 
 def _scored(output: Path, families: list[tuple[int, list[Run]]]) -> int:

@@ -1,6 +1,6 @@
 """From scores of many seeds to tables: means, deviations, and paired tests over the seeds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,13 +113,19 @@ def tables(question: Question, scores: Scores) -> list[Grid]:
     means, differences = [], []
     for label, run in question.runs.items():
         seeds = scores.get(run, {})
-        means.append([label, str(len(seeds) or NONE), *(_mean(seeds, score) for score in question.scores)])
+        means.append(
+            [
+                label,
+                str(len(seeds) or NONE),
+                *(mean_cell([found[score] for found in seeds.values()]) for score in question.scores),
+            ]
+        )
         if label in (question.against, BASE):
             continue
         for score in question.scores:
             found = compare(scores, run, question.runs[question.against], score)
             if found is not None:
-                differences.append([label, score.replace("_", " "), *_cells(found)])
+                differences.append([label, score.replace("_", " "), *difference_cells(found)])
     against = f"difference to {question.against}"
     return [
         Grid(question.title, ["", "seeds", *names], means),
@@ -146,14 +152,15 @@ def write_results(questions: Iterable[Question], scores: Scores, output_dir: str
     return path
 
 
-def _mean(seeds: dict[int, dict[str, float]], score: str) -> str:
-    values = [found[score] for found in seeds.values()]
+def mean_cell(values: Sequence[float]) -> str:
+    """Mean (standard deviation) of the seeds' scores, as a table shows it."""
     if not values:
         return NONE
     return f"{fmean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
 
 
-def _cells(found: Difference) -> list[str]:
+def difference_cells(found: Difference) -> list[str]:
+    """Mean, interval, p-value and seeds ahead, as a table shows them."""
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
     p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
     return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]

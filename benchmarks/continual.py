@@ -1,0 +1,226 @@
+"""
+Every approach of continual learning with each method, over seeds, on the embedded mini benchmark.
+
+```bash
+python benchmarks/continual.py --seeds 5 --output_dir docs/continual
+```
+
+A run is `recipes/continual.py` in a process of its own with one thread, as many at a time as there are cores. The same
+command again goes on where it was interrupted. A seed decides the selection, the order of the rows, adapters' first values
+and which rows are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.learning_rate 1e-3`.
+
+In `output_dir`: `scores/` (the `scores.json` of each run), `results.md` and `grid.png`. The paired tests need scipy:
+`pip install -c constraints.txt -e ".[eval,continual]"`.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from hft_trl import HFTError, exit_on_user_error
+from hft_trl.demo.trials import Scores, settle_settings
+from hft_trl.demo.verdicts import check_tests, compare, difference_cells, mean_cell
+from hft_trl.report import environment
+from hft_trl.report.markdown import table
+from hft_trl.report.plots import BLUE, GREY, ORANGE
+from hft_trl.report.tables import Grid, rich_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = {
+    "op": "OP",
+    "bwt": "BWT",
+    "bwt_t_minus_1": "BWT (t - 1)",
+    "knowledge": "knowledge",
+}
+COLOURS = {"fft": ORANGE, "hft": BLUE, "": GREY}
+
+
+class Run(NamedTuple):
+    """An approach with a method, which is empty for adapters: they have none."""
+
+    approach: str
+    method: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.approach}-{self.method}" if self.method else self.approach
+
+
+GRID = (
+    *(
+        Run(approach, method)
+        for approach in ("sequential", "gem", "replay", "multitask", "individual")
+        for method in ("fft", "hft")
+    ),
+    Run("lora", ""),
+    Run("o_lora", ""),
+)
+
+
+def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str]:
+    """The command of one run."""
+    words = ["--approach", run.approach, "--output_dir", str(folder), "--sft.seed", str(seed)]
+    if run.method:
+        words += ["--method", run.method, "--hft.seed", str(seed)]
+    return [sys.executable, "recipes/continual.py", *words, "--sft.disable_tqdm", "true", *flags]
+
+
+def make(run: Run, seed: int, output: Path, flags: list[str]) -> None:
+    """Make one run, keep its scores, and remove its models."""
+    kept, folder = output / "scores" / f"{run.name}-{seed}.json", output / "runs" / f"{run.name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (output / "runs" / f"{run.name}-{seed}.log").open("a", encoding="utf-8") as log:
+        words = command(run, seed, folder, flags)
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+    if ended.returncode:
+        raise HFTError(f"{shlex.join(words)} ended with {ended.returncode}: its last words are in {log.name}.")
+    shutil.copy(folder / "scores.json", kept.with_suffix(".part"))
+    kept.with_suffix(".part").replace(kept)
+    shutil.rmtree(folder)
+
+
+def read(output: Path, runs: Iterable[Run]) -> Scores:
+    """What [`MEASURED`] names after the last round, by run and seed; knowledge only where one model learned every task."""
+    found: Scores = {}
+    for run in runs:
+        for path in sorted(output.glob(f"scores/{run.name}-*.json")):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            values = {key: content[key][-1] for key in ("op", "bwt", "bwt_t_minus_1")}
+            values["knowledge"] = content["probes"].get(content["rounds"][-1]["name"], {}).get("knowledge")
+            seed = int(path.stem.rpartition("-")[2])
+            found.setdefault(run.name, {})[seed] = {k: v for k, v in values.items() if v is not None}
+    return found
+
+
+def grids(runs: Iterable[Run], scores: Scores) -> list[Grid]:
+    """Mean (standard deviation) of every run over its seeds, and HFT less FFT seed by seed."""
+    means, differences = [], []
+    for run in runs:
+        seeds = scores.get(run.name, {})
+        cells = [mean_cell([found[key] for found in seeds.values() if key in found]) for key in MEASURED]
+        means.append([run.approach, run.method.upper() or "-", str(len(seeds)), *cells])
+        if run.method != "hft":
+            continue
+        for key, label in MEASURED.items():
+            both = (seeds, scores.get(Run(run.approach, "fft").name, {}))
+            if key == "bwt_t_minus_1" or not all(any(key in found for found in side.values()) for side in both):
+                continue
+            found = compare(scores, run.name, Run(run.approach, "fft").name, key)
+            if found is not None:
+                differences.append([run.approach, label, *difference_cells(found)])
+    return [
+        Grid("After the last round", ["approach", "method", "seeds", *MEASURED.values()], means),
+        Grid("HFT less FFT", ["approach", "score", "mean", "95 % interval", "p", "HFT higher"], differences),
+    ]
+
+
+def figure(runs: Iterable[Run], scores: Scores) -> "Figure":
+    """A panel for each score with a bar for each run, every seed a point."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in runs if scores.get(run.name)]
+    shown = [key for key in MEASURED if key != "bwt_t_minus_1"]
+    drawing = Figure(figsize=(5.2 * len(shown), 4.4), layout="constrained")
+    for number, key in enumerate(shown, 1):
+        axes = drawing.add_subplot(1, len(shown), number)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        for place, run in enumerate(runs):
+            values = [found[key] for found in scores[run.name].values() if key in found]
+            if not values:
+                continue
+            colour = COLOURS[run.method]
+            axes.bar(place, fmean(values), 0.7, color=colour, alpha=0.35)
+            axes.plot([place] * len(values), values, "o", color=colour, markersize=3.5)
+            if len(values) > 1:
+                axes.errorbar(place, fmean(values), stdev(values), color="black", capsize=4, linewidth=1.2)
+        labels = [f"{run.approach} {run.method.upper()}".strip() for run in runs]
+        axes.set_xticks(range(len(runs)), labels, rotation=60, ha="right", fontsize=8)
+        axes.set_title(MEASURED[key])
+    return drawing
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="Number of seeds (5).")
+    parser.add_argument("--approaches", default="all", help="Some of the approaches, with commas between.")
+    parser.add_argument("--output_dir", default="runs/continual-grid", help="Folder (runs/continual-grid).")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at a time, by default one a core.")
+    options, flags = parser.parse_known_args(argv)
+    known = {run.approach for run in GRID}
+    options.approaches = known if options.approaches == "all" else set(options.approaches.split(","))
+    if not options.approaches <= known:
+        parser.error(f"--approaches must be of {', '.join(sorted(known))}")
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: it must be at least 1")
+    return options, flags
+
+
+def main(options: argparse.Namespace, flags: list[str]) -> None:
+    output, console = Path(options.output_dir), Console()
+    check_tests()
+    settle_settings(output, flags)
+    runs = [run for run in GRID if run.approach in options.approaches]
+
+    # Make what has no scores yet
+    asked = [(run, seed) for seed in range(1, options.seeds + 1) for run in runs]
+    missing = [(run, seed) for run, seed in asked if not (output / "scores" / f"{run.name}-{seed}.json").exists()]
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.workers) as pool:
+        bar = progress.add_task("runs", total=len(asked), completed=len(asked) - len(missing))
+        futures = [pool.submit(make, run, seed, output, flags) for run, seed in missing]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                progress.advance(bar)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # the others go on from their checkpoints another time
+
+    # Say what they say
+    scores, found = read(output, GRID), environment()
+    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "python"))
+    means, differences = grids([run for run in GRID if run.name in scores], scores)
+    figure(GRID, scores).savefig(output / "grid.png", dpi=130, facecolor="white")
+    text = f"""# Continual learning on the embedded mini benchmark
+
+Made by `python benchmarks/continual.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} on {os.cpu_count()} cores
+({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of eight
+rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in the base.
+
+{table(means)}
+
+HFT less FFT, seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons.
+
+{table(differences)}
+
+![OP, BWT and knowledge by approach](grid.png)
+"""
+    (output / "results.md").write_text(text, encoding="utf-8")
+    for grid in (means, differences):
+        console.print(rich_table(grid))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""benchmarks/continual.py: every approach with each method, made once, and compared seed by seed."""
+
+import json
+import runpy
+import sys
+from statistics import fmean
+from typing import get_args, get_type_hints
+
+import pytest
+from warm import ROOT
+
+from hft_trl import HFTError, demo
+from hft_trl.continual.recipe import ContinualArguments, parse_continual
+
+GRID = runpy.run_path(str(ROOT / "benchmarks" / "continual.py"))
+
+
+def test_every_approach_of_the_recipe_is_in_it_with_each_method_it_has(tmp_path):
+    approaches = set(get_args(get_type_hints(ContinualArguments)["approach"]))
+    assert {run.approach for run in GRID["GRID"]} == approaches
+    for run in GRID["GRID"]:
+        words = GRID["command"](run, 7, tmp_path, [])[2:]
+        recipe = parse_continual(words, default_config=demo.CONTINUAL_RECIPE)
+        assert (recipe.run.approach, recipe.run.output_dir) == (run.approach, str(tmp_path))
+        assert recipe.arguments(tmp_path, 1).seed == 7
+        if run.method:
+            assert (recipe.hft.method, recipe.hft.seed) == (run.method, 7)
+
+
+def scores_file(folder, run, seed, op, knowledge):
+    folder.mkdir(exist_ok=True, parents=True)
+    content = {"op": [1.0, op], "bwt": [0.0, -op], "bwt_t_minus_1": [None, -2 * op], "rounds": [{"name": "round-2"}]}
+    content["probes"] = {} if knowledge is None else {"base": {"knowledge": 99}, "round-2": {"knowledge": knowledge}}
+    (folder / f"{run}-{seed}.json").write_text(json.dumps(content))
+
+
+def test_tables_hold_means_after_the_last_round_and_differences_of_the_seeds_that_both_have(tmp_path):
+    for seed, (ours, theirs) in enumerate([(50, 40), (60, 44), (70, 45)], 1):
+        scores_file(tmp_path / "scores", "sequential-hft", seed, ours, 80)
+        scores_file(tmp_path / "scores", "sequential-fft", seed, theirs, 70)
+        scores_file(tmp_path / "scores", "individual-hft", seed, ours, None)
+    scores_file(tmp_path / "scores", "sequential-hft", 4, 0, 0)
+    scores_file(tmp_path / "scores", "lora", 1, 33, 20)
+    scores = GRID["read"](tmp_path, GRID["GRID"])
+    means, differences = GRID["grids"](GRID["GRID"], scores)
+    rows = {(row[0], row[1]): row[2:] for row in means.rows}
+    assert rows["sequential", "FFT"] == ["3", "43.0 (2.6)", "-43.0 (2.6)", "-86.0 (5.3)", "70.0 (0.0)"]
+    assert rows["sequential", "HFT"][:2] == ["4", "45.0 (31.1)"]
+    assert rows["individual", "HFT"][-1] == "-"
+    assert rows["lora", "-"] == ["1", "33.0", "-33.0", "-66.0", "20.0"]
+    (op,) = [row for row in differences.rows if row[1] == "OP"]
+    assert op[0] == "sequential"
+    assert float(op[2]) == pytest.approx(fmean((10, 16, 25)))
+    assert op[-1] == "3 of 3"
+    assert len(GRID["figure"](GRID["GRID"], scores).axes) == 3
+
+
+def test_runs_are_made_once_and_their_models_removed(tmp_path, monkeypatch):
+    output = tmp_path / "grid"
+
+    def again(*more):
+        words = ["--seeds", "1", "--approaches", "multitask", "--output_dir", str(output), "--sft.max_steps", "1"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks/continual.py", *words, *more])
+        GRID["main"](*GRID["parse"](sys.argv[1:]))
+        return {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
+
+    kept = again()
+    assert {path.name for path in kept} == {"multitask-fft-1.json", "multitask-hft-1.json"}
+    assert not list((output / "runs").glob("*/"))
+    assert "multitask" in (output / "results.md").read_text()
+    assert again() == kept
+    with pytest.raises(HFTError, match="holds scores made with the flags"):
+        again("--sft.seed", "3")
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path):
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(HFTError, match=r"ended with 2: its last words are in .*multitask-hft-1\.log"):
+        GRID["make"](GRID["Run"]("multitask", "hft"), 1, tmp_path, ["--no_such_flag"])
