@@ -31,6 +31,7 @@ from transformers.utils import (
     logging,
 )
 
+from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, sync
@@ -273,7 +274,8 @@ stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/
 
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
     # A card's base models are hub ids; folders are named in the text alone.
-    models = [saved.name for saved in (before, after) if not Path(saved.path).exists()]
+    hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
+    models = [name.partition("@")[0] for name in hub]
     tags = ["hft", title.lower()]
     data = ModelCardData(base_model=models or None, library_name="transformers", tags=tags)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")

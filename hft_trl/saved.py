@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -14,7 +15,7 @@ from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.delta import is_delta
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
 from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
 
@@ -46,7 +47,7 @@ class SavedModel:
 
     Args:
         name (`str`):
-            Folder, hub id in the local cache, or `"demo"`.
+            Folder, hub id in the local cache (`"id@revision"` for a branch, tag or commit), or `"demo"`.
 
     Attributes:
         skeleton ([`~transformers.PreTrainedModel`]): The model without weights.
@@ -60,7 +61,7 @@ class SavedModel:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.path = demo.model_path(name)
+        self.path = _cached(name) if "@" in name and not Path(name).is_dir() else demo.model_path(name)
         if is_delta(self.path):
             raise HFTError(
                 f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
@@ -124,6 +125,18 @@ class SavedModel:
             converter.add_tensor(name, key, self.places[key].pattern, self.tensor(key))
         found = converter.convert(name, model=self.skeleton, config=self.skeleton.config)[name]
         return found[0] if isinstance(found, list) else found
+
+
+def _cached(name: str) -> str:
+    """The folder that the local cache has for `id@revision`."""
+    repository, _, revision = name.partition("@")
+    try:
+        return snapshot_download(repository, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise HFTError(
+            f"{name!r} is neither a folder nor in the local cache ({first_line(error)}): run hf download {repository} "
+            f"--revision {revision} first."
+        ) from error
 
 
 def _tensor_files(path: str, name: str) -> dict[str, Path]:

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from hft_trl import demo
+from hft_trl import HFTConfig, demo, half_reset
+from hft_trl.diff import compare
 from hft_trl.errors import HFTError
 from hft_trl.saved import SavedModel, check_alike
 from hft_trl.weights import combined_digest, fingerprints
@@ -195,3 +196,24 @@ def test_an_index_that_names_a_tensor_which_is_not_there_is_an_error(tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(HFTError, match=re.escape("model.layers.9.mlp.up_proj.weight")):
         SavedModel(str(tmp_path))
+
+
+def test_a_revision_in_the_local_cache_is_told_from_the_others(tmp_path, monkeypatch):
+    """Two revisions of one repository, laid out as the hub's client does; and one that is not there."""
+    repository = tmp_path / "models--org--base"
+    for revision, value in (("v1", 1), ("v2", 2)):
+        commit, model = str(value) * 40, tiny_llama(64)
+        model.lm_head.weight.data.fill_(value)
+        model.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, value in (("v1", 1), ("v2", 2), ("2" * 40, 2)):
+        assert SavedModel(f"org/base@{revision}").tensor("lm_head.weight").unique().tolist() == [value]
+    (diff,) = compare("org/base@v1", ["org/base@v2"])
+    assert (diff.base, diff.tuned) == ("org/base@v1", "org/base@v2")
+    half_reset("org/base@v1", "org/base@v2", tmp_path / "out", HFTConfig())
+    assert "- org/base\n" in (tmp_path / "out" / "README.md").read_text()
+    assert compare("org/base@v1", [str(tmp_path / "out")])[0].byte_identical
+    with pytest.raises(HFTError, match="org/base@v3' is neither a folder nor in the local cache"):
+        SavedModel("org/base@v3")

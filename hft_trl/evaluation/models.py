@@ -14,6 +14,7 @@ from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError, first_line
 from hft_trl.weights import combined_digest, fingerprints, weight_files
 
+WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 # What a model answers depends on these beside the weights; a name may end in `*`.
 SETTINGS = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*")
 
@@ -51,9 +52,7 @@ def _find(name: str) -> Path:
         return folder
     repository, _, revision = name.partition("@")
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=["*.safetensors*", *SETTINGS])
-        )
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, *SETTINGS]))
     except (OSError, ValueError, RuntimeError) as error:
         raise HFTError(f"{name!r} is neither a folder nor a model that the hub gave: {first_line(error)}") from error
 
