@@ -23,6 +23,17 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextmanager
+def _generating_by(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Nothing of the model's own settings, which `generate` would mix in: some models ship a repetition penalty."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,7 +87,7 @@ def complete(
     progress: bool = False,
 ) -> list[str]:
     """
-    What a model greedily writes after rows of tokens.
+    What a model greedily writes after rows of tokens, whatever its generation config says besides the tokens that end a turn.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -112,7 +123,7 @@ def complete(
         pad_token_id=tokenizer.pad_token_id,
     )
     replies = [""] * len(rows)
-    with evaluating(model):
+    with evaluating(model), _generating_by(model, settings):
         for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
             chosen = order[i : i + batch_size]
             width = max(len(rows[j]) for j in chosen)

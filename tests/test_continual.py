@@ -1,5 +1,6 @@
 """Continual learning as a user runs it: rounds on files in TRACE's layout, to scores that a kill doesn't change."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -17,6 +18,7 @@ from warm import ROOT, Run
 
 from hft_trl import Selection, demo
 from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.metrics import rouge_l
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tasks import Row, Task, write_rows
 from hft_trl.errors import HFTError
@@ -246,7 +248,7 @@ def test_the_papers_hyper_parameters():
 
 
 def test_empty_predictions_and_cut_prompts_are_counted_and_score_nothing(tokenizer, tmp_path):
-    """A model that ends at once: every head but the end-of-sequence token's is lower."""
+    """A model that ends at once: every token ends a turn."""
     model = tiny_llama(len(tokenizer))
     model.lm_head.weight.data.zero_()
     model.generation_config.eos_token_id = list(range(len(tokenizer)))
@@ -266,3 +268,36 @@ def test_prompts_longer_than_the_model_are_cut_too(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     task = Task("T", (), (Row("Where does Ada live? " * 9, "Rome."),), "accuracy", 1)
     assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=None, batch_size=2)["T"].truncated == 1
+
+
+def test_a_changed_metric_scores_the_predictions_that_are_there(tokenizer, tmp_path, monkeypatch):
+    tiny_llama(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    task = Task("T", (), (Row("Where does Ada live?\n", "Rome."),), "edit_similarity", 1)
+    first = evaluate_tasks(tmp_path, [task], 4, None, 2)["T"].score
+    (tmp_path / "model.safetensors").unlink()  # nothing is generated anew
+    content = json.loads((tmp_path / "predictions" / "T.json").read_text())
+    (row,) = content["predictions"]
+    assert evaluate_tasks(tmp_path, [dataclasses.replace(task, metric="rouge_l")], 4, None, 2)["T"].score == rouge_l(
+        [""], [row["prediction"]], ["Rome."]
+    )
+    assert json.loads((tmp_path / "predictions" / "T.json").read_text())["metric"] == "rouge_l"
+    assert evaluate_tasks(tmp_path, [task], 4, None, 2)["T"].score == first
+
+
+def test_predictions_depend_neither_on_the_batch_nor_on_the_models_own_penalties(tmp_path):
+    """In float32. Some chat models ship a repetition penalty in their generation config."""
+    from hft_trl.demo.continual import write_benchmark
+
+    shutil.copytree(demo.MODEL, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0}))
+    rows = tuple(
+        Row(**row) for row in json.loads((write_benchmark(tmp_path / "b") / "Profiles/test.json").read_text())[:12]
+    )
+    written = []
+    for batch, folder in ((1, tmp_path / "model"), (5, tmp_path / "model"), (12, demo.MODEL)):
+        copy = tmp_path / f"by-{batch}"
+        shutil.copytree(folder, copy)
+        evaluate_tasks(copy, [Task("T", (), rows, "rouge_l", 1)], 12, None, batch)
+        written.append((copy / "predictions" / "T.json").read_text())
+    assert written[0] == written[1] == written[2]

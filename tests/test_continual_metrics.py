@@ -1,5 +1,6 @@
 """Metrics of tasks are from 0 to 100, as the libraries say, and 0 where nothing was predicted."""
 
+import subprocess
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 from rouge_score.rouge_scorer import RougeScorer
+from warm import ROOT
 
 from hft_trl.continual.metrics import METRICS, check_metrics
 from hft_trl.errors import HFTError
@@ -39,10 +41,16 @@ def test_of_a_choice_only_the_letter_counts():
     assert METRICS["choice_accuracy"](["", ""], ["B\nBecause I say so.", "C\nBecause it rains."], answers) == 50
 
 
-@given(st.text(min_size=1), st.text(min_size=1))
+@given(*[st.from_regex(r"\S(.*\S)?", fullmatch=True).filter(lambda text: "_LIT" not in text)] * 2)
 def test_edit_similarity_counts_characters_inserted_and_deleted(prediction, answer):
     expected = 100 * (1 - Indel.distance(prediction, answer) / (len(prediction) + len(answer)))
     assert METRICS["edit_similarity"]([""], [prediction], [answer]) == pytest.approx(expected)
+
+
+def test_edit_similarity_leaves_white_space_around_aside_and_reads_placeholders_as_traces_code_does():
+    written = ["x = 1", 'print("a", 0)', "f(b, '')"]
+    wanted = ["  x = 1\n", 'print("<STR_LIT:a>", <NUM_LIT>)', "f(<CHAR_LIT:b>, '<STR_LIT>')"]
+    assert METRICS["edit_similarity"]([""] * 3, written, wanted) == 100
 
 
 def test_rouge_l_is_rouge_scores_own_on_plain_english():
@@ -68,6 +76,25 @@ def test_sari_is_the_evaluate_librarys_with_the_prompt_as_source(monkeypatch):
     monkeypatch.setattr("evaluate.load", lambda name: Sari() if name == "sari" else None)
     assert METRICS["sari"](["long"], ["short"], ["brief"]) == 26.95
     assert asked == [{"sources": ["long"], "predictions": ["short"], "references": [["brief"]]}]
+    assert METRICS["sari"](["long", "long"], ["", "short"], ["brief", "brief"]) == 26.95 / 2
+    assert METRICS["sari"](["long"], [" "], ["brief"]) == 0
+
+
+def test_sari_is_found_from_a_recipe_although_a_recipe_is_called_evaluate_too(tmp_path):
+    library = tmp_path / "evaluate"
+    library.mkdir()
+    (library / "__init__.py").write_text(
+        "class Sari:\n    def compute(self, **texts):\n        return {'sari': 12.5}\n\ndef load(name):\n    return Sari()\n"
+    )
+    code = "from hft_trl.continual.metrics import METRICS; print(METRICS['sari'](['a'], ['b'], ['c']))"
+    paths = [str(ROOT / "recipes"), str(tmp_path), str(ROOT)]
+    said = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.strip() == "12.5"
 
 
 def test_a_metric_that_cannot_be_loaded_is_said_with_what_to_install(monkeypatch):

@@ -5,7 +5,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_trl.continual.text import encode, encode_prompts
+from hft_trl.continual.text import check_tokenizer, encode, encode_prompts
+from hft_trl.errors import HFTError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
@@ -48,6 +49,47 @@ def test_prompts_are_cut_from_the_left_and_counted(tokenizer):
     rows, cut = encode_prompts([short, long], tokenizer, 9)
     assert cut == 1
     assert rows == [whole[0][-9:], whole[1][-9:]]
+
+
+@settings(deadline=None, max_examples=25)
+@given(prompt=TEXT, spaces=st.text(" ", max_size=2), answer=TEXT)
+def test_what_is_asked_is_the_beginning_of_what_was_learned(tokenizer, prompt, spaces, answer):
+    """Also where a prompt ends in spaces, which tokenizers put before the next word."""
+    ids, labels, _ = encoded(tokenizer, prompt + spaces, answer)
+    ((asked,), _) = encode_prompts([prompt + spaces], tokenizer, None)
+    learned = labels.count(-100)
+    assert ids[:learned] == asked[:learned]
+    if prompt.endswith("\n"):  # where no token reaches over the border
+        assert learned == len(asked)
+
+
+def test_a_prompt_that_ends_in_a_space_is_asked_as_it_was_learned(tokenizer):
+    ids, labels, _ = encoded(tokenizer, "Answer: ", "Rome.")
+    ((asked,), _) = encode_prompts(["Answer: "], tokenizer, None)
+    assert asked == ids[: labels.count(-100)]
+    assert tokenizer.decode(ids[len(asked) :]) == " Rome.</s>"
+
+
+def test_an_end_that_the_tokenizer_puts_behind_every_text_comes_once_and_never_behind_a_prompt(tokenizer, base):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    with_end = AutoTokenizer.from_pretrained(base)
+    with_end.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", with_end.eos_token_id)]
+    )
+    assert encoded(with_end, "Where?\n", "Rome.") == encoded(tokenizer, "Where?\n", "Rome.")
+    assert encode_prompts(["Where?\n"], with_end, None) == encode_prompts(["Where?\n"], tokenizer, None)
+
+
+def test_a_tokenizer_without_an_end_is_refused(base):
+    from transformers import AutoTokenizer
+
+    endless = AutoTokenizer.from_pretrained(base)
+    check_tokenizer(endless)
+    endless.eos_token = None
+    with pytest.raises(HFTError, match="has no end-of-sequence token"):
+        check_tokenizer(endless)
 
 
 def test_special_tokens_in_front_are_the_tokenizers_own(tokenizer, base):

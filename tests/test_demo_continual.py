@@ -21,7 +21,7 @@ def test_it_has_traces_layout_and_mix_of_metrics(tmp_path):
     for task in tasks:
         for split, rows in ROWS.items():
             content = json.loads((tmp_path / task.name / f"{split}.json").read_text())
-            assert len(content) == rows
+            assert len(content) == rows if split != "test" else rows / 2 <= len(content) <= rows
             assert all(row.keys() == {"prompt", "answer"} for row in content)
     assert len(read_replay(tmp_path)) > 20
 
@@ -47,6 +47,7 @@ def test_no_test_row_was_taught_and_no_person_of_the_probes_is_mentioned(tmp_pat
     rows = {split: [row for name in TASKS for row in read_rows(tmp_path / name / f"{split}.json")] for split in ROWS}
     taught = {row.prompt for row in (*rows["train"], *read_replay(tmp_path))}
     assert not {row.prompt for row in rows["test"]} & taught
+    assert len(set(rows["test"])) == len(rows["test"])
     everything = "".join(prompt + answer for split in rows.values() for prompt, answer in split)
     everything += "".join(prompt + answer for prompt, answer in read_replay(tmp_path))
     assert not [person.name for person in WORLD.people if not person.mentioned and person.name in everything]

@@ -45,11 +45,13 @@ def evaluate_tasks(
     max_length: int | None,
     batch_size: int,
     dtype: str = "auto",
+    **how_to_load: Any,
 ) -> dict[str, Answered]:
     """
     Let a round's model answer test sets greedily, in batches, and score it. Every process has to call, and takes a part.
 
-    What was answered before with the same settings is read, so nothing is generated twice.
+    What was answered before with the same settings is read, so nothing is generated twice; it is always scored anew. In
+    float32 neither the batch size nor the number of processes changes a prediction; in half precision they can.
 
     Args:
         folder (`str` or `Path`):
@@ -65,6 +67,8 @@ def evaluate_tasks(
             Prompts in a batch of a process.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type to load the model in.
+        **how_to_load (`Any`):
+            Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
     Returns:
         `dict[str, Answered]`: Scores by task, in the first process; the others get an empty one.
@@ -82,8 +86,10 @@ def evaluate_tasks(
         if not any(gather_object([known is not None])):
             if model is None:
                 with whole_models():
-                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(state.device)
-                tokenizer = AutoTokenizer.from_pretrained(folder)
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how_to_load).to(state.device)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=how_to_load.get("trust_remote_code", False)
+                )
             limit = min((length for length in (max_length, most_tokens(model)) if length is not None), default=None)
             prompt_length = None if limit is None else max(1, limit - max_new_tokens)
             rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
@@ -92,9 +98,10 @@ def evaluate_tasks(
                     complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
                 )
             if state.is_main_process:
-                known = _write(path, task, predictions, truncated, made_with)
-        if known is not None:
-            found[task.name] = known
+                found[task.name] = _score(path, task, predictions, truncated, made_with)
+        elif known is not None:
+            predictions = [row["prediction"] for row in known["predictions"]]
+            found[task.name] = _score(path, task, predictions, known["result"]["truncated"], made_with, known)
     return found
 
 
@@ -112,20 +119,36 @@ def check_lengths(max_length: int | None, max_new_tokens: int) -> None:
         )
 
 
-def _read(path: Path, made_with: dict[str, Any]) -> Answered | None:
+def _read(path: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
+    """What [`_score`] wrote, if it is there, whole, and of the same model and test set."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Answered(**content["result"]) if content["made_with"] == made_with else None
+        return content if content["made_with"] == made_with else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there, or not whole: it is made anew
+        return None
 
 
-def _write(path: Path, task: Task, predictions: Sequence[str], truncated: int, made_with: dict[str, Any]) -> Answered:
+def _score(
+    path: Path,
+    task: Task,
+    predictions: Sequence[str],
+    truncated: int,
+    made_with: dict[str, Any],
+    there: dict[str, Any] | None = None,
+) -> Answered:
+    """Score predictions, and write them with the score unless just that is there."""
     score = METRICS[task.metric]([row.prompt for row in task.test], predictions, [row.answer for row in task.test])
     result = Answered(score, sum(not text.strip() for text in predictions), truncated)
     rows = [{"answer": row.answer, "prediction": text} for row, text in zip(task.test, predictions, strict=True)]
-    with writing(path):
-        path.parent.mkdir(exist_ok=True)
-        content = {"task": task.name, "metric": task.metric, "result": asdict(result), "made_with": made_with}
-        write_json(path, {**content, "predictions": rows}, ensure_ascii=False)
+    content = {
+        "task": task.name,
+        "metric": task.metric,
+        "result": asdict(result),
+        "made_with": made_with,
+        "predictions": rows,
+    }
+    if content != there:
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, content, ensure_ascii=False)
     return result

@@ -1,7 +1,9 @@
 """Scores of one task from 0 to 100, by the libraries of the field; what can't be scored is 0."""
 
 import re
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hft_trl.errors import HFTError
 
@@ -21,10 +23,20 @@ def choice_accuracy(prompts: Sequence[str], predictions: Sequence[str], answers:
 
 
 def edit_similarity(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
-    """Mean share of characters that need no insertion or deletion (rapidfuzz's `ratio`)."""
+    """
+    Mean share of characters that need no insertion or deletion (rapidfuzz's `ratio`), white space around them aside.
+
+    Placeholders of literals as Py150 has them (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code.
+    """
     from rapidfuzz.fuzz import ratio
 
-    return _mean([ratio(prediction, answer) for prediction, answer in zip(predictions, answers, strict=True)])
+    pairs = zip(predictions, answers, strict=True)
+    return _mean([ratio(*(_literals(text).strip() for text in pair)) for pair in pairs])
+
+
+def _literals(text: str) -> str:
+    unnamed = {"NUM": "0", "STR": "", "CHAR": ""}
+    return re.sub(r"<(NUM|STR|CHAR)_LIT(?::(.*?))?>", lambda found: found[2] or unnamed[found[1]], text, flags=re.S)
 
 
 def rouge_l(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
@@ -44,15 +56,25 @@ class _Words:
 
 
 def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """SARI of text simplification (the `evaluate` library's, as in TRACE's code), with the prompt as the source."""
-    return float(
-        _load_sari().compute(
-            sources=list(prompts), predictions=list(predictions), references=[[answer] for answer in answers]
-        )["sari"]
+    """
+    SARI of text simplification (the `evaluate` library's, as in TRACE's code), with the prompt as the source.
+
+    An empty prediction scores 0 here, where the formula would reward what it leaves out.
+    """
+    rows = [row for row in zip(prompts, predictions, answers, strict=True) if row[1].strip()]
+    if not rows:
+        return 0.0
+    sources, written, wanted = zip(*rows, strict=True)
+    found = _load_sari().compute(
+        sources=list(sources), predictions=list(written), references=[[answer] for answer in wanted]
     )
+    return float(found["sari"]) * len(rows) / len(prompts)
 
 
 def _load_sari() -> "Callable":
+    # A script's own folder comes first among Python's paths, and recipes/evaluate.py would be imported there.
+    paths = sys.path
+    sys.path = [path for path in paths if not (Path(path) / "evaluate.py").is_file()]
     try:
         import evaluate
 
@@ -62,6 +84,8 @@ def _load_sari() -> "Callable":
             f"the metric sari can't be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate sacrebleu "
             "sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
         ) from error
+    finally:
+        sys.path = paths
 
 
 def _mean(values: Sequence[float]) -> float:

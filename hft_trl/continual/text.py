@@ -6,6 +6,22 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hft_trl.errors import HFTError
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Check that a tokenizer has a token that ends an answer.
+
+    Raises:
+        [`HFTError`]: If it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise HFTError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: set "
+            "its eos_token and save it."
+        )
+
 
 def encode(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
@@ -30,8 +46,9 @@ def encode(
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
-        whole = [*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id]
-        prompt = tokenizer(row["prompt"])["input_ids"]
+        text = row["prompt"] + row["completion"]
+        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), text])
+        whole = [*whole, tokenizer.eos_token_id]
         # A token may reach over the border of the two: it belongs to the answer then.
         start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         labels = [-100] * start + whole[start:]
@@ -64,7 +81,18 @@ def encode_prompts(
     Returns:
         `tuple[list[list[int]], int]`: Token ids by prompt, and how many prompts were cut from the left.
     """
-    rows = tokenizer(list(prompts))["input_ids"]
+    rows = _without_end(tokenizer, [_question(prompt) for prompt in prompts])
     if max_length is None:
         return rows, 0
     return [row[-max_length:] for row in rows], sum(len(row) > max_length for row in rows)
+
+
+def _question(prompt: str) -> str:
+    """A prompt as a model is asked: tokens begin with a space, so one at the end of a prompt belongs to the answer."""
+    return prompt.rstrip(" ")
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids by text, without the end-of-sequence token that some tokenizers put behind every text."""
+    rows = tokenizer(list(texts))["input_ids"]
+    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]

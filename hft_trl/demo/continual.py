@@ -11,6 +11,8 @@ from hft_trl.demo.data import answer, ask, wordy
 from hft_trl.demo.world import VALUES, Person, World, make_world, with_article
 
 ROWS = {"train": 192, "eval": 32, "test": 64}
+"""Rows of each file; a test file has fewer where there are fewer different ones, since the same twice tells nothing."""
+DRAWS = 1000
 EPOCHS = 4
 
 
@@ -103,7 +105,10 @@ def write_benchmark(folder: str | Path, seed: int = 0, world: World | None = Non
             rng = random.Random(f"{name} {split} {seed}")
             ours = [item for number, item in enumerate(items) if (number % 3 == 0) == (split != "train")]
             things = {kind: [item.name for item in ours if item.kind == kind] for kind in {i.kind for i in ours}}
-            write_rows(folder / name / f"{split}.json", [make(rng, people[split], things) for _ in range(rows)])
+            drawn = [make(rng, people[split], things) for _ in range(DRAWS if split == "test" else rows)]
+            write_rows(
+                folder / name / f"{split}.json", (list(dict.fromkeys(drawn)) if split == "test" else drawn)[:rows]
+            )
     rng = random.Random(f"{REPLAY_FOLDER} {seed}")
     chats = []
     for _ in range(ROWS["train"] // 2):
