@@ -76,8 +76,8 @@ def test_a_loss_in_other_units_gives_the_same_multipliers(found, unit):
 def test_no_step_raises_the_loss_on_a_memory_that_contradicts_the_task(method, base, tmp_path):
     """To first order, seen by a backward pass of the test's own; also over two micro-batches a step."""
     memory = rows(base, "Lima.", 4)
-    made = trainer(base, tmp_path, [memory], HFTConfig(method=method), gradient_accumulation_steps=2)
-    products, plain = [], []
+    made = trainer(base, tmp_path, [memory], HFTConfig(method=method), gradient_accumulation_steps=2, max_steps=8)
+    products = []
 
     def look(model, state):
         given = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -89,19 +89,17 @@ def test_no_step_raises_the_loss_on_a_memory_that_contradicts_the_task(method, b
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         theirs = dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
         assert given.keys() == theirs.keys() == set(made.hft_selection.trainable)
-        products.append(sum((given[name] * theirs[name]).sum().item() for name in given))
-        # What was added is a multiple, of at least the margin, of this gradient
-        plain.append(products[-1] - 0.5 * sum((theirs[name] ** 2).sum().item() for name in given))
+        product = sum((given[name] * theirs[name]).sum().item() for name in given)
+        length = sum((theirs[name] ** 2).sum().item() for name in given)
+        products.append(product / length)
 
     made.add_callback(Steps(look))
     made.train()
     made.save_model()
-    assert len(products) == len(shares(made)) == 4
+    assert len(products) == len(shares(made)) == 8
     assert 1.0 in shares(made)
-    assert all(product > -1e-3 for product in products)
-    assert any(
-        product == pytest.approx(0, abs=1e-3) or rest < 0 for product, rest in zip(products, plain, strict=True)
-    )
+    # The programme's diagonal leaves a ten-thousandth of what was added
+    assert all(product > -10 * EPSILON for product in products), products
     before, after = weights(base), weights(tmp_path)
     moved = {name for name in before if before[name].numpy().tobytes() != after[name].numpy().tobytes()}
     assert moved == set(made.hft_selection.trainable)
@@ -180,15 +178,27 @@ def two_tasks(own, tmp_path_factory):
         (folder / name).mkdir()
         for file in ("train.json", "test.json"):
             content = json.loads((own / "tasks" / "Towns" / file).read_text())
-            answers = [row["answer"] for row in content]
             if name == "Moved":
-                content = [{**row, "answer": other} for row, other in zip(content, reversed(answers), strict=True)]
+                content = [{**row, "answer": "Nobody lives there."} for row in content]
             (folder / name / file).write_text(json.dumps(content))
     tasks = [{"name": name, "metric": "accuracy", "epochs": 2} for name in ("Towns", "Moved")]
     (folder / "tasks.yaml").write_text(json.dumps({"tasks": tasks}))
 
     def words(output, *more):
-        return [*flags(own, output), "--benchmark", folder, "--approach", "gem", "--gem_memory", 8, *more]
+        return [
+            *flags(own, output),
+            "--benchmark",
+            folder,
+            "--approach",
+            "gem",
+            "--gem_memory",
+            8,
+            "--sft.learning_rate",
+            0.003,
+            "--sft.logging_steps",
+            1,
+            *more,
+        ]
 
     return words
 
@@ -244,14 +254,15 @@ def test_sharded_by_deepspeed_is_refused(tmp_path):
         check_gem(args)
 
 
-def test_the_recipe_refuses_it_when_it_is_parsed(own, tmp_path):
+def test_the_recipe_refuses_it_when_it_is_parsed(own, tmp_path, monkeypatch):
     words = [str(word) for word in flags(own, tmp_path, "--approach", "gem", "--sft.use_cpu", "true")]
     (tmp_path / "own.yaml").write_text("{}")
     parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--sft.bf16", "false"])
     with pytest.raises(HFTError, match="gem_memory is 0"):
         parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--gem_memory", "0"])
-    with pytest.raises(HFTError, match="fp16 scales gradients"):
-        parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--sft.bf16", "false", "--sft.fp16", "true"])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(HFTError, match="FSDP shards gradients"):
+        parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--sft.bf16", "false"])
 
 
 def test_a_missing_solver_is_named_before_anything_is_trained(monkeypatch, tmp_path):

@@ -148,9 +148,8 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     lengths[lengths == 0] = 1
     scale = np.abs(dots / lengths).max()
     matrix = gram / np.outer(lengths, lengths) + EPSILON * np.eye(len(dots))
-    least = margin * lengths / scale
-    solution = quadprog.solve_qp(matrix, -dots / lengths / scale, np.eye(len(dots)), least)[0]
-    return np.maximum(solution, least) * scale / lengths
+    solution = quadprog.solve_qp(matrix, -dots / lengths / scale, np.eye(len(dots)), margin * lengths / scale)[0]
+    return np.maximum(solution * scale / lengths, margin)  # the bound itself, but for rounding
 
 
 def check_gem(args: TrainingArguments) -> None:
