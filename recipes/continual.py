@@ -22,8 +22,8 @@ accelerate launch recipes/continual.py --approach replay --hft.reselect same --h
 ```
 
 Above the sections stand `output_dir`, `approach` (sequential, gem, replay, multitask, individual), `method`, `benchmark`, `tasks`,
-`replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round). The sections are
-`model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
+`replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round).
+The sections are `model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
 stopped, also in the middle of a round.
 """
 

@@ -195,6 +195,8 @@ def two_tasks(own, tmp_path_factory):
             8,
             "--sft.learning_rate",
             0.003,
+            "--sft.num_train_epochs",
+            4,
             "--sft.logging_steps",
             1,
             *more,
@@ -209,7 +211,7 @@ def test_a_killed_run_ends_in_the_same_bytes_and_keeps_to_its_memory(two_tasks, 
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     Run(tmp_path / "log", "continual", *two_tasks(whole)).finish()
-    at = ("os.rename", "*/round-2/checkpoint-2/hft_checkpoint.json")
+    at = ("os.rename", "*/round-2/checkpoint-4/hft_checkpoint.json")
     run = Run(tmp_path / "died", "continual", *two_tasks(killed), before=faults.at_write, given=at)
     assert run.wait() == [-signal.SIGKILL], run.output()[-3000:]
     other = Run(tmp_path / "other", "continual", *two_tasks(killed, "--gem_memory", 9))
@@ -223,7 +225,8 @@ def test_a_killed_run_ends_in_the_same_bytes_and_keeps_to_its_memory(two_tasks, 
     kept = json.loads((whole / "round-2.memory.json").read_text())
     assert [row["task"] for row in kept] == ["Towns"] * 8
     state = json.loads((whole / "round-2" / "trainer_state.json").read_text())
-    assert any(row.get("gem_projected_steps", 0) > 0 for row in state["log_history"])
+    projected = [row["step"] for row in state["log_history"] if row.get("gem_projected_steps")]
+    assert projected[-1] > 4  # also after the kill
 
 
 @pytest.mark.parametrize(
