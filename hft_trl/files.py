@@ -52,6 +52,16 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     sync(path.parent)
 
 
+def write_json_once(path: Path, content: Any) -> None:
+    """Write a JSON file unless it is there with this content: what is made of a new file would be made anew."""
+    try:
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return
+    except (OSError, ValueError):
+        pass
+    write_json(path, content, ensure_ascii=False)
+
+
 def flush(folder: Path) -> None:
     """Have every file in a folder, and in the folders in it, reach the disk before the call returns."""
     for path in sorted(folder.rglob("*")):

@@ -61,6 +61,8 @@ def settings(stage: Stage) -> dict[str, Any]:
     if not best:
         content["data"].pop("eval_split")
     content["data"]["content"] = content_digest(Path(stage.data.dataset))
+    if stage.memory is not None:
+        content["data"]["memory"] = content_digest(stage.memory)
     content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
     content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     return json.loads(json.dumps(content, default=str))

@@ -27,6 +27,7 @@ class Stage:
         args ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]): The trainer's arguments.
         hft ([`HFTConfig`]): What to train.
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
+        memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     args: SFTConfig | DPOConfig
     hft: HFTConfig
     mixture: DatasetMixtureConfig | None = None
+    memory: Path | None = None
 
     @property
     def section(self) -> str:

@@ -21,19 +21,21 @@ accelerate launch recipes/continual.py --approach sequential --method fft --outp
 accelerate launch recipes/continual.py --approach replay --hft.reselect same --hft.ratio 0.3 --output_dir runs/replay
 ```
 
-Above the sections stand `output_dir`, `approach` (sequential, replay, multitask, individual), `method`, `benchmark`, `tasks`,
-`replay_share`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round). The sections are
-`model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
+Above the sections stand `output_dir`, `approach` (sequential, gem, replay, multitask, individual), `method`, `benchmark`, `tasks`,
+`replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round).
+The sections are `model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
 stopped, also in the middle of a round.
 """
 
 import sys
+from functools import partial
 
 from accelerate import PartialState
 from rich.console import Console
 
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.gem import GEMTrainer, load_memories
 from hft_trl.continual.recipe import ContinualRecipe, load_rounds, parse_continual
 from hft_trl.continual.report import write_report
 from hft_trl.continual.scores import check_approach, write_scores
@@ -93,7 +95,9 @@ def learn(stage: Stage, base: str) -> None:
     rows, _ = load_data(stage)
     rows, truncated = encode(rows, tokenizer, stage.args.max_length, stage.args.dataset_num_proc)
     with as_user_error(f"the trainer of {stage.name}"):
-        trainer = HFTSFTTrainer(
+        memories = load_memories(stage, tokenizer)  # of earlier tasks, for GEM only
+        kind = partial(GEMTrainer, memories=memories) if memories else HFTSFTTrainer
+        trainer = kind(
             model=stage.model.model_name_or_path,
             args=stage.args,
             train_dataset=rows,

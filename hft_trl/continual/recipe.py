@@ -1,7 +1,6 @@
 """The settings of a continual run, and its rounds as stages, which resume and are checked as all stages are."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +13,12 @@ from hft_trl import demo
 from hft_trl.arguments import DataArguments, ModelArguments, RunArguments
 from hft_trl.config import HFTConfig
 from hft_trl.continual.evaluate import check_lengths
+from hft_trl.continual.gem import check_gem, write_memories
 from hft_trl.continual.metrics import check_metrics
 from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json, writing
+from hft_trl.files import write_json_once, writing
 from hft_trl.recipe import Stage, make_stage
 from hft_trl.sections import answer_help, parse_section, read_sections
 
@@ -41,6 +41,8 @@ class ContinualArguments(RunArguments):
             See [`~hft_trl.continual.rounds.plan_rounds`].
         replay_share (`float`, *optional*, defaults to `0.1`):
             Share of the rows of each earlier task that replay mixes in.
+        gem_memory (`int`, *optional*, defaults to `64`):
+            Rows of each earlier task in GEM's memory.
         max_new_tokens (`int`, *optional*, defaults to `512`):
             Longest prediction, in tokens (TRACE's `max_ans_len`).
         eval_batch_size (`int`, *optional*, defaults to `64`):
@@ -49,12 +51,13 @@ class ContinualArguments(RunArguments):
 
     benchmark: str | None = dataclasses.field(default=None, metadata={"help": "TRACE's folder, or demo."})
     tasks: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with tasks of your own."})
-    approach: Literal["sequential", "replay", "multitask", "individual"] = dataclasses.field(
+    approach: Literal["sequential", "gem", "replay", "multitask", "individual"] = dataclasses.field(
         default="sequential", metadata={"help": "How the tasks are learned."}
     )
     replay_share: float = dataclasses.field(
         default=0.1, metadata={"help": "Share of each earlier task's rows that replay mixes in."}
     )
+    gem_memory: int = dataclasses.field(default=64, metadata={"help": "Rows of each earlier task in GEM's memory."})
     max_new_tokens: int = dataclasses.field(default=512, metadata={"help": "Longest prediction, in tokens."})
     eval_batch_size: int = dataclasses.field(default=64, metadata={"help": "Prompts answered at a time."})
 
@@ -97,6 +100,8 @@ class ContinualRecipe:
         if args.eval_strategy != "no":
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
         check_lengths(args.max_length, self.run.max_new_tokens)
+        if self.run.approach == "gem":
+            check_gem(args)
         return args
 
     def stages(self, rounds: Sequence[Round]) -> list[Stage]:
@@ -109,16 +114,20 @@ class ContinualRecipe:
         output, stages = Path(self.run.output_dir), []
         for planned in rounds:
             path = output / f"{planned.name}.json"
+            memory = output / f"{planned.name}.memory.json" if planned.memories else None
             if PartialState().is_main_process:
                 with writing(output):
                     output.mkdir(parents=True, exist_ok=True)
-                    _write_once(path, [{"prompt": row.prompt, "completion": row.answer} for row in planned.rows])
+                    write_json_once(path, [{"prompt": row.prompt, "completion": row.answer} for row in planned.rows])
+                    if memory is not None:
+                        write_memories(memory, planned.memories)
             args, model = self.arguments(output / planned.name, planned.epochs), self.model
             if planned.start is not None:  # the revision is the hub model's
                 model = dataclasses.replace(
                     model, model_name_or_path=str(output / planned.start), model_revision="main"
                 )
-            stages.append(make_stage(planned.name, model, DataArguments(str(path)), args, self.hft))
+            stage = make_stage(planned.name, model, DataArguments(str(path)), args, self.hft)
+            stages.append(dataclasses.replace(stage, memory=memory))
         PartialState().wait_for_everyone()
         return stages
 
@@ -145,6 +154,8 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
     if not 0 <= run.replay_share <= 1:
         raise HFTError(f"replay_share is {run.replay_share!r}: it must be from 0 to 1.")
+    if run.gem_memory < 1:
+        raise HFTError(f"gem_memory is {run.gem_memory!r}: it must be at least 1, the rows kept of each earlier task.")
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     if hft.strategy == "layer" and hft.ratio == 0.5 and not _given("reselect", values["hft"], flags["hft"]):
@@ -185,14 +196,4 @@ def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
     general = read_replay(folder) if folder is not None and run.approach == "replay" else ()
     if run.approach == "replay" and not general:
         logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
-    return tasks, plan_rounds(run.approach, tasks, general, run.replay_share, recipe.hft.seed)
-
-
-def _write_once(path: Path, content: list[dict[str, str]]) -> None:
-    """Write a file unless it is there with this content: a new one would be tokenized anew."""
-    try:
-        if json.loads(path.read_text(encoding="utf-8")) == content:
-            return
-    except (OSError, ValueError):
-        pass
-    write_json(path, content, ensure_ascii=False)
+    return tasks, plan_rounds(run.approach, tasks, general, run.replay_share, recipe.hft.seed, run.gem_memory)

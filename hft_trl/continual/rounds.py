@@ -1,12 +1,12 @@
 """What each round learns, from which model, and which tasks it is judged by: the approaches that differ in data alone."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hft_trl.continual.tasks import Row, Task
 
-APPROACHES = ("sequential", "replay", "multitask", "individual")
+APPROACHES = ("sequential", "gem", "replay", "multitask", "individual")
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Round:
         rows (`tuple[Row, ...]`): What it learns from.
         epochs (`int`): Passes over the rows.
         start (`str`, *optional*): Name of the round whose model it starts from, `None` for the base.
+        memories (`Mapping[str, tuple[Row, ...]]`): Rows of earlier tasks, by name, that GEM keeps it from unlearning.
     """
 
     name: str
@@ -29,10 +30,16 @@ class Round:
     rows: tuple[Row, ...]
     epochs: int
     start: str | None
+    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
 
 
 def plan_rounds(
-    approach: str, tasks: Sequence[Task], general: Sequence[Row] = (), replay_share: float = 0.1, seed: int = 42
+    approach: str,
+    tasks: Sequence[Task],
+    general: Sequence[Row] = (),
+    replay_share: float = 0.1,
+    seed: int = 42,
+    gem_memory: int = 64,
 ) -> list[Round]:
     """
     The rounds of an approach.
@@ -40,6 +47,7 @@ def plan_rounds(
     Args:
         approach (`str`):
             One of [`APPROACHES`]. `"sequential"` learns one task after the other, each from the last one's model.
+            `"gem"` does, and no step may raise the loss on a memory of each earlier task (see [`GEMTrainer`]).
             `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"multitask"` learns
             all tasks in one round, in which each row comes as often as its task has epochs. `"individual"` learns each
             task from the base.
@@ -50,7 +58,9 @@ def plan_rounds(
         replay_share (`float`, *optional*, defaults to `0.1`):
             Share of the rows of each earlier task that replay mixes in (the paper's 10 %).
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the draw of these rows, which is another one in every round.
+            Seed of the draws: of these rows another one in every round, of a task's memory one for all rounds.
+        gem_memory (`int`, *optional*, defaults to `64`):
+            Rows in GEM's memory of a task.
 
     Returns:
         `list[Round]`: The rounds, each after the one it starts from.
@@ -59,17 +69,24 @@ def plan_rounds(
         pooled = tuple(row for task in tasks for row in task.train * task.epochs)
         everything = tuple(range(len(tasks)))
         return [Round("round-1", everything, everything, pooled, 1, None)]
+    memories = {}
+    if approach == "gem":
+        memories = {task.name: _draw(task, gem_memory, f"{seed} memory {task.name}") for task in tasks}
     rounds: list[Round] = []
     for number, task in enumerate(tasks):
         rows, evaluated, start = task.train, tuple(range(number + 1)), rounds[-1].name if rounds else None
         if approach == "individual":
             evaluated, start = (number,), None
         if approach == "replay":
-            earlier = [_share(other, replay_share, f"{seed} {number} {other.name}") for other in tasks[:number]]
+            earlier = [
+                _draw(other, round(replay_share * len(other.train)), f"{seed} {number} {other.name}")
+                for other in tasks[:number]
+            ]
             rows = (*rows, *(row for drawn in earlier for row in drawn), *general)
-        rounds.append(Round(f"round-{number + 1}", (number,), evaluated, rows, task.epochs, start))
+        kept = {other.name: memories[other.name] for other in tasks[:number] if memories}
+        rounds.append(Round(f"round-{number + 1}", (number,), evaluated, rows, task.epochs, start, kept))
     return rounds
 
 
-def _share(task: Task, share: float, seed: str) -> list[Row]:
-    return random.Random(seed).sample(task.train, max(1, round(share * len(task.train))))
+def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
+    return tuple(random.Random(seed).sample(task.train, min(max(1, rows), len(task.train))))

@@ -1,0 +1,214 @@
+"""Gradient Episodic Memory (GEM): no step may raise the loss on what is kept of an earlier task."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from hft_trl.backends import fsdp_version
+from hft_trl.continual.tasks import Row
+from hft_trl.continual.text import encode
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json_once
+from hft_trl.recipe import Stage
+from hft_trl.trainers import HFTSFTTrainer
+
+MARGIN = 0.5
+"""Least multiplier of a memory's gradient in a projected step (TRACE's and the GEM authors' value)."""
+
+EPSILON = 1e-4
+"""What is added to the squared length of each memory's gradient, relative to it: the programme needs a definite matrix."""
+
+
+class GEMTrainer(HFTSFTTrainer):
+    """
+    [`HFTSFTTrainer`] with Gradient Episodic Memory (Lopez-Paz & Ranzato 2017, https://huggingface.co/papers/1706.08840).
+
+    Before clipping, each optimizer step's gradient is compared with those of the mean token loss on a batch of every
+    memory, over the trained parameters only. Where one of them points against it, it is replaced by the nearest gradient
+    that none does (nearest but for the margin). A step takes the next `per_device_train_batch_size` times processes rows of
+    each memory, counted by `global_step`, so nothing depends on a random state. How often a step's gradient was replaced
+    is logged as `gem_projected_steps`, a share.
+
+    For one process and DDP. Takes a backward pass per memory and step, and 4 bytes per memory and trained parameter.
+
+    Args:
+        memories (`Sequence[Dataset]`):
+            Rows of `input_ids` and `labels`, a data set for each earlier task.
+        margin (`float`, *optional*, defaults to `0.5`):
+            Least multiplier of each memory's gradient in a replaced one.
+
+    Raises:
+        [`HFTError`]: As [`check_gem`] does, and during training if a gradient is NaN or infinite.
+    """
+
+    def __init__(self, *args: Any, memories: Sequence[Dataset], margin: float = MARGIN, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_gem(self.args)
+        self.memories, self.margin = list(memories), margin
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the parent's step; after the last micro-batch of an optimizer step, project its gradient."""
+        loss = super().training_step(*args, **kwargs)
+        if self.memories and self.accelerator.sync_gradients:
+            self._metrics["train"]["gem_projected_steps"].append(float(self._project()))
+        return loss
+
+    def _project(self) -> bool:
+        """Replace the gradient where a memory's points against it; tell whether one did."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in parameters]
+        parts = self._memory_gradients(parameters, sizes).split(sizes, dim=1)
+        count = len(self.memories)
+        gram, dots = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        for part, parameter in zip(parts, parameters, strict=True):
+            gram += (part @ part.T).cpu()
+            if parameter.grad is not None:
+                dots += (part @ parameter.grad.flatten().float()).cpu()
+        # Every process has the same gradients already; a last bit that differed would part their models for good.
+        gram, dots = broadcast_object_list([gram.numpy(), dots.numpy()])
+        if not (np.isfinite(gram).all() and np.isfinite(dots).all()):
+            raise HFTError(
+                f"the gradient of the task or of a memory is NaN or infinite at step {self.state.global_step + 1}: lower the "
+                "learning rate or check the data."
+            )
+        found = multipliers(gram, dots, self.margin)
+        if not found.any():
+            return False
+        factors = torch.tensor(found, dtype=torch.float32, device=parts[0].device)
+        for part, parameter in zip(parts, parameters, strict=True):
+            addition = (factors @ part).view_as(parameter).to(parameter.dtype)
+            if parameter.grad is not None:
+                parameter.grad += addition
+            elif addition.any():
+                parameter.grad = addition
+        return True
+
+    def _memory_gradients(self, parameters: Sequence[torch.nn.Parameter], sizes: Sequence[int]) -> torch.Tensor:
+        """Gradients of the memories' losses, of shape `(memories, trained numbers)`; `.grad` is left as it is."""
+        device = self.accelerator.device
+        gradients = torch.zeros(len(self.memories), sum(sizes), device=device)
+        # Dropout, if there is any, must not change what the next step draws.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for memory, gradient in zip(self.memories, gradients, strict=True):
+                batch, tokens = self._memory_batch(memory)
+                if batch is not None:
+                    with self.accelerator.autocast():
+                        log_probs = self.model(**batch, fused_lm_head=True).log_probs  # TRL's; 0 where no loss is
+                    # Without `backward`, neither `.grad` nor DDP's hooks take part
+                    found = torch.autograd.grad(-log_probs.sum() / tokens, parameters, allow_unused=True)
+                    for part, new in zip(gradient.split(sizes), found, strict=True):
+                        if new is not None:
+                            part.copy_(new.flatten())
+                if self.accelerator.num_processes > 1:
+                    torch.distributed.all_reduce(gradient)
+        return gradients
+
+    def _memory_batch(self, memory: Dataset) -> tuple[dict[str, torch.Tensor] | None, int]:
+        """This process's part of the step's rows, `None` if it has none, and the tokens with a loss in all of them."""
+        processes = self.accelerator.num_processes
+        size = self._train_batch_size * processes
+        start = self.state.global_step * size
+        rows = [memory[number % len(memory)] for number in range(start, start + min(size, len(memory)))]
+        tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
+        ours = rows[self.accelerator.process_index :: processes]
+        return self._prepare_inputs(self.data_collator(ours)) if ours else None, max(1, tokens)
+
+
+def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> np.ndarray:
+    """
+    Solve GEM's dual quadratic programme (equation 11): how much of each memory's gradient is added to the current one.
+
+    With G the memories' gradients and g the current one, it is the v that minimises v'(GG' + e)v / 2 + (Gg)'v where no v is
+    below the margin. The diagonal e is relative to that of GG', so a loss in other units gives the same v.
+
+    Args:
+        gram (`np.ndarray`):
+            GG', of shape `(memories, memories)`.
+        dots (`np.ndarray`):
+            Gg, of shape `(memories,)`.
+        margin (`float`, *optional*, defaults to `0.5`):
+            Least multiplier.
+
+    Returns:
+        `np.ndarray`: The multipliers, all 0 where no memory's gradient points against the current one.
+    """
+    if (dots >= 0).all():
+        return np.zeros_like(dots)
+    import quadprog
+
+    # In units of each gradient's length, so that a task whose gradient is short counts as the others do
+    lengths = np.sqrt(np.diag(gram))
+    lengths[lengths == 0] = 1
+    scale = np.abs(dots / lengths).max()
+    matrix = gram / np.outer(lengths, lengths) + EPSILON * np.eye(len(dots))
+    solution = quadprog.solve_qp(matrix, -dots / lengths / scale, np.eye(len(dots)), margin * lengths / scale)[0]
+    return np.maximum(solution * scale / lengths, margin)  # the bound itself, but for rounding
+
+
+def check_gem(args: TrainingArguments) -> None:
+    """
+    Refuse what GEM can't be right under, before a model is loaded.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+
+    Raises:
+        [`HFTError`]: Naming the setting and what to use instead, or the library to install.
+    """
+    sharding = "DeepSpeed" if args.deepspeed_plugin is not None else "FSDP" if fsdp_version(args) is not None else None
+    if sharding is not None:
+        raise HFTError(
+            f"approach is gem, but {sharding} shards gradients, which gem compares as a whole: launch one process or DDP "
+            "(accelerate_configs/ddp.yaml), or choose another approach."
+        )
+    if args.mixed_precision == "fp16":
+        raise HFTError(
+            "approach is gem, but fp16 scales gradients, which gem compares with others: use bf16, or none."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise HFTError(
+            "approach is gem, but reentrant checkpointing gives no gradients beside a step's own: set use_reentrant to false."
+        )
+    try:
+        import quadprog  # noqa: F401
+    except ImportError as error:
+        raise HFTError("the approach gem needs quadprog: run pip install 'hft-trl[continual]'.") from error
+
+
+def write_memories(path: Path, memories: Mapping[str, Sequence[Row]]) -> None:
+    """Write a round's memories into a file that can be looked at; a file with this content is left alone."""
+    rows = [
+        {"task": task, "prompt": row.prompt, "completion": row.answer}
+        for task, kept in memories.items()
+        for row in kept
+    ]
+    write_json_once(path, rows)
+
+
+def load_memories(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
+    """
+    Load and encode what [`write_memories`] wrote for a round.
+
+    Args:
+        stage ([`Stage`]):
+            The round.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+
+    Returns:
+        `list[Dataset]`: A data set for each earlier task, none where the round has no memory.
+    """
+    if stage.memory is None:
+        return []
+    tasks: dict[str, list[dict[str, str]]] = {}
+    for row in json.loads(stage.memory.read_text(encoding="utf-8")):
+        tasks.setdefault(row.pop("task"), []).append(row)
+    return [encode(Dataset.from_list(rows), tokenizer, stage.args.max_length)[0] for rows in tasks.values()]
