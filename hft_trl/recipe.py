@@ -17,8 +17,9 @@ from hft_trl.arguments import (
 from hft_trl.backends import check_frozen_dtype
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.sections import SECTIONS, answer_help, parse_section, read_sections
+from hft_trl.sections import answer_help, parse_section, read_sections
 
+SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from hft_trl.continual.tasks import Row, Task
 
-APPROACHES = ("sequential", "replay", "multitask", "individual")
+APPROACHES = ("sequential", "replay", "lora", "o_lora", "multitask", "individual")
+ADAPTERS = ("lora", "o_lora")
+"""Approaches that learn an adapter, so there is no half of the model to draw."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ def plan_rounds(
     Args:
         approach (`str`):
             One of [`APPROACHES`]. `"sequential"` learns one task after the other, each from the last one's model.
-            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"multitask"` learns
+            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"lora"` and
+            `"o_lora"` learn the rows of sequential, in one adapter or in one per round. `"multitask"` learns
             all tasks in one round, in which each row comes as often as its task has epochs. `"individual"` learns each
             task from the base.
         tasks (`Sequence[Task]`):
