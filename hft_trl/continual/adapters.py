@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -45,8 +46,6 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
         _refuse_shards(args)
-        # Drawn by the global generator. With one seed for all, a new adapter would begin as the earlier ones did.
-        set_seed(args.seed + len(adapter.earlier))
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
         self._frozen_model = model
         if adapter.start is not None:
@@ -76,6 +75,11 @@ class OLoRATrainer(AdapterTrainer):
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
         super().__init__(model, args, adapter, **kwargs)
+        # The parent draws with one seed in every round, but a new adapter is not to begin where the earlier ones did.
+        set_seed(args.seed + len(adapter.earlier))
+        for module in self.model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(self.model.active_adapter, True)
         self._lambda = adapter.lora.o_lora_lambda
         self._earlier = {name: rows.to(args.device) for name, rows in earlier_subspaces(adapter.earlier).items()}
 
@@ -96,12 +100,13 @@ class OLoRATrainer(AdapterTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the parent's loss, and add the penalty, once in an optimizer step."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            # With the number of tokens given, losses of micro-batches are summed and not averaged.
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.penalty() / steps
-        return (loss, outputs) if return_outputs else loss
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return found
+        # With the number of tokens given, losses of micro-batches are summed and not averaged.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        penalty = self.penalty() / steps
+        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
 
 
 def adapter_trainer(stage: Stage, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> AdapterTrainer:
