@@ -1,6 +1,7 @@
 """LoRA and O-LoRA over rounds: what is trained, what is merged, where a round starts, and what ends in the same bytes."""
 
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -29,7 +30,7 @@ from hft_trl.continual.adapters import (
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tables import comparison_grid
 from hft_trl.continual.tasks import Row, write_rows
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, Stopped
 from hft_trl.manifest import MANIFEST_FILE, seal
 from hft_trl.recipe import Adapter, make_stage
 
@@ -200,6 +201,42 @@ def test_an_adapters_checkpoint_is_whole_only_with_its_manifest_and_good_only_if
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
+def test_a_checkpoint_is_not_gone_on_with_from_other_weights(make, first, base, tmp_path):
+    """Another model in the same place, or another adapter to start from."""
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    make(Adapter(LORA), **steps).train()
+    with pytest.raises(HFTError, match="was started from other weights"):
+        make(Adapter(LORA), model=first, **steps).train(resume_from_checkpoint=True)
+    make(Adapter(LORA, start=first), name="next", **steps).train()
+    other = tmp_path / "other"
+    shutil.copytree(first / ADAPTER, other / ADAPTER)
+    save_file({name: t + 1 for name, t in load_file(first / WEIGHTS).items()}, other / WEIGHTS)
+    with pytest.raises(HFTError, match="was started from other weights"):
+        make(Adapter(LORA, start=other), name="next", **steps).train(resume_from_checkpoint=True)
+
+
+def test_a_sigterm_saves_and_the_round_goes_on_to_the_same_bits(make, tmp_path, monkeypatch):
+    whole = make(Adapter(LORA), name="whole", max_steps=4)
+    whole.train()
+    settings = {"max_steps": 4, "enable_jit_checkpoint": True}
+    stopped = make(Adapter(LORA), **settings)
+    step = stopped.training_step
+
+    def signalled(*args, **kwargs):
+        if stopped.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(stopped, "training_step", signalled)
+    with pytest.raises(Stopped):
+        stopped.train()
+    assert last_whole_checkpoint(tmp_path / "round") == str(tmp_path / "round/checkpoint-2")
+    again = make(Adapter(LORA), **settings)
+    again.train(resume_from_checkpoint=True)
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert bits(one) == bits(other), name
+
+
 def test_a_loss_that_is_no_number_ends_the_round(make):
     trainer = make(Adapter(LORA))
     for p in trainer.model.parameters():
@@ -245,7 +282,7 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
         return make_stage("r", ModelArguments(str(base)), data, args, None, adapter=Adapter(LoRAArguments(**lora)))
 
     check_adapter(stage())
-    with pytest.raises(HFTError, match="the adapter of section lora can't be set up: .*query"):
+    with pytest.raises(HFTError, match=r"the adapter of section lora can't be set up: .*query"):
         check_adapter(stage(target_modules=["query"]))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -1,5 +1,6 @@
 """LoRA adapters round after round: one that goes on (LoRASeqFT), or a new one that keeps out of the earlier ones' way (O-LoRA)."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,17 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl.arguments import LoRAArguments
 from hft_trl.backends import fsdp_version
 from hft_trl.errors import HFTError, as_user_error
+from hft_trl.files import write_json
 from hft_trl.meta import build_on_meta
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.recipe import Adapter, Stage
 from hft_trl.resumable import ResumableMixin
+from hft_trl.weights import combined_digest, fingerprints
 
 ADAPTER = "adapter"
 """Folder in that of a round, with the adapter alone."""
+START_FILE = "hft_start.json"
+"""In a checkpoint: name and digest of what the adapter was started on."""
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
@@ -47,20 +52,34 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
         _refuse_shards(args)
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
-        self._frozen_model = model
         if adapter.start is not None:
             self._load_from_checkpoint(str(adapter.start / ADAPTER))
+        # A new adapter is drawn, which other machines may do in other bits; everything else is given.
+        given = ((name, p) for name, p in self.model.named_parameters() if adapter.start or not p.requires_grad)
+        self._start = {"name_or_path": model, "weights_digest": combined_digest(fingerprints(given))}
         self._preemption = StopAtStepEnd.install(self)
+
+    def _check_same_training(self, checkpoint: str) -> None:
+        path = Path(checkpoint) / START_FILE
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"weights_digest": "unknown"}
+        if there["weights_digest"] != self._start["weights_digest"]:
+            raise HFTError(
+                f"{checkpoint} was started from other weights (digest {there['weights_digest'][:16]}) than "
+                f"{self._start['name_or_path']!r} has now ({self._start['weights_digest'][:16]}): put those back, or train "
+                "into another output_dir."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save a checkpoint as the parent does; elsewhere the whole model, its tokenizer and the adapter."""
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                write_json(folder / START_FILE, self._start)
         elif self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(folder / ADAPTER)
             loading = {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
-            merge(self._frozen_model, folder / ADAPTER, **loading).save_pretrained(folder)
+            merge(self._start["name_or_path"], folder / ADAPTER, **loading).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
 
 
