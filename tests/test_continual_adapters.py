@@ -381,9 +381,9 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
 
     other = {**scores, "approach": "sequential", "method": "hft"}
     grid = comparison_grid({"a": other, "b": scores})
-    assert grid.columns[-3:] == ["OP adapter", "BWT adapter", "runs"]
+    assert grid.columns[-3:] == ["OP LoRA", "BWT LoRA", "runs"]
     assert [row[-3] for row in grid.rows] == ["-", f"{scores['op'][-1]:.1f}"]
-    assert "OP adapter" not in comparison_grid({"a": other}).columns
+    assert "OP LoRA" not in comparison_grid({"a": other}).columns
 
     after = left(tmp_path / "c")
     capsys.readouterr()

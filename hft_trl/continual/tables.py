@@ -57,7 +57,7 @@ def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
     empty = (NONE, NONE)
     columns = {"fft": "FFT", "hft": "HFT"}
     if any(None in row for row in rows):
-        columns[None] = "adapter"
+        columns[None] = "LoRA"
     head = [f"{figure} {name}" for name in columns.values() for figure in ("OP", "BWT")]
     cells = [
         [row["approach"], *(cell for method in columns for cell in row.get(method, empty)), ", ".join(row["runs"])]
