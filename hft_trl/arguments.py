@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
 
 
 @dataclass
@@ -62,6 +63,47 @@ class ModelArguments:
         default=None,
         metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
     )
+
+
+@dataclass
+class LoRAArguments:
+    """
+    A LoRA adapter; the names are those of PEFT's `LoraConfig`, whose own types TRL's parser can't read.
+
+    Args:
+        r (`int`, *optional*, defaults to `8`):
+            Rank.
+        lora_alpha (`int`, *optional*, defaults to `16`):
+            The product of the two matrices counts `lora_alpha / r` times.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout of what the adapter reads.
+        target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            Names of the modules that have an adapter, such as `["q_proj", "v_proj"]`, or all linear ones but the head.
+        o_lora_lambda (`float`, *optional*, defaults to `0.5`):
+            Factor of O-LoRA's penalty (its lambda_1), see [`~hft_trl.continual.adapters.OLoRATrainer`].
+
+    Raises:
+        [`HFTError`]: If a value is out of its range.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "The product counts lora_alpha / r times."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what the adapter reads."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Names of modules, or all-linear."}
+    )
+    o_lora_lambda: float = field(default=0.5, metadata={"help": "Factor of O-LoRA's penalty."})
+
+    def __post_init__(self) -> None:
+        for name, fits, range_ in (
+            ("r", self.r >= 1, "at least 1"),
+            ("lora_alpha", self.lora_alpha >= 1, "at least 1"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
+            ("target_modules", bool(self.target_modules), "all-linear, or names of modules"),
+            ("o_lora_lambda", self.o_lora_lambda >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
 
 
 @dataclass

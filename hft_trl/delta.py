@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
@@ -78,9 +78,10 @@ def is_delta(checkpoint: str | Path) -> bool:
 
 
 def tensor_files(checkpoint: str | Path) -> dict[str, Path]:
-    """Where a checkpoint, delta or whole, keeps its tensors: the file of every tensor, as [`weight_files`] gives it."""
-    path = Path(checkpoint) / DELTA_FILE
-    if not path.is_file():
+    """Where a checkpoint, delta, adapter or whole, keeps its tensors: the file of each, as [`weight_files`] gives it."""
+    files = [Path(checkpoint) / name for name in (DELTA_FILE, ADAPTER_SAFE_WEIGHTS_NAME)]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
         return weight_files(str(checkpoint))
     check_readable([path])
     with safe_open(path, framework="pt") as file:

@@ -20,7 +20,7 @@ from hft_trl.data import content_digest
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, write_json, writing
 from hft_trl.processes import all_see
-from hft_trl.recipe import Stage
+from hft_trl.recipe import Adapter, Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.weights import check_readable, weight_files
 
@@ -55,9 +55,12 @@ def settings(stage: Stage) -> dict[str, Any]:
     content = {
         "model": dataclasses.asdict(stage.model),
         "data": dataclasses.asdict(stage.data),
-        "hft": {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype},
         stage.section: kept,
     }
+    if stage.hft is not None:
+        content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
+    if stage.adapter is not None:
+        content["lora"] = _adapter(stage.adapter, stage.folder)
     if not best:
         content["data"].pop("eval_split")
     content["data"]["content"] = content_digest(Path(stage.data.dataset))
@@ -66,6 +69,17 @@ def settings(stage: Stage) -> dict[str, Any]:
     content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
     content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     return json.loads(json.dumps(content, default=str))
+
+
+def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    content = dataclasses.asdict(adapter.lora)
+    if not adapter.earlier:
+        del content["o_lora_lambda"]  # there is no penalty
+    return {
+        **content,
+        "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
+        "earlier": [_place(str(other), folder) for other in adapter.earlier],
+    }
 
 
 def _place(source: str, folder: Path) -> str:

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-from transformers.utils import logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, write_json, writing
@@ -116,7 +116,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     Which file of a checkpoint is missing or has another size than when it was saved; `None` if all are there.
 
     A checkpoint without a manifest may be one of stock TRL, which is complete if its last file, `trainer_state.json`, is
-    there and HFT had no hand in it.
+    there and HFT had no hand in it. One of an adapter is never taken over from stock TRL, so it has to have a manifest.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -124,7 +124,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"{MANIFEST_FILE} can't be read ({error})"
     if manifest is None:
-        if (checkpoint / SELECTION_FILE).exists():
+        if (checkpoint / SELECTION_FILE).exists() or (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).exists():
             return f"{MANIFEST_FILE}, which is written last, is missing"
         return None if (checkpoint / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
     for name, size in manifest["files"].items():

@@ -13,9 +13,9 @@ from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.errors import HFTError
-from hft_trl.mixin import HFTMixin
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
+from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import Selection, find_units
 from hft_trl.weights import changes
 from hft_trl.zero import numel
@@ -42,14 +42,14 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) -> StageRecord:
+def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
     What a trainer that has trained knows of its own run.
 
     Args:
         stage ([`Stage`]):
             The stage.
-        trainer ([`HFTMixin`]):
+        trainer ([`ResumableMixin`]):
             Its trainer, after `train`.
         resumed_from ([`~transformers.TrainerState`], *optional*):
             The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
@@ -74,13 +74,15 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
     if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
     return StageRecord(
         name=stage.name,
-        method=stage.hft.method,
-        selection_digest=trainer.hft_selection.digest,
-        share=trainer.hft_selection.share,
-        trainable_params=sum(size for size, learns in sizes if learns),
-        total_params=sum(size for size, _ in sizes),
+        method=method,
+        selection_digest=selection.digest if selection is not None else None,
+        share=selection.share if selection is not None else {"model": trained / total},
+        trainable_params=trained,
+        total_params=total,
         steps=trainer.state.global_step,
         tokens=tokens,
         tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
@@ -89,7 +91,7 @@ def measure(stage: Stage, trainer: HFTMixin, resumed_from: TrainerState | None) 
         optimizer_state_bytes=optimizer_bytes or None,
         first_loss=losses[0] if losses else None,
         last_loss=losses[-1] if losses else None,
-        frozen_unchanged=True if stage.hft.method == "hft" else None,  # `train` raises where it is not
+        frozen_unchanged=True if method == "hft" else None,  # `train` raises where it is not
         start_model=stage.model.model_name_or_path,
         dataset=stage.data.dataset,
         resumed_from_step=resumed_from.global_step if resumed_from else None,

@@ -11,31 +11,25 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hft_trl import backends, card, delta, reference, zero
 from hft_trl.backends import check_backend, check_frozen_dtype
-from hft_trl.checkpoints import (
-    check_resumable,
-    check_whole,
-    last_finite_checkpoint,
-    last_whole_checkpoint,
-    selection_of,
-)
+from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
-from hft_trl.manifest import check_layout, layout, sealing
 from hft_trl.preemption import StopAtStepEnd
+from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
 logger = logging.get_logger(__name__)
 
 
-class HFTMixin:
+class HFTMixin(ResumableMixin):
     """
     Gives any TRL trainer of a causal LM a half that learns. Put it before the trainer: `class MyTrainer(HFTMixin, KTOTrainer): ...`
 
@@ -159,51 +153,17 @@ class HFTMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
-            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
-                raise HFTError(
-                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
-                    "resume_from_checkpoint."
-                )
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            check_whole(resume_from_checkpoint, self.args.world_size)
-            if self.hft_config.method == "hft" or (Path(resume_from_checkpoint) / SELECTION_FILE).exists():
-                check_resumable(self.hft_selection, resume_from_checkpoint)
-            check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self._preemption is not None:
-                self._preemption.put_away()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
-        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-        if self._preemption is not None:
-            self._preemption.leave()
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
-        run = Path(self._get_output_dir(trial=trial))
-        with sealing(self, run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
+    def _check_same_training(self, checkpoint: str) -> None:
+        if self.hft_config.method == "hft" or (Path(checkpoint) / SELECTION_FILE).exists():
+            check_resumable(self.hft_selection, checkpoint)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
+        """Run the parent's step; after the first one, name what learns and got no gradient."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            checkpoint = last_finite_checkpoint(self.args.output_dir)
-            raise HFTError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
-                f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
-            )
         if self._first_step and self.hft_config.method == "hft" and not self.is_deepspeed_enabled:
             self._first_step = False
             self._warn_of_parts_without_gradient()

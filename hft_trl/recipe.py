@@ -6,13 +6,37 @@ from pathlib import Path
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import DataArguments, HFTArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.arguments import (
+    DataArguments,
+    HFTArguments,
+    LoRAArguments,
+    ModelArguments,
+    RunArguments,
+    StageArguments,
+)
 from hft_trl.backends import check_frozen_dtype
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.sections import SECTIONS, answer_help, parse_section, read_sections
+from hft_trl.sections import answer_help, parse_section, read_sections
 
+SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """
+    An adapter that a stage learns instead of the model's own weights.
+
+    Attributes:
+        lora ([`LoRAArguments`]): Its settings.
+        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
+        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
+    """
+
+    lora: LoRAArguments
+    start: Path | None = None
+    earlier: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass
@@ -25,18 +49,20 @@ class Stage:
         model ([`ModelArguments`]): What it starts from.
         data ([`DataArguments`]): What it learns from.
         args ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]): The trainer's arguments.
-        hft ([`HFTConfig`]): What to train.
+        hft ([`HFTConfig`], *optional*): What to train; `None` where it is an adapter.
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
         memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
+        adapter ([`Adapter`], *optional*): The adapter to train.
     """
 
     name: str
     model: ModelArguments
     data: DataArguments
     args: SFTConfig | DPOConfig
-    hft: HFTConfig
+    hft: HFTConfig | None
     mixture: DatasetMixtureConfig | None = None
     memory: Path | None = None
+    adapter: Adapter | None = None
 
     @property
     def section(self) -> str:
@@ -158,8 +184,9 @@ def make_stage(
     model: ModelArguments,
     data: DataArguments,
     args: SFTConfig | DPOConfig,
-    hft: HFTConfig,
+    hft: HFTConfig | None,
     mixture: DatasetMixtureConfig | None = None,
+    adapter: Adapter | None = None,
 ) -> Stage:
     """
     A stage whose parts fit together: `"demo"` becomes the embedded files, and the trainer loads the model as it says.
@@ -167,7 +194,7 @@ def make_stage(
     Raises:
         [`HFTError`]: If the arguments ask for what a recipe decides itself.
     """
-    if hft.frozen_dtype and hft.method == "hft":
+    if hft is not None and hft.frozen_dtype and hft.method == "hft":
         check_frozen_dtype(
             args, hft.frozen_dtype
         )  # here, so that a later stage's mistake is found before the first trains
@@ -189,4 +216,4 @@ def make_stage(
     # Counted by the trainer itself and kept over a resume.
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture)
+    return Stage(name, model, data, args, hft, mixture, adapter)

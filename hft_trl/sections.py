@@ -17,12 +17,13 @@ from trl import TrlParser
 
 from hft_trl.errors import HFTError
 
-SECTIONS = {
+EXAMPLES = {
     "model": "model_name_or_path",
     "hft": "ratio",
+    "lora": "r",
     "sft": "learning_rate",
     "dpo": "beta",
-}  # with a key as example
+}  # a key of each section that a recipe may have
 
 
 class _Parser(TrlParser):
@@ -61,7 +62,7 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{SECTIONS[name]}.")
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{EXAMPLES[name]}.")
         elif not dot:
             current, key = "", name
         elif current not in sections:

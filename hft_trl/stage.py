@@ -20,10 +20,10 @@ from hft_trl.files import writing
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
-from hft_trl.mixin import HFTMixin
 from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
+from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import select
 from hft_trl.weights import check_readable, weight_files
 
@@ -40,7 +40,7 @@ def check_model(stage: Stage) -> None:
         [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
             is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend.
     """
-    if stage.hft.method == "hft":
+    if stage.hft is not None and stage.hft.method == "hft":
         check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
@@ -52,7 +52,9 @@ def check_model(stage: Stage) -> None:
             check_readable(weight_files(str(folder)).values())
         elif not any(folder.glob("*.bin")):
             raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
-    select(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code), stage.hft)
+    structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    if stage.hft is not None:
+        select(structure, stage.hft)
 
 
 def check_reference(stage: Stage, base_model: str) -> None:
@@ -139,7 +141,7 @@ def _load_split(stage: Stage, split: str) -> Dataset:
 
 
 def train_and_save(
-    stage: Stage, trainer: HFTMixin, rows: int, base_model: str, truncated_rows: int | None = None
+    stage: Stage, trainer: ResumableMixin, rows: int, base_model: str, truncated_rows: int | None = None
 ) -> StageRecord:
     """
     Train a stage from where its folder stands, save the model, and mark the folder as finished.
@@ -147,7 +149,7 @@ def train_and_save(
     Args:
         stage ([`Stage`]):
             The stage.
-        trainer ([`HFTMixin`]):
+        trainer ([`ResumableMixin`]):
             Its trainer.
         rows (`int`):
             Rows of the data set that the trainer was given.
@@ -181,8 +183,9 @@ def train_and_save(
         trainer.save_state()
         trainer.create_model_card(dataset_name=stage.data.dataset)
         if PartialState().is_main_process:
-            start = stage.model.model_name_or_path
-            record.moved = movements(trainer.model, trainer.hft_selection, base_model, start, str(stage.folder))
+            start, selection = stage.model.model_name_or_path, trainer.hft_selection
+            if selection is not None:
+                record.moved = movements(trainer.model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

@@ -21,10 +21,16 @@ accelerate launch recipes/continual.py --approach sequential --method fft --outp
 accelerate launch recipes/continual.py --approach replay --hft.reselect same --hft.ratio 0.3 --output_dir runs/replay
 ```
 
-Above the sections stand `output_dir`, `approach` (sequential, gem, replay, multitask, individual), `method`, `benchmark`, `tasks`,
-`replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last round).
-The sections are `model` and `hft`, as in sft_then_dpo.py, and `sft` (the fields of trl.SFTConfig). The same command again continues where it
-stopped, also in the middle of a round.
+An adapter instead of the model's own weights, one for all rounds or (o_lora) a new one in each; it has no method:
+
+```bash
+accelerate launch recipes/continual.py --approach lora --lora.r 8 --output_dir runs/lora
+```
+
+Above the sections stand `output_dir`, `approach` (sequential, gem, replay, lora, o_lora, multitask, individual), `method`,
+`benchmark`, `tasks`, `replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites after the last
+round). The sections are `model` and `hft`, as in sft_then_dpo.py, `lora` (fields of peft.LoraConfig) and `sft` (the fields of
+trl.SFTConfig). The same command again continues where it stopped, also in the middle of a round.
 """
 
 import sys
@@ -90,20 +96,25 @@ def main(recipe: ContinualRecipe) -> None:
 
 
 def learn(stage: Stage, base: str) -> None:
-    """Train a round: a half of the last round's model learns the answers of a task."""
+    """Train a round: a half of the last round's model, or an adapter, learns the answers of a task."""
     tokenizer = load_tokenizer(stage)
     rows, _ = load_data(stage)
     rows, truncated = encode(rows, tokenizer, stage.args.max_length, stage.args.dataset_num_proc)
     with as_user_error(f"the trainer of {stage.name}"):
         memories = load_memories(stage, tokenizer)  # of earlier tasks, for GEM only
-        kind = partial(GEMTrainer, memories=memories) if memories else HFTSFTTrainer
-        trainer = kind(
-            model=stage.model.model_name_or_path,
-            args=stage.args,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            hft_config=stage.hft,
-        )
+        if stage.adapter is not None:
+            from hft_trl.continual.adapters import adapter_trainer  # needs peft
+
+            trainer = adapter_trainer(stage, rows, tokenizer)
+        else:
+            kind = partial(GEMTrainer, memories=memories) if memories else HFTSFTTrainer
+            trainer = kind(
+                model=stage.model.model_name_or_path,
+                args=stage.args,
+                train_dataset=rows,
+                processing_class=tokenizer,
+                hft_config=stage.hft,
+            )
     train_and_save(stage, trainer, len(rows), base, truncated)
     trainer.accelerator.free_memory()  # for the model that answers
 

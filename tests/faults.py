@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers.modeling_utils
 
-from hft_trl.mixin import HFTMixin
+from hft_trl.resumable import ResumableMixin
 
 
 def at_write(event: str, path: str, count: int = 1, number: int = signal.SIGKILL) -> None:
@@ -49,14 +49,14 @@ def half_written(path: str) -> None:
 
 
 def _in_step(stage: str, step: int, act) -> None:
-    train = HFTMixin.training_step
+    train = ResumableMixin.training_step
 
     def training_step(self, *args, **kwargs):
         if Path(self.args.output_dir).name == stage and self.state.global_step + 1 == step:
             act()
         return train(self, *args, **kwargs)
 
-    HFTMixin.training_step = training_step
+    ResumableMixin.training_step = training_step
 
 
 def signal_in_step(stage: str, step: int, number: int, rank: int = 0) -> None:

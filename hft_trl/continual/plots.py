@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from hft_trl.continual.tables import run_name
 from hft_trl.report.plots import STAGE_COLOURS
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def matrix_figure(scores: Scores) -> "Figure":
     axes.set_xlabel("score on")
     axes.set_ylabel("after")
     figure.colorbar(image, label="score (0 to 100)")
-    axes.set_title(f"{scores['approach']}, {scores['method'].upper()}")
+    axes.set_title(run_name(scores))
     return figure
 
 

@@ -10,21 +10,21 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import DataArguments, ModelArguments, RunArguments
+from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hft_trl.config import HFTConfig
 from hft_trl.continual.evaluate import check_lengths
 from hft_trl.continual.gem import check_gem, write_memories
 from hft_trl.continual.metrics import check_metrics
-from hft_trl.continual.rounds import Round, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
-from hft_trl.recipe import Stage, make_stage
+from hft_trl.recipe import Adapter, Stage, make_stage
 from hft_trl.sections import answer_help, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
 
-SECTIONS = ("model", "hft", "sft")
+SECTIONS = ("model", "hft", "lora", "sft")
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class ContinualArguments(RunArguments):
 
     benchmark: str | None = dataclasses.field(default=None, metadata={"help": "TRACE's folder, or demo."})
     tasks: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with tasks of your own."})
-    approach: Literal["sequential", "gem", "replay", "multitask", "individual"] = dataclasses.field(
+    approach: Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"] = dataclasses.field(
         default="sequential", metadata={"help": "How the tasks are learned."}
     )
     replay_share: float = dataclasses.field(
@@ -70,13 +70,15 @@ class ContinualRecipe:
     Attributes:
         run ([`ContinualArguments`]): What belongs to the run as a whole.
         model ([`~hft_trl.arguments.ModelArguments`]): The base.
-        hft ([`HFTConfig`]): What each round trains.
+        hft ([`HFTConfig`]): What each round trains, unless that is an adapter.
+        lora ([`~hft_trl.arguments.LoRAArguments`]): The adapter that `lora` and `o_lora` train.
         sft (`dict[str, Any]`), sft_flags (`list[str]`): The section `sft` of the file and of the command line.
     """
 
     run: ContinualArguments
     model: ModelArguments
     hft: HFTConfig
+    lora: LoRAArguments
     sft: dict[str, Any]
     sft_flags: list[str]
 
@@ -109,7 +111,7 @@ class ContinualRecipe:
         The rounds as stages, each with the file of rows that it learns from. Every process has to call.
 
         Raises:
-            [`HFTError`]: If the folder of the run can't be written.
+            [`HFTError`]: If the folder of the run can't be written, or the model can't have the adapter asked for.
         """
         output, stages = Path(self.run.output_dir), []
         for planned in rounds:
@@ -122,13 +124,19 @@ class ContinualRecipe:
                     if memory is not None:
                         write_memories(memory, planned.memories)
             args, model = self.arguments(output / planned.name, planned.epochs), self.model
-            if planned.start is not None:  # the revision is the hub model's
-                model = dataclasses.replace(
-                    model, model_name_or_path=str(output / planned.start), model_revision="main"
-                )
-            stage = make_stage(planned.name, model, DataArguments(str(path)), args, self.hft)
+            start = output / planned.start if planned.start is not None else None
+            hft, adapter = self.hft, None
+            if self.run.approach in ADAPTERS:
+                hft, adapter = None, Adapter(self.lora, earlier=tuple(stage.folder for stage in stages))
+            if self.run.approach == "lora":  # the last round's adapter goes on, on the base
+                adapter, start = Adapter(self.lora, start), None
+            if start is not None:  # the revision is the hub model's
+                model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
+            stage = make_stage(planned.name, model, DataArguments(str(path)), args, hft, adapter=adapter)
             stages.append(dataclasses.replace(stage, memory=memory))
         PartialState().wait_for_everyone()
+        if self.run.approach in ADAPTERS:
+            _check_adapter(stages[0])
         return stages
 
 
@@ -158,16 +166,40 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         raise HFTError(f"gem_memory is {run.gem_memory!r}: it must be at least 1, the rows kept of each earlier task.")
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
+    (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
+    if run.approach in ADAPTERS:
+        if run.method == "hft" and _given("method", values[""], flags[""]):
+            raise HFTError(f"method is hft, but {run.approach} trains an adapter, no half of the model: drop it.")
+        _refuse("hft", flags, f"{run.approach} trains an adapter, no half of the model")
+    else:
+        _refuse("lora", flags, f"{run.approach} trains the model's own weights, no adapter")
     if hft.strategy == "layer" and hft.ratio == 0.5 and not _given("reselect", values["hft"], flags["hft"]):
         hft = dataclasses.replace(hft, reselect="complement")  # the layers not learned in the last round (paper)
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    recipe = ContinualRecipe(run, model, dataclasses.replace(hft, method=run.method), values["sft"], flags["sft"])
+    recipe = ContinualRecipe(
+        run, model, dataclasses.replace(hft, method=run.method), lora, values["sft"], flags["sft"]
+    )
     recipe.arguments(run.output_dir, 1)  # a mistake in them is found now
     return recipe
 
 
 def _given(key: str, values: dict[str, Any], flags: list[str]) -> bool:
     return key in values or any(flag[2:].partition("=")[0].replace("-", "_") == key for flag in flags)
+
+
+def _refuse(section: str, flags: dict[str, list[str]], why: str) -> None:
+    """Refuse a flag of a section that the approach has no use for. A file may have it: it is there for all approaches."""
+    if flags[section]:
+        key = flags[section][0][2:].partition("=")[0]
+        raise HFTError(f"{section}.{key} is given, but {why}: drop it.")
+
+
+def _check_adapter(stage: Stage) -> None:
+    try:
+        from hft_trl.continual.adapters import check_adapter
+    except ImportError as error:
+        raise HFTError(f"adapters need {error.name}: run pip install 'hft-trl[continual]'.") from error
+    check_adapter(stage)
 
 
 def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_grid
+from hft_trl.continual.tables import comparison_grid, forgetting_grid, run_name, score_grid
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.report.markdown import table
@@ -21,10 +21,9 @@ def write_report(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     scores = _scores(folder)
-    name = f"{scores['approach']}, {scores['method'].upper()}"
     with writing(folder):
         matrix_figure(scores).savefig(folder / "matrix.png", dpi=150, facecolor="white")
-        curves_figure({name: scores}).savefig(folder / "curves.png", dpi=150, facecolor="white")
+        curves_figure({run_name(scores): scores}).savefig(folder / "curves.png", dpi=150, facecolor="white")
         (folder / "report.md").write_text(_markdown(scores), encoding="utf-8")
     return folder / "report.md"
 
@@ -32,8 +31,7 @@ def write_report(folder: str | Path) -> Path:
 def _markdown(scores: dict[str, Any]) -> str:
     parts = [
         "# Continual learning report",
-        f"{scores['approach']} with {scores['method'].upper()}, from `{scores['model']}`. Every figure comes from "
-        f"`{SCORES_FILE}`.",
+        f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
         f"OP {scores['op'][-1]:.1f}, BWT {scores['bwt'][-1]:+.1f} after the last of {len(scores['rounds'])} rounds.",
         "## Scores",
         table(score_grid(scores)),
@@ -88,7 +86,7 @@ def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Pat
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        labels = {f"{run['approach']}, {run['method'].upper()} ({name})": run for name, run in runs.items()}
+        labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
         curves_figure(labels).savefig(folder / "comparison.png", dpi=150, facecolor="white")
         text = f"# Continual runs side by side\n\n{table(comparison_grid(runs))}\n\n![OP and BWT](comparison.png)\n"
         (folder / "comparison.md").write_text(text, encoding="utf-8")

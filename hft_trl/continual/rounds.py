@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from hft_trl.continual.tasks import Row, Task
 
-APPROACHES = ("sequential", "gem", "replay", "multitask", "individual")
+APPROACHES = ("sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual")
+ADAPTERS = ("lora", "o_lora")
+"""Approaches that learn an adapter, so there is no half of the model to draw."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def plan_rounds(
         approach (`str`):
             One of [`APPROACHES`]. `"sequential"` learns one task after the other, each from the last one's model.
             `"gem"` does, and no step may raise the loss on a memory of each earlier task (see [`GEMTrainer`]).
-            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"multitask"` learns
+            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"lora"` and
+            `"o_lora"` learn the rows of sequential, in one adapter or in one per round. `"multitask"` learns
             all tasks in one round, in which each row comes as often as its task has epochs. `"individual"` learns each
             task from the base.
         tasks (`Sequence[Task]`):

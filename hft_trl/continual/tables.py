@@ -10,6 +10,11 @@ Scores = dict[str, Any]
 """What `scores.json` holds."""
 
 
+def run_name(scores: Scores) -> str:
+    """Approach and method of a run, such as `sequential, HFT`; an approach with adapters has no method."""
+    return scores["approach"] + (f", {scores['method'].upper()}" if scores["method"] else "")
+
+
 def score_grid(scores: Scores) -> Grid:
     """The matrix with OP and BWT: a row per round, a column per task."""
     rows = []
@@ -17,8 +22,7 @@ def score_grid(scores: Scores) -> Grid:
         cells = [f"{score:.1f}" for score in row]
         empty = [NONE] * (len(scores["tasks"]) - len(row))
         rows.append([planned["name"], *cells, *empty, f"{op:.1f}", f"{bwt:+.1f}"])
-    title = f"{scores['approach']}, {scores['method'].upper()}: scores from 0 to 100"
-    return Grid(title, ["after", *scores["tasks"], "OP", "BWT"], rows)
+    return Grid(f"{run_name(scores)}: scores from 0 to 100", ["after", *scores["tasks"], "OP", "BWT"], rows)
 
 
 def forgetting_grid(scores: Scores) -> Grid:
@@ -33,13 +37,14 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
     """
-    Runs side by side in the paper's shape: a row per approach, OP and BWT after the last round by method.
+    Runs side by side in the paper's shape: a row per approach, OP and BWT after the last round by method. If there are
+    approaches with adapters, which have no method, their figures stand in columns of their own.
 
     Args:
         runs (`Mapping[str, Scores]`):
             Scores by name. Runs of one approach and method get a row each.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str | None, Any]] = []
     for name, scores in runs.items():
         open_row = next(
             (row for row in rows if row["approach"] == scores["approach"] and scores["method"] not in row), None
@@ -50,5 +55,12 @@ def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
         open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", f"{scores['bwt'][-1]:+.1f}"
         open_row["runs"].append(name)
     empty = (NONE, NONE)
-    cells = [[row["approach"], *row.get("fft", empty), *row.get("hft", empty), ", ".join(row["runs"])] for row in rows]
-    return Grid("After the last round", ["approach", "OP FFT", "BWT FFT", "OP HFT", "BWT HFT", "runs"], cells)
+    columns = {"fft": "FFT", "hft": "HFT"}
+    if any(None in row for row in rows):
+        columns[None] = "LoRA"
+    head = [f"{figure} {name}" for name in columns.values() for figure in ("OP", "BWT")]
+    cells = [
+        [row["approach"], *(cell for method in columns for cell in row.get(method, empty)), ", ".join(row["runs"])]
+        for row in rows
+    ]
+    return Grid("After the last round", ["approach", *head, "runs"], cells)

@@ -56,8 +56,8 @@ class StageRecord:
     Args:
         name (`str`):
             Name of the stage, such as `"sft"`.
-        method (`str`):
-            `"hft"` or `"fft"`.
+        method (`str`, *optional*):
+            `"hft"` or `"fft"`, `None` where an adapter learned.
         selection_digest (`str`, *optional*):
             Digest of the selection that the stage was trained with, `None` without one.
         share (`dict[str, float]`):
@@ -92,7 +92,7 @@ class StageRecord:
     """
 
     name: str
-    method: str
+    method: str | None
     selection_digest: str | None
     share: dict[str, float]
     trainable_params: int
