@@ -104,7 +104,7 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
     Raises:
         [`HFTError`]: If a folder can't be written, holds other things, or was made with other settings.
     """
-    gap = None
+    unfinished: set[Path] = set()
     for stage in stages:
         problem: list[str | None] = [None]
         if PartialState().is_main_process:
@@ -122,15 +122,22 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
                 "machines share."
             )
         if finished(stage) is None:
-            gap = stage
-        elif gap is not None:
+            unfinished.add(stage.folder)
+        elif gone := unfinished & _starts(stage):
             raise HFTError(
-                f"{str(stage.folder)!r} was trained from a model in {str(gap.folder)!r} that is not there any more: pass "
+                f"{str(stage.folder)!r} was trained from a model in {str(min(gone))!r} that is not there any more: pass "
                 "--overwrite, or choose another output_dir."
             )
         else:
             check_readable(weight_files(str(stage.folder)).values())
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
+
+
+def _starts(stage: Stage) -> set[Path]:
+    """Folders of the stages that a stage needs."""
+    if stage.adapter is None:
+        return {Path(stage.model.model_name_or_path)}
+    return {Path(stage.model.model_name_or_path), *stage.adapter.earlier, *filter(None, [stage.adapter.start])}
 
 
 def _open(stage: Stage, overwrite: bool) -> None:

@@ -70,6 +70,8 @@ def read_sections(
         flags[current].append(f"--{key}{equals}{value}")
 
     values = load_yaml(path) if path is not None else {}
+    for key, value in (values.pop("env", None) or {}).items():
+        os.environ[str(key)] = str(value)
     nested = {name: values.pop(name, None) or {} for name in sections}
     if isinstance(nested.get("model"), str):
         nested["model"] = {"model_name_or_path": nested["model"]}
@@ -80,6 +82,7 @@ def read_sections(
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file of keys and values."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,8 +91,6 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise HFTError(f"config {str(path)!r} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise HFTError(f"config {str(path)!r} must hold keys and values.")
-    for key, value in (values.pop("env", None) or {}).items():
-        os.environ[str(key)] = str(value)
     return values
 
 

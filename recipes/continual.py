@@ -37,76 +37,83 @@ import sys
 from functools import partial
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.continual.evaluate import evaluate_tasks
-from hft_trl.continual.gem import GEMTrainer, load_memories
+from hft_trl.continual.gem import GEMTrainer
+from hft_trl.continual.plan import check_plan, write_plan
 from hft_trl.continual.recipe import ContinualRecipe, load_rounds, parse_continual
 from hft_trl.continual.report import write_report
-from hft_trl.continual.scores import check_approach, write_scores
+from hft_trl.continual.rounds import Round
+from hft_trl.continual.scores import write_scores
 from hft_trl.continual.tables import score_grid
-from hft_trl.continual.text import encode
+from hft_trl.continual.text import check_tokenizer, encode
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages
 from hft_trl.recipe import Stage
 from hft_trl.report.tables import rich_table
-from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
+from hft_trl.stage import check_model, load_tokenizer, train_and_save
 
 
 def main(recipe: ContinualRecipe) -> None:
-    run, base = recipe.run, recipe.model.model_name_or_path
+    run, base = recipe.run, recipe.model
 
     # Whatever can be wrong is found before anything is trained
     suites = parse_suites(run.evaluate) if run.evaluate else []
-    if not run.overwrite:
-        check_approach(run.output_dir, run.approach)
     tasks, rounds = load_rounds(recipe)
-    stages = recipe.stages(rounds)
+    plan = recipe.plan(tasks)
+    if not run.overwrite:
+        check_plan(run.output_dir, plan)
+    stages, longest = recipe.stages(rounds), recipe.longest_text()
     check_model(stages[0])
-    load_tokenizer(stages[0])
+    check_tokenizer(load_tokenizer(stages[0]))
     open_stages(stages, run.overwrite)
+    write_plan(run.output_dir, plan, stages, run.overwrite)
 
     # Round after round: learn, then answer the test sets of the tasks seen so far
     answered, probes = [], {}
     for number, (planned, stage) in enumerate(zip(rounds, stages, strict=True), 1):
         new = not finished(stage)
         if new:
-            learn(stage, base)
+            learn(stage, planned, longest, base.model_name_or_path)
+            clear_device_cache(garbage_collection=True)  # room for the model that answers
         asked = {tasks[task].name: task for task in planned.evaluated}
         found = evaluate_tasks(
             stage.folder,
             [tasks[task] for task in planned.evaluated],
             run.max_new_tokens,
-            stage.args.max_length,
+            longest,
             run.eval_batch_size,
-            recipe.model.dtype,
+            base.dtype,
+            trust_remote_code=base.trust_remote_code,
+            attn_implementation=base.attn_implementation,
         )
         answered.append({asked[name]: result for name, result in found.items()})
         if number == len(rounds) and run.approach != "individual":  # which has no model that learned all tasks
-            probes, _, _ = evaluate_stages(recipe.model, {planned.name: str(stage.folder)}, suites)
+            probes, _, _ = evaluate_stages(base, {planned.name: str(stage.folder)}, suites)
         if PartialState().is_main_process and (new or number == len(rounds)):
             records = [finished(done) for done in stages[:number]]
-            scores = write_scores(run.output_dir, run.approach, tasks, rounds[:number], answered, records, probes)
+            scores = write_scores(run.output_dir, plan, rounds[:number], answered, records, probes)
 
     if PartialState().is_main_process:
         write_report(run.output_dir)
         Console().print(rich_table(score_grid(scores)))
 
 
-def learn(stage: Stage, base: str) -> None:
+def learn(stage: Stage, planned: Round, longest: int | None, base: str) -> None:
     """Train a round: a half of the last round's model, or an adapter, learns the answers of a task."""
     tokenizer = load_tokenizer(stage)
-    rows, _ = load_data(stage)
-    rows, truncated = encode(rows, tokenizer, stage.args.max_length, stage.args.dataset_num_proc)
+    rows, truncated = encode(planned.rows, tokenizer, longest, stage.args.dataset_num_proc)
     with as_user_error(f"the trainer of {stage.name}"):
-        memories = load_memories(stage, tokenizer)  # of earlier tasks, for GEM only
         if stage.adapter is not None:
             from hft_trl.continual.adapters import adapter_trainer  # needs peft
 
             trainer = adapter_trainer(stage, rows, tokenizer)
         else:
+            memories = [encode(kept, tokenizer, longest)[0] for kept in planned.memories.values()]
             kind = partial(GEMTrainer, memories=memories) if memories else HFTSFTTrainer
             trainer = kind(
                 model=stage.model.model_name_or_path,
@@ -116,7 +123,7 @@ def learn(stage: Stage, base: str) -> None:
                 hft_config=stage.hft,
             )
     train_and_save(stage, trainer, len(rows), base, truncated)
-    trainer.accelerator.free_memory()  # for the model that answers
+    trainer.accelerator.free_memory()
 
 
 if __name__ == "__main__":

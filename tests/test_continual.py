@@ -1,6 +1,7 @@
 """Continual learning as a user runs it: rounds on files in TRACE's layout, to scores that a kill doesn't change."""
 
 import dataclasses
+import gc
 import json
 import runpy
 import shutil
@@ -16,11 +17,11 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 from warm import ROOT, Run
 
-from hft_trl import Selection, demo
+from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.evaluate import evaluate_tasks
 from hft_trl.continual.metrics import rouge_l
 from hft_trl.continual.recipe import parse_continual
-from hft_trl.continual.tasks import Row, Task, write_rows
+from hft_trl.continual.tasks import Row, Task, read_benchmark, write_rows
 from hft_trl.errors import HFTError
 
 TASKS = """
@@ -159,21 +160,63 @@ def test_two_processes_share_training_and_answering(own, tmp_path):
     scores = json.loads((output / "scores.json").read_text())
     assert [len(row) for row in scores["matrix"]] == [1, 2, 3]
     assert scores["method"] == "fft"
-    mixed = json.loads((output / "round-3.json").read_text())
+    (mixed,) = (json.loads(path.read_text()) for path in output.glob("round-3-*.json"))
     assert len(mixed) == 16 + 2 + 2 + 16  # the task, 10 % of two earlier ones, Lima
     content = json.loads((output / "round-3" / "predictions" / "Lists.json").read_text())
-    test = json.loads((own / "tasks" / "Lists" / "test.json").read_text())
-    assert [row["answer"] for row in content["predictions"]] == [row["answer"] for row in test]
+    shutil.copytree(output / "round-3", tmp_path / "alone", ignore=shutil.ignore_patterns("predictions"))
+    task = next(task for task in read_benchmark(own / "tasks") if task.name == "Lists")
+    evaluate_tasks(tmp_path / "alone", [task], 8, 128, 64)
+    assert json.loads((tmp_path / "alone" / "predictions" / "Lists.json").read_text()) == content
 
 
-@pytest.mark.parametrize(("approach", "rounds"), [("multitask", 1), ("individual", 3)])
-def test_pooled_tasks_and_one_model_per_task_are_scored_in_the_same_shape(approach, rounds, recipe, own, tmp_path):
-    result = recipe(*flags(own, tmp_path, "--approach", approach, "--sft.max_steps", 1, "--overwrite"))
+def test_one_model_per_task_then_pooled_tasks_in_the_same_folder(recipe, own, tmp_path):
+    """The same shape of scores; with --overwrite nothing of the first run is left. The chat template tells no answers apart."""
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = ["--sft.max_steps", 1, "--model.chat_template", tmp_path / "plain.jinja"]
+    output = tmp_path / "c"
+    result = recipe(*flags(own, output, "--approach", "individual", *words))
     assert result.returncode == 0, result.stderr[-3000:]
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert len(scores["matrix"]) == rounds
-    assert len(scores["matrix"][-1]) == 3
-    assert scores["bwt"] == [0.0] * rounds
+    scores = json.loads((output / "scores.json").read_text())
+    assert [len(row) for row in scores["matrix"]] == [1, 2, 3]
+    for task in range(3):  # a model of its own is asked once
+        assert len({row[task] for row in scores["matrix"] if len(row) > task}) == 1
+    assert len({planned["selection_digest"] for planned in scores["rounds"]}) == 3
+    shutil.rmtree(output / "round-1")
+    assert recipe(*flags(own, output, "--approach", "individual", *words)).returncode == 0  # no other needs it
+    refused = recipe(*flags(own, output, "--approach", "multitask", *words))
+    assert "made with the approach individual, now it is multitask" in refused.stderr
+    result = recipe(*flags(own, output, "--approach", "multitask", *words, "--overwrite"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = json.loads((output / "scores.json").read_text())
+    assert [len(row) for row in scores["matrix"]] == [3]
+    assert [path.name for path in output.glob("round-*/")] == ["round-1"]
+    assert len(list(output.glob("round-*.json"))) == 1
+
+
+def test_tasks_added_later_are_learned_after_the_others(recipe, own, tmp_path):
+    """And no trainer is left in memory when a round's model answers."""
+    held = []
+
+    def evaluating(*args, **kwargs):
+        held.append([kind for kind in map(type, gc.get_objects()) if issubclass(kind, HFTSFTTrainer)])
+        return evaluate_tasks(*args, **kwargs)
+
+    tasks = yaml.safe_load(TASKS)["tasks"]
+    output, model = tmp_path / "c", ["--model", own / "model", "--tasks", own / "tasks" / "first.yaml"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hft_trl.continual.evaluate.evaluate_tasks", evaluating)
+        for count in (1, 2):
+            (own / "tasks" / "first.yaml").write_text(yaml.safe_dump({"tasks": tasks[:count]}))
+            (tmp_path / "own.yaml").write_text("sft: {max_steps: 1, max_length: 64, report_to: none}\n")
+            words = ["--config", tmp_path / "own.yaml", *model, "--output_dir", output, "--max_new_tokens", 4]
+            result = recipe(*words)
+            assert result.returncode == 0, result.stderr[-3000:]
+    assert [len(row) for row in json.loads((output / "scores.json").read_text())["matrix"]] == [1, 2]
+    assert held == [[], [], []]
+    (own / "tasks" / "first.yaml").write_text(yaml.safe_dump({"tasks": tasks[1:]}))
+    refused = recipe(*words)
+    assert refused.returncode == 2
+    assert "made with the tasks Towns, Lists, now it is Lists, Profiles" in refused.stderr
 
 
 def test_whole_layers_take_turns(recipe, own, tmp_path):
@@ -197,6 +240,11 @@ def test_whole_layers_take_turns(recipe, own, tmp_path):
         (["--tasks", "nowhere.yaml"], "nowhere.yaml' can't be read"),
         (["--replay_share", "1.5"], "replay_share is 1.5"),
         (["--max_new_tokens", "128"], "max_new_tokens is 128 and sft.max_length 128"),
+        (
+            ["--max_new_tokens", "9999", "--sft.max_length", "99999"],
+            "max_new_tokens is 9999 and the model's positions are",
+        ),
+        (["--sft.assistant_only_loss", "true"], "sft.assistant_only_loss is true"),
         (["--sft.packing", "true"], "sft.packing is true"),
         (["--sft.eval_strategy", "epoch"], "sft.eval_strategy is set"),
         (["--hft.method", "fft"], "unknown key hft.method"),

@@ -13,11 +13,14 @@ from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_gri
 from hft_trl.errors import HFTError
 
 
-def scores_of(approach="sequential", method="hft", matrix=((80.0,), (60.5, 40.0)), tasks=("A", "B")):
+def scores_of(
+    approach="sequential", method="hft", matrix=((80.0,), (60.5, 40.0)), tasks=("A", "B"), model="demo", settings=None
+):
     found = curves(matrix)
     return {
-        "version": 1, "approach": approach, "method": method, "model": "demo", "tasks": list(tasks),
+        "version": 1, "approach": approach, "method": method, "model": model, "tasks": list(tasks),
         "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **vars(found),
+        "settings": {"seed": 1, "test_sets": "x"} | (settings or {}),
         "probes": {"base": {"knowledge": 100.0, "other": None}},
         "rounds": [{"name": f"round-{t}"} for t in range(1, len(matrix) + 1)],
         "empty_predictions": [[0] * len(row) for row in matrix[:-1]] + [[3] + [0] * (len(matrix[-1]) - 1)],
@@ -76,11 +79,13 @@ def test_runs_stand_side_by_side_in_the_papers_shape():
         "b": scores_of(method="fft", matrix=((80.0,), (20.0, 60.0))),
         "c": scores_of("replay"),
         "d": scores_of(matrix=((80.0,), (80.0, 80.0))),
+        "e": scores_of("multitask", matrix=((80.0, 70.0),)),
     }
     assert comparison_grid(runs).rows == [
         ["sequential", "40.0", "-30.0", "50.2", "-9.8", "a, b"],
         ["replay", "-", "-", "50.2", "-9.8", "c"],
         ["sequential", "-", "-", "80.0", "+0.0", "d"],
+        ["multitask", "-", "-", "75.0", "-", "e"],
     ]
 
 
@@ -93,6 +98,11 @@ def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
     result = CliRunner().invoke(app, ["continual", "compare", str(a), str(b), "--json"])
     assert json.loads(result.output)[str(a)]["op"] == [80.0, 50.25]
+    assert (tmp_path / "comparison.png").stat().st_size > 5000  # without --out, beside the first run
+    c = save(tmp_path / "c", settings={"seed": 2})
+    result = CliRunner().invoke(app, ["continual", "compare", str(a), str(b), str(c)])
+    assert f"Not the same in all runs: seed: 1 ({a}), 1 ({b}), 2 ({c})" in result.output
+    assert f"- seed: 1 ({a}), 1 ({b}), 2 ({c})" in (tmp_path / "comparison.md").read_text()
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
@@ -104,6 +114,12 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     other = save(tmp_path / "other", tasks=("A", "C"))
     with pytest.raises(HFTError, match=r"other has the tasks A, C, .*whole has A, B"):
         compare([whole, other])
+    with pytest.raises(HFTError, match=r"big started from meta/big, .*whole from demo"):
+        compare([whole, save(tmp_path / "big", model="meta/big")])
+    with pytest.raises(HFTError, match=r"small has other test sets than .*whole"):
+        compare([whole, save(tmp_path / "small", settings={"test_sets": "y"})])
+    with pytest.raises(HFTError, match="whole is given twice"):
+        compare([whole, whole])
     with pytest.raises(HFTError, match=r"nowhere has no scores\.json"):
         compare([whole, tmp_path / "nowhere"])
     assert write_comparison(compare([whole]), tmp_path / "new").is_file()

@@ -1,14 +1,12 @@
 """Overall performance and backward transfer are the paper's formulas, and scores.json holds no more than its rounds."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_trl.continual.evaluate import Answered
 from hft_trl.continual.rounds import Round
-from hft_trl.continual.scores import check_approach, curves, read_scores, score_rows
+from hft_trl.continual.scores import curves, read_scores, score_rows
 from hft_trl.errors import HFTError
 
 
@@ -58,13 +56,8 @@ def test_a_row_holds_the_tasks_seen_by_then_and_a_model_of_its_own_keeps_its_sco
     assert [[task.score for task in row] for row in rows] == [[9], [9, 7]]
 
 
-def test_scores_of_another_approach_or_another_file_are_refused(tmp_path):
+def test_another_file_is_refused(tmp_path):
     assert read_scores(tmp_path) is None
-    check_approach(tmp_path, "replay")
-    (tmp_path / "scores.json").write_text(json.dumps({"version": 1, "approach": "replay"}))
-    check_approach(tmp_path, "replay")
-    with pytest.raises(HFTError, match="made with the approach replay, now it is sequential"):
-        check_approach(tmp_path, "sequential")
     (tmp_path / "scores.json").write_text("[]")
     with pytest.raises(HFTError, match="no scores of version 1"):
         read_scores(tmp_path)

@@ -104,7 +104,13 @@ def test_rows_that_cannot_be_learned_are_named(tmp_path, content, complaint):
 @pytest.mark.parametrize(
     ("own", "complaint"),
     [
-        ({"task": []}, "no list of tasks"),
+        ({"tasks": []}, "no list of tasks"),
+        ({"task": []}, "has the key 'task': the only one is tasks"),
+        ({"env": {"A": "b"}, "tasks": ["x"]}, "has the key 'env'"),
+        (
+            {"tasks": [{"name": "mine", "metric": ["rouge_l"], "epochs": 1}]},
+            r"metric \['rouge_l'\]: it must be one of",
+        ),
         ({"tasks": ["mine"]}, "task 1 .* is 'mine': give it a name"),
         ({"tasks": [{"name": "a/b", "metric": "accuracy", "epochs": 1}]}, "no slash"),
         ({"tasks": [{"name": "mine", "metric": "bleu", "epochs": 1}]}, "metric 'bleu': it must be one of accuracy"),

@@ -1,10 +1,10 @@
 """Rows become prompt, answer and end with the loss on the last two, are cut from the left, and what was cut is counted."""
 
 import pytest
-from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hft_trl.continual.tasks import Row
 from hft_trl.continual.text import check_tokenizer, encode, encode_prompts
 from hft_trl.errors import HFTError
 
@@ -12,7 +12,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
 
 
 def encoded(tokenizer, prompt, answer, max_length=None):
-    rows, cut = encode(Dataset.from_list([{"prompt": prompt, "completion": answer}]), tokenizer, max_length)
+    rows, cut = encode([Row(prompt, answer)], tokenizer, max_length)
     return rows[0]["input_ids"], rows[0]["labels"], cut
 
 
@@ -105,3 +105,8 @@ def test_special_tokens_in_front_are_the_tokenizers_own(tokenizer, base):
     assert ids[0] == with_bos.bos_token_id
     assert ids.count(with_bos.bos_token_id) == 1
     assert labels[0] == -100
+
+
+def test_answers_that_look_like_dates_or_numbers_are_text(tokenizer):
+    rows, _ = encode([Row("When?\n", answer) for answer in ("2024-01-01", "2024-01-02")], tokenizer, None)
+    assert tokenizer.decode(rows[1]["input_ids"]) == "When?\n2024-01-02</s>"

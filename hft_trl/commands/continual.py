@@ -1,6 +1,7 @@
 """`hft-trl continual`: what is done with finished continual runs."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,22 +22,26 @@ def _continual() -> None:
 @exit_on_user_error()
 def compare_command(
     runs: Annotated[list[str], typer.Argument(help="Folders of continual runs on the same tasks.")],
-    out: Annotated[str | None, typer.Option(help="Folder for comparison.md and comparison.png.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder for comparison.md and comparison.png, by default the one that holds the first run."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Put runs side by side: overall performance and backward transfer after the last round, approach by method."""
     with quiet():
         from hft_trl.continual.report import compare, write_comparison
-        from hft_trl.continual.tables import comparison_grid
+        from hft_trl.continual.tables import comparison_grid, other_settings
 
         found = compare(runs)
-        written = write_comparison(found, out) if out else None
+        written = write_comparison(found, out or Path(runs[0]).parent)
     if as_json:
-        keys = ("approach", "method", "op", "bwt", "bwt_t_minus_1", "matrix")
+        keys = ("approach", "method", "settings", "op", "bwt", "bwt_t_minus_1", "matrix")
         typer.echo(json.dumps({name: {key: run[key] for key in keys} for name, run in found.items()}, indent=2))
         return
     from rich.console import Console
 
     Console().print(rich_table(comparison_grid(found)))
-    if written is not None:
-        typer.echo(f"{written} has the table and the figure.")
+    for line in other_settings(found):
+        typer.echo(f"Not the same in all runs: {line}.")
+    typer.echo(f"{written} has the table and the figure.")

@@ -105,18 +105,34 @@ def evaluate_tasks(
     return found
 
 
-def check_lengths(max_length: int | None, max_new_tokens: int) -> None:
+def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
     """
     Check that answers leave room for prompts.
+
+    Args:
+        max_length (`int`, *optional*):
+            Longest text of prompt and answer, in tokens.
+        max_new_tokens (`int`):
+            Longest answer, in tokens.
+        positions (`int`, *optional*):
+            Tokens that the model can take, where it has a limit.
+
+    Returns:
+        `int` or `None`: Longest text that a model learns, in tokens.
 
     Raises:
         [`HFTError`]: If they don't.
     """
-    if max_new_tokens < 1 or (max_length is not None and max_new_tokens >= max_length):
-        raise HFTError(
-            f"max_new_tokens is {max_new_tokens} and sft.max_length {max_length}: it must be at least 1, and less than "
-            "sft.max_length, since a prompt gets what it leaves."
-        )
+    limits = {"sft.max_length": max_length, "the model's positions are": positions}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    for name, limit in limits.items():
+        if max_new_tokens >= limit:
+            raise HFTError(
+                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be less, since a prompt gets what it leaves."
+            )
+    if max_new_tokens < 1:
+        raise HFTError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
+    return min(limits.values(), default=None)
 
 
 def _read(path: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,22 +1,16 @@
 """Gradient Episodic Memory (GEM): no step may raise the loss on what is kept of an earlier task."""
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from hft_trl.backends import fsdp_version
-from hft_trl.continual.tasks import Row
-from hft_trl.continual.text import encode
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json_once
-from hft_trl.recipe import Stage
 from hft_trl.trainers import HFTSFTTrainer
 
 MARGIN = 0.5
@@ -181,34 +175,3 @@ def check_gem(args: TrainingArguments) -> None:
         import quadprog  # noqa: F401
     except ImportError as error:
         raise HFTError("the approach gem needs quadprog: run pip install 'hft-trl[continual]'.") from error
-
-
-def write_memories(path: Path, memories: Mapping[str, Sequence[Row]]) -> None:
-    """Write a round's memories into a file that can be looked at; a file with this content is left alone."""
-    rows = [
-        {"task": task, "prompt": row.prompt, "completion": row.answer}
-        for task, kept in memories.items()
-        for row in kept
-    ]
-    write_json_once(path, rows)
-
-
-def load_memories(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> list[Dataset]:
-    """
-    Load and encode what [`write_memories`] wrote for a round.
-
-    Args:
-        stage ([`Stage`]):
-            The round.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-
-    Returns:
-        `list[Dataset]`: A data set for each earlier task, none where the round has no memory.
-    """
-    if stage.memory is None:
-        return []
-    tasks: dict[str, list[dict[str, str]]] = {}
-    for row in json.loads(stage.memory.read_text(encoding="utf-8")):
-        tasks.setdefault(row.pop("task"), []).append(row)
-    return [encode(Dataset.from_list(rows), tokenizer, stage.args.max_length)[0] for rows in tasks.values()]

@@ -1,6 +1,8 @@
 """The settings of a continual run, and its rounds as stages, which resume and are checked as all stages are."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +15,15 @@ from hft_trl import demo
 from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
 from hft_trl.config import HFTConfig
 from hft_trl.continual.evaluate import check_lengths
-from hft_trl.continual.gem import check_gem, write_memories
+from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
+from hft_trl.continual.plan import rows_file
 from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
+from hft_trl.generate import most_tokens
+from hft_trl.meta import build_on_meta
 from hft_trl.recipe import Adapter, Stage, make_stage
 from hft_trl.sections import answer_help, parse_section, read_sections
 
@@ -94,11 +99,13 @@ class ContinualRecipe:
             (SFTConfig,),
             self.sft,
             self.sft_flags,
-            fixed={"output_dir": str(folder), "num_train_epochs": epochs},
+            fixed={"output_dir": str(folder), "num_train_epochs": epochs, "assistant_only_loss": False},
             without={"output_dir", "trust_remote_code"},
         )
         if args.packing:
             raise HFTError("sft.packing is true, but rows of a task are learned one by one: drop it.")
+        if args.assistant_only_loss:
+            raise HFTError("sft.assistant_only_loss is true, but tasks are learned in no chat form: drop it.")
         if args.eval_strategy != "no":
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
         check_lengths(args.max_length, self.run.max_new_tokens)
@@ -114,30 +121,72 @@ class ContinualRecipe:
             [`HFTError`]: If the folder of the run can't be written, or the model can't have the adapter asked for.
         """
         output, stages = Path(self.run.output_dir), []
-        for planned in rounds:
-            path = output / f"{planned.name}.json"
-            memory = output / f"{planned.name}.memory.json" if planned.memories else None
+        for number, planned in enumerate(rounds):
+            rows = [row._asdict() for row in planned.rows]
+            memory = [{"task": task, **row._asdict()} for task, kept in planned.memories.items() for row in kept]
+            files = [rows_file(output, planned.name, rows), rows_file(output, planned.name, memory, "-memory")]
             if PartialState().is_main_process:
                 with writing(output):
                     output.mkdir(parents=True, exist_ok=True)
-                    write_json_once(path, [{"prompt": row.prompt, "completion": row.answer} for row in planned.rows])
-                    if memory is not None:
-                        write_memories(memory, planned.memories)
+                    for path, content in zip(files, (rows, memory), strict=True):
+                        if content:
+                            write_json_once(path, content)
             args, model = self.arguments(output / planned.name, planned.epochs), self.model
             start = output / planned.start if planned.start is not None else None
             hft, adapter = self.hft, None
             if self.run.approach in ADAPTERS:
                 hft, adapter = None, Adapter(self.lora, earlier=tuple(stage.folder for stage in stages))
+            elif start is None:  # each from the base, and each with a half of its own
+                hft = dataclasses.replace(hft, seed=hft.seed + number)
             if self.run.approach == "lora":  # the last round's adapter goes on, on the base
                 adapter, start = Adapter(self.lora, start), None
             if start is not None:  # the revision is the hub model's
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
-            stage = make_stage(planned.name, model, DataArguments(str(path)), args, hft, adapter=adapter)
-            stages.append(dataclasses.replace(stage, memory=memory))
+            stage = make_stage(planned.name, model, DataArguments(str(files[0])), args, hft, adapter=adapter)
+            stages.append(dataclasses.replace(stage, memory=files[1] if memory else None))
         PartialState().wait_for_everyone()
         if self.run.approach in ADAPTERS:
             _check_adapter(stages[0])
         return stages
+
+    def longest_text(self) -> int | None:
+        """
+        Longest text that is learned, prompt and answer together, in tokens; `None` without any limit.
+
+        Raises:
+            [`HFTError`]: If answers leave no room for prompts in the model.
+        """
+        model = build_on_meta(self.model.model_name_or_path, self.model.model_revision, self.model.trust_remote_code)
+        max_length = self.arguments(self.run.output_dir, 1).max_length
+        return check_lengths(max_length, self.run.max_new_tokens, most_tokens(model))
+
+    def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """What the run is to do, and the settings that its scores depend on."""
+        run, args = self.run, self.arguments(self.run.output_dir, 1)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        settings = {
+            "seed": args.seed,
+            "learning_rate": args.learning_rate,
+            "global_batch_size": batch,
+            "max_length": args.max_length,
+            "max_new_tokens": run.max_new_tokens,
+            "test_sets": hashlib.sha256(json.dumps([task.test for task in tasks]).encode()).hexdigest()[:16],
+        }
+        if run.approach in ADAPTERS:
+            settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
+        elif run.method == "hft":
+            settings |= {f"hft.{key}": value for key, value in self.hft.selecting().items() if key != "method"}
+        for approach, key in (("replay", "replay_share"), ("gem", "gem_memory")):
+            if run.approach == approach:
+                settings[key] = vars(run)[key]
+        return {
+            "approach": run.approach,
+            "method": None if run.approach in ADAPTERS else run.method,
+            "model": demo.shown(self.model.model_name_or_path),
+            "tasks": [task.name for task in tasks],
+            "metrics": [task.metric for task in tasks],
+            "settings": settings,
+        }
 
 
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
@@ -165,6 +214,11 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     if run.gem_memory < 1:
         raise HFTError(f"gem_memory is {run.gem_memory!r}: it must be at least 1, the rows kept of each earlier task.")
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
+    if run.evaluate and model.trust_remote_code:
+        raise HFTError(
+            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
+            "repository: leave one of them out."
+        )
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     if run.approach in ADAPTERS:
@@ -228,4 +282,5 @@ def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
     general = read_replay(folder) if folder is not None and run.approach == "replay" else ()
     if run.approach == "replay" and not general:
         logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
-    return tasks, plan_rounds(run.approach, tasks, general, run.replay_share, recipe.hft.seed, run.gem_memory)
+    seed = recipe.arguments(run.output_dir, 1).seed
+    return tasks, plan_rounds(run.approach, tasks, general, run.replay_share, seed, run.gem_memory)

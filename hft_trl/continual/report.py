@@ -6,7 +6,7 @@ from typing import Any
 
 from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, run_name, score_grid
+from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.report.markdown import table
@@ -63,9 +63,14 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     The scores of runs that can be compared, by the name of the folder as it was given.
 
     Raises:
-        [`HFTError`]: If a run has no scores yet, is not finished, or had other tasks than the first.
+        [`HFTError`]: If a run has no scores yet, is not finished, was given twice, or had another base, other tasks or other
+            test sets than the first.
     """
-    runs = {str(folder): _scores(Path(folder)) for folder in folders}
+    folders = [str(folder) for folder in folders]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise HFTError(f"{twice} is given twice: name each run once.")
+    runs = {folder: _scores(Path(folder)) for folder in folders}
     first, *others = runs.items()
     for name, scores in (first, *others):
         if len(scores["matrix"][-1]) < len(scores["tasks"]):
@@ -78,6 +83,12 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
                     f"{name} has the {key} {', '.join(scores[key])}, {first[0]} has {', '.join(first[1][key])}: compare "
                     "runs of the same tasks in the same order."
                 )
+        if scores["model"] != first[1]["model"]:
+            raise HFTError(
+                f"{name} started from {scores['model']}, {first[0]} from {first[1]['model']}: compare runs of one base."
+            )
+        if scores["settings"]["test_sets"] != first[1]["settings"]["test_sets"]:
+            raise HFTError(f"{name} has other test sets than {first[0]}: compare runs of one benchmark.")
     return runs
 
 
@@ -88,8 +99,10 @@ def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Pat
         folder.mkdir(parents=True, exist_ok=True)
         labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
         curves_figure(labels).savefig(folder / "comparison.png", dpi=150, facecolor="white")
-        text = f"# Continual runs side by side\n\n{table(comparison_grid(runs))}\n\n![OP and BWT](comparison.png)\n"
-        (folder / "comparison.md").write_text(text, encoding="utf-8")
+        parts = ["# Continual runs side by side", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]
+        if differences := other_settings(runs):
+            parts += ["These runs differ in other settings too:", "\n".join(f"- {line}" for line in differences)]
+        (folder / "comparison.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return folder / "comparison.md"
 
 

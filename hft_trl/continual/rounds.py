@@ -59,7 +59,7 @@ def plan_rounds(
         general (`Sequence[Row]`, *optional*):
             General alignment data for replay.
         replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in (the paper's 10 %).
+            Share of the rows of each earlier task that replay mixes in (the paper's 10 %), at least one if it is not 0.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the draws: of these rows another one in every round, of a task's memory one for all rounds.
         gem_memory (`int`, *optional*, defaults to `64`):
@@ -82,8 +82,9 @@ def plan_rounds(
             evaluated, start = (number,), None
         if approach == "replay":
             earlier = [
-                _draw(other, round(replay_share * len(other.train)), f"{seed} {number} {other.name}")
+                _draw(other, max(1, round(replay_share * len(other.train))), f"{seed} {number} {other.name}")
                 for other in tasks[:number]
+                if replay_share > 0
             ]
             rows = (*rows, *(row for drawn in earlier for row in drawn), *general)
         kept = {other.name: memories[other.name] for other in tasks[:number] if memories}
@@ -92,4 +93,4 @@ def plan_rounds(
 
 
 def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
-    return tuple(random.Random(seed).sample(task.train, min(max(1, rows), len(task.train))))
+    return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))

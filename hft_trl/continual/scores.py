@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hft_trl.continual.evaluate import Answered
+from hft_trl.continual.plan import Plan
 from hft_trl.continual.rounds import Round
-from hft_trl.continual.tasks import Task
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json, writing
 from hft_trl.report import StageRecord
@@ -85,8 +85,7 @@ def score_rows(rounds: Sequence[Round], answered: Sequence[Mapping[int, Answered
 
 def write_scores(
     folder: str | Path,
-    approach: str,
-    tasks: Sequence[Task],
+    plan: Plan,
     rounds: Sequence[Round],
     answered: Sequence[Mapping[int, Answered]],
     records: Sequence[StageRecord],
@@ -98,36 +97,34 @@ def write_scores(
     Args:
         folder (`str` or `Path`):
             Folder of the run.
-        approach (`str`):
-            Name of the approach.
-        tasks (`Sequence[Task]`):
-            All tasks in order.
+        plan (`Plan`):
+            What the run is to do.
         rounds (`Sequence[Round]`), answered (`Sequence[Mapping[int, Answered]]`):
             The finished rounds, and what their models answered, see [`score_rows`].
         records (`Sequence[StageRecord]`):
             What was measured in them.
         probes (`Mapping[str, Mapping[str, float | None]]`):
-            General abilities and knowledge after the last round, by model and name.
+            General abilities and knowledge after the last round, by model and name. If there are none, those that an
+            earlier call wrote after these rounds are kept.
 
     Returns:
         `dict[str, Any]`: What was written.
     """
     rows = score_rows(rounds, answered)
     matrix = [[task.score for task in row] for row in rows]
+    before = read_scores(folder)
+    if not probes and before is not None and len(before["matrix"]) == len(matrix):
+        probes = before["probes"]
     content = {
         "version": VERSION,
-        "approach": approach,
-        "method": records[-1].method,
-        "model": records[0].start_model,
-        "tasks": [task.name for task in tasks],
-        "metrics": [task.metric for task in tasks],
+        **plan,
         "matrix": matrix,
         **asdict(curves(matrix)),
         "probes": probes,
         "rounds": [
             {
                 "name": planned.name,
-                "tasks": [tasks[number].name for number in planned.tasks],
+                "tasks": [plan["tasks"][number] for number in planned.tasks],
                 "selection_digest": record.selection_digest,
                 "share": record.share,
                 "steps": record.steps,
@@ -162,18 +159,3 @@ def read_scores(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
     return content
-
-
-def check_approach(folder: str | Path, approach: str) -> None:
-    """
-    Check that a folder has no scores of another approach.
-
-    Raises:
-        [`HFTError`]: If it has.
-    """
-    scores = read_scores(folder)
-    if scores is not None and scores["approach"] != approach:
-        raise HFTError(
-            f"output_dir {str(folder)!r} was made with the approach {scores['approach']}, now it is {approach}: choose "
-            "another output_dir, or pass --overwrite."
-        )

@@ -52,7 +52,9 @@ def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
         if open_row is None:
             open_row = {"approach": scores["approach"], "runs": []}
             rows.append(open_row)
-        open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", f"{scores['bwt'][-1]:+.1f}"
+        # Where every task has a model of its own, or all are learned at once, none comes after another.
+        bwt = f"{scores['bwt'][-1]:+.1f}" if scores["approach"] not in ("multitask", "individual") else NONE
+        open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", bwt
         open_row["runs"].append(name)
     empty = (NONE, NONE)
     columns = {"fft": "FFT", "hft": "HFT"}
@@ -64,3 +66,13 @@ def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
         for row in rows
     ]
     return Grid("After the last round", ["approach", *head, "runs"], cells)
+
+
+def other_settings(runs: Mapping[str, Scores]) -> list[str]:
+    """What the settings of runs differ in beside approach and method, a line for each, so that nobody takes it for theirs."""
+    lines = []
+    for key in dict.fromkeys(key for scores in runs.values() for key in scores["settings"]):
+        found = {name: scores["settings"][key] for name, scores in runs.items() if key in scores["settings"]}
+        if len(set(map(str, found.values()))) > 1:
+            lines.append(f"{key}: " + ", ".join(f"{value} ({name})" for name, value in found.items()))
+    return lines

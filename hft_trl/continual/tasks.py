@@ -110,7 +110,10 @@ def read_tasks(path: str | Path) -> list[Task]:
         [`HFTError`]: Naming the key or file that is missing, unknown or has a wrong value.
     """
     path = Path(path)
-    entries = load_yaml(path).get("tasks")
+    content = load_yaml(path)
+    if content.keys() - {"tasks"}:
+        raise HFTError(f"{path} has the key {min(content.keys() - {'tasks'}, key=str)!r}: the only one is tasks.")
+    entries = content.get("tasks")
     if not isinstance(entries, list) or not entries:
         raise HFTError(
             f"{path} has no list of tasks: write them below the key tasks, each with name, metric and epochs."
@@ -130,7 +133,7 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
     if unknown:
         raise HFTError(f"{where} ({name}) has the key {unknown[0]!r}: the keys are name, files, metric and epochs.")
     metric, epochs = entry.get("metric", known.metric), entry.get("epochs", known.epochs)
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise HFTError(f"{where} ({name}) has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise HFTError(f"{where} ({name}) has epochs {epochs!r}: it must be a whole number from 1 on.")

@@ -1,11 +1,11 @@
 """From a prompt and its answer to tokens: one text with no template, cut from the left, with the loss on answer and end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hft_trl.continual.tasks import Row
 from hft_trl.errors import HFTError
 
 
@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
 ) -> tuple[Dataset, int]:
     """
     Encode rows to learn from as TRACE does: prompt, answer and end-of-sequence token, with the loss on the last two.
@@ -32,8 +32,8 @@ def encode(
     TRL cuts on the right, which would lose the answer, and deprecates its way to cut on the left.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and `completion`, both text.
+        rows (`Iterable[Row]`):
+            Prompts with their answers.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer, which puts its special tokens in front of a text.
         max_length (`int`, *optional*):
@@ -46,7 +46,7 @@ def encode(
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
-        text = row["prompt"] + row["completion"]
+        text = row["prompt"] + row["answer"]
         prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), text])
         whole = [*whole, tokenizer.eos_token_id]
         # A token may reach over the border of the two: it belongs to the answer then.
@@ -57,10 +57,11 @@ def encode(
             whole, labels = whole[-max_length:], labels[-max_length:]
         return {"input_ids": whole, "labels": labels, "cut": cut}
 
-    with PartialState().main_process_first():
-        encoded = dataset.map(
-            tokens, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing prompts and answers"
-        )
+    # Of the rows and not of a file of them: its reader would take answers such as 2026-01-31 for dates.
+    dataset = Dataset.from_list([row._asdict() for row in rows])
+    encoded = dataset.map(
+        tokens, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing prompts and answers"
+    )
     return encoded.remove_columns("cut"), sum(encoded["cut"])
 
 

@@ -1,0 +1,65 @@
+"""A folder belongs to one approach and one list of tasks, and what a run learns from is never changed by another run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hft_trl import demo
+from hft_trl.continual.plan import check_plan, rows_file, write_plan
+from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.rounds import plan_rounds
+from hft_trl.continual.tasks import Row, Task
+from hft_trl.errors import HFTError
+
+
+def plan(approach="sequential", tasks=("A", "B")):
+    return {"approach": approach, "tasks": list(tasks)}
+
+
+def test_a_folder_is_kept_to_its_approach_and_its_tasks_but_tasks_may_be_added(tmp_path):
+    check_plan(tmp_path, plan())
+    write_plan(tmp_path, plan(), [])
+    check_plan(tmp_path, plan())
+    check_plan(tmp_path, plan(tasks=("A", "B", "C")))
+    with pytest.raises(HFTError, match="made with the approach sequential, now it is replay"):
+        check_plan(tmp_path, plan("replay"))
+    for tasks in (("A",), ("B", "A"), ("A", "C", "B")):
+        with pytest.raises(HFTError, match=f"made with the tasks A, B, now it is {', '.join(tasks)}: choose another"):
+            check_plan(tmp_path, plan(tasks=tasks))
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(HFTError, match="can't be read"):
+        check_plan(tmp_path, plan())
+
+
+TASKS = tuple(Task(name, (Row("p ", f"{name} 2024-01-01"),) * 4, (Row("p", "a"),), "accuracy", 1) for name in "AB")
+
+
+def stages(folder, approach):
+    words = ["--approach", approach, "--output_dir", str(folder)]
+    recipe = parse_continual(words, default_config=demo.CONTINUAL_RECIPE)
+    return recipe.stages(plan_rounds(approach, TASKS))
+
+
+def test_a_run_with_other_rows_leaves_those_of_the_first_alone(tmp_path):
+    """It is refused when it finds the folder locked, or made with other settings, and its rows were written by then."""
+    first = stages(tmp_path, "sequential")
+    before = {stage.data.dataset: Path(stage.data.dataset).read_bytes() for stage in first}
+    second = stages(tmp_path, "replay")
+    assert first[0].data == second[0].data
+    assert first[1].data != second[1].data
+    assert before == {path: Path(path).read_bytes() for path in before}
+    assert len(json.loads(Path(second[1].data.dataset).read_text())) == 5
+
+
+def test_the_rows_of_a_round_are_named_by_what_they_are(tmp_path):
+    rows = [{"prompt": "p", "answer": "a"}]
+    assert rows_file(tmp_path, "round-1", rows) == rows_file(tmp_path, "round-1", [dict(row) for row in rows])
+    assert rows_file(tmp_path, "round-1", rows) != rows_file(tmp_path, "round-1", [*rows, *rows])
+    assert rows_file(tmp_path, "round-1", rows) != rows_file(tmp_path, "round-1", rows, "-memory")
+
+
+def test_models_of_their_own_have_halves_of_their_own(tmp_path):
+    seeds = [stage.hft.seed for stage in stages(tmp_path, "individual")]
+    assert len(set(seeds)) == len(seeds)
+    assert len({stage.hft.seed for stage in stages(tmp_path, "sequential")}) == 1  # each relates to the last one's
