@@ -48,6 +48,7 @@ MEASURED = {
     "bwt_t_minus_1": "BWT (t - 1)",
     "knowledge": "knowledge",
 }
+ADAPTER_FLAGS = ("--sft.learning_rate", "2e-3")  # ten times that of the model's own weights, as is usual
 COLOURS = {"fft": ORANGE, "hft": BLUE, "": GREY}
 
 
@@ -75,9 +76,8 @@ GRID = (
 
 def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str]:
     """The command of one run."""
-    words = ["--approach", run.approach, "--output_dir", str(folder), "--sft.seed", str(seed)]
-    if run.method:
-        words += ["--method", run.method, "--hft.seed", str(seed)]
+    words = ["--approach", run.approach, "--output_dir", str(folder.resolve()), "--sft.seed", str(seed)]
+    words += ["--method", run.method, "--hft.seed", str(seed)] if run.method else ADAPTER_FLAGS
     return [sys.executable, "recipes/continual.py", *words, "--sft.disable_tqdm", "true", *flags]
 
 

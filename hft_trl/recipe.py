@@ -216,4 +216,4 @@ def make_stage(
     # Counted by the trainer itself and kept over a resume.
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, adapter)
+    return Stage(name, model, data, args, hft, mixture, adapter=adapter)

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTSFTTrainer
 from hft_trl.continual.gem import GEMTrainer
+from hft_trl.continual.tasks import Row
 from hft_trl.continual.text import encode
 
 QUIET = {
@@ -32,8 +33,8 @@ QUIET = {
 def rows(base: Path, place: str, count: int = 16) -> Dataset:
     """Encoded questions, which another place answers otherwise, some longer than others."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = [{"prompt": f"Where does {'A' * (n % 3)}da {n} live?\n", "completion": place} for n in range(count)]
-    return encode(Dataset.from_list(texts), tokenizer, None)[0]
+    texts = [Row(f"Where does {'A' * (n % 3)}da {n} live?\n", place) for n in range(count)]
+    return encode(texts, tokenizer, None)[0]
 
 
 def trainer(base: Path, folder: Path, memories: list[Dataset] | None, hft=None, **settings) -> HFTSFTTrainer:

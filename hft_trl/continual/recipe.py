@@ -173,7 +173,10 @@ class ContinualRecipe:
             "test_sets": hashlib.sha256(json.dumps([task.test for task in tasks]).encode()).hexdigest()[:16],
         }
         if run.approach in ADAPTERS:
-            settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
+            used = dataclasses.asdict(self.lora)
+            if run.approach == "lora":
+                del used["o_lora_lambda"]  # there is no penalty
+            settings |= {f"lora.{key}": value for key, value in used.items()}
         elif run.method == "hft":
             settings |= {f"hft.{key}": value for key, value in self.hft.selecting().items() if key != "method"}
         for approach, key in (("replay", "replay_share"), ("gem", "gem_memory")):
