@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +137,22 @@ def test_a_category_does_not_hang_on_the_others():
     attention, norm = make_units([(8, [9, 4, 4])], "attention"), make_units([(8, [3, 3])], "norm")
     alone = choose(attention, 0.3, "category", 5)
     assert [unit for unit in choose(attention + norm, 0.3, "category", 5) if unit.category == "attention"] == alone
+
+
+@given(st.integers(1, 24), RATIOS, SEEDS, SEEDS)
+@settings(deadline=None)
+def test_strategy_layer_takes_layers_again_only_as_far_as_the_ratio_needs_them(depth, ratio, seed, other):
+    """No draw of as many layers at even distances has fewer of those that learned before."""
+    units = make_units([(depth, [3, 5])])
+    before = {unit.layer for unit in choose(units, ratio, "layer", seed)}
+    after = {unit.layer for unit in choose(units, ratio, "layer", seed, before)}
+    drawn = {unit.layer for unit in choose(units, ratio, "layer", other)}
+    assert abs(len(after) - ratio * depth) < 1
+    assert len(after & before) <= len(drawn & before)
+    if ratio == 0.5 and depth % 2 == 0:
+        assert after == set(range(depth)) - before
+    distances = {b - a for a, b in pairwise(sorted(after))}
+    assert not distances or max(distances) - min(distances) <= 1
 
 
 @pytest.mark.parametrize("strategy", ["category", "layer", "model"])

@@ -220,7 +220,7 @@ def test_tasks_added_later_are_learned_after_the_others(recipe, own, tmp_path):
 
 
 def test_whole_layers_take_turns(recipe, own, tmp_path):
-    """Strategy layer: the next round learns the layers that the last one did not."""
+    """Strategy layer: the next round learns the layers that the last one did not, as in the paper."""
     result = recipe(*flags(own, tmp_path / "c", "--hft.strategy", "layer", "--sft.max_steps", 1))
     assert result.returncode == 0, result.stderr[-3000:]
     learned = []

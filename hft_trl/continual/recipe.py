@@ -230,8 +230,6 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         _refuse("hft", flags, f"{run.approach} trains an adapter, no half of the model")
     else:
         _refuse("lora", flags, f"{run.approach} trains the model's own weights, no adapter")
-    if hft.strategy == "layer" and hft.ratio == 0.5 and not _given("reselect", values["hft"], flags["hft"]):
-        hft = dataclasses.replace(hft, reselect="complement")  # the layers not learned in the last round (paper)
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     recipe = ContinualRecipe(
         run, model, dataclasses.replace(hft, method=run.method), lora, values["sft"], flags["sft"]

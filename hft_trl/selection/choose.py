@@ -11,7 +11,7 @@ sums (units that learn in a layer) and column sums (layers that a unit learns in
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 
 from hft_trl.selection.counts import Block, Pieces, nearest_counts, shuffled
@@ -20,7 +20,7 @@ from hft_trl.selection.units import Unit
 HALF = Fraction(1, 2)
 
 
-def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int) -> list[Unit]:
+def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int, learned: Collection[int] = ()) -> list[Unit]:
     """
     Chooses the units in layers that learn.
 
@@ -37,6 +37,8 @@ def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int) -> lis
             takes units at random whatever their category.
         seed (`int`):
             Seed of the generator.
+        learned (`Collection[int]`, *optional*):
+            Layers that learned in the stage before, which `"layer"` takes again only as far as the ratio needs them.
 
     Returns:
         `list[Unit]`: The units that learn, by layer and slot.
@@ -47,7 +49,7 @@ def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int) -> lis
     if share == 1:
         return pool
     if strategy == "layer":
-        chosen = _whole_layers(pool, share, random.Random(f"{seed}/layer"))
+        chosen = _whole_layers(pool, share, random.Random(f"{seed}/layer"), learned)
     elif strategy == "model":
         chosen = _any_units(pool, share, random.Random(f"{seed}/model"))
     else:
@@ -66,15 +68,25 @@ def _tolerance(share: Fraction, total: int) -> Fraction:
     return Fraction(0) if share == HALF else Fraction(total, 1000)
 
 
-def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
-    """Layers at even distances (every other one at 1/2), from a random first one."""
+def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, learned: Collection[int]) -> set[Unit]:
+    """Layers at even distances (every other one at 1/2), from a random first one; of those that did not learn, if it can be."""
     layers = sorted({unit.layer for unit in units})
-    offset = Fraction(rng.random())
-    learns = {
-        layer: math.floor((place + 1) * share + offset) > math.floor(place * share + offset)
-        for place, layer in enumerate(layers)
-    }
-    return {unit for unit in units if learns[unit.layer]}
+
+    def taken(offset: Fraction) -> set[int]:
+        return {
+            layer
+            for place, layer in enumerate(layers)
+            if math.floor((place + 1) * share + offset) > math.floor(place * share + offset)
+        }
+
+    if learned:
+        # Between two of these offsets the layers are the same ones.
+        ways = [taken(offset) for offset in sorted({-place * share % 1 for place in range(len(layers) + 1)})]
+        again = [len(way.intersection(learned)) for way in ways]
+        learning = rng.choice([way for way, count in zip(ways, again, strict=True) if count == min(again)])
+    else:
+        learning = taken(Fraction(rng.random()))
+    return {unit for unit in units if unit.layer in learning}
 
 
 def _any_units(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:

@@ -185,7 +185,7 @@ def select(model: "PreTrainedModel", config: HFTConfig, previous: Selection | No
             The settings. Method `"fft"` selects all parameters, whatever the other settings say.
         previous ([`Selection`], *optional*):
             The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw is another
-            one than that of the same seed without it, `"same"` takes over which units of the layers learn and
+            one than that of the same seed without it (of whole layers, those that did not learn come first, as in the paper), `"same"` takes over which units of the layers learn and
             `"complement"` takes the others (so the share of the layers becomes 1 minus theirs, whatever `config.ratio`
             says). One of method `"fft"` counts as none.
 
@@ -208,7 +208,8 @@ def select(model: "PreTrainedModel", config: HFTConfig, previous: Selection | No
     else:
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
-        learning = set(choose(units, config.ratio, config.strategy, seed))
+        learned = _whole_layers_of(previous, units) if previous is not None else ()
+        learning = set(choose(units, config.ratio, config.strategy, seed, learned))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
     return _selection(config, seed, units, learning)
 
@@ -268,6 +269,13 @@ def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Select
             f"{type(model).__name__} differ in {unknown[0]}: keep hft.exclude as it was, or set hft.reselect to fresh."
         )
     return {unit for unit in units if unit.layer is not None and (unit.names[0] in trainable) is not complement}
+
+
+def _whole_layers_of(previous: Selection, units: Sequence[Unit]) -> set[int]:
+    """The layers that learned as a whole in the start model's own stage."""
+    trainable = set(previous.trainable)
+    frozen = {unit.layer for unit in units if unit.names[0] not in trainable}
+    return {unit.layer for unit in units if unit.layer is not None} - frozen
 
 
 def _derived_seed(seed: int, previous: Selection) -> int:
