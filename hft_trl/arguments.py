@@ -1,6 +1,7 @@
 """The keys of a recipe: what its sections take beside the fields of TRL's configs and of `HFTConfig`."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from hft_trl.config import HFTConfig
@@ -30,6 +31,9 @@ class RunArguments:
     evaluate: str | None = field(
         default=None, metadata={"help": "Suites to run at the end, such as general,knowledge; see hft-trl evaluate."}
     )
+
+    def __post_init__(self) -> None:
+        self.output_dir = str(Path(self.output_dir).expanduser())  # as the trainer's arguments do with theirs
 
 
 @dataclass

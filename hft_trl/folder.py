@@ -10,17 +10,18 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hft_trl.data import content_digest
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, write_json, writing
-from hft_trl.processes import all_see
-from hft_trl.recipe import Adapter, Stage
+from hft_trl.processes import all_see, by_first_process
+from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.weights import check_readable, weight_files
 
@@ -106,16 +107,7 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
     """
     unfinished: set[Path] = set()
     for stage in stages:
-        problem: list[str | None] = [None]
-        if PartialState().is_main_process:
-            try:
-                with writing(stage.folder):
-                    _open(stage, overwrite)
-            except HFTError as error:
-                problem = [str(error)]
-        broadcast_object_list(problem)  # so that all processes end, and none waits for the first
-        if problem[0] is not None:
-            raise HFTError(problem[0])
+        by_first_process(partial(_open, stage, overwrite))
         if PartialState().num_processes > 1 and not all_see(stage.folder / STAGE_FILE):
             raise HFTError(
                 f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system that all "
@@ -129,7 +121,8 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
                 "--overwrite, or choose another output_dir."
             )
         else:
-            check_readable(weight_files(str(stage.folder)).values())
+            adapter = [] if stage.adapter is None else [stage.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
+            check_readable([*weight_files(str(stage.folder)).values(), *adapter])
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
@@ -141,6 +134,11 @@ def _starts(stage: Stage) -> set[Path]:
 
 
 def _open(stage: Stage, overwrite: bool) -> None:
+    with writing(stage.folder):
+        _open_folder(stage, overwrite)
+
+
+def _open_folder(stage: Stage, overwrite: bool) -> None:
     folder, now = stage.folder, settings(stage)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,10 @@ SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
 
 
+ADAPTER_FOLDER = "adapter"
+"""Folder in that of a stage, with its adapter alone."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """

@@ -1,5 +1,6 @@
 """LoRA and O-LoRA over rounds: what is trained, what is merged, where a round starts, and what ends in the same bytes."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -10,6 +11,7 @@ import sys
 import faults
 import pytest
 import torch
+from conftest import tiny_llama
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +22,7 @@ from hft_trl import demo
 from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments
 from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint
 from hft_trl.continual.adapters import (
-    ADAPTER,
+    ADAPTER_FOLDER,
     AdapterTrainer,
     OLoRATrainer,
     check_adapter,
@@ -35,7 +37,7 @@ from hft_trl.manifest import MANIFEST_FILE, seal
 from hft_trl.recipe import Adapter, make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
-WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
+WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_a_round_leaves_a_whole_model_that_is_the_base_plus_the_scaled_product(f
 
 
 def test_merging_again_gives_the_same_bits(first, base, tmp_path):
-    merge(str(base), first / ADAPTER).save_pretrained(tmp_path / "again")
+    merge(str(base), first / ADAPTER_FOLDER).save_pretrained(tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
 
 
@@ -131,7 +133,7 @@ def test_the_next_round_of_lora_starts_from_the_last_ones_adapter(first, make):
 
 def test_o_loras_penalty_is_the_sum_of_all_overlaps_with_all_earlier_rounds(first, make, tmp_path):
     second = tmp_path / "other"
-    shutil.copytree(first / ADAPTER, second / ADAPTER)
+    shutil.copytree(first / ADAPTER_FOLDER, second / ADAPTER_FOLDER)
     save_file({name: t.flip(-1) for name, t in load_file(first / WEIGHTS).items()}, second / WEIGHTS)
     trainer = make(Adapter(LORA, earlier=(first, second)), OLoRATrainer, first, "round-3")
     new = {name.replace(".default", ""): p for name, p in trainer.model.named_parameters()}
@@ -209,7 +211,7 @@ def test_a_checkpoint_is_not_gone_on_with_from_other_weights(make, first, base, 
         make(Adapter(LORA), model=first, **steps).train(resume_from_checkpoint=True)
     make(Adapter(LORA, start=first), name="next", **steps).train()
     other = tmp_path / "other"
-    shutil.copytree(first / ADAPTER, other / ADAPTER)
+    shutil.copytree(first / ADAPTER_FOLDER, other / ADAPTER_FOLDER)
     save_file({name: t + 1 for name, t in load_file(first / WEIGHTS).items()}, other / WEIGHTS)
     with pytest.raises(HFTError, match="was started from other weights"):
         make(Adapter(LORA, start=other), name="next", **steps).train(resume_from_checkpoint=True)
@@ -282,8 +284,20 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
         return make_stage("r", ModelArguments(str(base)), data, args, None, adapter=Adapter(LoRAArguments(**lora)))
 
     check_adapter(stage())
-    with pytest.raises(HFTError, match=r"the adapter of section lora can't be set up: .*query"):
-        check_adapter(stage(target_modules=["query"]))
+    check_adapter(stage(target_modules=["self_attn.q_proj", "embed_tokens"]))
+    for names, wrong in (
+        (["query"], "query"),
+        (["q_proj", "vproj"], "vproj"),
+        (["all-linear", "q_proj"], "all-linear"),
+    ):
+        with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
+            check_adapter(stage(target_modules=names))
+    with pytest.raises(HFTError, match=r"reaches .*lm_head, which can't be merged alone"):
+        check_adapter(stage(target_modules=["lm_head"]))
+    tiny_llama(64, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    tied = stage(target_modules=["embed_tokens"])
+    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which can't be merged alone"):
+        check_adapter(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="this is launched with FSDP"):
@@ -373,7 +387,7 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     assert "lora, from" in (tmp_path / "c/report.md").read_text()
 
     # The second round's model is the base with the second round's adapter, which went on from the first one's
-    merge(str(base), tmp_path / "c/round-2" / ADAPTER, dtype="float32").save_pretrained(tmp_path / "merged")
+    merge(str(base), tmp_path / "c/round-2" / ADAPTER_FOLDER, dtype="float32").save_pretrained(tmp_path / "merged")
     assert (tmp_path / "merged/model.safetensors").read_bytes() == (
         tmp_path / "c/round-2/model.safetensors"
     ).read_bytes()
@@ -389,5 +403,7 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert recipe("--lora.r", "4") == 2
     assert "lora.r 8 there, 4 here" in capsys.readouterr().err
-    assert recipe("--lora.o_lora_lambda", "0.1") == 0  # which lora does not use
+    assert recipe("--lora.o_lora_lambda", "0.1") == 2
+    assert "lora.o_lora_lambda is given, but lora has no use for it" in capsys.readouterr().err
+    assert recipe() == 0
     assert left(tmp_path / "c") == after

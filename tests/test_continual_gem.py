@@ -123,6 +123,31 @@ def test_where_nothing_conflicts_every_bit_is_that_of_sequential(base, tokenizer
         assert all(torch.equal(trained["sequential"][key], trained[name][key]) for key in trained["sequential"])
 
 
+def test_neither_the_division_of_the_global_batch_nor_checkpointing_changes_a_step(base, tmp_path):
+    """A run may go on with other micro-batches: the memories' rows are those of the global batch."""
+    memories, gradients = [rows(base, "Lima.", 9), rows(base, "In Ur.", 3)], []
+    for number, (batch, accumulated, checkpointing) in enumerate([(8, 1, False), (2, 4, False), (8, 1, True)]):
+        made = trainer(
+            base,
+            tmp_path / str(number),
+            memories,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            gradient_checkpointing=checkpointing,
+            max_steps=8,
+        )
+        kept = Steps()
+        made.add_callback(kept)
+        made.train()
+        assert 1.0 in shares(made)
+        gradients.append(kept.gradients)
+    for other in gradients[1:]:
+        for expected, found in zip(gradients[0], other, strict=True):
+            assert expected.keys() == found.keys()
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
 def test_two_processes_step_as_one(base, tmp_path):
     """DDP: the same gradients of the same global batch and memories, one of which has too few rows for both."""
     with socket.socket() as free:
@@ -234,6 +259,8 @@ def test_a_killed_run_ends_in_the_same_bytes_and_keeps_to_its_memory(two_tasks, 
     ("settings", "environment", "complaint"),
     [
         ({"fp16": True}, {}, "fp16 scales gradients"),
+        ({"loss_type": "dft"}, {}, "sft.loss_type is 'dft'"),
+        ({"label_smoothing_factor": 0.1}, {}, "sft.label_smoothing_factor 0.1"),
         ({}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 scales gradients"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP shards gradients"),
         (

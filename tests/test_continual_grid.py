@@ -30,6 +30,8 @@ def test_every_approach_of_the_recipe_is_in_it_with_each_method_it_has(tmp_path)
 def scores_file(folder, run, seed, op, knowledge):
     folder.mkdir(exist_ok=True, parents=True)
     content = {"op": [1.0, op], "bwt": [0.0, -op], "bwt_t_minus_1": [None, -2 * op], "rounds": [{"name": "round-2"}]}
+    approach, _, method = run.partition("-")
+    content |= {"approach": approach, "method": method or None, "settings": {"seed": seed}}
     content["probes"] = {} if knowledge is None else {"base": {"knowledge": 99}, "round-2": {"knowledge": knowledge}}
     (folder / f"{run}-{seed}.json").write_text(json.dumps(content))
 
@@ -46,7 +48,7 @@ def test_tables_hold_means_after_the_last_round_and_differences_of_the_seeds_tha
     rows = {(row[0], row[1]): row[2:] for row in means.rows}
     assert rows["sequential", "FFT"] == ["3", "43.0 (2.6)", "-43.0 (2.6)", "-86.0 (5.3)", "70.0 (0.0)"]
     assert rows["sequential", "HFT"][:2] == ["4", "45.0 (31.1)"]
-    assert rows["individual", "HFT"][-1] == "-"
+    assert rows["individual", "HFT"] == ["3", "60.0 (10.0)", "-", "-", "-"]
     assert rows["lora", "-"] == ["1", "33.0", "-33.0", "-66.0", "20.0"]
     (op,) = [row for row in differences.rows if row[1] == "OP"]
     assert op[0] == "sequential"
@@ -70,7 +72,23 @@ def test_runs_are_made_once_and_their_models_removed(tmp_path, monkeypatch):
     assert "multitask" in (output / "results.md").read_text()
     assert again() == kept
     with pytest.raises(HFTError, match="holds scores made with the flags"):
-        again("--sft.seed", "3")
+        again("--eval_batch_size", "3")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--method=fft", "--sft.seed", "--hft.seed", "--approach", "--sft.learning_rate", "--model"]
+)
+def test_flags_that_would_make_other_runs_than_the_table_says_are_refused(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        GRID["parse"](["--output_dir", str(tmp_path), flag, "1"])
+    assert "is what the runs differ in" in capsys.readouterr().err
+
+
+def test_scores_of_another_run_than_their_name_says_are_refused(tmp_path):
+    scores_file(tmp_path / "scores", "sequential-hft", 1, 50, 80)
+    (tmp_path / "scores" / "sequential-hft-1.json").rename(tmp_path / "scores" / "sequential-fft-1.json")
+    with pytest.raises(HFTError, match=r"sequential-fft-1\.json holds scores of \('sequential', 'hft', 1\)"):
+        GRID["read"](tmp_path, GRID["GRID"])
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):

@@ -27,9 +27,10 @@ def test_a_folder_is_kept_to_its_approach_and_its_tasks_but_tasks_may_be_added(t
     for tasks in (("A",), ("B", "A"), ("A", "C", "B")):
         with pytest.raises(HFTError, match=f"made with the tasks A, B, now it is {', '.join(tasks)}: choose another"):
             check_plan(tmp_path, plan(tasks=tasks))
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(HFTError, match="can't be read"):
-        check_plan(tmp_path, plan())
+    for damaged in ("{", "{}", "[]", '{"approach": "sequential", "tasks": null}'):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(HFTError, match="can't be read"):
+            check_plan(tmp_path, plan())
 
 
 TASKS = tuple(Task(name, (Row("p ", f"{name} 2024-01-01"),) * 4, (Row("p", "a"),), "accuracy", 1) for name in "AB")

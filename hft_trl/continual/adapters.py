@@ -20,12 +20,10 @@ from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import write_json
 from hft_trl.meta import build_on_meta
 from hft_trl.preemption import StopAtStepEnd
-from hft_trl.recipe import Adapter, Stage
+from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
 from hft_trl.resumable import ResumableMixin
 from hft_trl.weights import combined_digest, fingerprints
 
-ADAPTER = "adapter"
-"""Folder in that of a round, with the adapter alone."""
 START_FILE = "hft_start.json"
 """In a checkpoint: name and digest of what the adapter was started on."""
 
@@ -53,7 +51,7 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
         _refuse_shards(args)
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
         if adapter.start is not None:
-            self._load_from_checkpoint(str(adapter.start / ADAPTER))
+            self._load_from_checkpoint(str(adapter.start / ADAPTER_FOLDER))
         # A new adapter is drawn, which other machines may do in other bits; everything else is given.
         given = ((name, p) for name, p in self.model.named_parameters() if adapter.start or not p.requires_grad)
         self._start = {"name_or_path": model, "weights_digest": combined_digest(fingerprints(given))}
@@ -77,9 +75,9 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
             if self.args.should_save:
                 write_json(folder / START_FILE, self._start)
         elif self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder / ADAPTER)
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder / ADAPTER_FOLDER)
             loading = {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
-            merge(self._start["name_or_path"], folder / ADAPTER, **loading).save_pretrained(folder)
+            merge(self._start["name_or_path"], folder / ADAPTER_FOLDER, **loading).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
 
 
@@ -168,8 +166,24 @@ def check_adapter(stage: Stage) -> None:
     _refuse_shards(stage.args)
     model = stage.model
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    names = stage.adapter.lora.target_modules
+    if names != ["all-linear"]:
+        known = [name for name, _ in structure.named_modules()]
+        unknown = [name for name in names if not any(f".{one}".endswith(f".{name}") for one in known)]
+        if unknown:
+            raise HFTError(
+                f"lora.target_modules names {unknown[0]!r}, which {type(structure).__name__} has not: name modules such as "
+                "q_proj, or all-linear alone."
+            )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
-        get_peft_model(structure, lora_config(stage.adapter.lora))
+        adapted = get_peft_model(structure, lora_config(stage.adapter.lora))
+    head, embedding = structure.get_output_embeddings(), structure.get_input_embeddings()
+    for name, module in adapted.named_modules():
+        tied = isinstance(module, LoraLayer) and structure.config.get_text_config().tie_word_embeddings
+        if isinstance(module, LoraLayer) and (module is head or (tied and module is embedding)):
+            raise HFTError(
+                f"lora.target_modules reaches {name}, which can't be merged alone: leave output head and tied embedding out."
+            )
 
 
 def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
@@ -190,7 +204,8 @@ def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
         [`~transformers.PreTrainedModel`]: The model, without a trace of PEFT.
     """
     whole = AutoModelForCausalLM.from_pretrained(model, **loading)
-    return PeftModel.from_pretrained(whole, adapter, torch_device="cpu").merge_and_unload(safe_merge=True)
+    with as_user_error(f"merging the adapter in {adapter}"):
+        return PeftModel.from_pretrained(whole, adapter, torch_device="cpu").merge_and_unload(safe_merge=True)
 
 
 def earlier_subspaces(rounds: Iterable[Path]) -> dict[str, torch.Tensor]:
@@ -204,7 +219,7 @@ def earlier_subspaces(rounds: Iterable[Path]) -> dict[str, torch.Tensor]:
     Returns:
         `dict[str, torch.Tensor]`: By name, in float32, of shape (rounds x r, features).
     """
-    adapters = [load_peft_weights(str(folder / ADAPTER), device="cpu") for folder in rounds]
+    adapters = [load_peft_weights(str(folder / ADAPTER_FOLDER), device="cpu") for folder in rounds]
     # Of an embedding the matrix is called lora_embedding_A
     names = [name for name in adapters[0] if name.endswith(("lora_A.weight", "lora_embedding_A"))]
     return {name: torch.cat([adapter[name].float() for adapter in adapters]) for name in names}

@@ -17,6 +17,7 @@ from hft_trl.continual.text import encode_prompts
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json, writing
 from hft_trl.generate import complete, most_tokens
+from hft_trl.processes import by_first_process
 from hft_trl.zero import whole_models
 
 PREDICTIONS = "predictions"
@@ -97,11 +98,12 @@ def evaluate_tasks(
                 predictions = gather_object(
                     complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
                 )
-            if state.is_main_process:
-                found[task.name] = _score(path, task, predictions, truncated, made_with)
         elif known is not None:
             predictions = [row["prediction"] for row in known["predictions"]]
-            found[task.name] = _score(path, task, predictions, known["result"]["truncated"], made_with, known)
+            truncated = known["result"]["truncated"]
+        scored = by_first_process(lambda: _score(path, task, predictions, truncated, made_with, known))  # noqa: B023
+        if scored is not None:
+            found[task.name] = scored
     return found
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import TrainingArguments
+from trl import SFTConfig
 
 from hft_trl.backends import fsdp_version
 from hft_trl.errors import HFTError
@@ -26,9 +26,9 @@ class GEMTrainer(HFTSFTTrainer):
 
     Before clipping, each optimizer step's gradient is compared with those of the mean token loss on a batch of every
     memory, over the trained parameters only. Where one of them points against it, it is replaced by the nearest gradient
-    that none does (nearest but for the margin). A step takes the next `per_device_train_batch_size` times processes rows of
-    each memory, counted by `global_step`, so nothing depends on a random state. How often a step's gradient was replaced
-    is logged as `gem_projected_steps`, a share.
+    that none does (nearest but for the margin). A step takes the next rows of each memory, as many as a global batch has,
+    counted by `global_step`, so nothing depends on a random state. How often a step's gradient was replaced is logged as
+    `gem_projected_steps`, a share.
 
     For one process and DDP. Takes a backward pass per memory and step, and 4 bytes per memory and trained parameter.
 
@@ -91,28 +91,31 @@ class GEMTrainer(HFTSFTTrainer):
         # Dropout, if there is any, must not change what the next step draws.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for memory, gradient in zip(self.memories, gradients, strict=True):
-                batch, tokens = self._memory_batch(memory)
-                if batch is not None:
+                batches, tokens = self._memory_batches(memory)
+                for batch in batches:
                     with self.accelerator.autocast():
-                        log_probs = self.model(**batch, fused_lm_head=True).log_probs  # TRL's; 0 where no loss is
+                        # TRL's; 0 where no loss is
+                        log_probs = self.model(**batch, use_cache=False, fused_lm_head=True).log_probs
                     # Without `backward`, neither `.grad` nor DDP's hooks take part
                     found = torch.autograd.grad(-log_probs.sum() / tokens, parameters, allow_unused=True)
                     for part, new in zip(gradient.split(sizes), found, strict=True):
                         if new is not None:
-                            part.copy_(new.flatten())
+                            part += new.flatten()
                 if self.accelerator.num_processes > 1:
                     torch.distributed.all_reduce(gradient)
         return gradients
 
-    def _memory_batch(self, memory: Dataset) -> tuple[dict[str, torch.Tensor] | None, int]:
-        """This process's part of the step's rows, `None` if it has none, and the tokens with a loss in all of them."""
+    def _memory_batches(self, memory: Dataset) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """This process's part of the step's rows in micro-batches, and the tokens with a loss in the rows of all processes."""
         processes = self.accelerator.num_processes
-        size = self._train_batch_size * processes
+        # However the global batch is divided, which may change when a run goes on, the rows are the same.
+        size = self._train_batch_size * processes * self.args.gradient_accumulation_steps
         start = self.state.global_step * size
         rows = [memory[number % len(memory)] for number in range(start, start + min(size, len(memory)))]
         tokens = sum(label != -100 for row in rows for label in row["labels"][1:])
         ours = rows[self.accelerator.process_index :: processes]
-        return self._prepare_inputs(self.data_collator(ours)) if ours else None, max(1, tokens)
+        parts = [ours[i : i + self._train_batch_size] for i in range(0, len(ours), self._train_batch_size)]
+        return [self._prepare_inputs(self.data_collator(part)) for part in parts], max(1, tokens)
 
 
 def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> np.ndarray:
@@ -146,12 +149,12 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     return np.maximum(solution * scale / lengths, margin)  # the bound itself, but for rounding
 
 
-def check_gem(args: TrainingArguments) -> None:
+def check_gem(args: SFTConfig) -> None:
     """
     Refuse what GEM can't be right under, before a model is loaded.
 
     Args:
-        args ([`~transformers.TrainingArguments`]):
+        args ([`~trl.SFTConfig`]):
             The trainer's arguments.
 
     Raises:
@@ -170,6 +173,11 @@ def check_gem(args: TrainingArguments) -> None:
     if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise HFTError(
             "approach is gem, but reentrant checkpointing gives no gradients beside a step's own: set use_reentrant to false."
+        )
+    if args.loss_type != "nll" or args.label_smoothing_factor:
+        raise HFTError(
+            f"approach is gem, but sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor "
+            f"{args.label_smoothing_factor}: gem compares gradients of the plain loss, so keep nll and 0."
         )
     try:
         import quadprog  # noqa: F401

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.folder import STAGE_FILE
+from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
 PLAN_FILE = "plan.json"
@@ -57,11 +56,12 @@ def check_plan(folder: str | Path, plan: Plan) -> None:
     """
     path = Path(folder) / PLAN_FILE
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before = {"approach": str(content["approach"]), "tasks": list(content["tasks"])}
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
-        raise HFTError(f"{path} can't be read ({error}): pass --overwrite, or choose another output_dir.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HFTError(f"{path} can't be read ({error!r}): pass --overwrite, or choose another output_dir.") from error
     same = {"approach": plan["approach"], "tasks": plan["tasks"][: len(before["tasks"])]}
     for key, now in same.items():
         if before[key] != now:
@@ -88,13 +88,15 @@ def write_plan(folder: str | Path, plan: Plan, stages: Iterable[Stage], overwrit
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to remove what an earlier run left: its results, and rounds that this one has not.
     """
-    folder = Path(folder)
-    if PartialState().is_main_process:
+    folder, stages = Path(folder), list(stages)
+
+    def write() -> None:
         with writing(folder):
             if overwrite:
-                _clear(folder, list(stages))
+                _clear(folder, stages)
             write_json_once(folder / PLAN_FILE, plan)
-    PartialState().wait_for_everyone()
+
+    by_first_process(write)
 
 
 def _clear(folder: Path, stages: list[Stage]) -> None:

@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -24,6 +24,7 @@ from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
 from hft_trl.meta import build_on_meta
+from hft_trl.processes import by_first_process
 from hft_trl.recipe import Adapter, Stage, make_stage
 from hft_trl.sections import answer_help, parse_section, read_sections
 
@@ -125,12 +126,7 @@ class ContinualRecipe:
             rows = [row._asdict() for row in planned.rows]
             memory = [{"task": task, **row._asdict()} for task, kept in planned.memories.items() for row in kept]
             files = [rows_file(output, planned.name, rows), rows_file(output, planned.name, memory, "-memory")]
-            if PartialState().is_main_process:
-                with writing(output):
-                    output.mkdir(parents=True, exist_ok=True)
-                    for path, content in zip(files, (rows, memory), strict=True):
-                        if content:
-                            write_json_once(path, content)
+            by_first_process(partial(_write_rows, output, dict(zip(files, (rows, memory), strict=True))))
             args, model = self.arguments(output / planned.name, planned.epochs), self.model
             start = output / planned.start if planned.start is not None else None
             hft, adapter = self.hft, None
@@ -144,7 +140,6 @@ class ContinualRecipe:
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             stage = make_stage(planned.name, model, DataArguments(str(files[0])), args, hft, adapter=adapter)
             stages.append(dataclasses.replace(stage, memory=files[1] if memory else None))
-        PartialState().wait_for_everyone()
         if self.run.approach in ADAPTERS:
             _check_adapter(stages[0])
         return stages
@@ -164,13 +159,17 @@ class ContinualRecipe:
         """What the run is to do, and the settings that its scores depend on."""
         run, args = self.run, self.arguments(self.run.output_dir, 1)
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        chosen = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+                  "max_steps", "max_length")  # fmt: skip
         settings = {
-            "seed": args.seed,
-            "learning_rate": args.learning_rate,
+            **{key: value for key, value in args.to_dict().items() if key in chosen},
+            "epochs": [self.arguments(run.output_dir, task.epochs).num_train_epochs for task in tasks],
             "global_batch_size": batch,
-            "max_length": args.max_length,
+            "dtype": self.model.dtype,
+            "revision": self.model.model_revision,
             "max_new_tokens": run.max_new_tokens,
-            "test_sets": hashlib.sha256(json.dumps([task.test for task in tasks]).encode()).hexdigest()[:16],
+            "train_sets": _digest([task.train for task in tasks]),
+            "test_sets": _digest([task.test for task in tasks]),
         }
         if run.approach in ADAPTERS:
             used = dataclasses.asdict(self.lora)
@@ -230,12 +229,33 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         _refuse("hft", flags, f"{run.approach} trains an adapter, no half of the model")
     else:
         _refuse("lora", flags, f"{run.approach} trains the model's own weights, no adapter")
+    for section, key, approach in (
+        ("", "replay_share", "replay"),
+        ("", "gem_memory", "gem"),
+        ("lora", "o_lora_lambda", "o_lora"),
+    ):
+        if run.approach != approach and _given(key, {}, flags[section]):
+            raise HFTError(
+                f"{section}{'.' * bool(section)}{key} is given, but {run.approach} has no use for it: drop it."
+            )
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     recipe = ContinualRecipe(
         run, model, dataclasses.replace(hft, method=run.method), lora, values["sft"], flags["sft"]
     )
     recipe.arguments(run.output_dir, 1)  # a mistake in them is found now
     return recipe
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for path, rows in files.items():
+            if rows:
+                write_json_once(path, rows)
 
 
 def _given(key: str, values: dict[str, Any], flags: list[str]) -> bool:
@@ -257,6 +277,13 @@ def _check_adapter(stage: Stage) -> None:
     check_adapter(stage)
 
 
+def _write_demo(folder: str) -> None:
+    from hft_trl.demo.continual import write_benchmark
+
+    with writing(folder):
+        write_benchmark(folder)
+
+
 def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
     """
     Read and check every task of a run, and plan its rounds. Every process has to call.
@@ -268,12 +295,7 @@ def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
     folder = run.benchmark
     if folder == "demo":
         folder = str(Path(run.output_dir) / "benchmark")
-        if PartialState().is_main_process:
-            from hft_trl.demo.continual import write_benchmark
-
-            with writing(folder):
-                write_benchmark(folder)
-        PartialState().wait_for_everyone()
+        by_first_process(partial(_write_demo, folder))
     if folder is not None:
         tasks += read_benchmark(folder)
     if run.tasks is not None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -184,7 +184,9 @@ def _check_flags(output: Path, flags: list[str]) -> None:
     parse_recipe(["--output_dir", str(output), *flags], default_config=demo.RECIPE)
 
 
-def settle_settings(output: Path, flags: list[str]) -> None:
+def settle_settings(
+    output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
+) -> None:
     """
     Make a folder for scores, and note what all of them have in common: the flags, and the versions of the libraries.
 
@@ -193,19 +195,24 @@ def settle_settings(output: Path, flags: list[str]) -> None:
             The folder.
         flags (`list[str]`):
             Flags of every run.
+        more (`Mapping[str, str]`, *optional*):
+            What else they have in common, by name.
+        packages (`Iterable[str]`, *optional*):
+            Packages whose versions are noted beside those of torch, transformers and trl.
 
     Raises:
         [`HFTError`]: If the folder holds scores that were made with others, or can't be written.
     """
-    names = ("torch", "transformers", "trl")
+    names = ("torch", "transformers", "trl", *packages)
     versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings, path = {"flags": shlex.join(flags), "versions": versions}, output / SETTINGS_FILE
+    settings = {"flags": shlex.join(flags), "versions": versions, **(more or {})}
+    path = output / SETTINGS_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         for key, now in settings.items():
-            if before[key] != now:
+            if before.get(key) != now:
                 raise HFTError(
-                    f"{output} holds scores made with the {key} {before[key] or 'none'}, now they are {now or 'none'}: use the "
+                    f"{output} holds scores made with the {key} {before.get(key) or 'none'}, now they are {now or 'none'}: use the "
                     "same, or another output_dir."
                 )
     with writing(output):
