@@ -3,10 +3,11 @@
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
@@ -64,7 +65,11 @@ class Ledger(TorchDispatchMode):
             self._part = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
-        out = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        # What depends on real numbers alone (a mask of padding, which models look into) is computed with numbers
+        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        with unset_fake_temporarily() if real else nullcontext():
+            out = func(*args, **(kwargs or {}))
         count = OPERATIONS.get(func._overloadpacket)
         if count is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=out)

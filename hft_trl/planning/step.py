@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -120,6 +120,9 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
         _fill(reference, settings)
         reference.requires_grad_(False).eval()
     tokens = torch.zeros(settings.rows, settings.length, dtype=torch.long)
+    with unset_fake_temporarily():  # models look whether it masks anything
+        mask = torch.ones(settings.rows, settings.length, dtype=torch.long)
+        mask[-1, -1] = 0 if settings.padded else 1
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -131,10 +134,10 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
 
     with Ledger(model, *([] if reference is None else [reference])) as ledger:
         with torch.autograd.graph.saved_tensors_hooks(keep, _as_it_is):
-            scores = _forward(model, tokens, settings, ledger)
+            scores = _forward(model, tokens, mask, settings, ledger)
         if reference is not None:
             with torch.no_grad():
-                reference_scores = _forward(reference, tokens, settings, ledger)
+                reference_scores = _forward(reference, tokens, mask, settings, ledger)
             ratios = (scores - reference_scores).sum(dim=1)
             chosen, rejected = ratios.chunk(2)
             loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
@@ -155,11 +158,12 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
     )
 
 
-def _forward(model: PreTrainedModel, tokens: torch.Tensor, settings: StepSettings, ledger: Ledger) -> torch.Tensor:
+def _forward(
+    model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, settings: StepSettings, ledger: Ledger
+) -> torch.Tensor:
     # accelerate puts every forward of either model under an autocast of its own
     with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
-        mask = {"attention_mask": torch.ones_like(tokens)} if settings.padded else {}
-        hidden = model.base_model(input_ids=tokens, use_cache=False, **mask).last_hidden_state
+        hidden = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
         return log_probs(model, hidden, tokens, settings.stage, settings.device, ledger)
 
 
