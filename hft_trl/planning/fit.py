@@ -120,11 +120,6 @@ class Plan:
         """Whether the GPU has them."""
         return self.total <= self.available
 
-    @property
-    def checkpointing(self) -> str:
-        """`"none"`, `"full"`, or which layers."""
-        return {0: "none", 1: "full"}.get(self.checkpointed, f"selective, every {self.checkpointed} layers")
-
 
 class Planner:
     """
