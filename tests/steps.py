@@ -1,33 +1,30 @@
 """A real step of a real trainer on this CPU, measured: what `hft_trl.planning` has to predict."""
 
 import contextlib
-import json
-import re
-import sys
-import threading
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.measure import peak_memory, reset_peak_memory
 from hft_trl.planning.ledger import Ledger
-from hft_trl.reference import memory
 
 
 class Probe:
     """Of the second step, when the optimizer's state is there: what the forward pass saves, and what the ledger sees."""
 
-    ledger_on = True
+    trace = True
+    steps = 0
 
     def training_step(self, *args, **kwargs):
-        self.steps = getattr(self, "steps", 0) + 1
-        if self.steps < 2 or not self.ledger_on:
+        self.steps += 1
+        if self.steps < 2 or not self.trace:
             reset_peak_memory()
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            self.resident_peak = peak_memory()
+            return loss
         models = [self.model, *([self.ref_model] if "ref_model" in vars(self) else [])]
         with Ledger(*models) as ledger:
             loss = super().training_step(*args, **kwargs)
@@ -46,7 +43,7 @@ class Probe:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks if self.ledger_on else contextlib.nullcontext():
+        with hooks if self.trace else contextlib.nullcontext():
             loss = super().compute_loss(*args, **kwargs)
         self.saved = sum(kept.values())
         return loss
@@ -71,7 +68,15 @@ def batch(stage: str, rows: int, length: int, padded: bool) -> dict[str, torch.T
 
 
 def real_step(
-    model: str, tokenizer: PreTrainedTokenizerFast, folder: str, stage: str, hft: HFTConfig, micro_batch: int, length: int, **settings
+    model: str,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str,
+    stage: str,
+    hft: HFTConfig,
+    micro_batch: int,
+    length: int,
+    trace: bool = True,
+    **settings,
 ) -> SFTProbe | DPOProbe:
     """Train two steps, and give the trainer."""
     Config, Trainer = (SFTConfig, SFTProbe) if stage == "sft" else (DPOConfig, DPOProbe)
@@ -80,7 +85,11 @@ def real_step(
         save_strategy="no", disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False, **{"bf16": False, **settings},
     )  # fmt: skip
     rows = micro_batch * (2 if stage == "dpo" else 1)
-    words = {"text": ["Ada lives in Rome."]} if stage == "sft" else {"prompt": ["Where?"], "chosen": [" Rome"], "rejected": [" Oslo"]}
+    words = (
+        {"text": ["Ada lives in Rome."]}
+        if stage == "sft"
+        else {"prompt": ["Where?"], "chosen": [" Rome"], "rejected": [" Oslo"]}
+    )
     dataset = Dataset.from_dict({key: value * 2 * micro_batch for key, value in words.items()})
     trainer = Trainer(
         model=model,
@@ -90,5 +99,6 @@ def real_step(
         data_collator=lambda _: batch(stage, rows, length, rows > 1),
         hft_config=hft,
     )
+    trainer.trace = trace
     trainer.train()
     return trainer

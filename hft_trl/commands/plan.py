@@ -36,14 +36,17 @@ def plan_command(
     gpus: Annotated[int, typer.Option(help="GPUs, of all machines together.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory of one, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of the longest rows. [default: 4096, or what the model has positions for]")
+        int | None,
+        typer.Option(help="Tokens of the longest rows. [default: 4096, or what the model has positions for]"),
     ] = None,
     global_batch: Annotated[
         int | None, typer.Option(help="Rows, or pairs, of an optimizer step. [default: sft 128, dpo 32]")
     ] = None,
     launch: Annotated[
         str | None,
-        typer.Option(help="Use this file of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"),
+        typer.Option(
+            help="Use this file of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype of a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
@@ -51,7 +54,9 @@ def plan_command(
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
-    write: Annotated[str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")] = None,
+    write: Annotated[
+        str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")
@@ -103,7 +108,10 @@ def plan_command(
     for plan, ways in zip(plans, helps, strict=True):
         if not plan.fits:
             missing = (plan.total - plan.available) / 1e9
-            console.print(f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU. What would help:", soft_wrap=True)
+            console.print(
+                f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU. What would help:",
+                soft_wrap=True,
+            )
             for flags, other in ways:
                 verdict = "fits" if other.fits else "not enough"
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)

@@ -68,7 +68,9 @@ class Task:
                 raise HFTError(
                     f"--launch is {name}, but --gpus is {self.gpus}: {'use ' + many if name == 'single' else 'use single'}."
                 )
-            if name.startswith("zero") and (self.storage.frozen_dtype or self.storage.dtype != "float32" or self.gpus > 8):
+            if name.startswith("zero") and (
+                self.storage.frozen_dtype or self.storage.dtype != "float32" or self.gpus > 8
+            ):
                 raise HFTError(
                     f"--launch is {name}, which holds a model in one type and has a file for one machine: leave --frozen-dtype, "
                     "--dtype and more than 8 GPUs out, or use fsdp2."
@@ -183,9 +185,7 @@ class Planner:
         )
 
     def _layout(self, name: str) -> Layout:
-        layout = LAYOUTS[name]
-        shares = layout.shares_reference and self._shares and self.method == "hft"
-        return dataclasses.replace(layout, shares_reference=shares)
+        return LAYOUTS[name] if self._shares and self.method == "hft" else LAYOUTS[name].unshared()
 
     def _layouts(self, task: Task) -> Iterator[str]:
         for name in task.layouts:
@@ -252,7 +252,9 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
         for change in ({"optim": "adamw_bnb_8bit"}, frozen, {**frozen, "optim": "adamw_bnb_8bit"}):
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             if change and flags not in dict(found) and any(vars(task.storage)[k] != v for k, v in change.items()):
-                other = dataclasses.replace(task, storage=dataclasses.replace(task.storage, **change), layouts=(plan.layout,))
+                other = dataclasses.replace(
+                    task, storage=dataclasses.replace(task.storage, **change), layouts=(plan.layout,)
+                )
                 found.append((flags, planner.one(other, plan.layout, 1, 1)))
     if not task.storage.in_eight_bits and not any(other.fits for _, other in found):
         for gpus in (2, 4, 8, 16, 32, 64, 128):

@@ -81,7 +81,12 @@ class _OnGPU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any,
+        ledger: Ledger,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
     ) -> torch.Tensor:
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         ctx.ledger, ctx.kind = ledger, kind

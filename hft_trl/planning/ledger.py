@@ -64,7 +64,7 @@ class Ledger(TorchDispatchMode):
         finally:
             self._part = before
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         # What depends on real numbers alone (a mask of padding, which models look into) is computed with numbers
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)

@@ -1,5 +1,6 @@
 """What each launch configuration holds on one GPU, part by part."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ class Layout:
     computes_in_bfloat16: bool
     autocast: bool
     shares_reference: bool
+
+    def unshared(self) -> "Layout":
+        """The same with a whole reference."""
+        return dataclasses.replace(self, shares_reference=False)
 
 
 LAYOUTS = {
@@ -164,9 +169,9 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
         size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen * frozen_size
-    reference = (trainable if layout.shares_reference else trainable + frozen) if preference else 0
-    if preference and not layout.weights and not layout.shares_reference:
-        reference = (counted.trainable + counted.frozen) * size
+    reference = 0
+    if preference:  # its frozen half is the policy's, or at least of the same type
+        reference = trainable if layout.shares_reference else trainable + frozen
     of_weights, of_gradients, of_optimizer = (
         gpus if part else 1 for part in (layout.weights, layout.gradients, layout.optimizer)
     )

@@ -27,9 +27,7 @@ def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
     if machines > 1:
         where = '--machine_rank "${MACHINE_RANK:-0}" --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}"'
         processes += f" --num_machines {machines} {where}"
-    return (
-        f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {recipe}"
-    )
+    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {recipe}"
 
 
 def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task, Plan]]) -> tuple[Path, Path]:
@@ -86,13 +84,17 @@ hft:
     with writing(folder):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(text, encoding="utf-8")
-        launch.write_text(f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n", encoding="utf-8")
+        launch.write_text(
+            f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n", encoding="utf-8"
+        )
         launch.chmod(0o755)
     return recipe, launch
 
 
 def _stage(name: str, task: Task, plan: Plan) -> str:
-    selective = f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
+    selective = (
+        f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
+    )
     return f"""
 {name}:
 {DATA[name]}  max_length: {task.sequence_length}
