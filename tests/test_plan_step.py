@@ -118,7 +118,6 @@ def test_the_resident_set_of_a_step_is_predicted_within_a_tenth(tmp_path, tokeni
         parts = held(sizes(skeleton, selection), layout, 1, Storage(), request["stage"] == "dpo")
         predicted = sum(at_peak(parts, step, layout, accumulates=False).values())
         assert 100e6 < predicted < 600e6
-        print(predicted, peak, predicted / peak)
         assert predicted == pytest.approx(peak, rel=0.1), (request, parts, step)
 
 

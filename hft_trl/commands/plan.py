@@ -77,7 +77,7 @@ def plan_command(
         from hft_trl.planning.fit import Planner, Task, what_helps
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.shapes import shape_of
-        from hft_trl.planning.show import memory_grid, plan_json, task_json
+        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
 
         task = Task(
             stage,
@@ -104,7 +104,8 @@ def plan_command(
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(rich_table(memory_grid(model, task, plans)))
+    console.print(heading(model, task), style="bold", soft_wrap=True, markup=False)
+    console.print(rich_table(memory_grid(plans)))
     for plan, ways in zip(plans, helps, strict=True):
         if not plan.fits:
             missing = (plan.total - plan.available) / 1e9

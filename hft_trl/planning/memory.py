@@ -216,10 +216,8 @@ def at_peak(parts: dict[str, int], step: Step, layout: Layout, accumulates: bool
     fullest = step.at_peak_without_gradients
     gradients = parts["gradients"]
     if not accumulates and not layout.gradients:
-        # Gradients come as activations go; the optimizer steps when all of them are there
+        # Gradients come as activations go
         fullest, gradients = step.at_peak, step.at_peak["gradients"]
-        if step.gradients > step.peak:
-            fullest, gradients = dict.fromkeys(fullest, 0), step.gradients
     return {
         **parts,
         "gradients": gradients,

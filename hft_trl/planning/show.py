@@ -16,6 +16,7 @@ PARTS = {
     "logits": "tiles of logits",
     "communication": "the backend's buffers",
 }
+OPTIONAL = ("reference", "weight_copies", "communication")
 CHECKPOINTING = {0: "none", 1: "full"}
 
 
@@ -24,22 +25,18 @@ def checkpointing(plan: Plan) -> str:
     return CHECKPOINTING.get(plan.checkpointed, f"every {plan.checkpointed} layers")
 
 
-def memory_grid(model: str, task: Task, plans: list[Plan]) -> Grid:
+def memory_grid(plans: list[Plan]) -> Grid:
     """
     Memory by part, and the settings, a column for each plan.
 
     Args:
-        model (`str`):
-            The model's name.
-        task ([`Task`]):
-            What is to be trained.
         plans (`list[Plan]`):
             The plans.
     """
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
-        if any(plan.memory[part] for plan in plans)
+        if part not in OPTIONAL or any(plan.memory[part] for plan in plans)
     ]
     rows.append([f"together, of {plans[0].available / 1e9:,.1f}", *(f"{plan.total / 1e9:,.1f}" for plan in plans)])
     closing = len(rows) - 1
@@ -51,9 +48,13 @@ def memory_grid(model: str, task: Task, plans: list[Plan]) -> Grid:
         ["kept for backward", *(f"{plan.saved / 1e9:,.1f}" for plan in plans)],
         ["petaflop in a step", *(f"{plan.operations / 1e15:,.2f}" for plan in plans)],
     ]
+    return Grid("", ["GB on each GPU", *(plan.method.upper() for plan in plans)], rows, frozenset({closing}))
+
+
+def heading(model: str, task: Task) -> str:
+    """What was asked for, in a line."""
     machine = f"{task.gpus} GPU{'s' if task.gpus > 1 else ''} of {task.gpu_memory / 1e9:g} GB"
-    title = f"{model}, {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}: GB on each"
-    return Grid(title, ["", *(plan.method.upper() for plan in plans)], rows, frozenset({closing}))
+    return f"{model}: {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}"
 
 
 def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
         "accelerate_config": plan.layout,
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
-        "activation_checkpointing": {0: "none", 1: "full"}.get(plan.checkpointed, "selective"),
+        "activation_checkpointing": CHECKPOINTING.get(plan.checkpointed, "selective"),
         "every_n_layers": plan.checkpointed or None,
         "memory": plan.memory,
         "total": plan.total,
