@@ -86,7 +86,7 @@ def test_json_is_one_object_whose_parts_add_up(folder):
 
 def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
     """Exit code 0: what is missing, and what would help."""
-    tiny_llama(32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24).config.save_pretrained(tmp_path)
+    tiny_llama(8_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=6).config.save_pretrained(tmp_path)
     arguments = [tmp_path, "--method", "fft", "--gpu-memory", "4GB", "--sequence-length", 64]
     result = run(*arguments)
     assert result.exit_code == 0, result.output

@@ -46,8 +46,8 @@ def test_the_plan_fits_and_is_the_largest_of_those_that_compute_least(planners, 
 
 
 def test_more_checkpointing_takes_less_and_computes_more(planners):
-    """None, every fourth, third and second layer, all."""
-    plans = [planners["hft"].one(task(80), "single", 2, checkpointed) for checkpointed in CHECKPOINTING["sft"]]
+    """None, every fourth, third and second layer, all. Of FFT, in which all layers are alike."""
+    plans = [planners["fft"].one(task(80), "single", 2, checkpointed) for checkpointed in CHECKPOINTING["sft"]]
     assert [plan.operations for plan in plans] == sorted(plan.operations for plan in plans)
     assert [plan.saved for plan in plans] == sorted((plan.saved for plan in plans), reverse=True)
     assert len({plan.operations for plan in plans}) == 4  # of four layers every third is as many as every second

@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
         # What depends on real numbers alone (a mask of padding, which models look into) is computed with numbers
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         with unset_fake_temporarily() if real else nullcontext():
-            out = func(*args, **(kwargs or {}))
+            out = _experts(func, *args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
         count = OPERATIONS.get(func._overloadpacket)
         if count is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=out)
@@ -113,6 +113,13 @@ class Ledger(TorchDispatchMode):
         if other > self.peak_without_gradients:
             self.peak_without_gradients = other
             self.at_peak_without_gradients = {**self.live, "gradients": 0}
+
+
+def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Products of experts. Fake tensors have them in bfloat16 only, kernels in every type."""
+    if not isinstance(left, FakeTensor) or left.dtype == torch.bfloat16:
+        return func(left, right, *others)
+    return func(left.bfloat16(), right.bfloat16(), *others).to(left.dtype)
 
 
 def _causal(first: int, args: tuple, kwargs: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import disable_dropout_in_model
 
 from hft_trl.errors import HFTError, first_line
@@ -134,15 +135,16 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
 
     with Ledger(model, *([] if reference is None else [reference])) as ledger:
         with torch.autograd.graph.saved_tensors_hooks(keep, _as_it_is):
-            scores = _forward(model, tokens, mask, settings, ledger)
+            scores, balance = _forward(model, tokens, mask, settings, ledger)
         if reference is not None:
             with torch.no_grad():
-                reference_scores = _forward(reference, tokens, mask, settings, ledger)
+                reference_scores, _ = _forward(reference, tokens, mask, settings, ledger)
             ratios = (scores - reference_scores).sum(dim=1)
             chosen, rejected = ratios.chunk(2)
             loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
         else:
             loss = -scores.sum() / scores.numel()
+        loss = loss + balance
         saved = sum(kept.values())
         del scores
         loss.backward()
@@ -160,11 +162,20 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
 
 def _forward(
     model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, settings: StepSettings, ledger: Ledger
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """The log-probabilities, and the loss that balances a mixture's experts, which TRL adds where a model has one."""
+    config = model.config.get_text_config()
+    named = config.to_dict()
+    balances = model.training and "output_router_logits" in named and bool(named.get("router_aux_loss_coef"))
     # accelerate puts every forward of either model under an autocast of its own
     with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
-        hidden = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-        return log_probs(model, hidden, tokens, settings.stage, settings.device, ledger)
+        router = {"output_router_logits": True} if balances else {}
+        outputs = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **router)
+        scores = log_probs(model, outputs.last_hidden_state, tokens, settings.stage, settings.device, ledger)
+        if not balances:
+            return scores, 0.0
+        experts, chosen = config.num_experts, config.num_experts_per_tok
+        return scores, load_balancing_loss_func(outputs.router_logits, experts, chosen, mask)
 
 
 def _fill(model: PreTrainedModel, settings: StepSettings) -> None:
