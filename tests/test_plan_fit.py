@@ -87,6 +87,16 @@ def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planner
     assert alone["communication"] == 0 < shared["communication"]
 
 
+def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, planners):
+    """accelerate upcasts what learns; what is frozen, and the reference, keep their type."""
+    counted = sizes(skeleton, planners["hft"]._selection)
+    wide, narrow = (held(counted, LAYOUTS["fsdp2"], 2, Storage(dtype), True) for dtype in ("float32", "bfloat16"))
+    for part in ("weights_trainable", "gradients", "optimizer"):
+        assert narrow[part] == wide[part]
+    for part in ("weights_frozen", "reference"):
+        assert 2 * narrow[part] == wide[part]
+
+
 def test_ddp_is_taken_where_it_fits_and_fsdp2_where_it_does_not(planners):
     assert planners["hft"].plan(task(60, gpus=8)).layout == "ddp"
     assert planners["hft"].plan(task(15, gpus=8)).layout == "fsdp2"

@@ -162,15 +162,20 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
         preference (`bool`):
             Whether there is a reference.
     """
-    size = DTYPES[storage.dtype].itemsize
+    size = own_size = DTYPES[storage.dtype].itemsize
     frozen_size = DTYPES[storage.frozen_dtype or storage.dtype].itemsize
+    if layout.name == "fsdp2":  # accelerate makes float32 of whatever learns
+        size = 4
+        storage = dataclasses.replace(storage, dtype="float32")
     optimizer = optimizer_bytes(counted, storage)
     if layout.name.startswith("zero"):  # DeepSpeed in bf16: all weights are bfloat16, and float32 masters come on top
-        size = frozen_size = BFLOAT16
+        size = own_size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen * frozen_size
     reference = 0
-    if preference:  # its frozen half is the policy's, or at least of the same type
+    if preference and layout.weights:  # sharded by itself, in the type that it was loaded in
+        reference = (counted.trainable + counted.frozen) * own_size
+    elif preference:  # its frozen half is the policy's, or at least of the same type
         reference = trainable if layout.shares_reference else trainable + frozen
     of_weights, of_gradients, of_optimizer = (
         gpus if part else 1 for part in (layout.weights, layout.gradients, layout.optimizer)
