@@ -8,7 +8,7 @@ from conftest import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hft_trl import HFTConfig, HFTError
-from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, what_helps
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios, what_helps
 from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
 
 
@@ -100,6 +100,29 @@ def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, plann
 def test_ddp_is_taken_where_it_fits_and_fsdp2_where_it_does_not(planners):
     assert planners["hft"].plan(task(60, gpus=8)).layout == "ddp"
     assert planners["hft"].plan(task(15, gpus=8)).layout == "fsdp2"
+
+
+def test_both_stages_have_one_launch_configuration(planners):
+    """DPO's reference does not fit beside what SFT alone could hold under DDP."""
+    sft, dpo = (task(26, stage, gpus=8) for stage in ("sft", "dpo"))
+    assert planners["fft"].plan(sft).layout == "ddp"
+    stages = planners["fft"].both_stages(sft, dpo)
+    assert {plan.layout for _, plan in stages.values()} == {"fsdp2"}
+    assert all(plan.fits for _, plan in stages.values())
+
+
+def test_the_ratio_of_operations_is_one_for_a_half_that_is_all(skeleton, planners):
+    """And less the more is frozen: at most a sixth less than FFT at one half."""
+    asked = task(60)
+    ratios = {}
+    for ratio in (0.25, 0.5, 1.0):
+        planner = Planner(skeleton, HFTConfig(ratio=ratio))
+        ratios[ratio] = operations_ratios({"fft": planners["fft"], "hft": planner}, asked, [planner.plan(asked)])[
+            "equal_settings"
+        ]
+    assert ratios[1.0] == 1
+    assert 5 / 6 < ratios[0.5] < 1
+    assert ratios[0.25] < ratios[0.5]
 
 
 def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planners):

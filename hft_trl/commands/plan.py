@@ -15,8 +15,6 @@ from hft_trl.report.tables import rich_table
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft_trl.planning.fit import Plan, Planner, Task
-
 app = typer.Typer()
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
@@ -74,10 +72,11 @@ def plan_command(
     with quiet():
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
-        from hft_trl.planning.fit import Planner, Task, what_helps
+        from hft_trl.planning.fit import Planner, Task, operations_ratios, what_helps
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.shapes import shape_of
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
+        from hft_trl.planning.write import write as write_plan
 
         task = Task(
             stage,
@@ -95,8 +94,14 @@ def plan_command(
         shown = [method] if method else ["fft", "hft"]
         plans = [planners[name].plan(task) for name in shown]
         helps = [[] if plan.fits else what_helps(planners[plan.method], task, plan) for plan in plans]
-        ratios = _ratios(planners, task, plans)
-        written = _write(write, model, planners[method or "hft"], configs[method or "hft"], task) if write else ()
+        ratios = operations_ratios(planners, task, plans)
+        written = ()
+        if write:
+            chosen = method or "hft"
+            other = "dpo" if stage == "sft" else "sft"
+            batch = max(BATCH[other] // gpus, 1) * gpus  # the recipes' own, as near as the GPUs can share it
+            stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
+            written = write_plan(write, model, configs[chosen], stages)
     if as_json:
         found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
         typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))
@@ -152,32 +157,3 @@ def _length(model: str, skeleton: "PreTrainedModel", asked: int | None) -> int:
     if positions and asked > positions:
         raise HFTError(f"--sequence-length is {asked}, but {model!r} has {positions} positions: give at most as many.")
     return asked
-
-
-def _ratios(planners: "dict[str, Planner]", task: "Task", plans: "list[Plan]") -> dict[str, float | None]:
-    """What HFT's step computes as a share of FFT's: with HFT's own settings for both, and with each one's own."""
-    own = {plan.method: plan for plan in plans}
-    if "hft" not in own:
-        return {"equal_settings": None, "as_planned": None}
-    half = own["hft"]
-    full = planners["fft"].one(task, half.layout, half.micro_batch, half.checkpointed)
-    fits = "fft" in own and own["fft"].fits and half.fits
-    return {
-        "equal_settings": half.operations / full.operations,
-        "as_planned": half.operations / own["fft"].operations if fits else None,
-    }
-
-
-def _write(folder: str, model: str, planner: "Planner", hft: HFTConfig, task: "Task") -> tuple[str, ...]:
-    """Both stages under the first launch configuration that fits both; the stage that was not asked for has the recipes' batch."""
-    from hft_trl.planning.write import write
-
-    other = "dpo" if task.stage == "sft" else "sft"
-    batch = max(BATCH[other] // task.gpus, 1) * task.gpus
-    tasks = {task.stage: task, other: dataclasses.replace(task, stage=other, global_batch=batch)}
-    stages = {}
-    for name in task.layouts:
-        stages = {s: (t, planner.plan(dataclasses.replace(t, layouts=(name,)))) for s, t in tasks.items()}
-        if all(plan.fits for _, plan in stages.values()):
-            break
-    return tuple(map(str, write(folder, model, hft, stages)))

@@ -166,6 +166,23 @@ class Planner:
         smallest = (self.one(task, name, 1, 1) for name in self._layouts(task))
         return min(smallest, key=lambda plan: plan.total)
 
+    def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
+        """
+        Tasks and plans by stage, under the first launch configuration that fits both; the last one if none does.
+
+        Args:
+            first, second ([`Task`]):
+                The two stages on the same machine.
+        """
+        found: dict[str, tuple[Task, Plan]] = {}
+        for name in self._layouts(first):
+            found = {
+                task.stage: (task, self.plan(dataclasses.replace(task, layouts=(name,)))) for task in (first, second)
+            }
+            if all(plan.fits for _, plan in found.values()):
+                break
+        return found
+
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int) -> Plan:
         """What one way of training takes, whether it fits or not."""
         layout = self._layout(name)
@@ -229,6 +246,34 @@ def _last(sizes: Sequence[int], plan_of: Callable[[int], Plan], best: Plan) -> P
         else:
             high = middle
     return best
+
+
+def operations_ratios(planners: dict[str, Planner], task: Task, plans: Sequence[Plan]) -> dict[str, float | None]:
+    """
+    What a step of HFT computes as a share of FFT's.
+
+    Args:
+        planners (`dict[str, Planner]`):
+            Planners of `"hft"` and `"fft"`.
+        task ([`Task`]):
+            What is to be trained.
+        plans (`Sequence[Plan]`):
+            The plans that were made.
+
+    Returns:
+        `dict[str, float | None]`: `"equal_settings"`, both with the settings of HFT's plan, and `"as_planned"`, each with its
+        own where both fit; `None` without a plan of HFT, or of both.
+    """
+    own = {plan.method: plan for plan in plans}
+    if "hft" not in own:
+        return {"equal_settings": None, "as_planned": None}
+    half = own["hft"]
+    full = planners["fft"].one(task, half.layout, half.micro_batch, half.checkpointed)
+    both_fit = "fft" in own and own["fft"].fits and half.fits
+    return {
+        "equal_settings": half.operations / full.operations,
+        "as_planned": half.operations / own["fft"].operations if both_fit else None,
+    }
 
 
 def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan]]:
