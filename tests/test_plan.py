@@ -107,7 +107,7 @@ def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
 )
 def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more):
     """The recipe's own parser reads the plan back, and accelerate the launch line."""
-    out = tmp_path / "planned"
+    out = tmp_path / "planned: for us #1"  # a path that neither YAML nor a shell reads as it is
     arguments = [folder, "--gpus", gpus, "--stage", stage, "--sequence-length", 64, "--write", out, *more]
     found = as_json(*arguments)
     recipe = parse_recipe(["--config", str(out / "recipe.yaml"), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
@@ -121,6 +121,7 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
         assert one.hft.method == method
         assert one.hft.frozen_dtype == ("bfloat16" if "--frozen-dtype" in more else None)
     assert recipe.sft.model.model_name_or_path == str(folder)
+    assert recipe.run.output_dir == str(out / "run")
 
     script = (out / "launch.sh").read_text()
     (line,) = [line for line in script.splitlines() if line.startswith("accelerate launch")]

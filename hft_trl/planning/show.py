@@ -46,7 +46,7 @@ def memory_grid(plans: list[Plan]) -> Grid:
         ["micro-batch x accumulation", *(f"{plan.micro_batch} x {plan.accumulation}" for plan in plans)],
         ["activation checkpointing", *(checkpointing(plan) for plan in plans)],
         ["kept for backward", *(f"{plan.saved / 1e9:,.1f}" for plan in plans)],
-        ["petaflop in a step", *(f"{plan.operations / 1e15:,.2f}" for plan in plans)],
+        ["petaflop in a step", *(f"{plan.operations / 1e15:.3g}" for plan in plans)],
     ]
     return Grid("", ["GB on each GPU", *(plan.method.upper() for plan in plans)], rows, frozenset({closing}))
 

@@ -1,5 +1,8 @@
 """A plan as files: the recipe's YAML and the line that launches it."""
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 from hft_trl.config import HFTConfig
@@ -13,6 +16,7 @@ DATA = {
     "sft": "  dataset: allenai/tulu-v2-sft-mixture\n  split: train\n",
     "dpo": "  dataset: HuggingFaceH4/ultrafeedback_binarized\n  split: train_prefs\n  drop_equal_pairs: true\n",
 }
+DEMO = {"sft": "  dataset: demo\n  split: train\n", "dpo": "  dataset: demo\n  split: train_prefs\n"}
 SCHEDULE = {
     "sft": "  num_train_epochs: 2\n  learning_rate: 2.0e-5\n  lr_scheduler_type: linear\n  warmup_steps: 0.03 # share of all steps\n",
     "dpo": "  num_train_epochs: 1\n  learning_rate: 5.0e-7\n  lr_scheduler_type: linear\n  warmup_steps: 0.1\n  beta: 0.1\n",
@@ -27,7 +31,7 @@ def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
     if machines > 1:
         where = '--machine_rank "${MACHINE_RANK:-0}" --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}"'
         processes += f" --num_machines {machines} {where}"
-    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {recipe}"
+    return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {shlex.quote(recipe)}"
 
 
 def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task, Plan]]) -> tuple[Path, Path]:
@@ -67,10 +71,10 @@ def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task,
 # Launch:   {line}
 
 model:
-  model_name_or_path: {model}
+  model_name_or_path: {_scalar(model)}
   dtype: {storage.dtype}
 
-output_dir: {Path(folder) / "run"}
+output_dir: {_scalar(str(Path(folder) / "run"))}
 method: {hft.method}
 
 hft:
@@ -80,7 +84,8 @@ hft:
 """
     if storage.frozen_dtype and hft.method == "hft":
         text += f"  frozen_dtype: {storage.frozen_dtype}\n"
-    text += "".join(_stage(name, *stages[name]) for name in ("sft", "dpo"))
+    data = DEMO if model == "demo" else DATA
+    text += "".join(_stage(name, data[name], *stages[name]) for name in ("sft", "dpo"))
     with writing(folder):
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(text, encoding="utf-8")
@@ -91,13 +96,18 @@ hft:
     return recipe, launch
 
 
-def _stage(name: str, task: Task, plan: Plan) -> str:
+def _scalar(text: str) -> str:
+    """A text as YAML reads it back, quoted where it has to be."""
+    return text if re.fullmatch(r"[A-Za-z/][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
     selective = (
         f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
     )
     return f"""
 {name}:
-{DATA[name]}  max_length: {task.sequence_length}
+{data}  max_length: {task.sequence_length}
   # Global batch {task.global_batch} = {task.gpus} x {plan.micro_batch} x {plan.accumulation}
   per_device_train_batch_size: {plan.micro_batch}
   gradient_accumulation_steps: {plan.accumulation}
