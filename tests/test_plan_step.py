@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from steps import real_step
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -80,6 +81,24 @@ def test_every_part_is_what_a_trainer_has(
     assert parts["optimizer"] == _bytes(trainer.optimizer)
     assert parts["reference"] == (memory(model, trainer.ref_model)[0] if stage == "dpo" else 0)
     assert step.operations == trainer.operations
+    assert step.saved == pytest.approx(trainer.saved, abs=5_000)
+    assert step.peak == pytest.approx(trainer.peak, rel=0.001)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_frozen_half_in_bfloat16_is_held_and_computed_with_as_such(folders, tokenizer, tmp_path, stage):
+    """Half the bytes, no copies of it, and the same in the reference that shares it."""
+    hft = HFTConfig(frozen_dtype="bfloat16")
+    trainer = real_step(
+        str(folders / "llama"), tokenizer, str(tmp_path), stage, hft, 1, 96, bf16=True, gradient_checkpointing=False
+    )
+    skeleton = build_on_meta(str(folders / "llama"))
+    selection = select(skeleton, hft)
+    step = trace_step(skeleton, selection, StepSettings(stage, 1, 96, frozen_dtype=torch.bfloat16, device="cpu"))
+    storage = Storage(frozen_dtype="bfloat16")
+    parts = held(sizes(skeleton, selection), LAYOUTS["single"], 1, storage, stage == "dpo")
+    assert parts["weights_frozen"] == sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
+    assert parts["reference"] == (memory(trainer.model, trainer.ref_model)[0] if stage == "dpo" else 0)
     assert step.saved == pytest.approx(trainer.saved, abs=5_000)
     assert step.peak == pytest.approx(trainer.peak, rel=0.001)
 
