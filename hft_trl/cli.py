@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from hft_trl.commands import continual, evaluation, files
+from hft_trl.commands import continual, evaluation, files, plan
 from hft_trl.commands.shared import given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluation.app)
 app.add_typer(files.app)
+app.add_typer(plan.app)
 app.add_typer(continual.app, name="continual")
 
 

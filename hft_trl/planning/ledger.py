@@ -1,0 +1,150 @@
+"""Bytes and operations of a step, counted operation by operation as PyTorch dispatches them."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import addmm_flop, flop_registry, sdpa_backward_flop, sdpa_flop
+
+aten = torch.ops.aten
+
+PARTS = ("gradients", "weight_copies", "logits", "activations")
+
+
+class Ledger(TorchDispatchMode):
+    """
+    Keeps account of every storage that is made while it is on, until it is freed, and counts the matrix products.
+
+    It works on fake tensors as on real ones. What a kernel allocates inside of itself is not seen.
+
+    Args:
+        models (`torch.nn.Module`):
+            The models. Storage of their parameters and buffers is there before and is not counted.
+
+    Attributes:
+        operations (`int`): Floating-point operations of matrix products and attention (a multiplication and an addition are two).
+        peak (`int`): Most bytes alive at once.
+        at_peak (`dict[str, int]`): What they were: gradients, copies of weights in another type (autocast), tiles of logits, and
+            activations, which are all else.
+        peak_without_gradients (`int`): Most bytes alive at once that were not gradients.
+        at_peak_without_gradients (`dict[str, int]`): What they were.
+    """
+
+    def __init__(self, *models: torch.nn.Module) -> None:
+        super().__init__()
+        self.operations = 0
+        self.live: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+        self.peak, self.at_peak = 0, dict(self.live)
+        self.peak_without_gradients, self.at_peak_without_gradients = 0, dict(self.live)
+        self._part: str | None = None
+        self._known: dict[int, tuple[weakref.ref, int, str]] = {}
+        # Views of these come out of operations too
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        there = [*parameters, *(buffer for model in models for buffer in model.buffers())]
+        self._weights = {tensor.untyped_storage()._cdata for tensor in there}
+        self._hooks = [p.register_post_accumulate_grad_hook(self._is_gradient) for p in parameters if p.requires_grad]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Put down what is made meanwhile as this part."""
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        # What depends on real numbers alone (a mask of padding, which models look into) is computed with numbers
+        real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        with unset_fake_temporarily() if real else nullcontext():
+            out = _experts(func, *args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
+        count = OPERATIONS.get(func._overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
+        part = self._part
+        if part is None:
+            copied = func is aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+            part = "weight_copies" if copied else "activations"
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._enter(tensor, part)
+        return out
+
+    def _enter(self, tensor: torch.Tensor, part: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._weights:
+            return
+        size = storage.nbytes()
+        # Weak, and by address: the entry goes with the storage, before another one can have its address
+        self._known[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, part)
+        self.live[part] += size
+        self._note()
+
+    def _leave(self, key: int) -> None:
+        _, size, part = self._known.pop(key)
+        self.live[part] -= size
+
+    def _is_gradient(self, parameter: torch.Tensor) -> None:
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._known:
+            reference, size, part = self._known[key]
+            self._known[key] = (reference, size, "gradients")
+            self.live[part] -= size
+            self.live["gradients"] += size
+
+    def _note(self) -> None:
+        total = sum(self.live.values())
+        if total > self.peak:
+            self.peak, self.at_peak = total, dict(self.live)
+        other = total - self.live["gradients"]
+        if other > self.peak_without_gradients:
+            self.peak_without_gradients = other
+            self.at_peak_without_gradients = {**self.live, "gradients": 0}
+
+
+def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:
+    """Products of experts. Fake tensors have them in bfloat16 only, kernels in every type."""
+    if not isinstance(left, FakeTensor) or left.dtype == torch.bfloat16:
+        return func(left, right, *others)
+    return func(left.bfloat16(), right.bfloat16(), *others).to(left.dtype)
+
+
+def _causal(first: int, args: tuple, kwargs: dict[str, Any]) -> int:
+    """2 where a kernel passes over half of the scores."""
+    return 2 if kwargs.get("is_causal", args[first] if len(args) > first else False) else 1
+
+
+def _attention(*args: Any, **kwargs: Any) -> int:
+    return sdpa_flop(*args[:3]) // _causal(4, args, kwargs)
+
+
+def _attention_backward(*args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop(*args[:4]) // _causal(7, args, kwargs)
+
+
+def _grouped(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
+    """One product for each group of rows (experts), or, for gradients of their weights, of columns."""
+    return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+# PyTorch's own formulas, and those of operations that it has none for
+OPERATIONS = {
+    **flop_registry,
+    aten.addmm_: addmm_flop,
+    aten._grouped_mm: _grouped,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -1,0 +1,185 @@
+"""Which plan is taken: it fits, nothing that computes less does, and its parts follow the launch configuration."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hft_trl import HFTConfig, HFTError
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios, what_helps
+from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
+
+
+@pytest.fixture(scope="module")
+def skeleton():
+    """A Llama of a billion parameters in four layers, without weights."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32000, **shape))
+
+
+@pytest.fixture(scope="module")
+def planners(skeleton):
+    return {method: Planner(skeleton, HFTConfig(method=method)) for method in ("hft", "fft")}
+
+
+def task(gigabytes, stage="sft", gpus=1, length=2048, batch=16, **others):
+    return Task(stage, gpus, int(gigabytes * 1e9) + RESERVED, length, batch, **others)
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+@pytest.mark.parametrize("gigabytes", [20, 24, 28, 40])
+def test_the_plan_fits_and_is_the_largest_of_those_that_compute_least(planners, method, gigabytes):
+    """Every way with less recomputation, and every larger micro-batch with the same, does not fit."""
+    planner, asked = planners[method], task(gigabytes)
+    plan = planner.plan(asked)
+    assert plan.fits
+    assert plan.total == sum(plan.memory.values()) <= gigabytes * 1e9
+    assert plan.micro_batch * plan.accumulation == 16
+    order = CHECKPOINTING["sft"]
+    for less in order[: order.index(plan.checkpointed)]:
+        assert not planner.one(asked, "single", 1, less).fits
+    larger = [size for size in asked.micro_batches if size > plan.micro_batch]
+    assert not any(planner.one(asked, "single", size, plan.checkpointed).fits for size in larger)
+
+
+def test_more_checkpointing_takes_less_and_computes_more(planners):
+    """None, every fourth, third and second layer, all. Of FFT, in which all layers are alike."""
+    plans = [planners["fft"].one(task(80), "single", 2, checkpointed) for checkpointed in CHECKPOINTING["sft"]]
+    assert [plan.operations for plan in plans] == sorted(plan.operations for plan in plans)
+    assert [plan.saved for plan in plans] == sorted((plan.saved for plan in plans), reverse=True)
+    assert len({plan.operations for plan in plans}) == 4  # of four layers every third is as many as every second
+
+
+def test_half_takes_less_than_full_in_every_part_that_it_halves(planners):
+    """At the same settings; what a reference shares is not held twice."""
+    for stage in ("sft", "dpo"):
+        half, full = (planners[method].one(task(80, stage), "single", 1, 1) for method in ("hft", "fft"))
+        for part in ("gradients", "optimizer", "weight_copies"):
+            assert half.memory[part] < 0.75 * full.memory[part]
+        assert half.memory["weights_trainable"] + half.memory["weights_frozen"] == full.memory["weights_trainable"]
+        assert half.memory["reference"] == (half.memory["weights_trainable"] if stage == "dpo" else 0)
+        assert full.memory["reference"] == (full.memory["weights_trainable"] if stage == "dpo" else 0)
+
+
+def test_dpo_is_planned_with_what_trl_can_checkpoint(planners):
+    """`every_n_layers` stops TRL's DPO trainer at its first step, so a plan has none or all."""
+    found = {planners["fft"].plan(task(gigabytes, "dpo")).checkpointed for gigabytes in (22, 24, 28, 32, 40, 60)}
+    assert found <= {0, 1}
+
+
+def test_a_short_row_alone_does_not_keep_a_gpu_busy(planners):
+    """With rows of 64 tokens, layers are rather computed again than taken one row at a time."""
+    plan = planners["fft"].plan(task(24, length=64, batch=512))
+    assert plan.micro_batch * 64 >= 2048
+
+
+@pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("dpo", "fft")])
+def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planners, stage, method):
+    """Weights, gradients, optimizer and reference of all GPUs together are those of one that holds everything."""
+    counted = sizes(skeleton, planners[method]._selection)
+    alone = held(counted, LAYOUTS["single"].unshared(), 1, Storage(), stage == "dpo")
+    shared = held(counted, LAYOUTS["fsdp2"], 8, Storage(), stage == "dpo")
+    for part in ("weights_trainable", "weights_frozen", "reference", "gradients", "optimizer"):
+        assert 8 * shared[part] == pytest.approx(alone[part], rel=1e-6)
+    assert alone["communication"] == 0 < shared["communication"]
+
+
+def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, planners):
+    """accelerate upcasts what learns; what is frozen, and the reference, keep their type."""
+    counted = sizes(skeleton, planners["hft"]._selection)
+    wide, narrow = (held(counted, LAYOUTS["fsdp2"], 2, Storage(dtype), True) for dtype in ("float32", "bfloat16"))
+    for part in ("weights_trainable", "gradients", "optimizer"):
+        assert narrow[part] == wide[part]
+    for part in ("weights_frozen", "reference"):
+        assert 2 * narrow[part] == wide[part]
+
+
+def test_ddp_is_taken_where_it_fits_and_fsdp2_where_it_does_not(planners):
+    assert planners["hft"].plan(task(60, gpus=8)).layout == "ddp"
+    assert planners["hft"].plan(task(15, gpus=8)).layout == "fsdp2"
+
+
+def test_both_stages_have_one_launch_configuration(planners):
+    """DPO's reference does not fit beside what SFT alone could hold under DDP."""
+    sft, dpo = (task(26, stage, gpus=8) for stage in ("sft", "dpo"))
+    assert planners["fft"].plan(sft).layout == "ddp"
+    stages = planners["fft"].both_stages(sft, dpo)
+    assert {plan.layout for _, plan in stages.values()} == {"fsdp2"}
+    assert all(plan.fits for _, plan in stages.values())
+
+
+def test_the_ratio_of_operations_is_one_for_a_half_that_is_all(skeleton, planners):
+    """And less the more is frozen: at most a sixth less than FFT at one half."""
+    asked = task(60)
+    ratios = {}
+    for ratio in (0.25, 0.5, 1.0):
+        planner = Planner(skeleton, HFTConfig(ratio=ratio))
+        ratios[ratio] = operations_ratios({"fft": planners["fft"], "hft": planner}, asked, [planner.plan(asked)])[
+            "equal_settings"
+        ]
+    assert ratios[1.0] == 1
+    assert 5 / 6 < ratios[0.5] < 1
+    assert ratios[0.25] < ratios[0.5]
+
+
+def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planners):
+    """Each way out holds what it says: those that are said to fit do, by the same arithmetic."""
+    asked = task(6)
+    plan = planners["hft"].plan(asked)
+    assert not plan.fits
+    assert (plan.micro_batch, plan.checkpointed) == (1, 1)
+    helps = dict(what_helps(planners["hft"], asked, plan))
+    assert {
+        "--optim adamw_bnb_8bit",
+        "--frozen-dtype bfloat16",
+        "--frozen-dtype bfloat16 --optim adamw_bnb_8bit",
+    } <= helps.keys()
+    assert all(other.total < plan.total for other in helps.values())
+    (gpus,) = [flags for flags, other in helps.items() if flags.startswith("--gpus") and other.fits]
+    more = dataclasses.replace(asked, gpus=int(gpus.split()[1]), layouts=())
+    assert planners["hft"].plan(more).fits
+
+
+def test_full_fine_tuning_is_not_told_to_freeze(planners):
+    asked = task(6)
+    helps = what_helps(planners["fft"], asked, planners["fft"].plan(asked))
+    assert not any("frozen" in flags for flags, _ in helps)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpus": 3}, "--global-batch is 16, which 3 GPUs can't share evenly: give a multiple, such as 15"),
+        ({"gpus": 0}, "--gpus is 0: it must be at least 1"),
+        ({"gpus": 12, "batch": 24}, "--gpus is 12: beyond one machine of 8 give a multiple of 8"),
+        ({"length": 1}, "--sequence-length is 1: it must be at least 2"),
+        ({"batch": 0}, "--global-batch is 0"),
+        ({"layouts": ("fsdp3",)}, "--launch is 'fsdp3': it must be one of single, ddp, fsdp2, zero2, zero3"),
+        ({"layouts": ("ddp",)}, "--launch is ddp, but --gpus is 1: use single"),
+        ({"layouts": ("single",), "gpus": 2}, "--launch is single, but --gpus is 2"),
+        (
+            {"layouts": ("zero3",), "gpus": 2, "storage": Storage(frozen_dtype="bfloat16")},
+            "--launch is zero3, which holds",
+        ),
+        ({"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(optim="adamw_bnb_8bit")}, "not tested with fsdp2"),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other_are_named(change, message):
+    with pytest.raises(HFTError, match=message.replace("(", r"\(")):
+        task(80, **change)
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", "int4"), ("optim", "sgd"), ("frozen_dtype", "float32")])
+def test_a_storage_that_is_not_known_is_named(name, value):
+    with pytest.raises(HFTError, match=f"{name} is {value!r}: a plan knows"):
+        Storage(**{name: value})
+
+
+def test_the_selection_is_that_of_the_config():
+    """A seed that draws other matrices of other sizes leads to its own bytes."""
+    model = tiny_llama(300)
+    shares = {sizes(model, Planner(model, HFTConfig(ratio=ratio))._selection).trainable for ratio in (0.25, 0.5, 1.0)}
+    assert len(shares) == 3
