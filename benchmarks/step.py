@@ -25,13 +25,14 @@ import json
 import multiprocessing
 import random
 import re
-import signal
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,33 @@ from hft_trl.chat import load_tokenizer
 from hft_trl.measure import peak_memory, reset_peak_memory
 from hft_trl.report import environment
 
-# The head's share of a layer's matrix work is 3 % in the small one, as in the large ones.
+# The head holds 2 to 5 % as many weights as the layers, as in models of several billion parameters.
 SHAPES = {
-    "small": {"hidden": 384, "intermediate": 1024, "layers": 8, "vocab": 1024, "batch": 4, "length": 128},
-    "1.5b": {"hidden": 2048, "intermediate": 5504, "layers": 28, "vocab": 32000, "batch": 4, "length": 2048},
-    "7b": {"hidden": 4096, "intermediate": 11008, "layers": 32, "vocab": 32000, "batch": 1, "length": 2048},
+    "small": {"hidden": 384, "intermediate": 1024, "layers": 8, "heads": 6, "vocab": 1024, "batch": 4, "length": 128},
+    "1.5b": {
+        "hidden": 2048,
+        "intermediate": 5504,
+        "layers": 28,
+        "heads": 16,
+        "vocab": 32000,
+        "batch": 4,
+        "length": 2048,
+    },
+    "7b": {
+        "hidden": 4096,
+        "intermediate": 11008,
+        "layers": 32,
+        "heads": 32,
+        "vocab": 32000,
+        "batch": 1,
+        "length": 2048,
+    },
 }
-STAGES, VARIANTS, PARTS = (
-    ("sft", "dpo"),
-    ("fft", "hft", "stock", "lora"),
-    ("forward", "backward", "optimizer", "total"),
-)
+STAGES = ("sft", "dpo")
+VARIANTS = ("fft", "hft", "stock", "lora")
+PARTS = ("forward", "backward", "optimizer", "total")
 BYTES = ("weight", "reference", "trained", "saved", "gradient", "optimizer", "peak")
-HEAD_SIZE, WARM_UP, MANY = 64, 2, 10**6
+WARM_UP, MANY = 2, 10**6
 
 
 @dataclass(frozen=True)
@@ -78,13 +93,9 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
     """The start model, the same at every call, made on the device."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // HEAD_SIZE),
-        max_position_embeddings=options.length,
-    )
+        hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=options.layers,
+        num_attention_heads=options.heads, vocab_size=options.vocab, max_position_embeddings=options.length,
+    )  # fmt: skip
     with torch.device(options.device):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
 
@@ -134,13 +145,14 @@ class Run:
     """A trainer that has begun to train, ready for one step after another."""
 
     def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
+        gc.collect()  # a trainer that is not used any more holds itself
         self.cuda = options.device == "cuda"
         self.trainer = trainer = make_trainer(setting, options)
         self.steps: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
         batch = trainer.data_collator(examples(setting, options))
         self.epoch = {"train_dataloader": [batch], "steps_in_epoch": 1, "num_update_steps_per_epoch": 1}
-        trainer._run_epoch = self._begin
+        trainer._run_epoch = self._begin  # `train` prepares everything, and this takes over where its epochs begin
         with contextlib.suppress(Ready):
             trainer.train()
         del trainer._run_epoch
@@ -178,7 +190,7 @@ class Run:
         self.trainer._run_epoch(**self.epoch)
         self.spent["total"] = self._now() - start
         self.spent["optimizer"] = self.spent["total"] - self.spent["forward"] - self.spent["backward"]
-        self.steps.append(self.spent)
+        self.steps.append(dict(self.spent))
 
     def sizes(self) -> dict[str, int]:
         """
@@ -202,7 +214,6 @@ class Run:
                 loss = trainer.compute_loss(model, inputs)
             saved = sum(kept.values())
         trainer.accelerator.backward(loss)
-        self.losses.pop()
         own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
         state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
         sizes = {
@@ -220,9 +231,8 @@ class Run:
 
 def peak_alone(setting: Setting, options: argparse.Namespace) -> int:
     """Peak bytes of a step over what the process held before the model was built."""
-    tiny = {"hidden": HEAD_SIZE, "intermediate": HEAD_SIZE, "layers": 1, "batch": 1, "length": 8}
+    tiny = {"hidden": 64, "intermediate": 64, "layers": 1, "heads": 1, "batch": 1, "length": 8}
     Run(setting, argparse.Namespace(**{**vars(options), **tiny}))  # so that no import counts
-    gc.collect()
     reset_peak_memory()
     before = peak_memory()
     run = Run(setting, options)
@@ -233,106 +243,80 @@ def peak_alone(setting: Setting, options: argparse.Namespace) -> int:
 
 def peak(setting: Setting, options: argparse.Namespace) -> int | None:
     """The setting's [`peak_alone`], on a CPU in a child process of its own; `None` where it does not fit."""
-    if options.device == "cuda":
-        with contextlib.suppress(torch.OutOfMemoryError):
-            return peak_alone(setting, options)
-        return None
-    fork = multiprocessing.get_context("fork")  # a child that has everything imported
-    ours, theirs = fork.Pipe(duplex=False)
-    process = fork.Process(target=lambda: theirs.send(peak_alone(setting, options)))
-    process.start()
-    theirs.close()
     try:
-        return ours.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode != -signal.SIGKILL:  # by which the system ends what takes too much
-            raise
+        if options.device == "cuda":
+            return peak_alone(setting, options)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:  # all is imported in a fork
+            return pool.submit(peak_alone, setting, options).result()
+    except (torch.OutOfMemoryError, BrokenProcessPool):
         return None
 
 
-def interleaved(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Steps of all settings in turn."""
-    runs, rng = {setting: Run(setting, options) for setting in settings}, random.Random(0)
-    sizes = {setting: run.sizes() for setting, run in runs.items()}
-    for _ in range(options.rounds):
-        for setting in rng.sample(settings, len(settings)):
-            runs[setting].step()
-    return [record(setting, sizes[setting], run.steps, run.losses) for setting, run in runs.items()]
-
-
-def in_blocks(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Steps of one setting after the other, and then once more; none of a setting that does not fit alone."""
-    found = {setting: record(setting, {}, [], []) for setting in settings}
-    for setting in [*settings, *settings]:
+def take_turns(settings: Sequence[Setting], options: argparse.Namespace, blocks: bool) -> list[dict[str, Any]]:
+    """Steps of all settings in turn, or in two blocks of each. A setting that does not fit has none."""
+    records = {setting: {**asdict(setting), "bytes": {}, "losses": [], "steps": []} for setting in settings}
+    rng = random.Random(0)
+    for group in [[setting] for setting in settings] * 2 if blocks else [settings]:
         with contextlib.suppress(torch.OutOfMemoryError):
-            run = Run(setting, options)
-            sizes = run.sizes()
-            for _ in range(options.rounds // 2):
-                run.step()
-            found[setting] = record(setting, sizes, found[setting]["steps"] + run.steps, run.losses)
-        run = None
-        gc.collect()
-    return list(found.values())
+            runs = {setting: Run(setting, options) for setting in group}
+            for _ in range(options.rounds // (2 if blocks else 1)):
+                for setting in rng.sample(group, len(group)):
+                    runs[setting].step()
+            for setting, run in runs.items():
+                records[setting]["losses"] = [float(loss) for loss in run.losses]
+                records[setting]["bytes"] = run.sizes()
+                records[setting]["steps"] += run.steps
+        runs = None
+    return list(records.values())
 
 
-def record(
-    setting: Setting, sizes: dict[str, int], steps: list[dict[str, float]], losses: list[torch.Tensor]
-) -> dict[str, Any]:
-    """What was measured of a setting."""
-    seconds = {part: spread([step[part] for step in steps]) for part in PARTS}
-    return {**asdict(setting), "seconds": seconds, "bytes": sizes, "losses": [*map(float, losses)], "steps": steps}
-
-
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Median and quartiles."""
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Median and quartiles, `None` of less than two values."""
+    values = list(values)
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else None
     return dict(zip(("low", "median", "high"), quartiles, strict=True)) if quartiles else None
 
 
 def measure(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of the settings of one stage, each with its time as a quotient to another's."""
-    peaks, records = [peak(setting, options) for setting in settings], None
-    with contextlib.suppress(torch.OutOfMemoryError):
-        records = None if options.blocks else interleaved(settings, options)
-    how = "blocks" if records is None else "interleaved"
-    records = records or in_blocks(settings, options)
-    steps = {(row["variant"], row["checkpointing"]): row["steps"] for row in records}
-    for row, most in zip(records, peaks, strict=True):
-        row["bytes"]["peak"], row["measured"], row["time_to"] = most, how, {}
-        for name, other, checkpointing in (
+    blocks = options.blocks
+    records = take_turns(settings, options, blocks)
+    if not blocks and not any(row["steps"] for row in records):  # they don't fit beside each other
+        records, blocks = take_turns(settings, options, True), True
+    steps = {(row["variant"], row["checkpointing"]): row["steps"] for row in records if row["variant"] != "hft"}
+    for row in records:
+        row["measured"] = "blocks" if blocks else "interleaved"
+        row["seconds"] = {part: spread(step[part] for step in row["steps"]) for part in PARTS}
+        row["time_to"] = {}
+        for name, variant, word in (
             ("fft", "fft", row["checkpointing"]),
             ("fft_with_checkpointing", "fft", True),
             ("stock", "stock", row["checkpointing"]),
         ):
-            pairs = zip(row["steps"], steps.get((other, checkpointing), []), strict=False)
-            row["time_to"][name] = spread([ours["total"] / theirs["total"] for ours, theirs in pairs])
+            pairs = zip(row["steps"], steps.get((variant, word), []), strict=False)
+            row["time_to"][name] = spread(ours["total"] / theirs["total"] for ours, theirs in pairs)
     return records
 
 
-def tables(records: Sequence[dict[str, Any]]) -> Table:
+def table(records: Sequence[dict[str, Any]]) -> Table:
     """The records, a row each."""
-    table = Table("stage", "checkpointing", "variant", *PARTS, "quartiles", "to FFT", "to stock", *BYTES)
+    rows = Table("stage", "checkpointing", "variant", *PARTS, "quartiles", "to FFT", "to stock", *BYTES)
     for row in records:
-        name = f"{row['variant']} {row['ratio']:.0%}" if row["variant"] == "hft" else row["variant"]
-        seconds, times = row["seconds"], row["time_to"]
-        parts = [f"{seconds[part]['median']:.4f} s" if seconds[part] else "does not fit" for part in PARTS]
-        total = seconds["total"]
-        table.add_row(
-            row["stage"],
-            "on" if row["checkpointing"] else "off",
-            name,
-            *parts,
+        name = f"hft {row['ratio']:.0%}" if row["variant"] == "hft" else row["variant"]
+        total, times = row["seconds"]["total"], row["time_to"]
+        rows.add_row(
+            *(row["stage"], "on" if row["checkpointing"] else "off", name),
+            *(f"{row['seconds'][part]['median']:.4f} s" if total else "does not fit" for part in PARTS),
             f"{total['low']:.4f} {total['high']:.4f}" if total else "",
             *(f"{times[other]['median']:.3f}" if times[other] else "" for other in ("fft", "stock")),
             *("" if (size := row["bytes"].get(key)) is None else f"{size / 1e6:,.1f} MB" for key in BYTES),
         )
-    return table
+    return rows
 
 
-def machine(device: str) -> str:
+def machine() -> str:
     """Name of the GPU or the CPU."""
-    if device == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
@@ -340,30 +324,27 @@ def machine(device: str) -> str:
 
 
 def parse() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = {"type": lambda text: text.split(",")}
-    parser.add_argument("--shape", choices=SHAPES, default="1.5b" if torch.cuda.is_available() else "small")
-    for name in ("hidden", "intermediate", "layers", "vocab", "batch", "length"):
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small")
+    for name in SHAPES["small"]:
         parser.add_argument(f"--{name}", type=int, help="by default the shape's")
-    parser.add_argument("--dtype", help="of the weights; by default bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--stages", **words, default=list(STAGES))
-    parser.add_argument("--variants", **words, default=list(VARIANTS))
-    parser.add_argument("--checkpointing", **words, default=["off", "on"], help="activation checkpointing")
-    parser.add_argument("--ratios", type=lambda text: [float(word) for word in text.split(",")], help="SFT by ratio")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of the weights")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
+    parser.add_argument(
+        "--ratios", type=lambda text: [float(word) for word in text.split(",")], help="such as 0.1,0.5"
+    )
     parser.add_argument("--blocks", action="store_true", help="one variant after the other, twice")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    for name, known in (("stages", STAGES), ("variants", VARIANTS), ("checkpointing", ("off", "on"))):
-        if unknown := set(getattr(options, name)) - set(known):
-            parser.error(f"--{name}: {', '.join(sorted(unknown))}: choose from {', '.join(known)}")
-    if options.rounds < 2 or (options.rounds < 4 and options.blocks):
-        parser.error("--rounds: give at least 2, and at least 4 with --blocks")
+    if options.rounds < 2:
+        parser.error("--rounds: give at least 2")
     for name, value in SHAPES[options.shape].items():
-        if vars(options)[name] is None:
-            setattr(options, name, value)
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+        setattr(options, name, vars(options)[name] or value)
+    options.device = "cuda" if cuda else "cpu"
     return options
 
 
@@ -371,28 +352,30 @@ def main() -> None:
     options = parse()
     warnings.filterwarnings("ignore", category=FutureWarning)
     disable_progress_bars()
-    settings = [
+    gc.freeze()  # to look through all that is imported takes as long as a step
+    groups = [
         [Setting(stage, variant, word == "on") for word in options.checkpointing for variant in options.variants]
         for stage in options.stages
     ]
     if options.ratios:
-        settings = [[Setting("sft", "fft", False), *(Setting("sft", "hft", False, r) for r in options.ratios)]]
-    with tempfile.TemporaryDirectory() as options.folder, contextlib.redirect_stdout(sys.stderr):
-        records = [row for group in settings for row in measure(group, options)]
-    del options.folder
+        groups = [[Setting("sft", "fft", False), *(Setting("sft", "hft", False, ratio) for ratio in options.ratios)]]
     about = {
-        "machine": machine(options.device),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "environment": environment(),
-        "options": vars(options),
+        "options": dict(vars(options)),
     }
+    with tempfile.TemporaryDirectory() as options.folder, contextlib.redirect_stdout(sys.stderr):
+        # All peaks come first: a process that has trained keeps freed memory, which its children would use again.
+        peaks = [peak(setting, options) for group in groups for setting in group]
+        records = [row for group in groups for row in measure(group, options)]
+    for row, most in zip(records, peaks, strict=True):
+        row["bytes"]["peak"] = most
     if options.json:
-        for row in records:
-            del row["steps"]
         print(json.dumps({**about, "records": records}, indent=2))
     else:
-        Console(width=240).print(tables(records), about)
+        Console(width=240).print(table(records), about)
 
 
 if __name__ == "__main__":
