@@ -279,36 +279,32 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 
 def measure(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of the settings of one stage, each with its time as a quotient to another's."""
-    blocks = options.blocks
-    records = take_turns(settings, options, blocks)
+    records, blocks = take_turns(settings, options, options.blocks), options.blocks
     if not blocks and not any(row["steps"] for row in records):  # they don't fit beside each other
         records, blocks = take_turns(settings, options, True), True
     steps = {(row["variant"], row["checkpointing"]): row["steps"] for row in records if row["variant"] != "hft"}
     for row in records:
         row["measured"] = "blocks" if blocks else "interleaved"
         row["seconds"] = {part: spread(step[part] for step in row["steps"]) for part in PARTS}
-        row["time_to"] = {}
-        for name, variant, word in (
-            ("fft", "fft", row["checkpointing"]),
-            ("fft_with_checkpointing", "fft", True),
-            ("stock", "stock", row["checkpointing"]),
-        ):
-            pairs = zip(row["steps"], steps.get((variant, word), []), strict=False)
-            row["time_to"][name] = spread(ours["total"] / theirs["total"] for ours, theirs in pairs)
+        others = {"fft": ("fft", row["checkpointing"]), "fft_with_checkpointing": ("fft", True)}
+        others["stock"] = ("stock", row["checkpointing"])
+        pairs = {name: zip(row["steps"], steps.get(other, []), strict=False) for name, other in others.items()}
+        row["time_to"] = {name: spread(a["total"] / b["total"] for a, b in both) for name, both in pairs.items()}
     return records
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """The records, a row each."""
-    rows = Table("stage", "checkpointing", "variant", *PARTS, "quartiles", "to FFT", "to stock", *BYTES)
+    times = {"to FFT": "fft", "to FFT with checkpointing": "fft_with_checkpointing", "to stock": "stock"}
+    rows = Table("stage", "checkpointing", "variant", *PARTS, "quartiles", *times, *BYTES)
     for row in records:
         name = f"hft {row['ratio']:.0%}" if row["variant"] == "hft" else row["variant"]
-        total, times = row["seconds"]["total"], row["time_to"]
+        total, to = row["seconds"]["total"], row["time_to"]
         rows.add_row(
             *(row["stage"], "on" if row["checkpointing"] else "off", name),
             *(f"{row['seconds'][part]['median']:.4f} s" if total else "does not fit" for part in PARTS),
             f"{total['low']:.4f} {total['high']:.4f}" if total else "",
-            *(f"{times[other]['median']:.3f}" if times[other] else "" for other in ("fft", "stock")),
+            *(f"{to[other]['median']:.3f}" if to[other] else "" for other in times.values()),
             *("" if (size := row["bytes"].get(key)) is None else f"{size / 1e6:,.1f} MB" for key in BYTES),
         )
     return rows
@@ -335,7 +331,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
     parser.add_argument(
-        "--ratios", type=lambda text: [float(word) for word in text.split(",")], help="such as 0.1,0.5"
+        "--ratios", type=lambda text: [*map(float, text.split(","))], help="HFT in SFT, such as 0.1,0.5"
     )
     parser.add_argument("--blocks", action="store_true", help="one variant after the other, twice")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -375,7 +371,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({**about, "records": records}, indent=2))
     else:
-        Console(width=240).print(table(records), about)
+        Console(width=200).print(table(records), about)
 
 
 if __name__ == "__main__":

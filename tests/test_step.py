@@ -1,5 +1,7 @@
 """benchmarks/step.py: what it prints is whole, its variants take the same steps, and its bytes are those of HFT."""
 
+import argparse
+import importlib.util
 import json
 import math
 import subprocess
@@ -7,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "1", "--batch", "2", "--length", "16"]
@@ -108,3 +111,46 @@ def test_blocks_give_the_same_losses_as_turns(rows, by_ratio):
         assert len(row["steps"]) == 2  # one in each block, and the second block begins with a model of its own
     in_turn = rows["sft", False, "fft"]["losses"]
     assert by_ratio["fft", 0.5]["losses"] == in_turn[: len(in_turn) - 1]
+
+
+def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_no_time(monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmarks_step", ROOT / "benchmarks" / "step.py")
+    step = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, step)
+    spec.loader.exec_module(step)
+    alive = []
+
+    class OnASmallMachine:
+        """Takes the memory of one model, or of none for full fine-tuning, in the place of a real run."""
+
+        def __init__(self, setting, options):
+            if alive or setting.variant == "fft":
+                raise torch.OutOfMemoryError
+            alive.append(setting)
+            self.steps, self.losses = [], [torch.tensor(1.0)]
+
+        def step(self):
+            self.steps.append(dict.fromkeys(step.PARTS, 2.0))
+
+        def sizes(self):
+            alive.clear()  # the last that is asked of a run
+            return {"weight": 1}
+
+    monkeypatch.setattr(step, "Run", OnASmallMachine)
+    settings = [step.Setting("sft", variant, False) for variant in ("hft", "fft", "stock")]
+    clear = step.take_turns
+
+    def begin_empty(*arguments):
+        alive.clear()
+        return clear(*arguments)
+
+    monkeypatch.setattr(step, "take_turns", begin_empty)
+    ours, full, stock = step.measure(settings, argparse.Namespace(rounds=4, blocks=False))
+    assert {row["measured"] for row in (ours, full, stock)} == {"blocks"}
+    assert [len(row["steps"]) for row in (ours, full, stock)] == [4, 0, 4]
+    assert full["seconds"]["total"] is None
+    assert ours["time_to"]["fft"] is None
+    assert ours["time_to"]["stock"]["median"] == 1.0
+    for row in (ours, full, stock):
+        row["bytes"]["peak"] = None
+    assert step.table([ours, full, stock]).row_count == 3
