@@ -293,21 +293,25 @@ def measure(settings: Sequence[Setting], options: argparse.Namespace) -> list[di
     return records
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """The records, a row each."""
-    times = {"to FFT": "fft", "to FFT with checkpointing": "fft_with_checkpointing", "to stock": "stock"}
-    rows = Table("stage", "checkpointing", "variant", *PARTS, "quartiles", *times, *BYTES)
+def tables(records: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
+    """Seconds and bytes of the records, a row each."""
+    name = ("stage", "checkpointing", "variant")
+    quotients = {"to FFT": "fft", "to FFT, checkpointing on": "fft_with_checkpointing", "to stock": "stock"}
+    times = Table(*name, *PARTS, "quartiles", *quotients, "measured", title="seconds")
+    sizes = Table(*name, *BYTES, title="MB")
     for row in records:
-        name = f"hft {row['ratio']:.0%}" if row["variant"] == "hft" else row["variant"]
+        share = f" {row['ratio']:.0%}" if row["variant"] == "hft" else ""
+        name = (row["stage"], "on" if row["checkpointing"] else "off", row["variant"] + share)
         total, to = row["seconds"]["total"], row["time_to"]
-        rows.add_row(
-            *(row["stage"], "on" if row["checkpointing"] else "off", name),
-            *(f"{row['seconds'][part]['median']:.4f} s" if total else "does not fit" for part in PARTS),
+        times.add_row(
+            *name,
+            *(f"{row['seconds'][part]['median']:.4f}" if total else "does not fit" for part in PARTS),
             f"{total['low']:.4f} {total['high']:.4f}" if total else "",
-            *(f"{to[other]['median']:.3f}" if to[other] else "" for other in times.values()),
-            *("" if (size := row["bytes"].get(key)) is None else f"{size / 1e6:,.1f} MB" for key in BYTES),
+            *(f"{to[other]['median']:.3f}" if to[other] else "" for other in quotients.values()),
+            row["measured"],
         )
-    return rows
+        sizes.add_row(*name, *("" if row["bytes"].get(k) is None else f"{row['bytes'][k] / 1e6:,.1f}" for k in BYTES))
+    return times, sizes
 
 
 def machine() -> str:
@@ -371,7 +375,7 @@ def main() -> None:
     if options.json:
         print(json.dumps({**about, "records": records}, indent=2))
     else:
-        Console(width=200).print(table(records), about)
+        Console(width=160).print(*tables(records), about)
 
 
 if __name__ == "__main__":
