@@ -1,0 +1,382 @@
+"""
+Time and memory of a training step: full fine-tuning, HFT, and what to hold them against.
+
+```bash
+python benchmarks/step.py                                        # a small Llama on a CPU, one of 1.5B on a GPU
+python benchmarks/step.py --json                                 # one JSON object, and nothing else, on stdout
+python benchmarks/step.py --ratios 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0   # the paper's efficiency table
+python benchmarks/step.py --shape 7b --stages sft --batch 1      # random weights, made on the device
+```
+
+`fft` and `lora` are TRL's own trainers, `hft` is ours as a recipe runs it, `stock` is TRL's own trainer with the very
+mask of `hft`, so that the two differ by what our trainer adds to a step. All have the same tokens and start weights.
+
+A step is an epoch of one batch in the trainer's own loop, callbacks and all. All variants of a stage take turns, in an
+order shuffled anew for each round, so that whatever else the machine does falls on all alike; where they don't fit beside
+each other, they run one after the other and then once more (A B A B). Seconds are medians with quartiles. A quotient is
+the median over the rounds of the quotient of the two steps of one round.
+"""
+
+import argparse
+import contextlib
+import datetime
+import gc
+import json
+import multiprocessing
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, reference, select
+from hft_trl.chat import load_tokenizer
+from hft_trl.measure import peak_memory, reset_peak_memory
+from hft_trl.report import environment
+
+# The head holds 2 to 5 % as many weights as the layers, as in models of several billion parameters.
+SHAPES = {
+    "small": {"hidden": 384, "intermediate": 1024, "layers": 8, "heads": 6, "vocab": 1024, "batch": 4, "length": 128},
+    "1.5b": {
+        "hidden": 2048,
+        "intermediate": 5504,
+        "layers": 28,
+        "heads": 16,
+        "vocab": 32000,
+        "batch": 4,
+        "length": 2048,
+    },
+    "7b": {
+        "hidden": 4096,
+        "intermediate": 11008,
+        "layers": 32,
+        "heads": 32,
+        "vocab": 32000,
+        "batch": 1,
+        "length": 2048,
+    },
+}
+STAGES = ("sft", "dpo")
+VARIANTS = ("fft", "hft", "stock", "lora")
+PARTS = ("forward", "backward", "optimizer", "total")
+BYTES = ("weight", "reference", "trained", "saved", "gradient", "optimizer", "peak")
+WARM_UP, MANY = 2, 10**6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one column of steps runs: `ratio` counts for `hft` and `stock`."""
+
+    stage: str
+    variant: str
+    checkpointing: bool
+    ratio: float = 0.5
+
+
+def build(options: argparse.Namespace) -> PreTrainedModel:
+    """The start model, the same at every call, made on the device."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=options.layers,
+        num_attention_heads=options.heads, vocab_size=options.vocab, max_position_embeddings=options.length,
+    )  # fmt: skip
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+
+
+def make_trainer(setting: Setting, options: argparse.Namespace) -> SFTTrainer | DPOTrainer:
+    """The stage's trainer, on a model of its own."""
+    cpu, ours, sft = options.device == "cpu", setting.variant == "hft", setting.stage == "sft"
+    args = (SFTConfig if sft else DPOConfig)(
+        options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=options.batch, max_length=options.length,
+        max_steps=MANY, lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True, gradient_checkpointing=setting.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        # What a recipe adds to a step beside the trainer itself
+        enable_jit_checkpoint=ours, include_num_input_tokens_seen="non_padding" if ours else "no",
+    )  # fmt: skip
+    row = {"text": "a"} if sft else {"prompt": "a", "chosen": "b", "rejected": "c"}  # the batches are not made of it
+    given: dict[str, Any] = {"model": build(options), "args": args, "train_dataset": Dataset.from_list([row])}
+    given["processing_class"] = load_tokenizer(str(demo.MODEL))
+    half = HFTConfig(ratio=setting.ratio)
+    if ours:
+        return (HFTSFTTrainer if sft else HFTDPOTrainer)(**given, hft_config=half)
+    if setting.variant == "lora":
+        given["peft_config"] = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    elif not sft:
+        given["ref_model"] = build(options)
+    if setting.variant == "stock":
+        select(given["model"], half).apply(given["model"])
+    return (SFTTrainer if sft else DPOTrainer)(**given)
+
+
+def examples(setting: Setting, options: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """A batch of random tokens, always the same; of a pair, the first half is the prompt."""
+    rng = random.Random(0)
+    draw = [[rng.randrange(options.vocab) for _ in range(options.length)] for _ in range(2 * options.batch)]
+    if setting.stage == "sft":
+        return [{"input_ids": ids} for ids in draw[: options.batch]]
+    cut = options.length // 2
+    pairs = zip(draw[: options.batch], draw[options.batch :], strict=True)
+    return [{"prompt_ids": a[:cut], "chosen_ids": a[cut:], "rejected_ids": b[cut:]} for a, b in pairs]
+
+
+class Ready(Exception):
+    """Raised where a trainer would begin its first epoch."""
+
+
+class Run:
+    """A trainer that has begun to train, ready for one step after another."""
+
+    def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
+        gc.collect()  # a trainer that is not used any more holds itself
+        self.cuda = options.device == "cuda"
+        self.trainer = trainer = make_trainer(setting, options)
+        self.steps: list[dict[str, float]] = []
+        self.losses: list[torch.Tensor] = []
+        batch = trainer.data_collator(examples(setting, options))
+        self.epoch = {"train_dataloader": [batch], "steps_in_epoch": 1, "num_update_steps_per_epoch": 1}
+        trainer._run_epoch = self._begin  # `train` prepares everything, and this takes over where its epochs begin
+        with contextlib.suppress(Ready):
+            trainer.train()
+        del trainer._run_epoch
+        trainer.control = trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        trainer.compute_loss = self._timed("forward", trainer.compute_loss)
+        trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
+        for _ in range(WARM_UP):
+            self.step()
+        self.steps.clear()
+
+    def _begin(self, **arguments: Any) -> None:
+        self.epoch = {**arguments, **self.epoch}
+        raise Ready
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _timed(self, part: str, method: Callable[..., torch.Tensor | None]) -> Callable[..., torch.Tensor | None]:
+        def timed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            start = self._now()
+            result = method(*args, **kwargs)
+            self.spent[part] += self._now() - start
+            if part == "forward":
+                self.losses.append(result.detach())
+            return result
+
+        return timed
+
+    def step(self) -> None:
+        """One epoch of one batch in the trainer's own loop; what is neither forward nor backward is the optimizer's."""
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        start = self._now()
+        self.trainer._run_epoch(**self.epoch)
+        self.spent["total"] = self._now() - start
+        self.spent["optimizer"] = self.spent["total"] - self.spent["forward"] - self.spent["backward"]
+        self.steps.append(dict(self.spent))
+
+    def sizes(self) -> dict[str, int]:
+        """
+        Bytes of what a step needs, by a forward and backward pass that changes nothing.
+
+        `saved` is what the forward pass keeps for the backward pass, parameters left out, each storage once.
+        """
+        trainer, model = self.trainer, self.epoch["model"]
+        parameters = list(model.parameters())
+        weights, kept = {p.untyped_storage().data_ptr() for p in parameters}, {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        inputs = trainer._prepare_inputs(self.epoch["train_dataloader"][0])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, inputs)
+            saved = sum(kept.values())
+        trainer.accelerator.backward(loss)
+        own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
+        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+        sizes = {
+            "weight": sum(p.nbytes for p in parameters),
+            "reference": reference.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
+            "trained": sum(p.nbytes for p in trained),
+            "saved": saved,
+            "gradient": sum(p.grad.nbytes for p in trained if p.grad is not None),
+            "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+            "trained_tensors": len(trained),
+        }
+        model.zero_grad()
+        return sizes
+
+
+def peak_alone(setting: Setting, options: argparse.Namespace) -> int:
+    """Peak bytes of a step over what the process held before the model was built."""
+    tiny = {"hidden": 64, "intermediate": 64, "layers": 1, "heads": 1, "batch": 1, "length": 8}
+    Run(setting, argparse.Namespace(**{**vars(options), **tiny}))  # so that no import counts
+    reset_peak_memory()
+    before = peak_memory()
+    run = Run(setting, options)
+    reset_peak_memory()
+    run.step()
+    return peak_memory() - before
+
+
+def peak(setting: Setting, options: argparse.Namespace) -> int | None:
+    """The setting's [`peak_alone`], on a CPU in a child process of its own; `None` where it does not fit."""
+    try:
+        if options.device == "cuda":
+            return peak_alone(setting, options)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:  # all is imported in a fork
+            return pool.submit(peak_alone, setting, options).result()
+    except (torch.OutOfMemoryError, BrokenProcessPool):
+        return None
+
+
+def take_turns(settings: Sequence[Setting], options: argparse.Namespace, blocks: bool) -> list[dict[str, Any]]:
+    """Steps of all settings in turn, or in two blocks of each. A setting that does not fit has none."""
+    records = {setting: {**asdict(setting), "bytes": {}, "losses": [], "steps": []} for setting in settings}
+    rng = random.Random(0)
+    for group in [[setting] for setting in settings] * 2 if blocks else [settings]:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            runs = {setting: Run(setting, options) for setting in group}
+            for _ in range(options.rounds // (2 if blocks else 1)):
+                for setting in rng.sample(group, len(group)):
+                    runs[setting].step()
+            for setting, run in runs.items():
+                records[setting]["losses"] = [float(loss) for loss in run.losses]
+                records[setting]["bytes"] = run.sizes()
+                records[setting]["steps"] += run.steps
+        runs = None
+    return list(records.values())
+
+
+def spread(values: Iterable[float]) -> dict[str, float] | None:
+    """Median and quartiles, `None` of less than two values."""
+    values = list(values)
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else None
+    return dict(zip(("low", "median", "high"), quartiles, strict=True)) if quartiles else None
+
+
+def measure(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Records of the settings of one stage, each with its time as a quotient to another's."""
+    records, blocks = take_turns(settings, options, options.blocks), options.blocks
+    if not blocks and not any(row["steps"] for row in records):  # they don't fit beside each other
+        records, blocks = take_turns(settings, options, True), True
+    steps = {(row["variant"], row["checkpointing"]): row["steps"] for row in records if row["variant"] != "hft"}
+    for row in records:
+        row["measured"] = "blocks" if blocks else "interleaved"
+        row["seconds"] = {part: spread(step[part] for step in row["steps"]) for part in PARTS}
+        others = {"fft": ("fft", row["checkpointing"]), "fft_with_checkpointing": ("fft", True)}
+        others["stock"] = ("stock", row["checkpointing"])
+        pairs = {name: zip(row["steps"], steps.get(other, []), strict=False) for name, other in others.items()}
+        row["time_to"] = {name: spread(a["total"] / b["total"] for a, b in both) for name, both in pairs.items()}
+    return records
+
+
+def tables(records: Sequence[dict[str, Any]]) -> tuple[Table, Table]:
+    """Seconds and bytes of the records, a row each."""
+    name = ("stage", "checkpointing", "variant")
+    quotients = {"to FFT": "fft", "to FFT, checkpointing on": "fft_with_checkpointing", "to stock": "stock"}
+    times = Table(*name, *PARTS, "quartiles", *quotients, "measured", title="seconds")
+    sizes = Table(*name, *BYTES, title="MB")
+    for row in records:
+        share = f" {row['ratio']:.0%}" if row["variant"] == "hft" else ""
+        name = (row["stage"], "on" if row["checkpointing"] else "off", row["variant"] + share)
+        total, to = row["seconds"]["total"], row["time_to"]
+        times.add_row(
+            *name,
+            *(f"{row['seconds'][part]['median']:.4f}" if total else "does not fit" for part in PARTS),
+            f"{total['low']:.4f} {total['high']:.4f}" if total else "",
+            *(f"{to[other]['median']:.3f}" if to[other] else "" for other in quotients.values()),
+            row["measured"],
+        )
+        sizes.add_row(*name, *("" if row["bytes"].get(k) is None else f"{row['bytes'][k] / 1e6:,.1f}" for k in BYTES))
+    return times, sizes
+
+
+def machine() -> str:
+    """Name of the GPU or the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else "unknown CPU"
+
+
+def parse() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small")
+    for name in SHAPES["small"]:
+        parser.add_argument(f"--{name}", type=int, help="by default the shape's")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of the weights")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
+    parser.add_argument(
+        "--ratios", type=lambda text: [*map(float, text.split(","))], help="HFT in SFT, such as 0.1,0.5"
+    )
+    parser.add_argument("--blocks", action="store_true", help="one variant after the other, twice")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: give at least 2")
+    for name, value in SHAPES[options.shape].items():
+        setattr(options, name, vars(options)[name] or value)
+    options.device = "cuda" if cuda else "cpu"
+    return options
+
+
+def main() -> None:
+    options = parse()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bars()
+    gc.freeze()  # to look through all that is imported takes as long as a step
+    groups = [
+        [Setting(stage, variant, word == "on") for word in options.checkpointing for variant in options.variants]
+        for stage in options.stages
+    ]
+    if options.ratios:
+        groups = [[Setting("sft", "fft", False), *(Setting("sft", "hft", False, ratio) for ratio in options.ratios)]]
+    about = {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "environment": environment(),
+        "options": dict(vars(options)),
+    }
+    with tempfile.TemporaryDirectory() as options.folder, contextlib.redirect_stdout(sys.stderr):
+        # All peaks come first: a process that has trained keeps freed memory, which its children would use again.
+        peaks = [peak(setting, options) for group in groups for setting in group]
+        records = [row for group in groups for row in measure(group, options)]
+    for row, most in zip(records, peaks, strict=True):
+        row["bytes"]["peak"] = most
+    if options.json:
+        print(json.dumps({**about, "records": records}, indent=2))
+    else:
+        Console(width=160).print(*tables(records), about)
+
+
+if __name__ == "__main__":
+    main()
