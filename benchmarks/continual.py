@@ -49,7 +49,8 @@ MEASURED = {
     "bwt_t_minus_1": "BWT (t - 1)",
     "knowledge": "knowledge",
 }
-ADAPTER_FLAGS = ("--sft.learning_rate", "2e-3")  # ten times that of the model's own weights, as is usual
+# The lowest of 5e-4, 1e-3 and 2e-3 at which every task was learned (seed 11), as 2e-4 is for the model's own weights.
+ADAPTER_FLAGS = ("--sft.learning_rate", "1e-3")
 COLOURS = {"fft": ORANGE, "hft": BLUE, "": GREY}
 
 
