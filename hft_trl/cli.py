@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from hft_trl.commands import continual, evaluation, files, plan
-from hft_trl.commands.shared import given, quiet, setting
+from hft_trl.commands.shared import Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
 from hft_trl.errors import exit_on_user_error
@@ -69,10 +69,8 @@ def select_command(
     train_embeddings: Annotated[bool | None, setting("train_embeddings")] = None,
     train_lm_head: Annotated[bool | None, setting("train_lm_head")] = None,
     train_final_norm: Annotated[bool | None, setting("train_final_norm")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,12 @@ from hft_trl.config import HFTConfig
 
 if TYPE_CHECKING:
     from typer.models import OptionInfo
+
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")
+]
 
 
 def setting(name: str, text: str | None = None) -> "OptionInfo":
