@@ -121,12 +121,12 @@ class ContinualRecipe:
         Raises:
             [`HFTError`]: If the folder of the run can't be written, or the model can't have the adapter asked for.
         """
-        output, stages = Path(self.run.output_dir), []
+        output, stages, contents = Path(self.run.output_dir), [], {}
         for number, planned in enumerate(rounds):
             rows = [row._asdict() for row in planned.rows]
             memory = [{"task": task, **row._asdict()} for task, kept in planned.memories.items() for row in kept]
             files = [rows_file(output, planned.name, rows), rows_file(output, planned.name, memory, "-memory")]
-            by_first_process(partial(_write_rows, output, dict(zip(files, (rows, memory), strict=True))))
+            contents |= dict(zip(files, (rows, memory), strict=True))
             args, model = self.arguments(output / planned.name, planned.epochs), self.model
             start = output / planned.start if planned.start is not None else None
             hft, adapter = self.hft, None
@@ -140,6 +140,7 @@ class ContinualRecipe:
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             stage = make_stage(planned.name, model, DataArguments(str(files[0])), args, hft, adapter=adapter)
             stages.append(dataclasses.replace(stage, memory=files[1] if memory else None))
+        by_first_process(partial(_write_rows, output, contents))
         if self.run.approach in ADAPTERS:
             _check_adapter(stages[0])
         return stages
