@@ -37,6 +37,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+}
+"""Arguments of a trainer that takes a few steps and leaves nothing behind."""
+
+
 def tiny_llama(vocab_size: int, **overrides) -> LlamaForCausalLM:
     """A Llama with grouped-query attention, small enough to train in a test."""
     settings = {

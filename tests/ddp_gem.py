@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import conftest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
@@ -14,15 +15,7 @@ from hft_trl.continual.tasks import Row
 from hft_trl.continual.text import encode
 
 QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
+    **conftest.QUIET,
     "learning_rate": 0.3,
     "optim": "sgd",
     "lr_scheduler_type": "constant",

@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import tiny_llama
@@ -18,18 +19,7 @@ from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer,
 from hft_trl.chat import load_tokenizer
 from hft_trl.data import preference_dataset, sft_dataset
 
-QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-}
+QUIET = {**conftest.QUIET, "learning_rate": 1e-2}
 
 
 def sft_trainer(kind, model, tulu, folder, hft=None, **settings):
