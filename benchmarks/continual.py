@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hft_trl import HFTError, exit_on_user_error
+from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.demo.trials import Scores, settle_settings
 from hft_trl.demo.verdicts import check_tests, compare, difference_cells, mean_cell
 from hft_trl.report import environment
@@ -117,7 +118,7 @@ def read(output: Path, runs: Iterable[Run]) -> Scores:
             if found_in != (*run, seed):
                 raise HFTError(f"{path} holds scores of {found_in}: remove it, and run the same command again.")
             values = {key: content[key][-1] for key in ("op", "bwt", "bwt_t_minus_1")}
-            if run.approach in ("multitask", "individual"):  # no task comes after another in one model
+            if run.approach in WITHOUT_TRANSFER:
                 values["bwt"] = values["bwt_t_minus_1"] = None
             values["knowledge"] = content["probes"].get(content["rounds"][-1]["name"], {}).get("knowledge")
             found.setdefault(run.name, {})[seed] = {k: v for k, v in values.items() if v is not None}

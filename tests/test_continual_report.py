@@ -40,6 +40,12 @@ def test_the_matrix_is_shown_with_what_is_not_yet_seen_left_out():
     assert grid.rows == [["round-1", "80.0", "-", "80.0", "+0.0"], ["round-2", "60.5", "40.0", "50.2", "-9.8"]]
 
 
+def test_where_no_task_comes_after_another_there_is_no_transfer(tmp_path):
+    scores = scores_of("individual", matrix=((80.0,), (80.0, 40.0)))
+    assert [row[-1] for row in score_grid(scores).rows] == ["-", "-"]
+    assert "OP 50.2, BWT - after" in write_report(save(tmp_path / "a", approach="individual")).read_text()
+
+
 def test_forgetting_is_the_change_since_a_tasks_own_round():
     rows = forgetting_grid(scores_of()).rows
     assert rows == [["A", "accuracy", "80.0", "60.5", "-19.5"], ["B", "accuracy", "40.0", "40.0", "+0.0"]]

@@ -1,17 +1,14 @@
 """Pictures of continual runs: the matrix of scores as a heat map, overall performance and backward transfer as curves."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hft_trl.continual.tables import run_name
-from hft_trl.report.plots import STAGE_COLOURS
+from hft_trl.continual.tables import Scores, run_name
+from hft_trl.report.plots import STAGE_COLOURS, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Scores = dict[str, Any]
-"""What `scores.json` holds."""
 
 
 def matrix_figure(scores: Scores) -> "Figure":
@@ -81,7 +78,7 @@ def _lines(axes: "Axes", values: Mapping[str, list[float]]) -> None:
         style = ("-", "--", ":")[number // len(STAGE_COLOURS) % 3]
         # A run of one round, all tasks pooled, is a level to compare with.
         if len(line) == 1:
-            axes.axhline(line[0], color=colour, linestyle="--", label=name.replace("$", r"\$"))
+            axes.axhline(line[0], color=colour, linestyle="--", label=plain(name))
         else:
             axes.plot(
                 range(1, len(line) + 1),
@@ -90,7 +87,7 @@ def _lines(axes: "Axes", values: Mapping[str, list[float]]) -> None:
                 marker="o",
                 markersize=3.5,
                 color=colour,
-                label=name.replace("$", r"\$"),
+                label=plain(name),
             )
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils import logging
 from trl import SFTConfig
@@ -18,7 +18,7 @@ from hft_trl.continual.evaluate import check_lengths
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
 from hft_trl.continual.plan import rows_file
-from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Approach, Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
@@ -57,9 +57,7 @@ class ContinualArguments(RunArguments):
 
     benchmark: str | None = dataclasses.field(default=None, metadata={"help": "TRACE's folder, or demo."})
     tasks: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with tasks of your own."})
-    approach: Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"] = dataclasses.field(
-        default="sequential", metadata={"help": "How the tasks are learned."}
-    )
+    approach: Approach = dataclasses.field(default="sequential", metadata={"help": "How the tasks are learned."})
     replay_share: float = dataclasses.field(
         default=0.1, metadata={"help": "Share of each earlier task's rows that replay mixes in."}
     )

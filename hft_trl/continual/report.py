@@ -6,7 +6,7 @@ from typing import Any
 
 from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid
+from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid, transfer
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.report.markdown import table
@@ -32,7 +32,7 @@ def _markdown(scores: dict[str, Any]) -> str:
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
-        f"OP {scores['op'][-1]:.1f}, BWT {scores['bwt'][-1]:+.1f} after the last of {len(scores['rounds'])} rounds.",
+        f"OP {scores['op'][-1]:.1f}, BWT {transfer(scores)} after the last of {len(scores['rounds'])} rounds.",
         "## Scores",
         table(score_grid(scores)),
         "![Score on each task after each round](matrix.png)",
@@ -71,8 +71,8 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     if twice is not None:
         raise HFTError(f"{twice} is given twice: name each run once.")
     runs = {folder: _scores(Path(folder)) for folder in folders}
-    first, *others = runs.items()
-    for name, scores in (first, *others):
+    first = next(iter(runs.items()))
+    for name, scores in runs.items():
         if len(scores["matrix"][-1]) < len(scores["tasks"]):
             raise HFTError(
                 f"{name} has {len(scores['matrix'])} rounds of {len(scores['tasks'])} tasks: finish it first."

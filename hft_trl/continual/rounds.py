@@ -3,12 +3,15 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hft_trl.continual.tasks import Row, Task
 
-APPROACHES = ("sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual")
+Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
 ADAPTERS = ("lora", "o_lora")
 """Approaches that learn an adapter, so there is no half of the model to draw."""
+WITHOUT_TRANSFER = ("multitask", "individual")
+"""Approaches in which no task comes after another one in the same model, so that none can be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Round:
 
 
 def plan_rounds(
-    approach: str,
+    approach: Approach,
     tasks: Sequence[Task],
     general: Sequence[Row] = (),
     replay_share: float = 0.1,
@@ -47,8 +50,8 @@ def plan_rounds(
     The rounds of an approach.
 
     Args:
-        approach (`str`):
-            One of [`APPROACHES`]. `"sequential"` learns one task after the other, each from the last one's model.
+        approach (`Approach`):
+            `"sequential"` learns one task after the other, each from the last one's model.
             `"gem"` does, and no step may raise the loss on a memory of each earlier task (see [`GEMTrainer`]).
             `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"lora"` and
             `"o_lora"` learn the rows of sequential, in one adapter or in one per round. `"multitask"` learns

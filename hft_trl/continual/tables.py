@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hft_trl.report.tables import Grid
+from hft_trl.continual.rounds import WITHOUT_TRANSFER
+from hft_trl.report.tables import NONE, Grid
 
-NONE = "-"
 Scores = dict[str, Any]
 """What `scores.json` holds."""
 
@@ -15,13 +15,19 @@ def run_name(scores: Scores) -> str:
     return scores["approach"] + (f", {scores['method'].upper()}" if scores["method"] else "")
 
 
+def transfer(scores: Scores, number: int = -1) -> str:
+    """Backward transfer after a round, as a table shows it."""
+    return NONE if scores["approach"] in WITHOUT_TRANSFER else f"{scores['bwt'][number]:+.1f}"
+
+
 def score_grid(scores: Scores) -> Grid:
     """The matrix with OP and BWT: a row per round, a column per task."""
     rows = []
-    for planned, row, op, bwt in zip(scores["rounds"], scores["matrix"], scores["op"], scores["bwt"], strict=True):
+    rounds = zip(scores["rounds"], scores["matrix"], scores["op"], strict=True)
+    for number, (planned, row, op) in enumerate(rounds):
         cells = [f"{score:.1f}" for score in row]
         empty = [NONE] * (len(scores["tasks"]) - len(row))
-        rows.append([planned["name"], *cells, *empty, f"{op:.1f}", f"{bwt:+.1f}"])
+        rows.append([planned["name"], *cells, *empty, f"{op:.1f}", transfer(scores, number)])
     return Grid(f"{run_name(scores)}: scores from 0 to 100", ["after", *scores["tasks"], "OP", "BWT"], rows)
 
 
@@ -52,9 +58,7 @@ def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
         if open_row is None:
             open_row = {"approach": scores["approach"], "runs": []}
             rows.append(open_row)
-        # Where every task has a model of its own, or all are learned at once, none comes after another.
-        bwt = f"{scores['bwt'][-1]:+.1f}" if scores["approach"] not in ("multitask", "individual") else NONE
-        open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", bwt
+        open_row[scores["method"]] = f"{scores['op'][-1]:.1f}", transfer(scores)
         open_row["runs"].append(name)
     empty = (NONE, NONE)
     columns = {"fft": "FFT", "hft": "HFT"}
