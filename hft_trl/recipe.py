@@ -107,11 +107,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
     values, flags = read_sections(argv, default_config, SECTIONS)
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
-    if run.evaluate and model.trust_remote_code:
-        raise HFTError(
-            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
-            "repository: leave one of them out."
-        )
+    check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     stages = {}
     for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
@@ -127,6 +123,20 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(run, **stages)
+
+
+def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
+    """
+    Check that what a run is to be evaluated with can be run on its models.
+
+    Raises:
+        [`HFTError`]: If the models need code of their repository.
+    """
+    if run.evaluate and model.trust_remote_code:
+        raise HFTError(
+            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
+            "repository: leave one of them out."
+        )
 
 
 def parse_stage(

@@ -25,7 +25,7 @@ from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Adapter, Stage, make_stage
+from hft_trl.recipe import Adapter, Stage, check_evaluation, make_stage
 from hft_trl.sections import answer_help, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
@@ -215,11 +215,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     if run.gem_memory < 1:
         raise HFTError(f"gem_memory is {run.gem_memory!r}: it must be at least 1, the rows kept of each earlier task.")
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
-    if run.evaluate and model.trust_remote_code:
-        raise HFTError(
-            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
-            "repository: leave one of them out."
-        )
+    check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     if run.approach in ADAPTERS:
