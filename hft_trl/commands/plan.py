@@ -65,6 +65,8 @@ def plan_command(
     A step is traced without weights, for full and half fine-tuning.
     """
     memory = parse_memory(gpu_memory)
+    if gpus > 8 and gpus % 8:
+        raise HFTError(f"--gpus is {gpus}: beyond one machine of 8 give a multiple of 8.")
     settings = given(ratio=ratio, strategy=strategy, seed=seed, frozen_dtype=frozen_dtype)
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():

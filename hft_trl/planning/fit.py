@@ -33,6 +33,8 @@ class Task:
         global_batch (`int`): Rows (pairs) of an optimizer step.
         storage ([`Storage`]): Types of weights and optimizer.
         layouts (`tuple[str, ...]`): Launch configurations to choose from, the best first.
+        autocast (`bool`, *optional*, defaults to `True`): Whether there is mixed precision.
+        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
 
     Raises:
         [`HFTError`]: If numbers don't fit each other.
@@ -45,6 +47,8 @@ class Task:
     global_batch: int
     storage: Storage = field(default_factory=Storage)
     layouts: tuple[str, ...] = ()
+    autocast: bool = True
+    device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
         for name in ("gpus", "sequence_length", "global_batch"):
@@ -56,8 +60,6 @@ class Task:
             raise HFTError(
                 f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
             )
-        if self.gpus > 8 and self.gpus % 8:
-            raise HFTError(f"--gpus is {self.gpus}: beyond one machine of 8 give a multiple of 8.")
         if not self.layouts:
             object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else ("ddp", "fsdp2"))
         for name in self.layouts:
@@ -227,8 +229,9 @@ class Planner:
             task.sequence_length,
             DTYPES[dtype],
             DTYPES[frozen] if frozen else None,
-            layout.autocast,
+            layout.autocast and task.autocast,
             checkpointed,
+            task.device,
         )
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
