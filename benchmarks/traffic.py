@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import DPOConfig, SFTConfig
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "processes"))  # FSDP on a CPU, which accelerate itself doesn't do
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/processes"))  # FSDP on a CPU, which accelerate refuses to do
 import fsdp_on_cpu
 from launch import on_cpu
 
@@ -66,6 +67,7 @@ OPERATIONS = {
     "all_reduce": ("all-reduce", 2),
     "broadcast_": ("broadcast", 1),
 }
+SILENT = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # carry no tensor from process to process
 KINDS = sorted({kind for kind, _ in OPERATIONS.values()})
 
 
@@ -76,13 +78,15 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.processes, self.on, self.received = processes, False, Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ARG002 (torch's signature)
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if DTensor in types:
             return NotImplemented  # so that it runs its own operations, which come here one by one
         result = func(*args, **(kwargs or {}))
         namespace, _, name = func.name().partition("::")
         name = name.partition(".")[0]
-        if self.on and namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
+        if self.on and namespace in ("c10d", "_c10d_functional") and name not in SILENT:
             kind, times = OPERATIONS[name]
             whole = result if name == "all_gather_into_tensor" else args[1 if "scatter" in name else 0]
             self.received[kind] += times * size(whole) * (self.processes - 1) // self.processes
@@ -195,7 +199,9 @@ def work(options: argparse.Namespace) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=140)
-    table = Table("processes", "stage", "variant", *KINDS, "all", "all-gather to HFT", "last loss", title="kB received in a step")
+    table = Table(
+        "processes", "stage", "variant", *KINDS, "all", "all-gather to HFT", "last loss", title="kB received in a step"
+    )
     for row in result["counted"]:
         (hft,) = (other for other in result["counted"] if other["variant"] == "HFT" and same(row, other))
         numbers = [*(row["received"][kind] for kind in KINDS), sum(row["received"].values())]
@@ -206,14 +212,23 @@ def show(result: dict[str, Any]) -> None:
             *(f"{quotient:.3f}", repr(row["losses"][-1])),
         )
     console.print(table)
-    table = Table("model", "stage", "variant", "layers", "rest", "all", "to HFT", title="MB of weights gathered in a step, by shapes")
+    table = Table(
+        "model",
+        "stage",
+        "variant",
+        "layers",
+        "rest",
+        "all",
+        "to HFT",
+        title="MB of weights gathered in a step, by shapes",
+    )
     for row in result["computed"]:
         (hft,) = (other for other in result["computed"] if other["variant"] == "HFT" and same(row, other))
         everything, theirs = row["layers"] + row["rest"], hft["layers"] + hft["rest"]
         numbers = (f"{number / 1e6:,.3f}" for number in (row["layers"], row["rest"], everything))
         table.add_row(row["model"], row["stage"].upper(), row["variant"], *numbers, f"{everything / theirs:.3f}")
     console.print(table)
-    memory = {name: f"{size / 1e9:.2f} GB" for name, size in result["frozen_half"].items()}
+    memory = {name: f"{number / 1e9:.2f} GB" for name, number in result["frozen_half"].items()}
     console.print(
         f"The frozen half of {SEVEN_B} in bfloat16 on each of {GPUS} GPUs: {memory['sharded']} sharded, {memory['whole']} whole."
     )

@@ -71,7 +71,9 @@ def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn
     return [parameter for name, parameter in model.named_parameters() if name in frozen and id(parameter) not in kept]
 
 
-def check(accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]) -> None:
+def check(
+    accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]
+) -> None:
     """
     Refuse to leave parameters whole that could not be computed with, or that are not the same in every process.
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tulu_row, ultrafeedback_row
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
-from hft_trl.config import STORAGE
 from hft_trl.chat import load_tokenizer
+from hft_trl.config import STORAGE
 from hft_trl.data import preference_dataset, sft_dataset
 from hft_trl.reference import memory
 
