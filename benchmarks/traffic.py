@@ -53,7 +53,7 @@ from hft_trl.selection import find_units
 VARIANTS = {
     "FFT": {"method": "fft"},
     "HFT": {},
-    "HFT, frozen half replicated": {"replicate_frozen": True},
+    "HFT, replicated": {"replicate_frozen": True},
 }
 GLOBAL_BATCH = 8
 SEVEN_B, GPUS = "meta-llama/Llama-2-7b-hf", 8
@@ -200,7 +200,14 @@ def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=140)
     table = Table(
-        "processes", "stage", "variant", *KINDS, "all", "all-gather to HFT", "last loss", title="kB received in a step"
+        "processes",
+        "stage",
+        "variant",
+        *KINDS,
+        "all",
+        "all-gather to HFT",
+        "losses to HFT",
+        title="kB received in a step",
     )
     for row in result["counted"]:
         (hft,) = (other for other in result["counted"] if other["variant"] == "HFT" and same(row, other))
@@ -209,7 +216,7 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(
             *(str(row["processes"]), row["stage"].upper(), row["variant"]),
             *(f"{number / 1e3:,.1f}" for number in numbers),
-            *(f"{quotient:.3f}", repr(row["losses"][-1])),
+            *(f"{quotient:.3f}", "the same" if row["losses"] == hft["losses"] else "others"),
         )
     console.print(table)
     table = Table(
@@ -225,7 +232,7 @@ def show(result: dict[str, Any]) -> None:
     for row in result["computed"]:
         (hft,) = (other for other in result["computed"] if other["variant"] == "HFT" and same(row, other))
         everything, theirs = row["layers"] + row["rest"], hft["layers"] + hft["rest"]
-        numbers = (f"{number / 1e6:,.3f}" for number in (row["layers"], row["rest"], everything))
+        numbers = (f"{number / 1e6:,.2f}" for number in (row["layers"], row["rest"], everything))
         table.add_row(row["model"], row["stage"].upper(), row["variant"], *numbers, f"{everything / theirs:.3f}")
     console.print(table)
     memory = {name: f"{number / 1e9:.2f} GB" for name, number in result["frozen_half"].items()}

@@ -61,8 +61,8 @@ class HFTMixin(ResumableMixin):
             backends.check_launch(given.get("args"))
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
-        zero.prepare(given.get("args"), self.hft_config)
         self._replicates = replicate.wanted(self.hft_config, given.get("args"))
+        zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
                 super().__init__(**loaded)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
 from hft_trl.backends import fsdp_version
@@ -33,7 +33,7 @@ def wanted(hft_config: HFTConfig, args: TrainingArguments | None) -> bool:
     """
     if not hft_config.replicate_frozen or hft_config.method != "hft":
         return False
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") or (args is not None and args.deepspeed_plugin is not None):
+    if args is not None and args.deepspeed_plugin is not None:
         raise HFTError(
             "hft.replicate_frozen is true, but DeepSpeed stores the parameters itself: set it to false, or train under FSDP2, "
             "as in accelerate_configs/fsdp2.yaml."
@@ -102,7 +102,7 @@ def check(
             ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (parameter.dtype, computes_in))
             raise HFTError(
                 f"hft.replicate_frozen is true, but {name} is {ours}, and FSDP2, which computes in {theirs}, casts only what it "
-                f"shards: set hft.frozen_dtype to {theirs}, or hft.replicate_frozen to false."
+                f"shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), or hft.replicate_frozen to false."
             )
     if len(set(gather_object([combined_digest(digests)]))) > 1:
         raise HFTError(
@@ -135,8 +135,8 @@ def left_whole(
         tensor.data = tensor.data.to(accelerator.device)
     plugin = accelerator.state.fsdp_plugin
     # accelerate takes modules, but a module may hold frozen and trained parameters (fused experts)
-    plugin.ignored_modules = [torch.nn.ParameterList(whole)]
+    before, plugin.ignored_modules = plugin.ignored_modules, [torch.nn.ParameterList(whole)]
     try:
         yield
-    finally:  # later trainers of this process have the same plugin
-        plugin.ignored_modules = None
+    finally:  # later trainers of this process may have the same plugin
+        plugin.ignored_modules = before
