@@ -10,9 +10,9 @@ Real processes train some steps of each stage on a CPU, and every collective ope
 counted, whoever asks for it. Bytes are those that a process receives where N of them pass parts around in a ring: (N - 1) / N
 of what is gathered or scattered, twice that of what is summed up everywhere.
 
-Beside it stands what the shapes say that FSDP2 gathers: each layer and the embedding for the forward and for the backward
-pass, the head once, and all of them once for the reference. For the embedded model this is checked against what was counted,
-for a model of the size of Llama 2 7B it is computed only.
+Beside it stands what the shapes say that FSDP2 gathers (each layer and the embedding for the forward and for the backward
+pass, the head once, and all of them once for the reference) and scatters (the gradients): for the embedded model, where
+tests/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not been run.
 """
 
 import argparse
@@ -142,17 +142,19 @@ def train(stage: str, hft: dict[str, Any], steps: int, folder: Path) -> dict[str
     return {"processes": processes, "stage": stage, "received": json.loads(everyone), "losses": losses}
 
 
-def gathered(model: str, variant: str, stage: str, bytes_each: int) -> dict[str, int]:
-    """Bytes of weights that FSDP2 gathers in a step according to the shapes: of the layers, and of the rest."""
+def computed(model: str, variant: str, stage: str, bytes_each: int) -> dict[str, int]:
+    """Bytes that FSDP2 gathers and scatters in a step according to the shapes: weights in and out of the layers, gradients."""
     skeleton = build_on_meta(shape_of(model))
     hft = HFTConfig(**VARIANTS[variant])
     learns = set(select(skeleton, hft).trainable)
     reference = stage == "dpo"
-    found = {"layers": 0, "rest": 0}
+    found = {"layers": 0, "rest": 0, "gradients": 0}
     for unit in find_units(skeleton):
         times = (1 if unit.category in ("lm_head", "final_norm") else 2) + reference
-        if not hft.replicate_frozen or unit.names[0] in learns:
+        trained = hft.method == "fft" or unit.names[0] in learns
+        if trained or not hft.replicate_frozen:
             found["rest" if unit.layer is None else "layers"] += times * unit.size * bytes_each
+        found["gradients"] += unit.size * bytes_each if trained else 0
     return found
 
 
@@ -185,7 +187,6 @@ def work(options: argparse.Namespace) -> None:
     """What each of the processes does."""
     torch.set_num_threads(1)
     fsdp_on_cpu.enable()
-    PartialState()
     records = []
     with contextlib.redirect_stdout(sys.stderr):
         for stage in options.stages:
@@ -198,7 +199,7 @@ def work(options: argparse.Namespace) -> None:
 
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
-    console = Console(width=140)
+    console = Console(width=160)
     table = Table(
         "processes",
         "stage",
@@ -219,21 +220,18 @@ def show(result: dict[str, Any]) -> None:
             *(f"{quotient:.3f}", "the same" if row["losses"] == hft["losses"] else "others"),
         )
     console.print(table)
-    table = Table(
-        "model",
-        "stage",
-        "variant",
-        "layers",
-        "rest",
-        "all",
-        "to HFT",
-        title="MB of weights gathered in a step, by shapes",
-    )
+    columns = ("layers", "rest", "weights", "to HFT", "gradients", "together", "to HFT")
+    table = Table("model", "stage", "variant", *columns, title="MB gathered and scattered in a step, by the shapes")
     for row in result["computed"]:
         (hft,) = (other for other in result["computed"] if other["variant"] == "HFT" and same(row, other))
-        everything, theirs = row["layers"] + row["rest"], hft["layers"] + hft["rest"]
-        numbers = (f"{number / 1e6:,.2f}" for number in (row["layers"], row["rest"], everything))
-        table.add_row(row["model"], row["stage"].upper(), row["variant"], *numbers, f"{everything / theirs:.3f}")
+        weights, theirs = (each["layers"] + each["rest"] for each in (row, hft))
+        everything, all_theirs = weights + row["gradients"], theirs + hft["gradients"]
+        layers, rest, weights_in_mb, gradients, together = (
+            f"{number / 1e6:,.2f}" for number in (row["layers"], row["rest"], weights, row["gradients"], everything)
+        )
+        quotients = f"{weights / theirs:.3f}", f"{everything / all_theirs:.3f}"
+        sizes = layers, rest, weights_in_mb, quotients[0], gradients, together, quotients[1]
+        table.add_row(row["model"], row["stage"].upper(), row["variant"], *sizes)
     console.print(table)
     memory = {name: f"{number / 1e9:.2f} GB" for name, number in result["frozen_half"].items()}
     console.print(
@@ -260,7 +258,7 @@ def main() -> None:
     result = {
         "counted": [record for processes in options.processes for record in launch(processes, options)],
         "computed": [
-            {"model": model, "stage": stage, "variant": variant, **gathered(model, variant, stage, bytes_each)}
+            {"model": model, "stage": stage, "variant": variant, **computed(model, variant, stage, bytes_each)}
             for model, bytes_each in (("demo", 4), (SEVEN_B, 2))
             for stage in options.stages
             for variant in VARIANTS

@@ -126,7 +126,7 @@ def refusals(base: Path, output: Path) -> dict[str, str]:
 
 def main(base: Path, output: Path) -> None:
     fsdp_on_cpu.enable()
-    rank = PartialState().process_index
+    rank = PartialState(cpu=True).process_index  # joins the other process
     seen = {name: [train(name, base, output, replicate) for replicate in (False, True)] for name in PAIRS}
     (output / f"seen-{rank}.json").write_text(json.dumps({"seen": seen, "said": refusals(base, output)}))
 
