@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def computed(model: str, variant: str, stage: str, bytes_each: int) -> dict[str,
     skeleton = build_on_meta(shape_of(model))
     hft = HFTConfig(**VARIANTS[variant])
     learns = set(select(skeleton, hft).trainable)
-    reference = stage == "dpo"
+    reference = 1 if stage == "dpo" else 0
     found = {"layers": 0, "rest": 0, "gradients": 0}
     for unit in find_units(skeleton):
         times = (1 if unit.category in ("lm_head", "final_norm") else 2) + reference
@@ -200,38 +200,29 @@ def work(options: argparse.Namespace) -> None:
 def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=160)
-    table = Table(
-        "processes",
-        "stage",
-        "variant",
-        *KINDS,
-        "all",
-        "all-gather to HFT",
-        "losses to HFT",
-        title="kB received in a step",
-    )
-    for row in result["counted"]:
-        (hft,) = (other for other in result["counted"] if other["variant"] == "HFT" and same(row, other))
-        numbers = [*(row["received"][kind] for kind in KINDS), sum(row["received"].values())]
-        quotient = row["received"]["all-gather"] / hft["received"]["all-gather"]
+    columns = ("processes", "stage", "variant", *KINDS, "all", "all-gather to HFT", "losses to HFT")
+    table = Table(*columns, title="kB received in a step")
+    for row, hft in beside_hft(result["counted"]):
+        received = row["received"]
+        quotient = received["all-gather"] / hft["received"]["all-gather"]
         table.add_row(
             *(str(row["processes"]), row["stage"].upper(), row["variant"]),
-            *(f"{number / 1e3:,.1f}" for number in numbers),
+            *(f"{number / 1e3:,.1f}" for number in (*(received[kind] for kind in KINDS), sum(received.values()))),
             *(f"{quotient:.3f}", "the same" if row["losses"] == hft["losses"] else "others"),
         )
     console.print(table)
-    columns = ("layers", "rest", "weights", "to HFT", "gradients", "together", "to HFT")
-    table = Table("model", "stage", "variant", *columns, title="MB gathered and scattered in a step, by the shapes")
-    for row in result["computed"]:
-        (hft,) = (other for other in result["computed"] if other["variant"] == "HFT" and same(row, other))
-        weights, theirs = (each["layers"] + each["rest"] for each in (row, hft))
-        everything, all_theirs = weights + row["gradients"], theirs + hft["gradients"]
-        layers, rest, weights_in_mb, gradients, together = (
-            f"{number / 1e6:,.2f}" for number in (row["layers"], row["rest"], weights, row["gradients"], everything)
+    columns = ("model", "stage", "variant", "layers", "rest", "weights", "gradients", "together")
+    quotients = ("weights to HFT", "together to HFT")
+    table = Table(*columns, *quotients, title="MB gathered and scattered in a step, by the shapes")
+    for row, hft in beside_hft(result["computed"]):
+        weights = [each["layers"] + each["rest"] for each in (row, hft)]
+        together = [weights[0] + row["gradients"], weights[1] + hft["gradients"]]
+        numbers = (row["layers"], row["rest"], weights[0], row["gradients"], together[0])
+        table.add_row(
+            *(row["model"], row["stage"].upper(), row["variant"]),
+            *(f"{number / 1e6:,.2f}" for number in numbers),
+            *(f"{ours / theirs:.3f}" for ours, theirs in (weights, together)),
         )
-        quotients = f"{weights / theirs:.3f}", f"{everything / all_theirs:.3f}"
-        sizes = layers, rest, weights_in_mb, quotients[0], gradients, together, quotients[1]
-        table.add_row(row["model"], row["stage"].upper(), row["variant"], *sizes)
     console.print(table)
     memory = {name: f"{number / 1e9:.2f} GB" for name, number in result["frozen_half"].items()}
     console.print(
@@ -239,14 +230,19 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows differ in the variant only."""
-    return all(row.get(key) == other.get(key) for key in ("processes", "stage", "model"))
+def beside_hft(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row, and the one of HFT that differs from it in nothing else."""
+    of_hft = {what_is_trained(row): row for row in rows if row["variant"] == "HFT"}
+    return ((row, of_hft[what_is_trained(row)]) for row in rows)
+
+
+def what_is_trained(row: dict[str, Any]) -> tuple:
+    return tuple(row.get(key) for key in ("processes", "model", "stage"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help=f"divisors of {GLOBAL_BATCH}")
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], choices=[2, 4, 8])
     parser.add_argument("--stages", nargs="+", default=["sft", "dpo"], choices=["sft", "dpo"])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")

@@ -49,10 +49,11 @@ class HFTConfig:
             Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
         share_reference (`bool`, *optional*, defaults to `True`):
             Whether the frozen half of policy and reference is stored once in preference training, where the backend can
-            (one process, DDP). The losses are the same to the last bit.
+            (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
         replicate_frozen (`bool`, *optional*, defaults to `False`):
             Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The losses
-            are the same to the last bit. Needs memory for it on every GPU; refused under DeepSpeed.
+            are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in mixed precision
+            of another type than the frozen half's (see `frozen_dtype`).
         delta_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
             model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.

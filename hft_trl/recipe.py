@@ -213,7 +213,7 @@ def make_stage(
             args, hft.frozen_dtype
         )  # here, so that a later stage's mistake is found before the first trains
     if hft is not None:
-        replicate.wanted(hft, args)
+        replicate.wanted(hft, args)  # likewise
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "

@@ -44,7 +44,6 @@ def mixtral() -> PreTrainedModel:
 # Name of a pair of trainings: stage, model, what is selected, what else is set
 PAIRS = {
     "experts": ("sft", mixtral, {}, {}),
-    "norms": ("sft", gpt2, {"frozen_dtype": "bfloat16"}, BF16),
     "norms-dpo": ("dpo", gpt2, {"frozen_dtype": "bfloat16"}, BF16),
     "bfloat16": ("sft", lambda: tiny_llama(VOCABULARY).bfloat16(), {}, BF16),
     # whole layers, and the tied embedding, are frozen

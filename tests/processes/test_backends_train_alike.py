@@ -128,7 +128,6 @@ def test_four_processes_go_on_from_fsdp2_checkpoints_of_two(together, base, alon
     trainings = {
         **{name: name for name in ("sft", "sft-sharded", "dpo", "dpo-sharded", "sft-replicated")},
         "sft-sharded-replicated": "sft-sharded",
-        "dpo-replicated": "dpo",
     }
     for training, saved in trainings.items():
         shutil.copytree(together("fsdp2") / saved / "checkpoint-2", tmp_path / training / "checkpoint-2")
