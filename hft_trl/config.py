@@ -10,8 +10,8 @@ METHODS = ("hft", "fft")
 STRATEGIES = ("category", "layer", "model")
 RESELECTS = ("fresh", "same", "complement")
 FROZEN_DTYPES = (None, "bfloat16", "float16")
-# What saves memory or disk and leaves the selection as it is.
-STORAGE = ("frozen_dtype", "share_reference", "delta_checkpoints")
+# What saves memory, traffic or disk and leaves the selection as it is.
+STORAGE = ("frozen_dtype", "share_reference", "replicate_frozen", "delta_checkpoints")
 
 
 @dataclass
@@ -49,7 +49,11 @@ class HFTConfig:
             Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
         share_reference (`bool`, *optional*, defaults to `True`):
             Whether the frozen half of policy and reference is stored once in preference training, where the backend can
-            (one process, DDP). The losses are the same to the last bit.
+            (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
+        replicate_frozen (`bool`, *optional*, defaults to `False`):
+            Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The losses
+            are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in mixed precision
+            of another type than the frozen half's (see `frozen_dtype`).
         delta_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
             model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
@@ -82,6 +86,9 @@ class HFTConfig:
     share_reference: bool = field(
         default=True, metadata={"help": "Store the frozen half of policy and reference once, where the backend can."}
     )
+    replicate_frozen: bool = field(
+        default=False, metadata={"help": "Leave the frozen half whole in every process under FSDP2: less traffic."}
+    )
     delta_checkpoints: bool = field(
         default=False, metadata={"help": "Keep only the trainable parameters in checkpoints during training."}
     )
@@ -111,5 +118,5 @@ class HFTConfig:
                 raise HFTError(f"hft.exclude holds {pattern!r}, which is no regular expression: {error}.") from error
 
     def selecting(self) -> dict[str, Any]:
-        """The settings that the selection depends on, without those that only save memory or disk."""
+        """The settings that the selection depends on, without those that only save memory, traffic or disk."""
         return {key: value for key, value in asdict(self).items() if key not in STORAGE}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hft_trl import backends, card, delta, reference, zero
+from hft_trl import backends, card, delta, reference, replicate, zero
 from hft_trl.backends import check_backend, check_frozen_dtype
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
@@ -61,6 +61,7 @@ class HFTMixin(ResumableMixin):
             backends.check_launch(given.get("args"))
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
+        self._replicates = replicate.wanted(self.hft_config, given.get("args"))
         zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
@@ -116,6 +117,8 @@ class HFTMixin(ResumableMixin):
         reason = reference.why_not_shared(self.args, self.hft_config)
         if own is not None:
             own = self.accelerator.unwrap_model(own)
+            if reason is None and reference.is_wholly_sharded(own):
+                reason = "FSDP has sharded all of it"
             reference.freeze(own)
             if reason is not None or not reference.is_hollow(own):
                 reference.check_is_start(policy, own, reference_given)
@@ -126,6 +129,12 @@ class HFTMixin(ResumableMixin):
             revision = (self.args.model_init_kwargs or {}).get("revision")
             rounded = None if sharded or reference_given else own
             self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
+        self._whole: list[torch.nn.Parameter] = []
+        if self._replicates:
+            self._whole = replicate.parameters(policy, self._frozen.digests)
+            replicate.check(self.accelerator, policy, self._whole, self._frozen.digests)
+        if self.hft_config.replicate_frozen:
+            replicate.report(self.hft_config, self.args, policy, self._whole)
         if self._shares_reference:
             reference.tie(policy, own)
         if own is not None and self.hft_config.method == "hft":
@@ -135,7 +144,9 @@ class HFTMixin(ResumableMixin):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
         """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        with replicate.left_whole(self.accelerator, policy, self._whole):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self._shares_reference:
             reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
         return prepared

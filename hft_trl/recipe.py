@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl import demo
+from hft_trl import demo, replicate
 from hft_trl.arguments import (
     DataArguments,
     HFTArguments,
@@ -219,6 +219,8 @@ def make_stage(
         check_frozen_dtype(
             args, hft.frozen_dtype
         )  # here, so that a later stage's mistake is found before the first trains
+    if hft is not None:
+        replicate.wanted(hft, args)  # likewise
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
