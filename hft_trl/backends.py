@@ -12,6 +12,7 @@ from accelerate.utils import (
 )
 from transformers import TrainingArguments
 
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 EMPTY = (
@@ -107,6 +108,47 @@ def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
         raise HFTError(
             f"hft.frozen_dtype is {frozen_dtype}, but precompute_ref_log_probs computes with the reference before its frozen "
             "half is rounded, so it would not be the policy's: leave one of the two out."
+        )
+
+
+def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, masks: bool = False) -> None:
+    """
+    Refuse a way to choose the half that the backend, or another setting, can't be had together with.
+
+    Args:
+        args ([`~transformers.TrainingArguments`], *optional*):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train.
+        masks (`bool`, *optional*, defaults to `False`):
+            Whether single elements learn although the strategy is another one, as in the stage before.
+
+    Raises:
+        [`HFTError`]: Naming the settings, and what to use instead.
+    """
+    if hft_config.method != "hft":
+        return
+    elements = masks or hft_config.strategy == "element"
+    if elements and (hft_config.frozen_dtype or hft_config.delta_checkpoints):
+        setting = "frozen_dtype" if hft_config.frozen_dtype else "delta_checkpoints"
+        raise HFTError(
+            f"hft.{setting} is {vars(hft_config)[setting]!r}, but with strategy element no parameter of the layers is frozen as "
+            "a whole, so it would save nothing: leave it out, or use another hft.strategy."
+        )
+    what = "hft.strategy is 'element'" if elements else "hft.importance is 'gradient_norm'"
+    if not (elements or hft_config.by_gradient):
+        return
+    deepspeed = args.deepspeed_plugin is not None if args else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed or fsdp_version(args) is not None:
+        other = "category" if elements else "category, or hft.importance to weight_norm"
+        raise HFTError(
+            f"{what}, which needs whole parameters and gradients in each process, but {'DeepSpeed' if deepspeed else 'FSDP'} "
+            f"divides them: train in one process or with DDP, or set hft.strategy to {other}."
+        )
+    if hft_config.by_gradient and args is not None and args.mixed_precision == "fp16":
+        raise HFTError(
+            f"{what}, but in fp16 small gradients become 0 without the scaling that only a training step has: use bf16, or set "
+            "hft.importance to weight_norm."
         )
 
 
