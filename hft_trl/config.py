@@ -130,11 +130,12 @@ class HFTConfig:
         samples = self.calibration_samples
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise HFTError(f"hft.calibration_samples is {samples!r}: it must be a whole number of rows, such as 32.")
-        for name, unused in (("importance", "weight_norm"), ("importance_order", "most")):
-            if self.strategy != "importance" and self.__dict__[name] != unused:
+        for name in self._unused():
+            if self.__dict__[name] != self.__dataclass_fields__[name].default:
                 raise HFTError(
-                    f"hft.{name} is {self.__dict__[name]!r}, but hft.strategy is {self.strategy!r}, which does not use it: set "
-                    "hft.strategy to 'importance', or drop it."
+                    f"hft.{name} is {self.__dict__[name]!r}, which is not used with hft.strategy {self.strategy!r}"
+                    f"{f' and hft.importance {self.importance!r}' if self.strategy == 'importance' else ''}: drop it, or change "
+                    f"hft.{'importance' if self.strategy == 'importance' else 'strategy'}."
                 )
         if isinstance(self.exclude, str):
             raise HFTError(f"hft.exclude is the string {self.exclude!r}: give a list of regular expressions.")
@@ -150,17 +151,25 @@ class HFTConfig:
         """Whether the choice hangs on gradients."""
         return self.method == "hft" and self.strategy == "importance" and self.importance == "gradient_norm"
 
+    def _unused(self) -> set[str]:
+        """Settings of a strategy that is not asked for."""
+        if self.strategy != "importance":
+            return {"importance", "importance_order", "calibration_samples"}
+        return set() if self.importance == "gradient_norm" else {"calibration_samples"}
+
     def selecting(self) -> dict[str, Any]:
         """The settings that the selection depends on: not those that only save memory or disk, nor another strategy's."""
-        unused = set(STORAGE)
-        if self.strategy != "importance":
-            unused |= {"importance", "importance_order"}
-        if not self.by_gradient:
-            unused.add("calibration_samples")
-        return {key: value for key, value in asdict(self).items() if key not in unused}
+        return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":
         """The settings of a half with the same shares that can be drawn without weights or data."""
         if self.strategy != "importance":
             return self
-        return replace(self, strategy="category", importance="weight_norm", importance_order="most")
+        defaults = HFTConfig()
+        return replace(
+            self,
+            strategy="category",
+            importance=defaults.importance,
+            importance_order=defaults.importance_order,
+            calibration_samples=defaults.calibration_samples,
+        )

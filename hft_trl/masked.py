@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from hft_trl.selection import Masks
 from hft_trl.weights import fingerprint
@@ -18,7 +19,7 @@ class _Part(NamedTuple):
 
 class FrozenElements:
     """
-    Keeps the bits of single elements, whatever the optimizer does.
+    Keeps the bits of single elements, whatever the optimizer does, as long as it is entered (`with frozen_elements: ...`).
 
     Gradients are masked as they are computed, so that clipping and the optimizer's moments see the elements that learn only.
     What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, by values that are kept: one
@@ -33,19 +34,27 @@ class FrozenElements:
 
     def __init__(self, model: torch.nn.Module, masks: Masks) -> None:
         self._parts: dict[str, _Part] = {}
-        self._watched: torch.optim.Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
         for name, parameter in model.named_parameters():
             if name in masks.learning:
                 frozen = ~masks.draw(name, parameter.shape).to(parameter.device)
                 values = parameter.detach()[frozen]
-                parameter.register_hook(partial(torch.Tensor.masked_fill, mask=frozen, value=0))
                 self._parts[name] = _Part(parameter, frozen, values, fingerprint(values))
+
+    def __enter__(self) -> None:
+        for part in self._parts.values():
+            mask = partial(torch.Tensor.masked_fill, mask=part.frozen, value=0)
+            self._handles.append(part.parameter.register_hook(mask))
+
+    def __exit__(self, *_: object) -> None:
+        # Another trainer may go on with the same model.
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the frozen elements back after each step of the optimizer that trains the model."""
-        if self._watched is not optimizer:
-            optimizer.register_step_post_hook(self._put_back)
-            self._watched = optimizer
+        self._handles.append(optimizer.register_step_post_hook(self._put_back))
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:

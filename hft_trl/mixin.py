@@ -94,8 +94,8 @@ class HFTMixin(ResumableMixin):
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
         config, previous = self.hft_config, selection_of(model)
-        if previous is not None and previous.masks is not None and config.reselect != "fresh":
-            backends.check_choice(self.args, config, masks=True)
+        if previous is not None and previous.masks is not None:
+            backends.check_choice(self.args, config, after_elements=True)
         gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
@@ -166,7 +166,8 @@ class HFTMixin(ResumableMixin):
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._frozen_elements or nullcontext():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
 

@@ -30,6 +30,7 @@ def test_every_other_ratio_is_refused(ratio):
         ("importance", "gradient_norm"),
         ("importance_order", "least"),
         ("calibration_samples", 0),
+        ("calibration_samples", 64),
         ("calibration_samples", True),
         ("reselect", "never"),
         ("seed", 1.5),

@@ -11,7 +11,8 @@ from conftest import tiny_llama
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from test_choose import RATIOS, SEEDS, groups_of, make_units
-from test_trainers import dpo_trainer, losses, sft_trainer, weights
+from test_trainers import QUIET, dpo_trainer, losses, sft_trainer, weights
+from trl import SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
 from hft_trl.diff import compare
@@ -163,6 +164,16 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
             other.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-2")
 
 
+def test_a_trainer_that_goes_on_with_the_model_in_memory_is_free_of_the_masks(base, tulu, tmp_path):
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", ELEMENT)
+    first.train()
+    before = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    args = SFTConfig(str(tmp_path / "b"), **{**QUIET, "assistant_only_loss": True})
+    SFTTrainer(first.model, args, train_dataset=first.train_dataset, processing_class=first.processing_class).train()
+    for name in first.hft_selection.masked:
+        assert (first.model.get_parameter(name) != before[name]).float().mean() > 0.9, name
+
+
 def test_a_frozen_element_that_moves_ends_training_in_an_error(base, tulu, tmp_path):
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, ELEMENT, max_steps=1)
     name = "model.layers.2.self_attn.q_proj.weight"
@@ -216,13 +227,13 @@ def test_diff_draws_the_masks_again_and_finds_a_single_bit(base, tulu, tmp_path)
 
 @pytest.mark.parametrize("setting", [{"frozen_dtype": "bfloat16"}, {"delta_checkpoints": True}])
 def test_what_would_save_nothing_is_refused_also_where_the_stage_before_had_the_masks(base, tulu, tmp_path, setting):
-    name = next(iter(setting))
-    with pytest.raises(HFTError, match=rf"hft\.{name} is .* with strategy element"):
+    refusal = rf"no parameter of the layers is frozen as a whole, so hft\.{next(iter(setting))} would save nothing"
+    with pytest.raises(HFTError, match=rf"hft\.strategy is 'element', .*{refusal}"):
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, replace(ELEMENT, **setting), bf16=True)
     start = tmp_path / "start"
     for file in base.iterdir():
         (start / file.name).parent.mkdir(exist_ok=True)
         (start / file.name).write_bytes(file.read_bytes())
     select(tiny_llama(300), ELEMENT).save(start)
-    with pytest.raises(HFTError, match=rf"hft\.{name} is .* with strategy element"):
+    with pytest.raises(HFTError, match=rf"hft\.reselect is 'same' after strategy element, .*{refusal}"):
         sft_trainer(HFTSFTTrainer, start, tulu, tmp_path, HFTConfig(reselect="same", **setting), bf16=True)
