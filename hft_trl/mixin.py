@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers.utils import logging
 
 from hft_trl import backends, card, delta, reference, replicate, zero
 from hft_trl.backends import check_backend, check_frozen_dtype
+from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.masked import FrozenElements
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
@@ -59,6 +62,7 @@ class HFTMixin(ResumableMixin):
         self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
+            backends.check_choice(given.get("args"), self.hft_config)
         if self._frozen_dtype and given.get("args") is not None:
             check_frozen_dtype(given["args"], self._frozen_dtype)
         self._replicates = replicate.wanted(self.hft_config, given.get("args"))
@@ -77,6 +81,7 @@ class HFTMixin(ResumableMixin):
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
@@ -89,7 +94,11 @@ class HFTMixin(ResumableMixin):
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
-        selection = select(model, self.hft_config, previous=selection_of(model))
+        config, previous = self.hft_config, selection_of(model)
+        if previous is not None and previous.masks is not None:
+            backends.check_choice(self.args, config, after_elements=True)
+        gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
+        selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
             raise HFTError(
@@ -149,6 +158,8 @@ class HFTMixin(ResumableMixin):
             prepared = super()._prepare_for_training(*args, **kwargs)
         if self._shares_reference:
             reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.watch(self.optimizer.optimizer)  # what accelerate has wrapped
         return prepared
 
     def check_frozen(self) -> None:
@@ -156,15 +167,18 @@ class HFTMixin(ResumableMixin):
         Compare the frozen half with its fingerprints from before training.
 
         Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved.
+            [`RuntimeError`]: Naming the first frozen parameter that moved, or of which a frozen element did.
         """
         self._frozen.check(self.accelerator.unwrap_model(self.model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.check()
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._frozen_elements or nullcontext():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
         return output
 

@@ -169,6 +169,23 @@ def is_wholly_sharded(reference: torch.nn.Module) -> bool:
     return all(isinstance(parameter, DTensor) for parameter in reference.parameters())
 
 
+@contextlib.contextmanager
+def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
+    """Let a [`hollow_copy`] compute with the policy's parameters for a while. Any other reference has its own."""
+    if reference is None or not is_hollow(reference):
+        yield
+        return
+    theirs = dict(reference.named_parameters())
+    empty = {name: parameter.data for name, parameter in theirs.items()}
+    try:
+        for name, parameter in policy.named_parameters():
+            theirs[name].data = parameter.data
+        yield
+    finally:
+        for name, data in empty.items():
+            theirs[name].data = data
+
+
 def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
     """
     Store the frozen half once: every frozen parameter of the reference gets the policy's storage.

@@ -140,7 +140,7 @@ class Planner:
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
-        self._skeleton, self._selection = skeleton, select(skeleton, hft, previous)
+        self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self._selection)
         self._shares = hft.share_reference
         self._steps: dict[StepSettings, Step] = {}
