@@ -1,18 +1,25 @@
 """The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
 
+import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
+from hft_trl.quantized_linear import QuantizedLinear
+from hft_trl.selection import find_units
 from hft_trl.weights import fingerprints, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 
+# Categories of units whose `nn.Linear`s are called and not read: some mixers compute with their weights themselves.
+QUANTIZED = ("attention", "feed_forward")
 # What torch.compile and FSDP's activation checkpointing put into parameter names.
 WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -60,11 +67,7 @@ class FrozenHalf:
         parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
         others = dict(reference.named_parameters()) if reference is not None else {}
         files = _start_files(model, revision)
-        on_disk = {}
-        for name, tensor in tensors(files, parameters.keys() & files.keys()):
-            loaded = parameters[name].detach().cpu()
-            if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
-                on_disk[name] = tensor.dtype
+        on_disk = _on_disk(files, parameters)
         left = []
         for name, parameter in parameters.items():
             loaded = parameter.data
@@ -84,10 +87,68 @@ class FrozenHalf:
                 f"into {str(dtype).removeprefix('torch.')}, and could not be saved with their own bits from "
                 f"{model.config._name_or_path!r}, whose safetensors files do not hold them under these names."
             )
+        self._note_names(model)
+        self.digests = self.digests | fingerprints(parameters.items())
+
+    def quantize(
+        self,
+        kind: str,
+        model: PreTrainedModel,
+        revision: str | None = None,
+        reference: torch.nn.Module | None = None,
+    ) -> None:
+        """
+        Hold the frozen matrices of attention and feed-forward in 8 or 4 bits. The start model's file is what is saved later on.
+
+        What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays whole,
+        which is said.
+
+        Args:
+            kind (`str`):
+                `"int8"` or `"nf4"`.
+            model ([`~transformers.PreTrainedModel`]):
+                The model before its first step and before anything has wrapped it.
+            revision (`str`, *optional*):
+                Branch, tag or commit that the model was loaded from.
+            reference (`torch.nn.Module`, *optional*):
+                A reference that shares the frozen half, which then shares the quantised modules.
+        """
+        self._note_names(model)
+        names = [name for unit in find_units(model) if unit.category in QUANTIZED for name in unit.names]
+        names = [name for name in names if name in self.digests and model.get_parameter(name).ndim > 1]
+        tied = {name for pair in self._first_name.items() if pair[0] != pair[1] for name in pair}
+        files = _start_files(model, revision)
+        on_disk = _on_disk(files, {name: model.get_parameter(name) for name in names})
+        before, after, left = 0, 0, []
+        for name in names:
+            path, parameter = name.removesuffix(".weight"), model.get_parameter(name)
+            linear = model.get_submodule(path.rpartition(".")[0] if path == name else path)
+            frozen = all(f"{path}.{leaf}" in self.digests for leaf, _ in linear.named_parameters())
+            quantized = None
+            if type(linear) is torch.nn.Linear and frozen and name in on_disk and name not in tied:
+                quantized = QuantizedLinear(linear, kind)
+            if quantized is None or not quantized.fits:
+                left.append(name)
+                continue
+            before, after = before + parameter.nbytes, after + quantized.nbytes
+            self._cast[name] = (files[name], parameter.dtype, self.digests[name])
+            for holder in (model, reference):
+                if holder is not None:
+                    holder.set_submodule(path, quantized)
+            self.digests |= fingerprints([(name, quantized.weight), (f"{path}.scale", quantized.scale)])
+        held = len(names) - len(left)
+        PartialState().print(f"frozen half: {held} matrices in {kind}, {after:,} bytes instead of {before:,}.")
+        if left:
+            logger.warning(
+                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
+                f"their own, or {model.config._name_or_path!r} has no safetensors files that hold them under these names."
+            )
+
+    def _note_names(self, model: torch.nn.Module) -> None:
+        """Note the first of each tied parameter's names, under which the files may hold it."""
         by_id: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._first_name[name] = by_id.setdefault(id(parameter), name)
-        self.digests = self.digests | fingerprints(parameters.items())
 
     def as_saved(
         self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
@@ -143,7 +204,8 @@ class FrozenHalf:
         """
         if not self.digests:
             return
-        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
+        held = itertools.chain(model.named_parameters(), model.named_buffers())
+        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in held)
         found = fingerprints((name, tensor) for name, tensor in named if name in self.digests)
         for name in self.digests.keys() - found.keys():
             raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
@@ -160,3 +222,13 @@ def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path
         return weight_files(model.config._name_or_path, revision)
     except (HFTError, OSError):
         return {}
+
+
+def _on_disk(files: Mapping[str, Path], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """Type on disk of each parameter that a file holds under its name, with its values."""
+    found = {}
+    for name, tensor in tensors(files, parameters.keys() & files.keys()):
+        loaded = parameters[name].detach().cpu()
+        if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
+            found[name] = tensor.dtype
+    return found

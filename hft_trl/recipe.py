@@ -14,7 +14,7 @@ from hft_trl.arguments import (
     RunArguments,
     StageArguments,
 )
-from hft_trl.backends import check_frozen_dtype
+from hft_trl.backends import check_settings
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.sections import answer_help, parse_section, read_sections
@@ -208,10 +208,8 @@ def make_stage(
     Raises:
         [`HFTError`]: If the arguments ask for what a recipe decides itself.
     """
-    if hft is not None and hft.frozen_dtype and hft.method == "hft":
-        check_frozen_dtype(
-            args, hft.frozen_dtype
-        )  # here, so that a later stage's mistake is found before the first trains
+    if hft is not None:
+        check_settings(args, hft)  # here, so that a later stage's mistake is found before the first trains
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
