@@ -139,6 +139,11 @@ class HFTMixin(ResumableMixin):
         if self._quantization:
             revision = (self.args.model_init_kwargs or {}).get("revision")
             self._frozen.quantize(self._quantization, policy, revision, own if self._shares_reference else None)
+            if own is not None and not self._shares_reference:
+                logger.warning(
+                    "hft.frozen_quantization leaves the ref_model that was passed as it is, so the policy starts beside it and "
+                    "the first rewards are not zero."
+                )
         if own is not None and self.hft_config.method == "hft":
             reference.report_memory(policy, own, reason)
             if self.is_deepspeed_enabled:
