@@ -11,6 +11,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
@@ -213,7 +214,7 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
         (args.fp16, "fp16 scales gradients, which are looked at before the update: use bf16, or none"),
         (
             args.optim not in APART,
-            f"optim is {args.optim}, which was not tested with it: use one of {', '.join(APART)}",
+            f"optim is {OptimizerNames(args.optim).value}, which was not tested with it: use one of {', '.join(APART)}",
         ),
         (
             args.auto_find_batch_size,
