@@ -12,14 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
-from hft_trl.quantized_linear import QuantizedLinear
-from hft_trl.selection import find_units
+from hft_trl.quantized_linear import QuantizedLinear, frozen_matrices
 from hft_trl.weights import fingerprints, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 
-# Categories of units whose `nn.Linear`s are called and not read: some mixers compute with their weights themselves.
-QUANTIZED = ("attention", "feed_forward")
 # What torch.compile and FSDP's activation checkpointing put into parameter names.
 WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -114,19 +111,14 @@ class FrozenHalf:
                 A reference that shares the frozen half, which then shares the quantised modules.
         """
         self._note_names(model)
-        names = [name for unit in find_units(model) if unit.category in QUANTIZED for name in unit.names]
-        names = [name for name in names if name in self.digests and model.get_parameter(name).ndim > 1]
-        tied = {name for pair in self._first_name.items() if pair[0] != pair[1] for name in pair}
+        matrices = frozen_matrices(model, self.digests.keys())
         files = _start_files(model, revision)
-        on_disk = _on_disk(files, {name: model.get_parameter(name) for name in names})
+        on_disk = _on_disk(files, {name: model.get_parameter(name) for name in matrices})
         before, after, left = 0, 0, []
-        for name in names:
-            path, parameter = name.removesuffix(".weight"), model.get_parameter(name)
-            linear = model.get_submodule(path.rpartition(".")[0] if path == name else path)
-            frozen = all(f"{path}.{leaf}" in self.digests for leaf, _ in linear.named_parameters())
-            quantized = None
-            if type(linear) is torch.nn.Linear and frozen and name in on_disk and name not in tied:
-                quantized = QuantizedLinear(linear, kind)
+        for name in matrices:
+            path, parameter, linear = name.rpartition(".")[0], model.get_parameter(name), matrices[name]
+            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
+            quantized = QuantizedLinear(linear, kind) if linear is not None and name in on_disk else None
             if quantized is None or not quantized.fits:
                 left.append(name)
                 continue
@@ -136,7 +128,7 @@ class FrozenHalf:
                 if holder is not None:
                     holder.set_submodule(path, quantized)
             self.digests |= fingerprints([(name, quantized.weight), (f"{path}.scale", quantized.scale)])
-        held = len(names) - len(left)
+        held = len(matrices) - len(left)
         PartialState().print(f"frozen half: {held} matrices in {kind}, {after:,} bytes instead of {before:,}.")
         if left:
             logger.warning(

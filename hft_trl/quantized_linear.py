@@ -1,13 +1,24 @@
 """A frozen matrix in 8 or 4 bits that gradients flow through."""
 
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from torch import nn
 
+from hft_trl.selection import find_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BLOCK = 64
 """Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
+
+# Categories of units whose `nn.Linear`s are called and not read: some mixers compute with their weights themselves.
+CATEGORIES = ("attention", "feed_forward")
 
 
 class QuantizedLinear(nn.Module):
@@ -83,6 +94,39 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.module.whole(gradient.dtype), None
+
+
+def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
+    """
+    The frozen matrices of attention and feed-forward, and which of them a [`QuantizedLinear`] can stand for.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device, the meta device included.
+        frozen (`Collection[str]`):
+            Names of the frozen parameters.
+
+    Returns:
+        `dict[str, nn.Linear or None]`: By the matrix' name the wholly frozen `nn.Linear` that it is the weight of, `None`
+        where it is of none (fused experts, GPT-2's Conv1D) or is tied to another one.
+    """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Linear | None] = {}
+    for name in (name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names):
+        parameter, path = model.get_parameter(name), name.rpartition(".")[0]
+        if name in frozen and parameter.ndim > 1:
+            module = model.get_submodule(path)
+            whole = type(module) is nn.Linear and all(
+                f"{path}.{leaf}" in frozen for leaf, _ in module.named_parameters()
+            )
+            found[name] = module if whole and uses[id(parameter)] == 1 else None
+    return found
+
+
+def quantized_bytes(kind: str, rows: int, columns: int) -> int:
+    """Bytes of a matrix held by a [`QuantizedLinear`]."""
+    numbers = rows * columns
+    return numbers + 4 * rows if kind == "int8" else math.ceil(numbers / 2) + 4 * math.ceil(numbers / BLOCK)
 
 
 def packed_away(model: nn.Module) -> int:
