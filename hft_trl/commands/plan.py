@@ -57,6 +57,9 @@ def plan_command(
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
+    train_embeddings: Annotated[
+        bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
+    ] = None,
     write: Annotated[
         str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")
     ] = None,
@@ -71,7 +74,14 @@ def plan_command(
     """
     memory = parse_memory(gpu_memory)
     storage = {"frozen_dtype": frozen_dtype, "frozen_quantization": frozen_quantization}
-    settings = given(ratio=ratio, strategy=strategy, seed=seed, optimizer_in_backward=optimizer_in_backward, **storage)
+    settings = given(
+        ratio=ratio,
+        strategy=strategy,
+        seed=seed,
+        train_embeddings=train_embeddings,
+        optimizer_in_backward=optimizer_in_backward,
+        **storage,
+    )
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():
         from hft_trl.checkpoints import selection_of

@@ -82,6 +82,8 @@ hft:
   strategy: {hft.strategy}
   seed: {hft.seed}
 """
+    if not hft.train_embeddings:
+        text += "  train_embeddings: false\n"
     if storage.frozen_dtype and hft.method == "hft":
         text += f"  frozen_dtype: {storage.frozen_dtype}\n"
     if storage.frozen_quantization and hft.method == "hft":
