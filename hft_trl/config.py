@@ -12,8 +12,16 @@ IMPORTANCES = ("weight_norm", "gradient_norm")
 ORDERS = ("most", "least")
 RESELECTS = ("fresh", "same", "complement")
 FROZEN_DTYPES = (None, "bfloat16", "float16")
+FROZEN_QUANTIZATIONS = (None, "int8", "nf4")
 # What saves memory, traffic or disk and leaves the selection as it is.
-STORAGE = ("frozen_dtype", "share_reference", "replicate_frozen", "delta_checkpoints")
+STORAGE = (
+    "frozen_dtype",
+    "frozen_quantization",
+    "share_reference",
+    "replicate_frozen",
+    "delta_checkpoints",
+    "optimizer_in_backward",
+)
 
 
 @dataclass
@@ -58,6 +66,9 @@ class HFTConfig:
         frozen_dtype (`str`, *optional*):
             Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's own.
             Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
+        frozen_quantization (`str`, *optional*):
+            Hold the frozen matrices of attention and feed-forward in `"int8"` or `"nf4"` (4 bits) while training, through
+            bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
             Whether the frozen half of policy and reference is stored once in preference training, where the backend can
             (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
@@ -68,6 +79,10 @@ class HFTConfig:
         delta_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
             model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
+        optimizer_in_backward (`bool`, *optional*, defaults to `False`):
+            Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the gradient
+            freed, so that no two gradients are there at once. The trained weights are the same to the last bit. For one
+            process, without gradient accumulation or clipping.
 
     Raises:
         [`HFTError`]: If a value is out of its range.
@@ -107,6 +122,9 @@ class HFTConfig:
     frozen_dtype: Literal["bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "Type in which the frozen half is held while training."}
     )
+    frozen_quantization: Literal["int8", "nf4"] | None = field(
+        default=None, metadata={"help": "Hold the frozen half's matrices in 8 or 4 bits while training."}
+    )
     share_reference: bool = field(
         default=True, metadata={"help": "Store the frozen half of policy and reference once, where the backend can."}
     )
@@ -115,6 +133,9 @@ class HFTConfig:
     )
     delta_checkpoints: bool = field(
         default=False, metadata={"help": "Keep only the trainable parameters in checkpoints during training."}
+    )
+    optimizer_in_backward: bool = field(
+        default=False, metadata={"help": "Update each parameter inside the backward pass, and free its gradient."}
     )
 
     def __post_init__(self) -> None:
@@ -125,10 +146,16 @@ class HFTConfig:
             ("importance_order", ORDERS),
             ("reselect", RESELECTS),
             ("frozen_dtype", FROZEN_DTYPES),
+            ("frozen_quantization", FROZEN_QUANTIZATIONS),
         ):
             value = self.__dict__[name]
             if value not in allowed:
                 raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}.")
+        if self.frozen_dtype and self.frozen_quantization:
+            raise HFTError(
+                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: a frozen "
+                "matrix is held in one of the two, so leave the other out."
+            )
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")
         self.ratio = float(self.ratio)

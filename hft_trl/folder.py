@@ -65,6 +65,8 @@ def settings(stage: Stage) -> dict[str, Any]:
     }
     if stage.hft is not None:
         content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
+        if stage.hft.frozen_quantization:  # only then, so that folders from before it stay valid
+            content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
     if stage.adapter is not None:
         content["lora"] = _adapter(stage.adapter, stage.folder)
     if not best:

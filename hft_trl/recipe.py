@@ -14,7 +14,7 @@ from hft_trl.arguments import (
     RunArguments,
     StageArguments,
 )
-from hft_trl.backends import check_choice, check_frozen_dtype
+from hft_trl.backends import check_choice, check_settings
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
@@ -215,10 +215,8 @@ def make_stage(
     Raises:
         [`HFTError`]: If the arguments ask for what a recipe decides itself.
     """
-    # here, so that a later stage's mistake is found before the first trains
-    if hft is not None and hft.frozen_dtype and hft.method == "hft":
-        check_frozen_dtype(args, hft.frozen_dtype)
-    if hft is not None:
+    if hft is not None:  # here, so that a later stage's mistake is found before the first trains
+        check_settings(args, hft)
         check_choice(args, hft)
         replicate.wanted(hft, args)
     if args.resume_from_checkpoint is not None:

@@ -18,6 +18,7 @@ from hft_trl import replicate
 from hft_trl.backends import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.quantized_linear import QuantizedLinear
 from hft_trl.weights import full
 
 logger = logging.get_logger(__name__)
@@ -236,7 +237,8 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by place in memory. A state dict also holds what a quantised weight needs beside its parameter."""
-    tensors = (value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    tensors += [module.scale for module in model.modules() if isinstance(module, QuantizedLinear)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 

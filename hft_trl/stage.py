@@ -185,7 +185,10 @@ def train_and_save(
         if PartialState().is_main_process:
             start, selection = stage.model.model_name_or_path, trainer.hft_selection
             if selection is not None:
-                record.moved = movements(trainer.model, selection, base_model, start, str(stage.folder))
+                model = trainer.model
+                if stage.hft.frozen_quantization:  # units are found in a model whose matrices are whole
+                    model = build_on_meta(start, stage.model.model_revision, stage.model.trust_remote_code)
+                record.moved = movements(model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

@@ -133,6 +133,7 @@ def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--strategy", "element"), "the masks of strategy element"),
         (("--optim", "sgd"), "sft.optim is 'sgd': set it to true or false"),
         (("--max_length", "none"), "without sft.max_length"),
     ],

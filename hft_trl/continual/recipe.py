@@ -111,7 +111,7 @@ class ContinualRecipe:
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
         check_lengths(args.max_length, self.run.max_new_tokens)
         if self.run.approach == "gem":
-            check_gem(args)
+            check_gem(args, self.hft)
         return args
 
     def stages(self, rounds: Sequence[Round]) -> list[Stage]:

@@ -59,6 +59,7 @@ RUNS = {
         Run("blend", "sft-fft", "blend", {}),
         *(_sft(f"sft-{strategy}", strategy=strategy) for strategy in ("layer", "model")),
         *(_sft(f"sft-ratio-{ratio}", ratio=ratio) for ratio in RATIOS if ratio != 0.5),
+        *(_sft(f"sft-{kind}", frozen_quantization=kind) for kind in ("int8", "nf4")),
         _sft("sft-no-embeddings", train_embeddings=False),
         _sft("sft-no-head", train_lm_head=False),
         _sft("sft-neither", train_embeddings=False, train_lm_head=False),
@@ -147,6 +148,12 @@ QUESTIONS = (
         {"fresh": "dpo-hft-from-hft", "same": "dpo-same", "complement": "dpo-complement"},
         against="fresh",
         scores=("knowledge", "ability", "concise"),
+    ),
+    Question(
+        "quantization",
+        "The frozen half in 8 or 4 bits while training: what does it cost?",
+        {"as it is": "sft-hft", "int8": "sft-int8", "nf4": "sft-nf4"},
+        against="as it is",
     ),
 )
 

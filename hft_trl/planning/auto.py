@@ -69,6 +69,8 @@ def _check_known(stage: Stage) -> None:
         raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
     if stage.memory is not None:
         raise HFTError(f"{asked}, which is not planned for the gradients that gem keeps: set it to true or false.")
+    if stage.hft.strategy == "element" and stage.hft.method == "hft":
+        raise HFTError(f"{asked}, which is not planned for the masks of strategy element: set it to true or false.")
     if args.optim not in OPTIMIZERS:
         raise HFTError(
             f"{asked}, which knows the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}: set it to "
@@ -116,7 +118,13 @@ def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
         memory,
         args.max_length,
         rows,
-        Storage(dtype, stage.hft.frozen_dtype, args.optim.value),
+        Storage(
+            dtype,
+            stage.hft.frozen_dtype,
+            args.optim.value,
+            frozen_quantization=stage.hft.frozen_quantization,
+            optimizer_in_backward=stage.hft.optimizer_in_backward,
+        ),
         autocast=args.mixed_precision != "no",
         device="cpu" if PartialState().device.type == "cpu" else "cuda",
     )

@@ -61,7 +61,12 @@ class Task:
                 f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
             )
         if not self.layouts:
-            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else ("ddp", "fsdp2"))
+            several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
+            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
+        if self.storage.optimizer_in_backward and self.gpus > 1:
+            raise HFTError(
+                f"--optimizer-in-backward is for one GPU, but --gpus is {self.gpus}: leave one of them out."
+            )
         for name in self.layouts:
             if name not in LAYOUTS:
                 raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
@@ -77,6 +82,8 @@ class Task:
                     f"--launch is {name}, which holds a model in one type and has a file for one machine: leave --frozen-dtype, "
                     "--dtype and more than 8 GPUs out, or use fsdp2."
                 )
+            if self.storage.frozen_quantization and LAYOUTS[name].weights | LAYOUTS[name].gradients:
+                raise HFTError(f"--launch is {name}, which can't shard quantised matrices: use single or ddp.")
             if self.storage.in_eight_bits and LAYOUTS[name].optimizer and len(self.layouts) == 1:
                 raise HFTError(f"--optim is {self.storage.optim}, which is not tested with {name}: use single or ddp.")
 
@@ -84,6 +91,8 @@ class Task:
     def micro_batches(self) -> list[int]:
         """What one GPU may take at once, so that all micro-batches of a step are alike."""
         own = self.global_batch // self.gpus
+        if self.storage.optimizer_in_backward:  # gradients that are freed can't be added up
+            return [own]
         return [size for size in range(1, own + 1) if own % size == 0]
 
 
@@ -156,7 +165,7 @@ class Planner:
         sizes_ = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in sizes_ if size * rows * task.sequence_length >= BUSY), sizes_[-1])
-        for least in dict.fromkeys((busy, 1)):
+        for least in dict.fromkeys((busy, sizes_[0])):
             for checkpointed in CHECKPOINTING[task.stage]:
                 for name in self._layouts(task):
                     if self._hopeless(task, name):
@@ -165,7 +174,7 @@ class Planner:
                     if plan.fits:
                         larger = [size for size in sizes_ if size > least]
                         return _last(larger, lambda size: self.one(task, name, size, checkpointed), plan)  # noqa: B023
-        smallest = (self.one(task, name, 1, 1) for name in self._layouts(task))
+        smallest = (self.one(task, name, sizes_[0], 1) for name in self._layouts(task))
         return min(smallest, key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
@@ -212,7 +221,8 @@ class Planner:
                 yield name
 
     def _held(self, task: Task, layout: Layout) -> dict[str, int]:
-        storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, frozen_dtype=None)
+        whole = {"frozen_dtype": None, "frozen_quantization": None}
+        storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, **whole)
         return held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
 
     def _hopeless(self, task: Task, name: str) -> bool:
@@ -232,6 +242,8 @@ class Planner:
             layout.autocast and task.autocast,
             checkpointed,
             task.device,
+            frozen_quantization=task.storage.frozen_quantization if self.method == "hft" else None,
+            optimizer_in_backward=task.storage.optimizer_in_backward,
         )
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
@@ -296,15 +308,17 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
     """
     found: list[tuple[str, Plan]] = []
     if plan.layout in ("single", "ddp"):
-        frozen = {"frozen_dtype": "bfloat16"} if planner.method == "hft" else {}
+        rounds = planner.method == "hft" and task.storage.frozen_quantization is None
+        frozen = {"frozen_dtype": "bfloat16"} if rounds else {}
         for change in ({"optim": "adamw_bnb_8bit"}, frozen, {**frozen, "optim": "adamw_bnb_8bit"}):
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             if change and flags not in dict(found) and any(vars(task.storage)[k] != v for k, v in change.items()):
                 other = dataclasses.replace(
                     task, storage=dataclasses.replace(task.storage, **change), layouts=(plan.layout,)
                 )
-                found.append((flags, planner.one(other, plan.layout, 1, 1)))
-    if not task.storage.in_eight_bits and not any(other.fits for _, other in found):
+                found.append((flags, planner.one(other, plan.layout, plan.micro_batch, 1)))
+    alone = task.storage.in_eight_bits or task.storage.frozen_quantization or task.storage.optimizer_in_backward
+    if not alone and not any(other.fits for _, other in found):
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             if gpus > task.gpus and task.global_batch % gpus == 0:
                 more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))
