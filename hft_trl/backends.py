@@ -55,6 +55,13 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
     return int((asked or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1"))
 
 
+def sharded_by(args: TrainingArguments) -> str | None:
+    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
+    if fsdp_version(args) is not None:
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+
+
 def check_launch(args: TrainingArguments | None = None) -> None:
     """
     Refuse, before a model is loaded, a launch under which a half can't be frozen.
@@ -159,7 +166,7 @@ def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) ->
         [`HFTError`]: Naming the setting to change.
     """
     prefers = "sync_ref_model" in vars(args)
-    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    sharded = sharded_by(args)
     for wrong, why in (
         (sharded, f"{sharded} can't shard quantised matrices: leave it out, or train in one process or with DDP"),
         (
@@ -192,7 +199,7 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
     Raises:
         [`HFTError`]: Naming the setting to change.
     """
-    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    sharded = sharded_by(args)
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     for wrong, why in (
         (

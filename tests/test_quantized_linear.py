@@ -120,6 +120,21 @@ def test_storage_that_moves_is_found(base, tulu, tmp_path, kind):
     trainer.check_frozen()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_nothing(base, tulu, tmp_path, reentrant):
+    runs = []
+    for checkpointing in (False, True):
+        kwargs = {
+            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+        }
+        hft = HFTConfig(frozen_quantization="nf4", train_embeddings=False)
+        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, hft, **kwargs)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-6)
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, delta):
     """From whole checkpoints and deltas, to the last bit."""
