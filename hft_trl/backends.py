@@ -165,12 +165,12 @@ def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) ->
     Raises:
         [`HFTError`]: Naming the setting to change.
     """
-    prefers = "sync_ref_model" in vars(args)
+    has_reference = "sync_ref_model" in vars(args)
     sharded = sharded_by(args)
     for wrong, why in (
         (sharded, f"{sharded} can't shard quantised matrices: leave it out, or train in one process or with DDP"),
         (
-            prefers and not hft_config.share_reference,
+            has_reference and not hft_config.share_reference,
             "hft.share_reference is false, so the reference would not be the quantised model that training starts from: set it "
             "to true",
         ),
@@ -210,7 +210,7 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
         (
             args.gradient_accumulation_steps > 1,
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and gradients that are freed can't be added "
-            "up: set it to 1, with a larger per_device_train_batch_size or a smaller learning rate",
+            "up: set it to 1, with a larger per_device_train_batch_size",
         ),
         (sharded, f"{sharded} keeps gradients itself: leave it out, or train in one process"),
         (
