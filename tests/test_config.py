@@ -27,6 +27,7 @@ def test_every_other_ratio_is_refused(ratio):
         ("method", "lora"),
         ("strategy", "row"),
         ("reselect", "never"),
+        ("frozen_quantization", "int4"),
         ("seed", 1.5),
         ("seed", True),
         ("exclude", "a string"),
