@@ -55,6 +55,13 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
     return int((asked or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1"))
 
 
+def sharded_by(args: TrainingArguments) -> str | None:
+    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
+    if fsdp_version(args) is not None:
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+
+
 def check_launch(args: TrainingArguments | None = None) -> None:
     """
     Refuse, before a model is loaded, a launch under which a half can't be frozen.
@@ -207,12 +214,12 @@ def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) ->
     Raises:
         [`HFTError`]: Naming the setting to change.
     """
-    prefers = "sync_ref_model" in vars(args)
-    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    has_reference = "sync_ref_model" in vars(args)
+    sharded = sharded_by(args)
     for wrong, why in (
         (sharded, f"{sharded} can't shard quantised matrices: leave it out, or train in one process or with DDP"),
         (
-            prefers and not hft_config.share_reference,
+            has_reference and not hft_config.share_reference,
             "hft.share_reference is false, so the reference would not be the quantised model that training starts from: set it "
             "to true",
         ),
@@ -241,7 +248,7 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
     Raises:
         [`HFTError`]: Naming the setting to change.
     """
-    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    sharded = sharded_by(args)
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     for wrong, why in (
         (
@@ -252,7 +259,7 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
         (
             args.gradient_accumulation_steps > 1,
             f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and gradients that are freed can't be added "
-            "up: set it to 1, with a larger per_device_train_batch_size or a smaller learning rate",
+            "up: set it to 1, with a larger per_device_train_batch_size",
         ),
         (sharded, f"{sharded} keeps gradients itself: leave it out, or train in one process"),
         (

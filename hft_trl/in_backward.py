@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from hft_trl.errors import HFTError
+
 
 def update_in_backward(
     parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer
@@ -23,10 +25,19 @@ def update_in_backward(
 
     Returns:
         `list[RemovableHandle]`: Handles that end it.
+
+    Raises:
+        [`HFTError`]: If they lie on several devices, whose gradients come at the same time.
     """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    devices = {str(parameter.device) for parameter in trained}
+    if len(devices) > 1:
+        raise HFTError(
+            f"hft.optimizer_in_backward is true, but the model lies on {', '.join(sorted(devices))}: load it onto one device."
+        )
 
     def update(parameter: torch.nn.Parameter) -> None:
         optimizer.step()
         parameter.grad = None
 
-    return [p.register_post_accumulate_grad_hook(update) for p in parameters if p.requires_grad]
+    return [parameter.register_post_accumulate_grad_hook(update) for parameter in trained]

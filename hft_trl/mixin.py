@@ -63,6 +63,7 @@ class HFTMixin(ResumableMixin):
         _refuse_adapters(given)
         self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
         self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
+        self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
             backends.check_choice(given.get("args"), self.hft_config)
@@ -159,8 +160,8 @@ class HFTMixin(ResumableMixin):
             self._frozen.quantize(self._quantization, policy, revision, own if self._shares_reference else None)
             if own is not None and not self._shares_reference:
                 logger.warning(
-                    "hft.frozen_quantization leaves the ref_model that was passed as it is, so the policy starts beside it and "
-                    "the first rewards are not zero."
+                    f"hft.frozen_quantization leaves the reference whole, since {reason}: the policy starts beside it, and the "
+                    "first rewards are not zero."
                 )
         if own is not None and self.hft_config.method == "hft":
             reference.report_memory(policy, own, reason)

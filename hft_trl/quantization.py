@@ -6,8 +6,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import DPOConfig
 from trl.trainer.utils import create_model_from_path
 
+from hft_trl.backends import sharded_by
 from hft_trl.errors import HFTError
-from hft_trl.reference import sharded_by
 
 
 def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> None:

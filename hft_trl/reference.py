@@ -15,7 +15,7 @@ from trl import DPOConfig
 from trl.trainer.utils import create_model_from_path
 
 from hft_trl import replicate
-from hft_trl.backends import fsdp_version
+from hft_trl.backends import fsdp_version, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.quantized_linear import QuantizedLinear
@@ -44,13 +44,6 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
         return None
     backend = sharded_by(args)
     return f"{backend} stores the parameters itself" if backend else None
-
-
-def sharded_by(args: TrainingArguments) -> str | None:
-    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
-    if fsdp_version(args) is not None:
-        return "FSDP"
-    return "DeepSpeed" if args.deepspeed_plugin is not None else None
 
 
 def is_quantized(reference: torch.nn.Module) -> bool:

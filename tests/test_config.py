@@ -33,6 +33,7 @@ def test_every_other_ratio_is_refused(ratio):
         ("calibration_samples", 64),
         ("calibration_samples", True),
         ("reselect", "never"),
+        ("frozen_quantization", "int4"),
         ("seed", 1.5),
         ("seed", True),
         ("exclude", "a string"),

@@ -16,6 +16,7 @@ from trl.trainer import sft_trainer as sft_module
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.backends import APART, check_settings
 from hft_trl.continual.gem import GEMTrainer
+from hft_trl.in_backward import update_in_backward
 
 TEXT = Dataset.from_dict({"text": ["Ada lives in Rome."] * 8})
 UNCLIPPED = {"max_grad_norm": 0, "weight_decay": 0.1}
@@ -182,6 +183,13 @@ def test_optimizers_of_the_users_own_and_gem_are_refused(base, tmp_path):
         HFTSFTTrainer(**given, args=args, optimizer_cls_and_kwargs=(torch.optim.AdamW, {}))
     with pytest.raises(HFTError, match="frees the gradients that gem compares"):
         GEMTrainer(**given, args=args, memories=[])
+
+
+def test_a_model_on_several_devices_is_refused():
+    """Their gradients come in threads of their own."""
+    parameters = [torch.nn.Parameter(torch.zeros(1, device=device)) for device in ("cpu", "meta")]
+    with pytest.raises(HFTError, match="the model lies on cpu, meta: load it onto one device"):
+        update_in_backward(parameters, torch.optim.SGD(parameters))
 
 
 def test_arguments_that_are_left_to_trl_are_checked_too(base, monkeypatch):

@@ -12,10 +12,10 @@ from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.recipe import parse_recipe, parse_stage
 
 ROOT = Path(__file__).parent.parent
+ALL = set((ROOT / "recipes" / "configs").glob("*.yaml"))
+SMALL = ROOT / "recipes" / "configs" / "llama3.1-8b-24gb.yaml"
 # Those of sft_then_dpo.py; TRACE's is checked with the recipe of continual learning
-CONFIGS = sorted(
-    set((ROOT / "recipes" / "configs").glob("*.yaml")) - set((ROOT / "recipes" / "configs").glob("trace-*"))
-)
+CONFIGS = sorted(ALL - set((ROOT / "recipes" / "configs").glob("trace-*")) - {SMALL})
 
 
 def write(tmp_path, **sections) -> str:
@@ -177,6 +177,22 @@ def test_every_config_parses_down_to_trl(config):
             assert found == value or str(getattr(found, "value", found)) == str(value), key
         assert stage.args.bf16
     assert recipe.sft.args.assistant_only_loss
+
+
+def test_the_flat_config_for_one_small_gpu_parses_down_to_trl():
+    """Every key is where it belongs, and what its settings can't be with is left out."""
+    raw = yaml.safe_load(SMALL.read_text())
+    assert all(f"\n# {word}" in SMALL.read_text() for word in ("Machine:", "Memory:", "Launch:"))
+    stage, _ = parse_stage("sft", SFTConfig, ["--config", str(SMALL), "--use_cpu", "true"])
+    for key, value in raw.items():
+        places = [place for place in (stage.hft, stage.args, stage.model) if key in vars(place)]
+        found = (
+            vars(places[0])[key]
+            if places
+            else {"dataset_name": stage.data.dataset, "dataset_train_split": stage.data.split}[key]
+        )
+        assert found == value or str(getattr(found, "value", found)) == str(value), key
+    assert stage.args.gradient_accumulation_steps == 1
 
 
 def test_the_papers_hyper_parameters(tmp_path):

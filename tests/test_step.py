@@ -154,3 +154,14 @@ def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_
     for row in (ours, full, stock):
         row["bytes"]["peak"] = None
     assert [table.row_count for table in step.tables([ours, full, stock])] == [3, 3]
+
+
+def test_more_settings_of_hft_and_another_optimizer_reach_the_trainer():
+    """Gradients are gone after a backward pass that updates; packed matrices are smaller, and so are 8-bit states."""
+    common = ["--stages", "sft", "--variants", "fft", "hft", "--checkpointing", "off", "--optim", "adamw_bnb_8bit"]
+    hft = {"frozen_quantization": "int8", "optimizer_in_backward": True}
+    full, half = run(*common, "--hft", json.dumps(hft))["records"]
+    assert half["bytes"]["gradient"] == 0 < full["bytes"]["gradient"]
+    assert half["bytes"]["weight"] < full["bytes"]["weight"]
+    assert full["bytes"]["optimizer"] < 8 * full["bytes"]["trained"] / 4
+    assert all(math.isfinite(loss) for loss in half["losses"])
