@@ -56,6 +56,7 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
         rows = trainer._remove_unused_columns(rows)
     drawn = sorted(shuffled(range(len(rows)), random.Random(f"{seed}/calibration"))[:samples])
     squares = dict.fromkeys(names, 0.0)
+    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
     with _as_it_was(trainer, model), _watched(model, squares):
         for number in drawn:
             inputs = trainer._prepare_inputs(trainer.data_collator([rows[number]]))

@@ -81,7 +81,7 @@ class HFTConfig:
             model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
             Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the gradient
-            freed, so that no two gradients are there at once. The trained weights are the same to the last bit. For one
+            freed, so that hardly more than one gradient is there at a time. The trained weights are the same to the last bit. For one
             process, without gradient accumulation or clipping.
 
     Raises:

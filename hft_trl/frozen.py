@@ -1,6 +1,5 @@
 """The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
 
-import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,13 +125,15 @@ class FrozenHalf:
             for holder in (model, reference):
                 if holder is not None:
                     holder.set_submodule(path, quantized)
-            self.digests |= fingerprints([(name, quantized.weight), (f"{path}.scale", quantized.scale)])
+            held_as = [(f"{path}.packed", quantized.packed), (f"{path}.scale", quantized.scale)]
+            self.digests = {key: digest for key, digest in self.digests.items() if key != name} | fingerprints(held_as)
         held = len(matrices) - len(left)
         PartialState().print(f"frozen half: {held} matrices in {kind}, {after:,} bytes instead of {before:,}.")
         if left:
             logger.warning(
                 f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
-                f"their own, or {model.config._name_or_path!r} has no safetensors files that hold them under these names."
+                f"their own, too large for {kind}, or not in the safetensors files of {model.config._name_or_path!r} under these "
+                "names and with these values."
             )
 
     def _note_names(self, model: torch.nn.Module) -> None:
@@ -180,7 +181,7 @@ class FrozenHalf:
         for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
             plain = WRAPPERS.sub("", name)
             saved[name] = start.get(self._first_name.get(plain, plain), tensor)
-        return saved
+        return {**start, **saved}  # quantised matrices are in no state dict
 
     def check(self, model: torch.nn.Module) -> None:
         """
@@ -195,8 +196,7 @@ class FrozenHalf:
         """
         if not self.digests:
             return
-        held = itertools.chain(model.named_parameters(), model.named_buffers())
-        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in held)
+        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
         found = fingerprints((name, tensor) for name, tensor in named if name in self.digests)
         for name in self.digests.keys() - found.keys():
             raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")

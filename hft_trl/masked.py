@@ -27,7 +27,7 @@ class FrozenElements:
 
     Args:
         model (`torch.nn.Module`):
-            The model with the start model's weights, where it will be trained, before anything has wrapped it.
+            The model with the start model's weights, before anything has wrapped it.
         masks ([`Masks`]):
             Which elements learn.
     """
@@ -42,9 +42,7 @@ class FrozenElements:
                 self._parts[name] = _Part(parameter, frozen, values, fingerprint(values))
 
     def __enter__(self) -> None:
-        for part in self._parts.values():
-            mask = partial(torch.Tensor.masked_fill, mask=part.frozen, value=0)
-            self._handles.append(part.parameter.register_hook(mask))
+        """Nothing is held before [`watch`] says by what the model is trained."""
 
     def __exit__(self, *_: object) -> None:
         # Another trainer may go on with the same model.
@@ -53,7 +51,12 @@ class FrozenElements:
         self._handles.clear()
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the frozen elements back after each step of the optimizer that trains the model."""
+        """Mask the gradients, and put the frozen elements back after each step of the optimizer that trains the model."""
+        for name, part in self._parts.items():  # the model may have been brought to its device only now
+            device = part.parameter.device
+            self._parts[name] = part = part._replace(frozen=part.frozen.to(device), values=part.values.to(device))
+            mask = partial(torch.Tensor.masked_fill, mask=part.frozen, value=0)
+            self._handles.append(part.parameter.register_hook(mask))
         self._handles.append(optimizer.register_step_post_hook(self._put_back))
 
     @torch.no_grad()

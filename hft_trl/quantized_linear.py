@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BLOCK = 64
 """Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
 
-# Categories of units whose `nn.Linear`s are called and not read: some mixers compute with their weights themselves.
+# Categories of units whose `nn.Linear`s are called: some mixers compute with their weights themselves, in every product.
 CATEGORIES = ("attention", "feed_forward")
 
 
@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Module):
 
     The matrix is made whole for the moment of each product, in the inputs' type (under autocast in autocast's), and
     forgotten again: like a frozen `nn.Linear`, and unlike bitsandbytes' own layers, it keeps neither its inputs nor a whole
-    matrix for the backward pass.
+    matrix for the backward pass. It is in no state dict, since what is to be saved is the start model's own matrix.
 
     Args:
         linear ([`~torch.nn.Linear`]):
@@ -39,14 +39,16 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
+        self.dtype = linear.weight.dtype
         weight = linear.weight.detach()
         if kind == "int8":
             packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
         else:
             packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
             scale = state.absmax
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_buffer("scale", scale, persistent=False)
+        # No buffers: DDP sends those in every forward pass
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -58,24 +60,33 @@ class QuantizedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of the matrix."""
-        return self.weight.nbytes + self.scale.nbytes
+        return self.packed.nbytes + self.scale.nbytes
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix in the type that it had, made anew, for code that looks at it."""
+        return self.whole(self.dtype)
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix that it computes with, `(out_features, in_features)`."""
         if self.kind == "int8":
-            return self.weight.to(dtype).mul_((self.scale / 127).unsqueeze(1))
+            return self.packed.to(dtype).mul_((self.scale / 127).unsqueeze(1))
         # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong numbers.
         shape = (self.out_features, self.in_features)
         state = QuantState(
             self.scale, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
         )
-        return dequantize_4bit(self.weight, state).view(shape)
+        return dequantize_4bit(self.packed, state).view(shape)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         device = inputs.device.type
         if torch.is_autocast_enabled(device):
             inputs = inputs.to(torch.get_autocast_dtype(device))
         return _Product.apply(inputs, self)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load nothing: a checkpoint holds the start model's own matrix, of which this one was made."""
@@ -130,6 +141,8 @@ def quantized_bytes(kind: str, rows: int, columns: int) -> int:
 
 
 def packed_away(model: nn.Module) -> int:
-    """Numbers of a model's parameters that packing hides: two numbers of NF4 are in a byte."""
+    """Numbers by which a model has more parameters than it seems: two of NF4 are in a byte, and scales are none."""
     found = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    return sum(module.in_features * module.out_features - module.weight.numel() for module in found)
+    return sum(
+        module.in_features * module.out_features - module.packed.numel() - module.scale.numel() for module in found
+    )

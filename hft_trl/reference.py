@@ -18,6 +18,7 @@ from hft_trl import replicate
 from hft_trl.backends import fsdp_version, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.frozen import WRAPPERS
 from hft_trl.quantized_linear import QuantizedLinear
 from hft_trl.weights import full
 
@@ -192,7 +193,8 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             FSDP2 has sharded stays as it is.
     """
     hollow, theirs = is_hollow(reference), dict(reference.named_parameters())
-    for name, parameter in policy.named_parameters():
+    for wrapped, parameter in policy.named_parameters():
+        name = WRAPPERS.sub("", wrapped)
         if not parameter.requires_grad and not isinstance(theirs[name], DTensor):
             theirs[name].data = parameter.data
         elif hollow:
@@ -231,7 +233,8 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by place in memory. A state dict also holds what a quantised weight needs beside its parameter."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
-    tensors += [module.scale for module in model.modules() if isinstance(module, QuantizedLinear)]
+    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    tensors += [tensor for module in quantized for tensor in (module.packed, module.scale)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 

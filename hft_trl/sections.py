@@ -92,7 +92,10 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     said += [(values[name], []) for name in reversed(CHECKPOINTING) if name in values]
     for place, flag in enumerate(flags):
         name, equals, value = flag.removeprefix("--").partition("=")
-        if flag.startswith("--") and name.replace("-", "_") in CHECKPOINTING:
+        name = name.replace("-", "_")
+        if flag.startswith("--no") and name.removeprefix("no_") in CHECKPOINTING:  # a switch of the parser's own
+            said.append((False, [place]))
+        elif flag.startswith("--") and name in CHECKPOINTING:
             apart = not equals and place + 1 < len(flags) and not flags[place + 1].startswith("--")
             said.append((flags[place + 1], [place, place + 1]) if apart else (value if equals else True, [place]))
     auto = bool(said) and said[-1][0] == "auto"

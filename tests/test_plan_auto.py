@@ -109,6 +109,7 @@ def test_a_run_goes_on_where_there_is_more_memory(stage_of, monkeypatch):
         ({}, ["--gradient_checkpointing", "false", "--gradient_checkpointing", "auto"], True, {}, []),
         ({"gradient_checkpointing": "auto"}, ["--activation_checkpointing", "auto", "--activation_checkpointing=false"], False, {}, ["--activation_checkpointing=false"]),
         ({"activation_checkpointing": False}, ["--seed", "1"], False, {"activation_checkpointing": False}, ["--seed", "1"]),
+        ({"activation_checkpointing": "auto"}, ["--no_gradient_checkpointing"], False, {}, ["--no_gradient_checkpointing"]),
         ({"gradient_checkpointing": True}, ["--gradient_checkpointing"], False, {"gradient_checkpointing": True}, ["--gradient_checkpointing"]),
     ],
 )  # fmt: skip
@@ -134,8 +135,10 @@ def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
     ("flags", "message"),
     [
         (("--strategy", "element"), "the masks of strategy element"),
+        (("--replicate_frozen", "true"), "what hft.replicate_frozen changes"),
+        (("--label_smoothing_factor", "0.1"), "what sft.label_smoothing_factor changes"),
         (("--optim", "sgd"), "sft.optim is 'sgd': set it to true or false"),
-        (("--max_length", "none"), "without sft.max_length"),
+        (("--max_length", "none"), "sft.max_length is None"),
     ],
 )
 def test_what_no_plan_knows_is_named(stage_of, flags, message):

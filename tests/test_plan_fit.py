@@ -143,6 +143,31 @@ def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planner
     assert planners["hft"].plan(more).fits
 
 
+def test_the_smallest_way_on_one_gpu_is_named_with_the_batch_that_fits(planners):
+    """It is what `optimizer_in_backward` asks for: all rows of a step at once."""
+    asked = task(9)
+    helps = dict(what_helps(planners["hft"], asked, planners["hft"].plan(asked)))
+    (flags,) = [flags for flags in helps if "--optimizer-in-backward" in flags]
+    assert helps[flags].fits
+    size = int(flags.split()[-1])
+    storage = Storage("bfloat16", None, "adamw_bnb_8bit", "nf4", True)
+    larger = dataclasses.replace(asked, storage=storage, global_batch=2 * size)
+    assert not planners["hft"].one(larger, "single", 2 * size, 1).fits
+    (only,) = [f for f, other in what_helps(planners["hft"], larger, planners["hft"].plan(larger)) if other.fits]
+    assert only == f"--global-batch {size}"
+
+
+def test_an_optimizer_that_steps_together_has_one_more_copy_of_what_learns(planners):
+    """torch's AdamW on a GPU, if it is not the fused one; that of a CPU goes one by one."""
+    fused, together, cpu = (
+        planners["hft"].one(task(80, length=64, storage=Storage(optim=optim), device=device), "single", 1, 1)
+        for optim, device in (("adamw_torch_fused", "cuda"), ("adamw_torch", "cuda"), ("adamw_torch", "cpu"))
+    )
+    assert fused.memory["optimizer"] == cpu.memory["optimizer"]
+    assert together.memory["optimizer"] == fused.memory["optimizer"] + together.memory["gradients"]
+    assert together.total > fused.total
+
+
 def test_full_fine_tuning_is_not_told_to_freeze(planners):
     asked = task(6)
     helps = what_helps(planners["fft"], asked, planners["fft"].plan(asked))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.backends import fsdp_version
+from hft_trl.checkpoints import selection_of
 from hft_trl.errors import HFTError
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner, Task
@@ -19,6 +20,9 @@ from hft_trl.planning.show import checkpointing
 from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
+
+# Arguments with which a step holds another reference, or logits as a whole.
+UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
 
 
 def settle_checkpointing(*stages: Stage) -> None:
@@ -41,6 +45,16 @@ def settle_checkpointing(*stages: Stage) -> None:
         _check_known(stage)
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
+    previous = selection_of(skeleton)
+    elements = previous is not None and previous.masks is not None
+    for stage in stages:
+        if stage.hft is not None and stage.hft.method == "hft":
+            elements = stage.hft.strategy == "element" or (elements and stage.hft.reselect != "fresh")
+            if elements and stage.auto_checkpointing:
+                raise HFTError(
+                    f"{stage.section}.activation_checkpointing is auto, which is not planned for the masks of strategy element: "
+                    "set it to true or false."
+                )
     memory = _memory()
     planners: dict[str, Planner] = {}
     for stage in undecided:
@@ -69,15 +83,22 @@ def _check_known(stage: Stage) -> None:
         raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
     if stage.memory is not None:
         raise HFTError(f"{asked}, which is not planned for the gradients that gem keeps: set it to true or false.")
-    if stage.hft.strategy == "element" and stage.hft.method == "hft":
-        raise HFTError(f"{asked}, which is not planned for the masks of strategy element: set it to true or false.")
+    for name, unplanned in (
+        ("hft.replicate_frozen", stage.hft.replicate_frozen and stage.hft.method == "hft"),
+        *((f"{section}.{name}", vars(args).get(name)) for name in UNPLANNED),
+        (f"{section}.reference_quantization", stage.data.reference_quantization),
+    ):
+        if unplanned:
+            raise HFTError(f"{asked}, which does not count what {name} changes: set it to true or false.")
     if args.optim not in OPTIMIZERS:
         raise HFTError(
             f"{asked}, which knows the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}: set it to "
             "true or false."
         )
-    if args.max_length is None:
-        raise HFTError(f"{asked}, but without {section}.max_length no row has a longest length: set max_length.")
+    if args.max_length is None or args.max_length < 2:
+        raise HFTError(f"{asked}, but {section}.max_length is {args.max_length}: say how long rows are at most.")
+    if fsdp_version(args) == 1:
+        raise HFTError(f"{asked}, which knows FSDP2 only: set fsdp_version to 2, or it to true or false.")
     own = (args.fsdp_plugin_args or {}).get("activation_checkpointing")
     if own or (own is None and fsdp_version(args) and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
         raise HFTError(f"{asked}, but fsdp_activation_checkpointing is on already: drop one of the two.")
@@ -146,6 +167,9 @@ def _apply(plan: Plan, stage: Stage) -> None:
     args = stage.args
     # transformers reads the new names, TRL the old ones
     args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0
+    kwargs = {
+        key: value for key, value in (args.activation_checkpointing_kwargs or {}).items() if key != "every_n_layers"
+    }
     if plan.checkpointed > 1:
-        kwargs = {**(args.activation_checkpointing_kwargs or {}), "every_n_layers": plan.checkpointed}
-        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs
+        kwargs["every_n_layers"] = plan.checkpointed
+    args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs or None

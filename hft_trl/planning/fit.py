@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, held, sizes
+from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, held, sizes, while_stepping
 from hft_trl.planning.step import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
 
@@ -200,13 +200,17 @@ class Planner:
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
+        memory = at_peak(parts, step, layout, accumulation > 1)
+        together = task.storage.optim == "adamw_torch" and task.device == "cuda"
+        if together and not task.storage.optimizer_in_backward:
+            memory = max(memory, while_stepping(parts), key=lambda held_: sum(held_.values()))
         return Plan(
             self.method,
             name,
             micro_batch,
             accumulation,
             checkpointed,
-            at_peak(parts, step, layout, accumulation > 1),
+            memory,
             step.saved,
             step.operations * accumulation,
             task.gpu_memory - RESERVED,
@@ -307,18 +311,28 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
         `list[tuple[str, Plan]]`: Flags of `hft-trl plan`, and the smallest plan with them, whether it fits or not.
     """
     found: list[tuple[str, Plan]] = []
+    if task.storage.optimizer_in_backward:  # all rows of a step are there at once
+        found += _smaller_batch(planner, task, "")
     if plan.layout in ("single", "ddp"):
         rounds = planner.method == "hft" and task.storage.frozen_quantization is None
         frozen = {"frozen_dtype": "bfloat16"} if rounds else {}
-        for change in ({"optim": "adamw_bnb_8bit"}, frozen, {**frozen, "optim": "adamw_bnb_8bit"}):
-            flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+        packed = {"frozen_quantization": "nf4"} if rounds and task.storage.frozen_dtype is None else {}
+        eight = {"optim": "adamw_bnb_8bit"}
+        for change in (eight, frozen, {**frozen, **eight}, {**packed, **eight} if packed else {}):
+            flags = _flags(change)
             if change and flags not in dict(found) and any(vars(task.storage)[k] != v for k, v in change.items()):
                 other = dataclasses.replace(
                     task, storage=dataclasses.replace(task.storage, **change), layouts=(plan.layout,)
                 )
                 found.append((flags, planner.one(other, plan.layout, plan.micro_batch, 1)))
+    fits = any(other.fits for _, other in found)
+    if planner.method == "hft" and task.gpus == 1 and not fits:
+        smallest = {"dtype": "bfloat16", "optim": "adamw_bnb_8bit", "frozen_quantization": "nf4"}
+        storage = dataclasses.replace(task.storage, **smallest, frozen_dtype=None, optimizer_in_backward=True)
+        flags = f"{_flags(smallest)} --optimizer-in-backward"
+        found += _smaller_batch(planner, dataclasses.replace(task, storage=storage), flags)
     alone = task.storage.in_eight_bits or task.storage.frozen_quantization or task.storage.optimizer_in_backward
-    if not alone and not any(other.fits for _, other in found):
+    if not alone and not fits:
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             if gpus > task.gpus and task.global_batch % gpus == 0:
                 more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))
@@ -326,4 +340,21 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
                 if other.fits:
                     found.append((f"--gpus {gpus}", other))
                     break
+    return found
+
+
+def _flags(change: dict[str, str]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+
+
+def _smaller_batch(planner: Planner, task: Task, flags: str) -> list[tuple[str, Plan]]:
+    """The largest of 1, 2, 4 ... rows that fits one GPU in one piece, if it is less than the batch."""
+    found: list[tuple[str, Plan]] = []
+    size = 1
+    while size < task.global_batch:
+        plan = planner.one(dataclasses.replace(task, global_batch=size), "single", size, 1)
+        if not plan.fits:
+            break
+        found = [(f"{flags} --global-batch {size}".strip(), plan)]
+        size *= 2
     return found

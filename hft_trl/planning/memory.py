@@ -223,6 +223,25 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
     return gathered + scattered
 
 
+def while_stepping(parts: dict[str, int]) -> dict[str, int]:
+    """
+    What a GPU holds while AdamW updates all parameters together (`adamw_torch` there, not the fused one), in bytes by part.
+
+    Args:
+        parts (`dict[str, int]`):
+            What it holds from step to step, as [`held`] gives it.
+
+    Returns:
+        `dict[str, int]`: The same, with one more copy of what learns in the optimizer's part, and nothing of the passes.
+    """
+    # torch makes the roots of all second moments at once; they are as many as the gradients, in their type
+    return {
+        **parts,
+        "optimizer": parts["optimizer"] + parts["gradients"],
+        **dict.fromkeys(("weight_copies", "logits", "activations"), 0),
+    }
+
+
 def at_peak(parts: dict[str, int], step: Step, layout: Layout, accumulates: bool) -> dict[str, int]:
     """
     What a GPU holds at the fullest moment of a step, in bytes by part.

@@ -23,6 +23,7 @@ from conftest import QUIET, tiny_llama, tulu_row, ultrafeedback_row
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.data import preference_dataset, sft_dataset
+from hft_trl.frozen import WRAPPERS
 
 VOCABULARY = 300
 SIZES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCABULARY}
@@ -54,6 +55,8 @@ PAIRS = {
         {},
     ),
     "layers-dpo": ("dpo", lambda: tiny_llama(VOCABULARY), {"strategy": "layer", "train_lm_head": False}, {}),
+    # accelerate wraps the policy's layers, not the reference's, in modules of another name
+    "checkpointed-dpo": ("dpo", lambda: tiny_llama(VOCABULARY), {"strategy": "importance"}, {}),
 }
 
 
@@ -81,10 +84,11 @@ def train(name: str, base: Path, output: Path, replicate: bool) -> dict:
     dtype = "bfloat16" if name == "bfloat16" else "float32"
     output = output / f"{name}-{'replicated' if replicate else 'sharded'}"
     settings = {**settings, "model_init_kwargs": {"dtype": dtype}}
+    os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(name.startswith("checkpointed")).lower()
     trainer = trainer_of(stage, str(start), base, output, {**hft, "replicate_frozen": replicate}, settings)
     trainer.train()
     trainer.save_model()
-    named = dict(trainer.model.named_parameters())
+    named = {WRAPPERS.sub("", name): parameter for name, parameter in trainer.model.named_parameters()}
     reference = dict(trainer.ref_model.named_parameters()) if stage == "dpo" else {}
     whole = sorted(name for name, parameter in named.items() if not isinstance(parameter, DTensor))
     return {
