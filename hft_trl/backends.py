@@ -152,6 +152,55 @@ def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
         )
 
 
+def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, after_elements: bool = False) -> None:
+    """
+    Refuse a way to choose the half that can't be had together with the backend or with another setting.
+
+    Args:
+        args ([`~transformers.TrainingArguments`], *optional*):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train.
+        after_elements (`bool`, *optional*, defaults to `False`):
+            Whether single elements learned in the stage before, which `reselect` may keep.
+
+    Raises:
+        [`HFTError`]: Naming the settings, and what to use instead.
+    """
+    kept = after_elements and hft_config.reselect != "fresh"
+    elements = kept or hft_config.strategy == "element"
+    if hft_config.method != "hft" or not (elements or hft_config.by_gradient):
+        return
+    if kept:
+        what, remedy = f"hft.reselect is {hft_config.reselect!r} after strategy element", "hft.reselect to fresh"
+    elif elements:
+        what, remedy = "hft.strategy is 'element'", "hft.strategy to category"
+    else:
+        what, remedy = "hft.importance is 'gradient_norm'", "hft.importance to weight_norm"
+    for name in ("frozen_dtype", "frozen_quantization", "delta_checkpoints"):
+        if elements and vars(hft_config)[name]:
+            raise HFTError(
+                f"{what}, with which no parameter of the layers is frozen as a whole, so hft.{name} would save nothing: leave "
+                f"it out, or set {remedy}."
+            )
+    if elements and hft_config.optimizer_in_backward:
+        raise HFTError(
+            f"{what}, which puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward "
+            f"there is one for each parameter: leave it out, or set {remedy}."
+        )
+    deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed or fsdp_version(args) is not None:
+        raise HFTError(
+            f"{what}, which needs whole parameters and gradients in each process, but {'DeepSpeed' if deepspeed else 'FSDP'} "
+            f"divides them: train in one process or with DDP, or set {remedy}."
+        )
+    if not elements and args is not None and args.mixed_precision == "fp16":
+        raise HFTError(
+            f"{what}, but in fp16 small gradients become 0 without the scaling that only a training step has: use bf16, or set "
+            f"{remedy}."
+        )
+
+
 def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) -> None:
     """
     Refuse to quantise the frozen half where a backend shards it, or where the reference would be another model.

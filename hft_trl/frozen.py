@@ -59,8 +59,7 @@ class FrozenHalf:
             reference (`torch.nn.Module`, *optional*):
                 A reference with weights of its own, which is rounded likewise, so that it stays the start model.
         """
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-        whole = {id(parameter) for norm in norms for parameter in norm.parameters()}
+        kept = kept_in_their_type(model)
         parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
         others = dict(reference.named_parameters()) if reference is not None else {}
         files = _start_files(model, revision)
@@ -68,7 +67,7 @@ class FrozenHalf:
         left = []
         for name, parameter in parameters.items():
             loaded = parameter.data
-            if id(parameter) not in whole:
+            if id(parameter) not in kept:
                 cast = loaded.to(dtype)
                 if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
                     parameter.data = cast
@@ -206,6 +205,12 @@ class FrozenHalf:
                 raise RuntimeError(
                     f"the frozen parameter {name} moved during training: nothing was saved as a success"
                 )
+
+
+def kept_in_their_type(model: torch.nn.Module) -> set[int]:
+    """The `id` of each parameter that [`FrozenHalf.hold_in`] leaves as it is whatever its values are."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
 def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:

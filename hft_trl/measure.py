@@ -78,6 +78,9 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     trained = sum(size for size, learns in sizes if learns)
     total = sum(size for size, _ in sizes) + packed_away(model)
     method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
+    if selection is not None and selection.masks is not None:
+        masked = {name: numel(p) for name, p in model.named_parameters() if name in selection.masked}
+        trained -= sum(masked.values()) - sum(selection.masked.values())
     return StageRecord(
         name=stage.name,
         method=method,

@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hft_trl import backends, card, delta, reference, zero
+from hft_trl import backends, card, delta, reference, replicate, zero
 from hft_trl.backends import check_backend, check_settings
+from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
 from hft_trl.in_backward import update_in_backward
+from hft_trl.masked import FrozenElements
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
@@ -63,10 +66,12 @@ class HFTMixin(ResumableMixin):
         self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
+            backends.check_choice(given.get("args"), self.hft_config)
         if given.get("args") is not None:
             check_settings(given["args"], self.hft_config)
         if self.hft_config.optimizer_in_backward:
             _refuse_own_optimizer(given)
+        self._replicates = replicate.wanted(self.hft_config, given.get("args"))
         zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
@@ -82,8 +87,10 @@ class HFTMixin(ResumableMixin):
             check_backend(self.accelerator.state)
         self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
+        self._updates: list[RemovableHandle] = []
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
@@ -96,7 +103,11 @@ class HFTMixin(ResumableMixin):
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
-        selection = select(model, self.hft_config, previous=selection_of(model))
+        config, previous = self.hft_config, selection_of(model)
+        if previous is not None and previous.masks is not None:
+            backends.check_choice(self.args, config, after_elements=True)
+        gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
+        selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
             raise HFTError(
@@ -124,6 +135,8 @@ class HFTMixin(ResumableMixin):
         reason = reference.why_not_shared(self.args, self.hft_config)
         if own is not None:
             own = self.accelerator.unwrap_model(own)
+            if reason is None and reference.is_wholly_sharded(own):
+                reason = "FSDP has sharded all of it"
             reference.freeze(own)
             if reason is not None or not reference.is_hollow(own):
                 reference.check_is_start(policy, own, reference_given)
@@ -134,6 +147,12 @@ class HFTMixin(ResumableMixin):
             revision = (self.args.model_init_kwargs or {}).get("revision")
             rounded = None if sharded or reference_given else own
             self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
+        self._whole: list[torch.nn.Parameter] = []
+        if self._replicates:
+            self._whole = replicate.parameters(policy, self._frozen.digests)
+            replicate.check(self.accelerator, policy, self._whole, self._frozen.digests)
+        if self.hft_config.replicate_frozen:
+            replicate.report(self.hft_config, self.args, policy, self._whole)
         if self._shares_reference:
             reference.tie(policy, own)
         if self._quantization:
@@ -151,11 +170,15 @@ class HFTMixin(ResumableMixin):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
         """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        with replicate.left_whole(self.accelerator, policy, self._whole):
+            prepared = super()._prepare_for_training(*args, **kwargs)
         if self.hft_config.optimizer_in_backward:
             self._updates = update_in_backward(self.model.parameters(), self.optimizer)
         if self._shares_reference:
             reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.watch(self.optimizer.optimizer)  # what accelerate has wrapped
         return prepared
 
     def check_frozen(self) -> None:
@@ -163,16 +186,19 @@ class HFTMixin(ResumableMixin):
         Compare the frozen half with its fingerprints from before training.
 
         Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved.
+            [`RuntimeError`]: Naming the first frozen parameter that moved, or of which a frozen element did.
         """
         self._frozen.check(self.accelerator.unwrap_model(self.model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.check()
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with self._frozen_elements or nullcontext():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             while self._updates:
                 self._updates.pop().remove()

@@ -42,7 +42,7 @@ def test_losses_schedule_and_weights_are_those_of_the_optimizer_after_it(base, t
     assert a == b
 
 
-@pytest.mark.parametrize("kind", ["tied", "checkpointing", "fft", "dpo", "bfloat16", "nf4"])
+@pytest.mark.parametrize("kind", ["tied", "checkpointing", "fft", "dpo", "bfloat16", "nf4", "gradients"])
 def test_it_is_the_same_training_in_every_other_way_too(base, tulu, ultrafeedback, tmp_path, tokenizer, kind):
     """Of a tied parameter the gradient is whole when it is used; what a checkpointed layer computes again is not yet updated."""
     if kind == "tied":
@@ -50,7 +50,11 @@ def test_it_is_the_same_training_in_every_other_way_too(base, tulu, ultrafeedbac
         tiny_llama(len(tokenizer), tie_word_embeddings=True).save_pretrained(base)
         tokenizer.save_pretrained(base)
     settings = {**UNCLIPPED, "bf16": kind == "bfloat16", "gradient_checkpointing": kind == "checkpointing"}
-    storage = {"bfloat16": {"frozen_dtype": "bfloat16"}, "nf4": {"frozen_quantization": "nf4"}}.get(kind, {})
+    storage = {
+        "bfloat16": {"frozen_dtype": "bfloat16"},
+        "nf4": {"frozen_quantization": "nf4"},
+        "gradients": {"strategy": "importance", "importance": "gradient_norm", "calibration_samples": 2},
+    }.get(kind, {})
     runs = []
     for inside in (False, True):
         hft = HFTConfig("fft" if kind == "fft" else "hft", optimizer_in_backward=inside, **storage)

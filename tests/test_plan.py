@@ -172,6 +172,12 @@ def test_a_size_that_is_none_is_named(text):
         parse_memory(text)
 
 
+def test_gpus_of_a_part_of_a_machine_are_refused(folder):
+    result = run(folder, "--gpus", 12, "--global-batch", 24)
+    assert result.exit_code == 2
+    assert "--gpus is 12: beyond one machine of 8 give a multiple of 8" in " ".join(result.output.split())
+
+
 def test_more_tokens_than_positions_are_refused(folder):
     result = run(folder, "--sequence-length", 256)
     assert result.exit_code == 2

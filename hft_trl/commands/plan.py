@@ -73,6 +73,8 @@ def plan_command(
     A step is traced without weights, for full and half fine-tuning.
     """
     memory = parse_memory(gpu_memory)
+    if gpus > 8 and gpus % 8:
+        raise HFTError(f"--gpus is {gpus}: beyond one machine of 8 give a multiple of 8.")
     storage = {"frozen_dtype": frozen_dtype, "frozen_quantization": frozen_quantization}
     settings = given(
         ratio=ratio,

@@ -63,6 +63,12 @@ RUNS = {
         _sft("sft-no-embeddings", train_embeddings=False),
         _sft("sft-no-head", train_lm_head=False),
         _sft("sft-neither", train_embeddings=False, train_lm_head=False),
+        *(
+            _sft(f"sft-{importance.replace('_', '-')}-{order}", strategy="importance", importance=importance, importance_order=order)
+            for importance in ("weight_norm", "gradient_norm")
+            for order in ("most", "least")
+        ),
+        _sft("sft-element", strategy="element"),
         *(Run(f"dpo-{again}", "sft-hft", "dpo", {"reselect": again}, sweep=True) for again in ("same", "complement")),
     )
 }  # fmt: skip
@@ -105,6 +111,19 @@ QUESTIONS = (
         "Strategy: half of each category, of the layers, or of all matrices?",
         {"category": "sft-hft", "layer": "sft-layer", "model": "sft-model"},
         against="category",
+    ),
+    Question(
+        "importance",
+        "Importance: a random half of each category, the most or least important one, or half of every matrix's elements?",
+        {
+            "random": "sft-hft",
+            "largest weights": "sft-weight-norm-most",
+            "smallest weights": "sft-weight-norm-least",
+            "largest gradients": "sft-gradient-norm-most",
+            "smallest gradients": "sft-gradient-norm-least",
+            "elements": "sft-element",
+        },
+        against="random",
     ),
     Question(
         "ratio",

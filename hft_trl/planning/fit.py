@@ -33,6 +33,8 @@ class Task:
         global_batch (`int`): Rows (pairs) of an optimizer step.
         storage ([`Storage`]): Types of weights and optimizer.
         layouts (`tuple[str, ...]`): Launch configurations to choose from, the best first.
+        autocast (`bool`, *optional*, defaults to `True`): Whether there is mixed precision.
+        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
 
     Raises:
         [`HFTError`]: If numbers don't fit each other.
@@ -45,6 +47,8 @@ class Task:
     global_batch: int
     storage: Storage = field(default_factory=Storage)
     layouts: tuple[str, ...] = ()
+    autocast: bool = True
+    device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
         for name in ("gpus", "sequence_length", "global_batch"):
@@ -56,8 +60,6 @@ class Task:
             raise HFTError(
                 f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
             )
-        if self.gpus > 8 and self.gpus % 8:
-            raise HFTError(f"--gpus is {self.gpus}: beyond one machine of 8 give a multiple of 8.")
         if not self.layouts:
             several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
             object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
@@ -147,7 +149,7 @@ class Planner:
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
-        self._skeleton, self._selection = skeleton, select(skeleton, hft, previous)
+        self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self._selection)
         self._shares = hft.share_reference
         self._steps: dict[StepSettings, Step] = {}
@@ -237,8 +239,9 @@ class Planner:
             task.sequence_length,
             DTYPES[dtype],
             DTYPES[frozen] if frozen else None,
-            layout.autocast,
+            layout.autocast and task.autocast,
             checkpointed,
+            task.device,
             frozen_quantization=task.storage.frozen_quantization if self.method == "hft" else None,
             optimizer_in_backward=task.storage.optimizer_in_backward,
         )
