@@ -1,6 +1,7 @@
 """What `benchmarks/peers.py` found, as tables, a figure and a page."""
 
 import datetime
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,11 +28,12 @@ COLOURS = dict(zip(PEERS, (ORANGE, BLUE, GREEN, PURPLE, SKY, RED), strict=True))
 
 
 def about() -> dict[str, Any]:
-    """The machine, the versions and the time."""
+    """The machine, how busy it is (programs that run or wait, over the last minute), the versions and the time."""
     versions = {name: package_version(name) for name in ("peft", "badam")}
     return {
         "machine": step.machine(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "environment": {**environment(), **versions},
     }
@@ -125,7 +127,7 @@ def write_results(tables: Sequence[Grid], cost: dict[str, Any], output: Path) ->
         f"{name} {now['environment'][name]}" for name in ("torch", "transformers", "trl", "peft", "badam")
     )
     shape = "".join(
-        f"\nTime and memory: {cost['date'][:10]}, {cost['machine']}, {cost['threads']} thread(s), {row['measured']}, "
+        f"\nTime and memory: {cost['date'][:10]}, {cost['machine']}, {cost['threads']} thread(s), load {cost['load']:.1f}, {row['measured']}, "
         + ", ".join(f"{key} {value}" for key, value in cost["options"].items() if key != "peers")
         + "."
         for row in cost.get("records", [])[:1]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -10,7 +11,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from peer_trainers import make_trainer, number_of_blocks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hft_trl import demo
 from hft_trl.demo.probes import evaluate
@@ -80,8 +81,14 @@ def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
 
 def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
     """Make one model and write what it answers to the embedded world's questions."""
-    folder = output / "models" / trial.name
-    words = ["--output_dir", str(folder), "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
+        model = train(trial, folder, flags)
+    write_scores(output, trial, evaluate(model, AutoTokenizer.from_pretrained(demo.MODEL)))
+
+
+def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
+    """SFT of the embedded model as the demo has it, but for the trial's learning rate and seed and the peer's trainer."""
+    words = ["--output_dir", folder, "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
     words += ["--hft.seed", str(trial.seed), "--sft.save_strategy", "no", "--sft.disable_tqdm", "true", *flags]
     stage = parse_recipe(words, default_config=demo.RECIPE).sft
     stage.args.model_init_kwargs = None  # the model is given as it is
@@ -100,8 +107,7 @@ def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
         processing_class=load_tokenizer(stage),
     )
     trainer.train()
-    trained = trainer.model.merge_and_unload() if trial.peer == "lora" else trainer.model
-    write_scores(output, trial, evaluate(trained, AutoTokenizer.from_pretrained(demo.MODEL)))
+    return trainer.model.merge_and_unload() if trial.peer == "lora" else trainer.model
 
 
 def write_scores(output: Path, trial: Trial, scores: Mapping[str, float]) -> None:

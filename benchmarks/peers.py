@@ -76,6 +76,7 @@ def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     found = read_cost(output)
     if found.get("options") == said:
         return found
+    machine = about()
     gc.freeze()  # to look through all that is imported takes as long as a step
     settings = [Setting("sft", peer, False) for peer in said["peers"]]
     with tempfile.TemporaryDirectory() as options.folder:
@@ -84,7 +85,7 @@ def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     for row, peak in zip(records, peaks, strict=True):
         row["bytes"]["peak"] = peak
         row["mean_seconds"] = fmean(each["total"] for each in row["steps"]) if row["steps"] else None
-    write_json(path, {"options": said, **about(), "records": records})
+    write_json(path, {"options": said, **machine, "records": records})
     return read_cost(output)
 
 
