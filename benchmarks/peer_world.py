@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -67,7 +67,7 @@ def next_rate(peer: str, scores: Scores) -> float | None:
 
 
 def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
-    """What can be made now: for every peer the next learning rate, or where that is chosen the models of all seeds."""
+    """What can be made now: of every peer the next learning rate, then, where that is chosen, the models seed by seed."""
     trials = []
     for peer in peers:
         rate = next_rate(peer, scores)
@@ -136,11 +136,14 @@ def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=settle_process, initargs=(output,)) as pool:
         try:
-            while trials := wanted(peers, read_scores(output), seeds):
-                futures = {pool.submit(make, trial, output, flags): trial for trial in trials}
-                for future in as_completed(futures):
+            making: dict[Future[None], Trial] = {}
+            while missing := wanted(peers, read_scores(output), seeds):
+                free = [trial for trial in missing if trial not in making.values()]
+                for trial in free[: workers - len(making)]:
+                    making[pool.submit(make, trial, output, flags)] = trial
+                for future in wait(making, return_when=FIRST_COMPLETED).done:
                     future.result()
-                    yield futures[future]
+                    yield making.pop(future)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
