@@ -7,7 +7,7 @@ python benchmarks/memory.py --hidden 1024 --layers 8
 ```
 
 Every variant trains two steps of DPO on the embedded pairs, in float32 or under bfloat16 autocast, and is read off the
-trainer: the policy's weights, what the reference takes beside them, and the optimizer's state.
+trainer: the policy's weights, what the reference takes beside them, the most gradients at once, and the optimizer's state.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from hft_trl import HFTConfig, HFTDPOTrainer, demo
 from hft_trl.chat import load_tokenizer
 from hft_trl.data import load_split, preference_dataset
 from hft_trl.quantization import load_quantized
+from hft_trl.quantized_linear import QuantizedLinear
 from hft_trl.reference import memory
 
 VARIANTS = {
@@ -30,20 +31,28 @@ VARIANTS = {
     "HFT, reference of its own": {"share_reference": False},
     "HFT": {},
     "HFT, frozen_dtype bfloat16": {"frozen_dtype": "bfloat16"},
+    "HFT, frozen_quantization int8": {"frozen_quantization": "int8"},
+    "HFT, frozen_quantization nf4": {"frozen_quantization": "nf4"},
     "HFT, reference in 8 bits": {"reference": "8bit"},
     "HFT, reference in 4 bits": {"reference": "4bit"},
     "HFT, optim adamw_bnb_8bit": {"optim": "adamw_bnb_8bit"},
     "HFT, frozen_dtype bfloat16 and adamw_bnb_8bit": {"frozen_dtype": "bfloat16", "optim": "adamw_bnb_8bit"},
+    "HFT, optimizer_in_backward": {"optimizer_in_backward": True},
+    "HFT, nf4, adamw_bnb_8bit and in_backward": {
+        "frozen_quantization": "nf4",
+        "optim": "adamw_bnb_8bit",
+        "optimizer_in_backward": True,
+    },
 }
 
 
 def measure(base: Path, settings: dict[str, str | bool]) -> list[int]:
-    """Bytes of policy, reference and optimizer state."""
+    """Bytes of policy, reference, gradients and optimizer state."""
     settings = dict(settings)
     bits, optim = settings.pop("reference", None), settings.pop("optim", "adamw_torch")
     args = DPOConfig(
         str(base / "out"), use_cpu=True, bf16="frozen_dtype" in settings, max_steps=2, per_device_train_batch_size=2,
-        max_length=64, optim=optim, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        max_length=64, optim=optim, max_grad_norm=0, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = HFTDPOTrainer(
         model=str(base),
@@ -53,10 +62,18 @@ def measure(base: Path, settings: dict[str, str | bool]) -> list[int]:
         processing_class=load_tokenizer(str(demo.MODEL)),
         hft_config=HFTConfig(**settings),
     )
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    gradients = [0]
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: gradients.append(sum(p.grad.nbytes for p in trained if p.grad is not None))
+        )
     trainer.train()
     state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
-    policy = sum(parameter.nbytes for parameter in trainer.model.parameters())
-    return [policy, memory(trainer.model, trainer.ref_model)[0], sum(v.nbytes for v in state if hasattr(v, "nbytes"))]
+    scales = sum(module.scale.nbytes for module in trainer.model.modules() if isinstance(module, QuantizedLinear))
+    policy = sum(parameter.nbytes for parameter in trainer.model.parameters()) + scales
+    beside = memory(trainer.model, trainer.ref_model)[0]
+    return [policy, beside, max(gradients), sum(v.nbytes for v in state if hasattr(v, "nbytes"))]
 
 
 def main() -> None:
@@ -64,7 +81,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
-    table = Table("variant", *("policy", "reference, beside it", "optimizer state", "together"))
+    table = Table("variant", *("policy", "reference, beside it", "gradients", "optimizer state", "together"))
     with tempfile.TemporaryDirectory() as folder:
         size = {"hidden_size": options.hidden, "intermediate_size": options.hidden * 8 // 3 // 64 * 64}
         heads = {"num_attention_heads": options.hidden // 64, "num_hidden_layers": options.layers}
@@ -72,7 +89,7 @@ def main() -> None:
         for name, settings in VARIANTS.items():
             parts = measure(Path(folder), settings)
             table.add_row(name, *(f"{part / 1e6:,.1f} MB" for part in (*parts, sum(parts))))
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             parser.error(f"{flag} is no flag of this script, or not the same for all peers: drop it")
     for name, value in SHAPES[options.shape].items():
         setattr(options, name, vars(options)[name] or value)
+    options.kv_heads = SHAPES[options.shape].get("kv_heads")
+    options.optim, options.hft = "adamw_torch_fused", {}
     options.device = "cuda" if cuda else "cpu"
     cycle = options.layers * options.switch_every
     options.rounds, options.peak_steps = 2 * cycle, cycle

@@ -6,6 +6,8 @@ python benchmarks/step.py                                        # a small Llama
 python benchmarks/step.py --json                                 # one JSON object, and nothing else, on stdout
 python benchmarks/step.py --ratios 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0   # the paper's efficiency table
 python benchmarks/step.py --shape 7b --stages sft --batch 1      # random weights, made on the device
+# Full-rank HFT of a model of 8B on a GPU of 24 GB
+python benchmarks/step.py --shape 8b --stages sft --variants hft --checkpointing on --optim adamw_bnb_8bit --hft '{"frozen_quantization": "nf4", "optimizer_in_backward": true, "train_embeddings": false}'
 ```
 
 `fft` and `lora` are TRL's own trainers, `hft` is ours as a recipe runs it, `stock` is TRL's own trainer with the very
@@ -47,6 +49,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, reference, select
 from hft_trl.chat import load_tokenizer
+from hft_trl.in_backward import update_in_backward
 from hft_trl.measure import peak_memory, reset_peak_memory
 from hft_trl.report import environment
 
@@ -70,6 +73,16 @@ SHAPES = {
         "vocab": 32000,
         "batch": 1,
         "length": 2048,
+    },
+    "8b": {
+        "hidden": 4096,
+        "intermediate": 14336,
+        "layers": 32,
+        "heads": 32,
+        "kv_heads": 8,
+        "vocab": 128256,
+        "batch": 1,
+        "length": 1024,
     },
 }
 STAGES = ("sft", "dpo")
@@ -95,7 +108,8 @@ class Setting:
         """The stage's trainer, on a model of its own."""
         given, sft, half = start(self, options), self.stage == "sft", HFTConfig(ratio=self.ratio)
         if self.variant == "hft":
-            return (HFTSFTTrainer if sft else HFTDPOTrainer)(**given, hft_config=half)
+            own = HFTConfig(ratio=self.ratio, **options.hft)
+            return (HFTSFTTrainer if sft else HFTDPOTrainer)(**given, hft_config=own)
         if self.variant == "lora":
             given["peft_config"] = LoraConfig(**LORA)
         elif not sft:
@@ -115,10 +129,16 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=options.layers,
-        num_attention_heads=options.heads, vocab_size=options.vocab, max_position_embeddings=options.length,
+        num_attention_heads=options.heads, num_key_value_heads=options.kv_heads or options.heads, vocab_size=options.vocab, max_position_embeddings=options.length,
     )  # fmt: skip
     with torch.device(options.device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    if (
+        "frozen_quantization" in options.hft
+    ):  # a quantised half is saved from the start model's files, so it needs some
+        model.save_pretrained(Path(options.folder) / "start")
+        model.config._name_or_path = str(Path(options.folder) / "start")
+    return model
 
 
 def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
@@ -130,6 +150,7 @@ def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         disable_tqdm=True, gradient_checkpointing=setting.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         # What a recipe adds to a step beside the trainer itself
+        optim=options.optim, max_grad_norm=0 if ours and options.hft.get("optimizer_in_backward") else 1,
         enable_jit_checkpoint=ours, include_num_input_tokens_seen="non_padding" if ours else "no",
     )  # fmt: skip
     row = {"text": "a"} if sft else {"prompt": "a", "chosen": "b", "rejected": "c"}  # the batches are not made of it
@@ -169,6 +190,8 @@ class Run:
         with contextlib.suppress(Ready):
             trainer.train()
         del trainer._run_epoch
+        if setting.variant == "hft" and options.hft.get("optimizer_in_backward"):  # `train` has ended it
+            trainer._updates = update_in_backward(trainer.model.parameters(), trainer.optimizer)
         trainer.control = trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         trainer.compute_loss = self._timed("forward", trainer.compute_loss)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)
@@ -243,7 +266,7 @@ class Run:
 
 def peak_alone(setting: Setting, options: argparse.Namespace) -> int:
     """Peak bytes of `peak_steps` steps over what the process held before the model was built."""
-    tiny = {"hidden": 64, "intermediate": 64, "layers": 1, "heads": 1, "batch": 1, "length": 8}
+    tiny = {"hidden": 64, "intermediate": 64, "layers": 1, "heads": 1, "kv_heads": 1, "batch": 1, "length": 8}
     Run(setting, argparse.Namespace(**{**vars(options), **tiny}))  # so that no import counts
     reset_peak_memory()
     before = peak_memory()
@@ -340,9 +363,11 @@ def parse() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small")
-    for name in SHAPES["small"]:
+    for name in SHAPES["8b"]:
         parser.add_argument(f"--{name}", type=int, help="by default the shape's")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of the weights")
+    parser.add_argument("--optim", default="adamw_torch_fused", help="optimizer of all variants")
+    parser.add_argument("--hft", type=json.loads, default={}, help="JSON: more settings of HFT, for the variant hft")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
     parser.add_argument("--peak_steps", type=int, default=1, help="steps in which peak memory is looked for")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -356,8 +381,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: give at least 2")
-    for name, value in SHAPES[options.shape].items():
-        setattr(options, name, vars(options)[name] or value)
+    for name in SHAPES["8b"]:
+        setattr(options, name, vars(options)[name] or SHAPES[options.shape].get(name))
     options.device = "cuda" if cuda else "cpu"
     return options
 

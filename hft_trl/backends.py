@@ -11,7 +11,9 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 EMPTY = (
@@ -21,6 +23,18 @@ EMPTY = (
 FSDP1 = (
     "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
     "accelerate_configs/fsdp2.yaml."
+)
+
+# Optimizers that treat each parameter apart from all others, each of them tested inside of the backward pass.
+APART = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
+    "sgd",
 )
 
 
@@ -78,6 +92,27 @@ def check_backend(state: AcceleratorState) -> None:
             raise HFTError(EMPTY)
 
 
+def check_settings(args: TrainingArguments, hft_config: HFTConfig) -> None:
+    """
+    Refuse settings of HFT that a trainer's arguments stand against, before a model is loaded.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train, and how it is stored.
+
+    Raises:
+        [`HFTError`]: Naming the setting to change.
+    """
+    if hft_config.frozen_dtype and hft_config.method == "hft":
+        check_frozen_dtype(args, hft_config.frozen_dtype)
+    if hft_config.frozen_quantization and hft_config.method == "hft":
+        check_frozen_quantization(args, hft_config)
+    if hft_config.optimizer_in_backward:
+        check_optimizer_in_backward(args)
+
+
 def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
     """
     Refuse to hold the frozen half in a type of its own where the halves could not be computed with together, or where the
@@ -108,6 +143,139 @@ def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
             f"hft.frozen_dtype is {frozen_dtype}, but precompute_ref_log_probs computes with the reference before its frozen "
             "half is rounded, so it would not be the policy's: leave one of the two out."
         )
+
+
+def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, after_elements: bool = False) -> None:
+    """
+    Refuse a way to choose the half that can't be had together with the backend or with another setting.
+
+    Args:
+        args ([`~transformers.TrainingArguments`], *optional*):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train.
+        after_elements (`bool`, *optional*, defaults to `False`):
+            Whether single elements learned in the stage before, which `reselect` may keep.
+
+    Raises:
+        [`HFTError`]: Naming the settings, and what to use instead.
+    """
+    kept = after_elements and hft_config.reselect != "fresh"
+    elements = kept or hft_config.strategy == "element"
+    if hft_config.method != "hft" or not (elements or hft_config.by_gradient):
+        return
+    if kept:
+        what, remedy = f"hft.reselect is {hft_config.reselect!r} after strategy element", "hft.reselect to fresh"
+    elif elements:
+        what, remedy = "hft.strategy is 'element'", "hft.strategy to category"
+    else:
+        what, remedy = "hft.importance is 'gradient_norm'", "hft.importance to weight_norm"
+    for name in ("frozen_dtype", "frozen_quantization", "delta_checkpoints"):
+        if elements and vars(hft_config)[name]:
+            raise HFTError(
+                f"{what}, with which no parameter of the layers is frozen as a whole, so hft.{name} would save nothing: leave "
+                f"it out, or set {remedy}."
+            )
+    if elements and hft_config.optimizer_in_backward:
+        raise HFTError(
+            f"{what}, which puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward "
+            f"there is one for each parameter: leave it out, or set {remedy}."
+        )
+    deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed or fsdp_version(args) is not None:
+        raise HFTError(
+            f"{what}, which needs whole parameters and gradients in each process, but {'DeepSpeed' if deepspeed else 'FSDP'} "
+            f"divides them: train in one process or with DDP, or set {remedy}."
+        )
+    if not elements and args is not None and args.mixed_precision == "fp16":
+        raise HFTError(
+            f"{what}, but in fp16 small gradients become 0 without the scaling that only a training step has: use bf16, or set "
+            f"{remedy}."
+        )
+
+
+def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) -> None:
+    """
+    Refuse to quantise the frozen half where a backend shards it, or where the reference would be another model.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+        hft_config ([`HFTConfig`]):
+            What to train, and how it is stored.
+
+    Raises:
+        [`HFTError`]: Naming the setting to change.
+    """
+    prefers = "sync_ref_model" in vars(args)
+    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    for wrong, why in (
+        (sharded, f"{sharded} can't shard quantised matrices: leave it out, or train in one process or with DDP"),
+        (
+            prefers and not hft_config.share_reference,
+            "hft.share_reference is false, so the reference would not be the quantised model that training starts from: set it "
+            "to true",
+        ),
+        (
+            vars(args).get("sync_ref_model"),
+            "sync_ref_model moves the reference, which shares the quantised matrices: leave one of the two out",
+        ),
+        (
+            vars(args).get("precompute_ref_log_probs"),
+            "precompute_ref_log_probs computes with the reference before its frozen half is quantised: leave one of the two "
+            "out",
+        ),
+    ):
+        if wrong:
+            raise HFTError(f"hft.frozen_quantization is {hft_config.frozen_quantization}, but {why}.")
+
+
+def check_optimizer_in_backward(args: TrainingArguments) -> None:
+    """
+    Refuse what needs all gradients at once, or would update a parameter twice.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+
+    Raises:
+        [`HFTError`]: Naming the setting to change.
+    """
+    sharded = "FSDP" if fsdp_version(args) is not None else "DeepSpeed" if args.deepspeed_plugin is not None else None
+    checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    for wrong, why in (
+        (
+            args.max_grad_norm > 0,
+            f"max_grad_norm is {args.max_grad_norm:g}, and clipping needs the norm of all gradients before the first update: set "
+            "max_grad_norm to 0",
+        ),
+        (
+            args.gradient_accumulation_steps > 1,
+            f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and gradients that are freed can't be added "
+            "up: set it to 1, with a larger per_device_train_batch_size or a smaller learning rate",
+        ),
+        (sharded, f"{sharded} keeps gradients itself: leave it out, or train in one process"),
+        (
+            args.world_size > 1 or args.n_gpu > 1,
+            f"there are {max(args.world_size, args.n_gpu)} processes or GPUs, whose gradients have to be averaged first: train "
+            "in one process on one GPU",
+        ),
+        (args.fp16, "fp16 scales gradients, which are looked at before the update: use bf16, or none"),
+        (
+            args.optim not in APART,
+            f"optim is {OptimizerNames(args.optim).value}, which was not tested with it: use one of {', '.join(APART)}",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size would repeat a step of which a part is applied: set per_device_train_batch_size",
+        ),
+        (
+            checkpointing,
+            "reentrant checkpointing would update what several layers share more than once: set use_reentrant to false",
+        ),
+    ):
+        if wrong:
+            raise HFTError(f"hft.optimizer_in_backward is true, but {why}.")
 
 
 def saves_shards(accelerator: Accelerator) -> bool:

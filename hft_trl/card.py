@@ -38,7 +38,7 @@ def _section(selection: Selection) -> str:
     return f"""
 ## Half Fine-Tuning
 
-In this stage a random part of the parameters learned and the rest kept the bits of the start model
+In this stage a part of the parameters learned and the rest kept the bits of the start model
 `{selection.start_model["name_or_path"]}` (weights `{selection.start_model["weights_digest"]}`).
 Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`.
 

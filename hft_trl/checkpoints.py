@@ -169,12 +169,16 @@ def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
     saved = Selection.load(checkpoint)
     if saved.digest != selection.digest:
         ours, theirs = selection.config.selecting(), saved.config.selecting()
-        settings = [f"{key} {theirs[key]!r} there, {ours[key]!r} here" for key in ours if theirs[key] != ours[key]]
+        settings = [
+            f"{key} {theirs.get(key, 'unused')!r} there, {ours.get(key, 'unused')!r} here"
+            for key in ours | theirs
+            if theirs.get(key) != ours.get(key)
+        ]
         if saved.seed != selection.seed:
             settings.append(f"effective seed {saved.seed} there, {selection.seed} here")
         raise HFTError(
             f"{checkpoint} was trained with selection {saved.digest[:16]}, this run has {selection.digest[:16]} "
-            f"({'; '.join(settings) or 'the parameter names differ'}): resume with the checkpoint's settings, or train "
+            f"({'; '.join(settings) or 'the parameter names or masks differ'}): resume with the checkpoint's settings, or train "
             "into another output_dir."
         )
     if saved.start_model and selection.start_model and saved.start_model != selection.start_model:

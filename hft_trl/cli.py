@@ -62,7 +62,9 @@ def select_command(
         str, typer.Argument(help="Hub id or folder of a causal language model, or demo; only its config is read.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
+    strategy: Annotated[
+        Literal["category", "layer", "model", "importance", "element"] | None, setting("strategy")
+    ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude")] = None,
     reselect: Annotated[Literal["fresh", "same", "complement"] | None, setting("reselect")] = None,
@@ -120,7 +122,8 @@ def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) 
         "share": selection.share,
         "digest": selection.digest,
         "categories": [
-            {**dataclasses.asdict(row), "share": row.share} for row in category_shares(units, selection.trainable)
+            {**dataclasses.asdict(row), "share": row.share}
+            for row in category_shares(units, selection.trainable, selection.masked)
         ],
         "trainable": list(selection.trainable),
         "frozen": list(selection.frozen),
@@ -141,5 +144,10 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
     )
     for line in (Text(heading, "bold"), Text(f"{drawn}, seed {selection.seed}, digest {selection.digest[:16]}\n")):
         console.print(line, soft_wrap=True)
-    console.print(rich_table(category_grid(category_shares(units, selection.trainable))))
+    console.print(rich_table(category_grid(category_shares(units, selection.trainable, selection.masked))))
     console.print(picture, soft_wrap=True)
+    if selection.masks is not None:
+        share = selection.share["layers"]
+        console.print(
+            f"In the layers {marks[0]} is a matrix of which {share:.2%} of the elements learn.", soft_wrap=True
+        )

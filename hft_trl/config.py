@@ -1,17 +1,27 @@
 """What to train: the settings of Half Fine-Tuning."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hft_trl.errors import HFTError
 
 METHODS = ("hft", "fft")
-STRATEGIES = ("category", "layer", "model")
+STRATEGIES = ("category", "layer", "model", "importance", "element")
+IMPORTANCES = ("weight_norm", "gradient_norm")
+ORDERS = ("most", "least")
 RESELECTS = ("fresh", "same", "complement")
 FROZEN_DTYPES = (None, "bfloat16", "float16")
-# What saves memory or disk and leaves the selection as it is.
-STORAGE = ("frozen_dtype", "share_reference", "delta_checkpoints")
+FROZEN_QUANTIZATIONS = (None, "int8", "nf4")
+# What saves memory, traffic or disk and leaves the selection as it is.
+STORAGE = (
+    "frozen_dtype",
+    "frozen_quantization",
+    "share_reference",
+    "replicate_frozen",
+    "delta_checkpoints",
+    "optimizer_in_backward",
+)
 
 
 @dataclass
@@ -27,7 +37,16 @@ class HFTConfig:
             Share of the transformer layers' parameters that learn, in (0, 1] (the paper sweeps 10 % to 100 %).
         strategy (`str`, *optional*, defaults to `"category"`):
             `"category"` takes the share of each category (self-attention, feed-forward, norm, ...): the paper's
-            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category.
+            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category, `"importance"` takes
+            the share of each category like `"category"`, but the most or least important matrices instead of random ones,
+            and `"element"` takes single elements of every matrix, which saves neither memory nor time.
+        importance (`str`, *optional*, defaults to `"weight_norm"`):
+            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), or of the
+            loss's gradient by them (`"gradient_norm"`; for one process and DDP).
+        importance_order (`str`, *optional*, defaults to `"most"`):
+            Whether the `"most"` or the `"least"` important matrices learn.
+        calibration_samples (`int`, *optional*, defaults to `32`):
+            Number of rows of the training data that `"gradient_norm"` is taken over.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
@@ -47,12 +66,23 @@ class HFTConfig:
         frozen_dtype (`str`, *optional*):
             Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's own.
             Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
+        frozen_quantization (`str`, *optional*):
+            Hold the frozen matrices of attention and feed-forward in `"int8"` or `"nf4"` (4 bits) while training, through
+            bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
             Whether the frozen half of policy and reference is stored once in preference training, where the backend can
-            (one process, DDP). The losses are the same to the last bit.
+            (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
+        replicate_frozen (`bool`, *optional*, defaults to `False`):
+            Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The losses
+            are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in mixed precision
+            of another type than the frozen half's (see `frozen_dtype`).
         delta_checkpoints (`bool`, *optional*, defaults to `False`):
             Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
             model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
+        optimizer_in_backward (`bool`, *optional*, defaults to `False`):
+            Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the gradient
+            freed, so that no two gradients are there at once. The trained weights are the same to the last bit. For one
+            process, without gradient accumulation or clipping.
 
     Raises:
         [`HFTError`]: If a value is out of its range.
@@ -62,8 +92,21 @@ class HFTConfig:
         default="hft", metadata={"help": "Train half of the transformer layers (hft) or all of them (fft)."}
     )
     ratio: float = field(default=0.5, metadata={"help": "Share of the layers' parameters that learn, in (0, 1]."})
-    strategy: Literal["category", "layer", "model"] = field(
-        default="category", metadata={"help": "Take the share of each category, of the layers, or of the whole model."}
+    strategy: Literal["category", "layer", "model", "importance", "element"] = field(
+        default="category",
+        metadata={
+            "help": "Take the share of each category at random or by importance, of the layers, of the whole model, or of "
+            "every matrix's elements."
+        },
+    )
+    importance: Literal["weight_norm", "gradient_norm"] = field(
+        default="weight_norm", metadata={"help": "What strategy importance goes by."}
+    )
+    importance_order: Literal["most", "least"] = field(
+        default="most", metadata={"help": "Whether the most or the least important matrices learn."}
+    )
+    calibration_samples: int = field(
+        default=32, metadata={"help": "Rows of the training data that gradient_norm is taken over."}
     )
     seed: int = field(default=42, metadata={"help": "Seed of the selection."})
     train_embeddings: bool = field(default=True, metadata={"help": "Whether the input embedding learns."})
@@ -79,28 +122,55 @@ class HFTConfig:
     frozen_dtype: Literal["bfloat16", "float16"] | None = field(
         default=None, metadata={"help": "Type in which the frozen half is held while training."}
     )
+    frozen_quantization: Literal["int8", "nf4"] | None = field(
+        default=None, metadata={"help": "Hold the frozen half's matrices in 8 or 4 bits while training."}
+    )
     share_reference: bool = field(
         default=True, metadata={"help": "Store the frozen half of policy and reference once, where the backend can."}
     )
+    replicate_frozen: bool = field(
+        default=False, metadata={"help": "Leave the frozen half whole in every process under FSDP2: less traffic."}
+    )
     delta_checkpoints: bool = field(
         default=False, metadata={"help": "Keep only the trainable parameters in checkpoints during training."}
+    )
+    optimizer_in_backward: bool = field(
+        default=False, metadata={"help": "Update each parameter inside the backward pass, and free its gradient."}
     )
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("method", METHODS),
             ("strategy", STRATEGIES),
+            ("importance", IMPORTANCES),
+            ("importance_order", ORDERS),
             ("reselect", RESELECTS),
             ("frozen_dtype", FROZEN_DTYPES),
+            ("frozen_quantization", FROZEN_QUANTIZATIONS),
         ):
             value = self.__dict__[name]
             if value not in allowed:
                 raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}.")
+        if self.frozen_dtype and self.frozen_quantization:
+            raise HFTError(
+                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: a frozen "
+                "matrix is held in one of the two, so leave the other out."
+            )
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")
         self.ratio = float(self.ratio)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise HFTError(f"hft.seed is {self.seed!r}: it must be a whole number, such as 42.")
+        samples = self.calibration_samples
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise HFTError(f"hft.calibration_samples is {samples!r}: it must be a whole number of rows, such as 32.")
+        for name in self._unused():
+            if self.__dict__[name] != self.__dataclass_fields__[name].default:
+                raise HFTError(
+                    f"hft.{name} is {self.__dict__[name]!r}, which is not used with hft.strategy {self.strategy!r}"
+                    f"{f' and hft.importance {self.importance!r}' if self.strategy == 'importance' else ''}: drop it, or change "
+                    f"hft.{'importance' if self.strategy == 'importance' else 'strategy'}."
+                )
         if isinstance(self.exclude, str):
             raise HFTError(f"hft.exclude is the string {self.exclude!r}: give a list of regular expressions.")
         self.exclude = list(self.exclude or [])
@@ -110,6 +180,30 @@ class HFTConfig:
             except (re.error, TypeError) as error:
                 raise HFTError(f"hft.exclude holds {pattern!r}, which is no regular expression: {error}.") from error
 
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the choice hangs on gradients."""
+        return self.method == "hft" and self.strategy == "importance" and self.importance == "gradient_norm"
+
+    def _unused(self) -> set[str]:
+        """Settings of a strategy that is not asked for."""
+        if self.strategy != "importance":
+            return {"importance", "importance_order", "calibration_samples"}
+        return set() if self.importance == "gradient_norm" else {"calibration_samples"}
+
     def selecting(self) -> dict[str, Any]:
-        """The settings that the selection depends on, without those that only save memory or disk."""
-        return {key: value for key, value in asdict(self).items() if key not in STORAGE}
+        """The settings that the selection depends on: not those that only save memory, traffic or disk, nor another strategy's."""
+        return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
+
+    def by_shape(self) -> "HFTConfig":
+        """The settings of a half with the same shares that can be drawn without weights or data."""
+        if self.strategy != "importance":
+            return self
+        defaults = HFTConfig()
+        return replace(
+            self,
+            strategy="category",
+            importance=defaults.importance,
+            importance_order=defaults.importance_order,
+            calibration_samples=defaults.calibration_samples,
+        )

@@ -74,9 +74,9 @@ class ModelDiff:
         units (`list[tuple[Unit, Moved]]`):
             How far each unit moved.
         frozen (`list[str]`):
-            Names of the parameters that the selection kept from learning.
+            Names of the parameters that the selection kept from learning, as a whole or in some of their elements.
         touched (`list[str]`):
-            Those of them that differ from the base in a bit.
+            Those of them that differ from the base in a bit that was frozen.
         dtypes (`tuple[str, str]`):
             Types of the frozen parameters (of all, if none is frozen) in the base's and in the tuned model's files.
         is_start (`bool`, *optional*):
@@ -170,7 +170,15 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
         selection=selection,
         units=units,
         frozen=frozen,
-        touched=[name for name in frozen if any(part.moved for part in changes.get(name, []))],
+        touched=[
+            name
+            for name in frozen
+            if (
+                _masked_moved(before, after, name, selection)
+                if name in selection.masked
+                else any(part.moved for part in changes.get(name, []))
+            )
+        ],
         dtypes=(_types(before, frozen or names), _types(after, frozen or names)),
         is_start=_is_start(before, after, selection.start_model if selection else None),
     )
@@ -199,8 +207,15 @@ def _frozen(selection: Selection | None, names: list[str], model: str) -> list[s
         raise HFTError(
             f"the selection in {model!r} names {min(unknown)}, which the model lacks: it is another model's."
         )
-    learns = set(selection.trainable)
+    learns = set(selection.trainable) - selection.masked.keys()
     return [name for name in names if name not in learns]
+
+
+def _masked_moved(before: SavedModel, after: SavedModel, name: str, selection: Selection) -> bool:
+    """Whether an element that its mask kept from learning differs."""
+    old, new = before.parameter(name), after.parameter(name)
+    frozen = ~selection.masks.draw(name, new.shape)
+    return change(name, old[frozen], new[frozen]).moved > 0
 
 
 def _types(saved: SavedModel, names: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from hft_trl.files import flush, write_json, writing
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
 from hft_trl.report import StageRecord, UnitChange
+from hft_trl.sections import CHECKPOINTING
 from hft_trl.weights import check_readable, weight_files
 
 STAGE_FILE = "stage.json"
@@ -50,6 +51,10 @@ def settings(stage: Stage) -> dict[str, Any]:
         for key, value in sorted(args.items())
         if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
     }
+    if stage.auto_checkpointing:  # what it comes to depends on the machine, and the weights do not depend on it
+        for name in CHECKPOINTING:
+            del kept[name], kept[f"{name}_kwargs"]
+        kept[CHECKPOINTING[0]] = "auto"
     kept["global_batch_size"] = (
         stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
     )
@@ -60,6 +65,8 @@ def settings(stage: Stage) -> dict[str, Any]:
     }
     if stage.hft is not None:
         content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
+        if stage.hft.frozen_quantization:  # only then, so that folders from before it stay valid
+            content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
     if stage.adapter is not None:
         content["lora"] = _adapter(stage.adapter, stage.folder)
     if not best:

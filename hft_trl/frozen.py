@@ -1,14 +1,18 @@
 """The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
 
+import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
+from hft_trl.quantized_linear import QuantizedLinear, frozen_matrices
 from hft_trl.weights import fingerprints, tensors, weight_files
 
 logger = logging.get_logger(__name__)
@@ -55,20 +59,15 @@ class FrozenHalf:
             reference (`torch.nn.Module`, *optional*):
                 A reference with weights of its own, which is rounded likewise, so that it stays the start model.
         """
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-        whole = {id(parameter) for norm in norms for parameter in norm.parameters()}
+        kept = kept_in_their_type(model)
         parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
         others = dict(reference.named_parameters()) if reference is not None else {}
         files = _start_files(model, revision)
-        on_disk = {}
-        for name, tensor in tensors(files, parameters.keys() & files.keys()):
-            loaded = parameters[name].detach().cpu()
-            if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
-                on_disk[name] = tensor.dtype
+        on_disk = _on_disk(files, parameters)
         left = []
         for name, parameter in parameters.items():
             loaded = parameter.data
-            if id(parameter) not in whole:
+            if id(parameter) not in kept:
                 cast = loaded.to(dtype)
                 if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
                     parameter.data = cast
@@ -84,10 +83,63 @@ class FrozenHalf:
                 f"into {str(dtype).removeprefix('torch.')}, and could not be saved with their own bits from "
                 f"{model.config._name_or_path!r}, whose safetensors files do not hold them under these names."
             )
+        self._note_names(model)
+        self.digests = self.digests | fingerprints(parameters.items())
+
+    def quantize(
+        self,
+        kind: str,
+        model: PreTrainedModel,
+        revision: str | None = None,
+        reference: torch.nn.Module | None = None,
+    ) -> None:
+        """
+        Hold the frozen matrices of attention and feed-forward in 8 or 4 bits. The start model's file is what is saved later on.
+
+        What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays whole,
+        which is said.
+
+        Args:
+            kind (`str`):
+                `"int8"` or `"nf4"`.
+            model ([`~transformers.PreTrainedModel`]):
+                The model before its first step and before anything has wrapped it.
+            revision (`str`, *optional*):
+                Branch, tag or commit that the model was loaded from.
+            reference (`torch.nn.Module`, *optional*):
+                A reference that shares the frozen half, which then shares the quantised modules.
+        """
+        self._note_names(model)
+        matrices = frozen_matrices(model, self.digests.keys())
+        files = _start_files(model, revision)
+        on_disk = _on_disk(files, {name: model.get_parameter(name) for name in matrices})
+        before, after, left = 0, 0, []
+        for name in matrices:
+            path, parameter, linear = name.rpartition(".")[0], model.get_parameter(name), matrices[name]
+            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
+            quantized = QuantizedLinear(linear, kind) if linear is not None and name in on_disk else None
+            if quantized is None or not quantized.fits:
+                left.append(name)
+                continue
+            before, after = before + parameter.nbytes, after + quantized.nbytes
+            self._cast[name] = (files[name], parameter.dtype, self.digests[name])
+            for holder in (model, reference):
+                if holder is not None:
+                    holder.set_submodule(path, quantized)
+            self.digests |= fingerprints([(name, quantized.weight), (f"{path}.scale", quantized.scale)])
+        held = len(matrices) - len(left)
+        PartialState().print(f"frozen half: {held} matrices in {kind}, {after:,} bytes instead of {before:,}.")
+        if left:
+            logger.warning(
+                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
+                f"their own, or {model.config._name_or_path!r} has no safetensors files that hold them under these names."
+            )
+
+    def _note_names(self, model: torch.nn.Module) -> None:
+        """Note the first of each tied parameter's names, under which the files may hold it."""
         by_id: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._first_name[name] = by_id.setdefault(id(parameter), name)
-        self.digests = self.digests | fingerprints(parameters.items())
 
     def as_saved(
         self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
@@ -143,7 +195,8 @@ class FrozenHalf:
         """
         if not self.digests:
             return
-        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
+        held = itertools.chain(model.named_parameters(), model.named_buffers())
+        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in held)
         found = fingerprints((name, tensor) for name, tensor in named if name in self.digests)
         for name in self.digests.keys() - found.keys():
             raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
@@ -154,9 +207,25 @@ class FrozenHalf:
                 )
 
 
+def kept_in_their_type(model: torch.nn.Module) -> set[int]:
+    """The `id` of each parameter that [`FrozenHalf.hold_in`] leaves as it is whatever its values are."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    return {id(parameter) for norm in norms for parameter in norm.parameters()}
+
+
 def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
     """The safetensors file of every tensor of the model that was loaded, by name; nothing if there are none."""
     try:
         return weight_files(model.config._name_or_path, revision)
     except (HFTError, OSError):
         return {}
+
+
+def _on_disk(files: Mapping[str, Path], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """Type on disk of each parameter that a file holds under its name, with its values."""
+    found = {}
+    for name, tensor in tensors(files, parameters.keys() & files.keys()):
+        loaded = parameters[name].detach().cpu()
+        if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
+            found[name] = tensor.dtype
+    return found

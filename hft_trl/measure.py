@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.errors import HFTError
+from hft_trl.quantized_linear import packed_away
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.resumable import ResumableMixin
@@ -74,8 +75,12 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    trained, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    trained = sum(size for size, learns in sizes if learns)
+    total = sum(size for size, _ in sizes) + packed_away(model)
     method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
+    if selection is not None and selection.masks is not None:
+        masked = {name: numel(p) for name, p in model.named_parameters() if name in selection.masked}
+        trained -= sum(masked.values()) - sum(selection.masked.values())
     return StageRecord(
         name=stage.name,
         method=method,

@@ -5,22 +5,27 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hft_trl import backends, card, delta, reference, zero
-from hft_trl.backends import check_backend, check_frozen_dtype
+from hft_trl import backends, card, delta, reference, replicate, zero
+from hft_trl.backends import check_backend, check_settings
+from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.in_backward import update_in_backward
+from hft_trl.masked import FrozenElements
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
@@ -57,10 +62,15 @@ class HFTMixin(ResumableMixin):
         reference_given = given.get("ref_model") is not None
         _refuse_adapters(given)
         self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
+        self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
-        if self._frozen_dtype and given.get("args") is not None:
-            check_frozen_dtype(given["args"], self._frozen_dtype)
+            backends.check_choice(given.get("args"), self.hft_config)
+        if given.get("args") is not None:
+            check_settings(given["args"], self.hft_config)
+        if self.hft_config.optimizer_in_backward:
+            _refuse_own_optimizer(given)
+        self._replicates = replicate.wanted(self.hft_config, given.get("args"))
         zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
             if loaded is not None:
@@ -70,12 +80,16 @@ class HFTMixin(ResumableMixin):
                     reference.check_has_path(given)
                 super().__init__(*args, **kwargs)
 
+        if given.get("args") is None:
+            check_settings(self.args, self.hft_config)
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
         self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
+        self._updates: list[RemovableHandle] = []
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
             _refuse_frozen(self.optimizer, model)
@@ -88,7 +102,11 @@ class HFTMixin(ResumableMixin):
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
         start = model.config._name_or_path
-        selection = select(model, self.hft_config, previous=selection_of(model))
+        config, previous = self.hft_config, selection_of(model)
+        if previous is not None and previous.masks is not None:
+            backends.check_choice(self.args, config, after_elements=True)
+        gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
+        selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
             raise HFTError(
@@ -116,6 +134,8 @@ class HFTMixin(ResumableMixin):
         reason = reference.why_not_shared(self.args, self.hft_config)
         if own is not None:
             own = self.accelerator.unwrap_model(own)
+            if reason is None and reference.is_wholly_sharded(own):
+                reason = "FSDP has sharded all of it"
             reference.freeze(own)
             if reason is not None or not reference.is_hollow(own):
                 reference.check_is_start(policy, own, reference_given)
@@ -126,8 +146,22 @@ class HFTMixin(ResumableMixin):
             revision = (self.args.model_init_kwargs or {}).get("revision")
             rounded = None if sharded or reference_given else own
             self._frozen.hold_in(getattr(torch, self._frozen_dtype), policy, revision, rounded)
+        self._whole: list[torch.nn.Parameter] = []
+        if self._replicates:
+            self._whole = replicate.parameters(policy, self._frozen.digests)
+            replicate.check(self.accelerator, policy, self._whole, self._frozen.digests)
+        if self.hft_config.replicate_frozen:
+            replicate.report(self.hft_config, self.args, policy, self._whole)
         if self._shares_reference:
             reference.tie(policy, own)
+        if self._quantization:
+            revision = (self.args.model_init_kwargs or {}).get("revision")
+            self._frozen.quantize(self._quantization, policy, revision, own if self._shares_reference else None)
+            if own is not None and not self._shares_reference:
+                logger.warning(
+                    "hft.frozen_quantization leaves the ref_model that was passed as it is, so the policy starts beside it and "
+                    "the first rewards are not zero."
+                )
         if own is not None and self.hft_config.method == "hft":
             reference.report_memory(policy, own, reason)
             if self.is_deepspeed_enabled:
@@ -135,9 +169,15 @@ class HFTMixin(ResumableMixin):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[torch.nn.Module, Any]:
         """Prepare as the parent does, and tie the reference to where accelerate has put the policy."""
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        policy = self.accelerator.unwrap_model(self.model)
+        with replicate.left_whole(self.accelerator, policy, self._whole):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.hft_config.optimizer_in_backward:
+            self._updates = update_in_backward(self.model.parameters(), self.optimizer)
         if self._shares_reference:
             reference.tie(self.accelerator.unwrap_model(self.model), self.accelerator.unwrap_model(self.ref_model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.watch(self.optimizer.optimizer)  # what accelerate has wrapped
         return prepared
 
     def check_frozen(self) -> None:
@@ -145,17 +185,35 @@ class HFTMixin(ResumableMixin):
         Compare the frozen half with its fingerprints from before training.
 
         Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved.
+            [`RuntimeError`]: Naming the first frozen parameter that moved, or of which a frozen element did.
         """
         self._frozen.check(self.accelerator.unwrap_model(self.model))
+        if self._frozen_elements is not None:
+            self._frozen_elements.check()
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint of another selection, and end in an error if a frozen bit moved."""
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            with self._frozen_elements or nullcontext():
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            while self._updates:
+                self._updates.pop().remove()
         self.check_frozen()
         return output
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Compute as the parent does; stop at a loss that is no number before a backward pass that updates."""
+        computed = super().compute_loss(*args, **kwargs)
+        if self._updates and torch.is_grad_enabled():
+            self._check_finite(computed[0] if isinstance(computed, tuple) else computed)
+        return computed
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | torch.Tensor | None:
+        """The norm that the parent logs, none where the gradients are gone by then."""
+        return None if self._updates else super()._get_grad_norm(*args, **kwargs)
 
     def _check_same_training(self, checkpoint: str) -> None:
         if self.hft_config.method == "hft" or (Path(checkpoint) / SELECTION_FILE).exists():
@@ -166,7 +224,8 @@ class HFTMixin(ResumableMixin):
         loss = super().training_step(*args, **kwargs)
         if self._first_step and self.hft_config.method == "hft" and not self.is_deepspeed_enabled:
             self._first_step = False
-            self._warn_of_parts_without_gradient()
+            if not self._updates:  # else the gradients are gone
+                self._warn_of_parts_without_gradient()
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
@@ -199,8 +258,8 @@ class HFTMixin(ResumableMixin):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save as the parent does, with the start model's own tensors where the frozen half is held in a smaller type."""
-        if not self._frozen_dtype or not self.args.should_save:
+        """Save as the parent does, with the start model's own tensors where the frozen half is held smaller."""
+        if not (self._frozen_dtype or self._quantization) or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
@@ -247,6 +306,16 @@ def _refuse_adapters(given: dict[str, Any]) -> None:
         )
     if given.get("quantization_config") is not None:
         raise HFTError("HFT trains the model's own weights, but a quantization_config was passed: drop it.")
+
+
+def _refuse_own_optimizer(given: dict[str, Any]) -> None:
+    for name in ("optimizers", "optimizer_cls_and_kwargs"):
+        value = given.get(name)
+        if value is not None and next(iter(value)) is not None:
+            raise HFTError(
+                f"hft.optimizer_in_backward is true, but {name} was passed, of which it is not known whether each parameter is "
+                "updated apart from the others: use optim."
+            )
 
 
 def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:

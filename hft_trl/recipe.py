@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl import demo
+from hft_trl import demo, replicate
 from hft_trl.arguments import (
     DataArguments,
     HFTArguments,
@@ -14,10 +14,10 @@ from hft_trl.arguments import (
     RunArguments,
     StageArguments,
 )
-from hft_trl.backends import check_frozen_dtype
+from hft_trl.backends import check_choice, check_settings
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.sections import answer_help, parse_section, read_sections
+from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
 
 SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
@@ -57,6 +57,8 @@ class Stage:
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
         memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
         adapter ([`Adapter`], *optional*): The adapter to train.
+        auto_checkpointing (`bool`): Whether the recipe decides how much is computed again
+            ([`~hft_trl.planning.auto.settle_checkpointing`]).
     """
 
     name: str
@@ -67,6 +69,7 @@ class Stage:
     mixture: DatasetMixtureConfig | None = None
     memory: Path | None = None
     adapter: Adapter | None = None
+    auto_checkpointing: bool = False
 
     @property
     def section(self) -> str:
@@ -111,6 +114,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     stages = {}
     for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
+        auto_checkpointing = leaves_checkpointing(values[name], flags[name])
         data, args = parse_section(
             name,
             (DataArguments, config),
@@ -120,6 +124,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
             without={"output_dir", "trust_remote_code", *(PREFERENCE_ONLY if name == "sft" else ())},
         )
         stages[name] = make_stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
+        stages[name].auto_checkpointing = auto_checkpointing
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(run, **stages)
@@ -163,6 +168,7 @@ def parse_stage(
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, None, ())
+    auto_checkpointing = leaves_checkpointing(values[""], flags[""])
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
     script, args, model, mixture, hft, extra = parse_section("", types, values[""], flags[""], without=without)
@@ -190,6 +196,7 @@ def parse_stage(
         chat_template=extra.chat_template,
     )
     stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
+    stage.auto_checkpointing = auto_checkpointing
     return stage, extra.overwrite
 
 
@@ -208,10 +215,10 @@ def make_stage(
     Raises:
         [`HFTError`]: If the arguments ask for what a recipe decides itself.
     """
-    if hft is not None and hft.frozen_dtype and hft.method == "hft":
-        check_frozen_dtype(
-            args, hft.frozen_dtype
-        )  # here, so that a later stage's mistake is found before the first trains
+    if hft is not None:  # here, so that a later stage's mistake is found before the first trains
+        check_settings(args, hft)
+        check_choice(args, hft)
+        replicate.wanted(hft, args)
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "

@@ -14,9 +14,11 @@ from transformers.utils import logging
 from trl import DPOConfig
 from trl.trainer.utils import create_model_from_path
 
+from hft_trl import replicate
 from hft_trl.backends import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.quantized_linear import QuantizedLinear
 from hft_trl.weights import full
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,8 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
         return "hft.share_reference is false"
     if vars(args).get("sync_ref_model"):
         return "sync_ref_model moves the reference"
+    if replicate.wanted(hft_config, args):
+        return None
     backend = sharded_by(args)
     return f"{backend} stores the parameters itself" if backend else None
 
@@ -161,6 +165,28 @@ def is_hollow(reference: torch.nn.Module) -> bool:
     return all(parameter.numel() == 0 for parameter in reference.parameters())
 
 
+def is_wholly_sharded(reference: torch.nn.Module) -> bool:
+    """Whether FSDP2 has left no parameter of the reference whole."""
+    return all(isinstance(parameter, DTensor) for parameter in reference.parameters())
+
+
+@contextlib.contextmanager
+def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
+    """Let a [`hollow_copy`] compute with the policy's parameters for a while. Any other reference has its own."""
+    if reference is None or not is_hollow(reference):
+        yield
+        return
+    theirs = dict(reference.named_parameters())
+    empty = {name: parameter.data for name, parameter in theirs.items()}
+    try:
+        for name, parameter in policy.named_parameters():
+            theirs[name].data = parameter.data
+        yield
+    finally:
+        for name, data in empty.items():
+            theirs[name].data = data
+
+
 def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
     """
     Store the frozen half once: every frozen parameter of the reference gets the policy's storage.
@@ -169,11 +195,12 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
         policy (`torch.nn.Module`):
             The policy before its first step, its frozen half known.
         reference (`torch.nn.Module`):
-            A hollow copy, whose other parameters become copies of the policy's, or a reference that was found equal.
+            A hollow copy, whose other parameters become copies of the policy's, or a reference that was found equal. What
+            FSDP2 has sharded stays as it is.
     """
     hollow, theirs = is_hollow(reference), dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not isinstance(theirs[name], DTensor):
             theirs[name].data = parameter.data
         elif hollow:
             theirs[name].data = parameter.data.clone()
@@ -200,7 +227,8 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
     own, shared = memory(policy, reference)
     parts = sum(isinstance(module, FSDPModule) for module in reference.modules())
     if parts:
-        PartialState().print(f"reference: {own:,} bytes in each process, sharded by FSDP2 in {parts} parts.")
+        beside = f", and shares {shared:,} with the policy" if shared else ""
+        PartialState().print(f"reference: {own:,} bytes in each process, sharded by FSDP2 in {parts} parts{beside}.")
     elif reason is None:
         PartialState().print(f"reference: shares {shared:,} of {own + shared:,} bytes with the policy.")
     else:
@@ -209,7 +237,8 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by place in memory. A state dict also holds what a quantised weight needs beside its parameter."""
-    tensors = (value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    tensors += [module.scale for module in model.modules() if isinstance(module, QuantizedLinear)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 

@@ -72,7 +72,8 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
             New or empty folder. It appears whole or not at all, in the tuned model's shards.
         config ([`HFTConfig`], *optional*):
             `ratio` is the share of the layers' parameters that stays tuned. The draw follows on from no earlier
-            selection, so `reselect` has to be `"fresh"`, and `method` `"hft"`.
+            selection, so `reselect` has to be `"fresh"`, and `method` `"hft"`. Strategies `"importance"` and `"element"` are
+            refused.
 
     Returns:
         [`Selection`]: What stayed tuned (`trainable`) and what was set back.
@@ -87,6 +88,11 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         raise HFTError(
             f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: a half is reset by a draw of its own, so "
             "leave them at 'hft' and 'fresh'."
+        )
+    if config.strategy in ("importance", "element"):
+        raise HFTError(
+            f"hft.strategy is {config.strategy!r}, but a half is reset from the models' shapes, whole matrices at a time: use "
+            "category, layer or model."
         )
     before, after, out = _open(base, tuned, out)
     selection = select(after.skeleton, config)

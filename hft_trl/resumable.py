@@ -70,10 +70,13 @@ class ResumableMixin:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
         loss = super().training_step(*args, **kwargs)
+        self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):
             checkpoint = last_finite_checkpoint(self.args.output_dir)
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
                 f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
             )
-        return loss

@@ -75,6 +75,9 @@ class SavedModel:
         self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
         _check_floating(self)
         self._key_at = {(place.parameter, place.piece): key for key, place in self.places.items()}
+        self._keys: dict[str, list[str]] = {}  # by the parameter that they belong to
+        for key in sorted(self.places, key=dot_natural_key):
+            self._keys.setdefault(self.places[key].parameter, []).append(key)
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor by its name in the file. It lies in the file's own pages until it is written to."""
@@ -105,18 +108,17 @@ class SavedModel:
         Returns:
             `str` or `None`: SHA-256 in hex, `None` where a parameter is not in the files.
         """
-        keys: dict[str, list[str]] = {}
-        for key in sorted(self.places, key=dot_natural_key):
-            keys.setdefault(self.places[key].parameter, []).append(key)
         digests = {}
         names = [name for name, _ in self.skeleton.named_parameters()]
-        if any(name not in keys or name not in dtypes for name in names):
+        if any(name not in self._keys or name not in dtypes for name in names):
             return None
         for name in logging.tqdm(names, desc=f"Digest of {self.name}", disable=None, leave=False):
-            digests[name] = fingerprint(self._parameter(name, keys[name]), dtypes[name])
+            digests[name] = fingerprint(self.parameter(name), dtypes[name])
         return combined_digest(digests)
 
-    def _parameter(self, name: str, keys: list[str]) -> torch.Tensor:
+    def parameter(self, name: str) -> torch.Tensor:
+        """A whole parameter by its name in the model, put together where the file has it in pieces."""
+        keys = self._keys[name]
         pattern = self.places[keys[0]].pattern
         if not pattern:
             return self.tensor(name if name in keys else keys[0])

@@ -25,6 +25,8 @@ EXAMPLES = {
     "dpo": "beta",
 }  # a key of each section that a recipe may have
 
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and TRL's older one
+
 
 class _Parser(TrlParser):
     """TRL's parser, whose errors can be caught."""
@@ -79,6 +81,27 @@ def read_sections(
         if not isinstance(section, dict):
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
     return {"": values, **nested}, flags
+
+
+def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
+    """
+    Whether a section has `activation_checkpointing: auto`, which transformers' own argument does not know. The word is then
+    taken out of the YAML's `values` and the command line's `flags`, and with it whatever it wins over.
+    """
+    said: list[tuple[Any, list[int]]] = []  # values, and their places among the flags, the last one wins
+    said += [(values[name], []) for name in reversed(CHECKPOINTING) if name in values]
+    for place, flag in enumerate(flags):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if flag.startswith("--") and name.replace("-", "_") in CHECKPOINTING:
+            apart = not equals and place + 1 < len(flags) and not flags[place + 1].startswith("--")
+            said.append((flags[place + 1], [place, place + 1]) if apart else (value if equals else True, [place]))
+    auto = bool(said) and said[-1][0] == "auto"
+    dropped = {place for value, places in said if auto or value == "auto" for place in places}
+    flags[:] = [flag for place, flag in enumerate(flags) if place not in dropped]
+    for name in CHECKPOINTING:
+        if auto or values.get(name) == "auto":
+            values.pop(name, None)
+    return auto
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

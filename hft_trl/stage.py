@@ -24,7 +24,7 @@ from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.resumable import ResumableMixin
-from hft_trl.selection import select
+from hft_trl.selection import find_units
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ def check_model(stage: Stage) -> None:
             raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     if stage.hft is not None:
-        select(structure, stage.hft)
+        find_units(structure, stage.hft.exclude if stage.hft.method == "hft" else ())
 
 
 def check_reference(stage: Stage, base_model: str) -> None:
@@ -185,7 +185,10 @@ def train_and_save(
         if PartialState().is_main_process:
             start, selection = stage.model.model_name_or_path, trainer.hft_selection
             if selection is not None:
-                record.moved = movements(trainer.model, selection, base_model, start, str(stage.folder))
+                model = trainer.model
+                if stage.hft.frozen_quantization:  # units are found in a model whose matrices are whole
+                    model = build_on_meta(start, stage.model.model_revision, stage.model.trust_remote_code)
+                record.moved = movements(model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

@@ -9,9 +9,11 @@ import torch
 from datasets import Dataset
 from trl import DPOTrainer, SFTTrainer
 
-from hft_trl import backends, log_probs, reference
+from hft_trl import backends, log_probs, reference, replicate
+from hft_trl.checkpoints import selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.mixin import HFTMixin
+from hft_trl.selection import select
 
 
 class HFTSFTTrainer(HFTMixin, SFTTrainer):
@@ -35,7 +37,8 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
 
     In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
     the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it is
-    such a copy too, sharded layer by layer like the policy.
+    such a copy too, sharded layer by layer like the policy. With `HFTConfig(replicate_frozen=True)` the policy's frozen half
+    serves both.
     """
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
@@ -58,7 +61,15 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
         """Create the accelerator as the parent does, and shard the reference before TRL shards it as one piece."""
         super().create_accelerator_and_postprocess()
         if self._to_shard is not None:
-            backends.shard_reference(self.accelerator, self._to_shard)
+            whole: list[torch.nn.Parameter] = []
+            shared = reference.why_not_shared(self.args, self.hft_config) is None
+            if self._replicates and shared and not self.args.precompute_ref_log_probs:
+                # The policy's own selection, which is drawn later. What is left whole here is tied to the policy's then.
+                drawn = select(self._to_shard, self.hft_config, previous=selection_of(self._to_shard))
+                names = {name for name, _ in self._to_shard.named_parameters()} - set(drawn.trainable)
+                whole = replicate.parameters(self._to_shard, names)
+            with replicate.left_whole(self.accelerator, self._to_shard, whole, move=False):
+                backends.shard_reference(self.accelerator, self._to_shard)
             if self.args.precompute_ref_log_probs:
                 log_probs.make_hashable(self._to_shard)
 

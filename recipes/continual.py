@@ -53,6 +53,7 @@ from hft_trl.continual.text import check_tokenizer, encode
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages
+from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage
 from hft_trl.report.tables import rich_table
 from hft_trl.stage import check_model, load_tokenizer, train_and_save
@@ -70,6 +71,7 @@ def main(recipe: ContinualRecipe) -> None:
     stages, longest = recipe.stages(rounds), recipe.longest_text()
     check_model(stages[0])
     check_tokenizer(load_tokenizer(stages[0]))
+    settle_checkpointing(*stages)
     open_stages(stages, run.overwrite)
     write_plan(run.output_dir, plan, stages, run.overwrite)
 

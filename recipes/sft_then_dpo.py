@@ -36,6 +36,7 @@ from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_u
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages, settings
+from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Recipe, parse_recipe
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
@@ -51,6 +52,7 @@ def main(recipe: Recipe) -> None:
     sft_data, sft_eval = load_data(sft)
     dpo_data, dpo_eval = load_data(dpo)
     tokenizer = load_tokenizer(sft)
+    settle_checkpointing(sft, dpo)
     open_stages([sft, dpo], recipe.run.overwrite)
 
     # SFT: a random half of the base model learns to answer

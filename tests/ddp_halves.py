@@ -1,4 +1,4 @@
-"""What a process of a DDP run does for the tests: DPO with the frozen half shared or not, whole or in bfloat16."""
+"""What a process of a DDP run does for the tests: DPO with the frozen half shared or not, whole in bfloat16 or NF4."""
 
 import json
 import sys
@@ -16,13 +16,14 @@ from hft_trl.reference import memory
 def main(base: Path, output: Path) -> None:
     rows = Dataset.from_list([ultrafeedback_row(number) for number in range(32)])
     found = {}
-    for name, share, dtype in (
-        ("shared", True, None),
-        ("unshared", False, None),
-        ("shared in bfloat16", True, "bfloat16"),
-        ("unshared in bfloat16", False, "bfloat16"),
+    for name, share, dtype, kind in (
+        ("shared", True, None, None),
+        ("unshared", False, None, None),
+        ("shared in bfloat16", True, "bfloat16", None),
+        ("unshared in bfloat16", False, "bfloat16", None),
+        ("shared in nf4", True, None, "nf4"),
     ):
-        hft = HFTConfig(share_reference=share, frozen_dtype=dtype)
+        hft = HFTConfig(share_reference=share, frozen_dtype=dtype, frozen_quantization=kind)
         settings = {"bf16": dtype is not None, "save_strategy": "steps", "save_steps": 2, "max_steps": 3}
         trainer = dpo_trainer(HFTDPOTrainer, base, rows, output / name, hft, **settings)
         trainer.train()

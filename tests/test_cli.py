@@ -60,6 +60,7 @@ def test_json_is_one_object_with_the_selection(folder):
     [
         (["--ratio", "0.3"], {"ratio": 0.3}),
         (["--strategy", "layer"], {"strategy": "layer"}),
+        (["--strategy", "element", "--ratio", "0.25"], {"strategy": "element", "ratio": 0.25}),
         (["--seed", "7"], {"seed": 7}),
         (["--exclude", "o_proj", "--exclude", "norm"], {"exclude": ["o_proj", "norm"]}),
         (["--no-train-embeddings"], {"train_embeddings": False}),
@@ -69,6 +70,15 @@ def test_json_is_one_object_with_the_selection(folder):
 def test_flags_are_the_settings(folder, flags, setting):
     """Each flag sets the field of its name, and the others keep their defaults."""
     assert as_json(folder, *flags)["digest"] == select(tiny_llama(300), HFTConfig(**setting)).digest
+
+
+def test_single_elements_are_said_to_learn_and_importance_asks_for_weights(folder):
+    result = run("select", folder, "--strategy", "element", "--ratio", "0.25")
+    assert "of which 25.00% of the elements learn" in result.stdout
+    assert "25.00 %" in result.stdout
+    result = run("select", folder, "--strategy", "importance")
+    assert result.exit_code == 2
+    assert "only the model's shapes are here" in result.stderr
 
 
 def test_stored_selection_is_shown_as_such(folder):

@@ -26,6 +26,12 @@ def test_every_other_ratio_is_refused(ratio):
     [
         ("method", "lora"),
         ("strategy", "row"),
+        ("importance", "size"),
+        ("importance", "gradient_norm"),
+        ("importance_order", "least"),
+        ("calibration_samples", 0),
+        ("calibration_samples", 64),
+        ("calibration_samples", True),
         ("reselect", "never"),
         ("seed", 1.5),
         ("seed", True),
@@ -37,6 +43,12 @@ def test_every_other_ratio_is_refused(ratio):
 def test_a_value_out_of_range_is_named(setting, value):
     with pytest.raises(HFTError, match=rf"hft\.{setting}"):
         HFTConfig(**{setting: value})
+
+
+def test_a_half_chosen_by_importance_has_settings_of_the_same_shares_without_weights():
+    importance = HFTConfig(strategy="importance", importance="gradient_norm", importance_order="least", ratio=0.3)
+    assert importance.by_shape() == HFTConfig(ratio=0.3)
+    assert HFTConfig(strategy="layer").by_shape() == HFTConfig(strategy="layer")
 
 
 def test_trl_parser_takes_it():

@@ -95,12 +95,19 @@ def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+SMALLEST = [
+    *("--frozen-quantization", "nf4", "--optimizer-in-backward", "--freeze-embeddings"),
+    *("--global-batch", 4),
+]
+
+
 @pytest.mark.parametrize(
     ("gpus", "stage", "more"),
     [
         (1, "sft", ["--frozen-dtype", "bfloat16"]),
         (8, "dpo", ["--method", "fft", "--launch", "fsdp2"]),
         (16, "sft", []),
+        (1, "sft", SMALLEST),
     ],
 )
 def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more):
@@ -118,6 +125,9 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     for one in (recipe.sft, recipe.dpo):
         assert one.hft.method == method
         assert one.hft.frozen_dtype == ("bfloat16" if "--frozen-dtype" in more else None)
+        assert one.hft.frozen_quantization == ("nf4" if more is SMALLEST else None)
+        assert one.hft.optimizer_in_backward == (more is SMALLEST)
+        assert one.hft.train_embeddings == (more is not SMALLEST)
     assert recipe.sft.model.model_name_or_path == str(folder)
     assert recipe.run.output_dir == str(out / "run")
 
@@ -162,6 +172,12 @@ def test_a_size_that_is_none_is_named(text):
         parse_memory(text)
 
 
+def test_gpus_of_a_part_of_a_machine_are_refused(folder):
+    result = run(folder, "--gpus", 12, "--global-batch", 24)
+    assert result.exit_code == 2
+    assert "--gpus is 12: beyond one machine of 8 give a multiple of 8" in " ".join(result.output.split())
+
+
 def test_more_tokens_than_positions_are_refused(folder):
     result = run(folder, "--sequence-length", 256)
     assert result.exit_code == 2
@@ -188,7 +204,8 @@ def test_help_and_documentation_name_every_built_in_shape():
 def test_every_recipe_s_model_is_built_in():
     """So that a recipe's machine can be planned before there is access to its model."""
     for path in (ROOT / "recipes/configs").glob("*.yaml"):
-        assert yaml.safe_load(path.read_text())["model"]["model_name_or_path"] in built_in()
+        keys = yaml.safe_load(path.read_text())
+        assert keys.get("model", keys)["model_name_or_path"] in built_in()
 
 
 def test_a_built_in_shape_needs_no_network():

@@ -154,7 +154,6 @@ def test_full_fine_tuning_is_not_told_to_freeze(planners):
     [
         ({"gpus": 3}, "--global-batch is 16, which 3 GPUs can't share evenly: give a multiple, such as 15"),
         ({"gpus": 0}, "--gpus is 0: it must be at least 1"),
-        ({"gpus": 12, "batch": 24}, "--gpus is 12: beyond one machine of 8 give a multiple of 8"),
         ({"length": 1}, "--sequence-length is 1: it must be at least 2"),
         ({"batch": 0}, "--global-batch is 0"),
         ({"layouts": ("fsdp3",)}, "--launch is 'fsdp3': it must be one of single, ddp, fsdp2, zero2, zero3"),
@@ -165,6 +164,11 @@ def test_full_fine_tuning_is_not_told_to_freeze(planners):
             "--launch is zero3, which holds",
         ),
         ({"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(optim="adamw_bnb_8bit")}, "not tested with fsdp2"),
+        (
+            {"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(frozen_quantization="nf4")},
+            "--launch is fsdp2, which can't shard quantised matrices: use single or ddp",
+        ),
+        ({"gpus": 2, "storage": Storage(optimizer_in_backward=True)}, "--optimizer-in-backward is for one GPU"),
     ],
 )
 def test_numbers_that_do_not_fit_each_other_are_named(change, message):
@@ -172,10 +176,27 @@ def test_numbers_that_do_not_fit_each_other_are_named(change, message):
         task(80, **change)
 
 
-@pytest.mark.parametrize(("name", "value"), [("dtype", "int4"), ("optim", "sgd"), ("frozen_dtype", "float32")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "int4"), ("optim", "sgd"), ("frozen_dtype", "float32"), ("frozen_quantization", "fp4")],
+)
 def test_a_storage_that_is_not_known_is_named(name, value):
     with pytest.raises(HFTError, match=f"{name} is {value!r}: a plan knows"):
         Storage(**{name: value})
+
+
+def test_updates_inside_the_backward_pass_take_the_whole_batch_at_once_and_one_gradient(planners):
+    """And a quantised half is smaller yet; full fine-tuning has none."""
+    smaller = Storage(optimizer_in_backward=True, frozen_quantization="nf4")
+    for method, planner in planners.items():
+        asked = task(60, batch=2)
+        plan, other = planner.plan(asked), planner.plan(dataclasses.replace(asked, storage=smaller))
+        assert (other.micro_batch, other.accumulation) == (2, 1)
+        assert other.operations == planner.one(asked, "single", 2, other.checkpointed).operations
+        assert other.memory["gradients"] <= max(size for size, _ in planner._sizes.tensors) * 4
+        assert other.memory["weights_trainable"] == plan.memory["weights_trainable"]
+        smaller_half = other.memory["weights_frozen"] < 0.16 * plan.memory["weights_frozen"]
+        assert smaller_half if method == "hft" else other.memory["weights_frozen"] == 0
 
 
 def test_the_selection_is_that_of_the_config():

@@ -15,6 +15,7 @@ from hft_trl import HFTConfig, HFTError, select
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import LAYOUTS, Storage, at_peak, held, sizes
 from hft_trl.planning.step import StepSettings, trace_step
+from hft_trl.quantized_linear import QuantizedLinear
 from hft_trl.reference import memory
 
 TESTS = Path(__file__).parent
@@ -99,6 +100,34 @@ def test_a_frozen_half_in_bfloat16_is_held_and_computed_with_as_such(folders, to
     parts = held(sizes(skeleton, selection), LAYOUTS["single"], 1, storage, stage == "dpo")
     assert parts["weights_frozen"] == sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
     assert parts["reference"] == (memory(trainer.model, trainer.ref_model)[0] if stage == "dpo" else 0)
+    assert step.saved == pytest.approx(trainer.saved, abs=5_000)
+    assert step.peak == pytest.approx(trainer.peak, rel=0.001)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_quantised_frozen_half_and_updates_inside_the_backward_pass_are_counted(
+    folders, tokenizer, tmp_path, stage, kind
+):
+    """The packed bytes with their scales, the matrices that are made whole for a moment, and one gradient at a time."""
+    hft = HFTConfig(frozen_quantization=kind, optimizer_in_backward=True)
+    trainer = real_step(
+        *(str(folders / "llama"), tokenizer, str(tmp_path), stage, hft, 1, 96),
+        **{"bf16": True, "gradient_checkpointing": False, "max_grad_norm": 0},
+    )
+    skeleton = build_on_meta(str(folders / "llama"))
+    selection = select(skeleton, hft)
+    settings = StepSettings(stage, 1, 96, device="cpu", frozen_quantization=kind, optimizer_in_backward=True)
+    step = trace_step(skeleton, selection, settings)
+    storage = Storage(frozen_quantization=kind, optimizer_in_backward=True)
+    parts = held(sizes(skeleton, selection), LAYOUTS["single"], 1, storage, stage == "dpo")
+    scales = sum(module.scale.nbytes for module in trainer.model.modules() if isinstance(module, QuantizedLinear))
+    frozen = sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
+    assert parts["weights_frozen"] == frozen + scales
+    assert parts["gradients"] == max(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    assert parts["reference"] == (memory(trainer.model, trainer.ref_model)[0] if stage == "dpo" else 0)
+    assert step.gradients == trainer.gradients == 0
+    assert step.operations == trainer.operations
     assert step.saved == pytest.approx(trainer.saved, abs=5_000)
     assert step.peak == pytest.approx(trainer.peak, rel=0.001)
 

@@ -139,6 +139,8 @@ def test_the_memory_benchmark_prints_what_every_setting_takes():
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [line.split("\u2502")[1:-1] for line in result.stdout.splitlines() if line.startswith("\u2502")]
     together = {row[0].strip(): float(row[-1].split()[0]) for row in rows}
-    assert len(together) == 8
+    assert len(together) == 12
     assert together["HFT"] < together["HFT, reference of its own"] < together["FFT"]
-    assert min(together, key=together.get) == "HFT, frozen_dtype bfloat16 and adamw_bnb_8bit"
+    assert together["HFT, frozen_quantization nf4"] < together["HFT, frozen_dtype bfloat16"]
+    assert together["HFT, optimizer_in_backward"] < together["HFT"]
+    assert min(together, key=together.get) == "HFT, nf4, adamw_bnb_8bit and in_backward"

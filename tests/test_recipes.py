@@ -167,12 +167,22 @@ def test_a_killed_run_continues_to_the_same_bytes(finished_run, tmp_path):
 
 def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_run):
     """recipes/sft.py and recipes/dpo.py with the demo's settings give the models of recipes/sft_then_dpo.py."""
-    common = ["--max_length", "96", "--gradient_checkpointing", "false", "--report_to", "none", "--logging_steps", "2"]
+    common = [
+        "--max_length",
+        "96",
+        "--activation_checkpointing",
+        "auto",
+        "--report_to",
+        "none",
+        "--logging_steps",
+        "2",
+    ]
     sft = recipe(
         "sft", "--model_name_or_path", "demo", "--dataset_name", "demo", "--max_steps", 4, "--method", "fft",
         "--output_dir", tmp_path / "sft", *common,
     )  # fmt: skip
     assert sft.returncode == 0, sft.stderr[-3000:]
+    assert "sft: activation checkpointing none" in sft.stdout
     dpo = recipe(
         "dpo", "--model_name_or_path", tmp_path / "sft", "--dataset_name", "demo", "--max_steps", 2,
         "--dataset_train_split", "train_prefs", "--output_dir", tmp_path / "dpo", *common,

@@ -62,7 +62,7 @@ def test_losses_and_weights_are_those_of_an_unshared_run_to_the_last_bit(
 
 
 def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
-    """DDP on CPU copies the policy when it wraps it, which must not undo the sharing; in bfloat16 and resumed as well."""
+    """DDP on CPU copies the policy when it wraps it, which must not undo the sharing; in bfloat16, NF4 and resumed as well."""
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ddp_halves.py"]
     result = subprocess.run(
@@ -87,12 +87,20 @@ def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
             total = sum(tensor.numel() for tensor in before.values())
             assert shared["memory"] == [4 * (total - numbers), size * numbers]
             assert unshared["memory"] == [4 * (total - numbers) + size * numbers, 0]
+        small = found["shared in nf4"]
+        assert small["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+        assert small["memory"][0] == 4 * (total - numbers)
+        assert small["memory"][1] < numbers
     for kind in ("", " in bfloat16"):
         files = [tmp_path / "out" / (name + kind) for name in ("shared", "unshared")]
         files.append(files[0] / "again")
         assert len({(folder / "model.safetensors").read_bytes() for folder in files}) == 1
         after = weights(files[0])
         assert all(torch.equal(before[name], after[name]) for name in shared["frozen"])
+    files = [tmp_path / "out" / "shared in nf4", tmp_path / "out" / "shared in nf4" / "again"]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in files}) == 1
+    after = weights(files[0])
+    assert all(torch.equal(before[name], after[name]) for name in shared["frozen"])
 
 
 def test_no_two_whole_models_are_held_at_start(tmp_path, base, tokenizer):

@@ -428,6 +428,10 @@ def test_shares_by_category_agree_with_the_selection():
     assert list(rows) == ["attention", "feed_forward", "norm", "layers", "embedding", "lm_head", "final_norm", "model"]
     assert rows["model"].parameters == model.num_parameters()
     assert rows["layers"].trained == sum(rows[name].trained for name in ("attention", "feed_forward", "norm"))
+    selection = select(model, HFTConfig(ratio=0.3, strategy="element"))
+    rows = {row.category: row for row in category_shares(find_units(model), selection.trainable, selection.masked)}
+    assert {name: rows[name].share for name in selection.share} == pytest.approx(selection.share)
+    assert rows["layers"].share == pytest.approx(0.3, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,14 @@ def test_selection_map_counts_what_learned(name):
         assert {name: state == "on" for state, _, name in drawn.outside} == outer
 
 
+def test_a_map_of_single_elements_says_so():
+    record = stage(share={"layers": 0.25, "model": 0.4})
+    assert "elements" not in selection_map(record).stage
+    for unit in record.moved:
+        unit.trainable = True
+    assert selection_map(record).stage.endswith("25% of the elements of each matrix")
+
+
 def test_each_stage_has_its_map():
     """Two stages with two selections show two maps, and they differ."""
     first, second = stage(), stage("dpo", moved=moved())

@@ -172,7 +172,7 @@ def test_an_unknown_question_is_refused():
     command = [sys.executable, "recipes/reproduce.py", "--questions", "sftt"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
-    assert "choose from dpo, embeddings, ratio, reselect, reset, sft, strategy, or all" in result.stderr
+    assert "choose from dpo, embeddings, importance, ratio, reselect, reset, sft, strategy, or all" in result.stderr
 
 
 def scores_of(*rows: list[float]) -> dict:

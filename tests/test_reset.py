@@ -300,7 +300,16 @@ def test_what_does_not_fit_is_an_error_before_a_byte_is_written(tmp_path, prepar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
 
-@pytest.mark.parametrize("setting", [{"method": "fft"}, {"reselect": "complement"}, {"exclude": ["no such name"]}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"method": "fft"},
+        {"reselect": "complement"},
+        {"exclude": ["no such name"]},
+        {"strategy": "importance"},
+        {"strategy": "element"},
+    ],
+)
 def test_settings_that_say_nothing_here_are_refused(pair, tmp_path, setting):
     with pytest.raises(HFTError, match=r"hft\."):
         half_reset(*pair, tmp_path / "out", HFTConfig(**setting))

@@ -49,9 +49,17 @@ def plan_command(
     dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype of a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
     frozen_dtype: Annotated[str | None, setting("frozen_dtype")] = None,
+    frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
+    optimizer_in_backward: Annotated[
+        bool,
+        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
+    ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
+    train_embeddings: Annotated[
+        bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
+    ] = None,
     write: Annotated[
         str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")
     ] = None,
@@ -65,7 +73,17 @@ def plan_command(
     A step is traced without weights, for full and half fine-tuning.
     """
     memory = parse_memory(gpu_memory)
-    settings = given(ratio=ratio, strategy=strategy, seed=seed, frozen_dtype=frozen_dtype)
+    if gpus > 8 and gpus % 8:
+        raise HFTError(f"--gpus is {gpus}: beyond one machine of 8 give a multiple of 8.")
+    storage = {"frozen_dtype": frozen_dtype, "frozen_quantization": frozen_quantization}
+    settings = given(
+        ratio=ratio,
+        strategy=strategy,
+        seed=seed,
+        train_embeddings=train_embeddings,
+        optimizer_in_backward=optimizer_in_backward,
+        **storage,
+    )
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():
         from hft_trl.checkpoints import selection_of
@@ -82,7 +100,7 @@ def plan_command(
             memory,
             2 if sequence_length is None else sequence_length,
             BATCH[stage] if global_batch is None else global_batch,
-            Storage(dtype, frozen_dtype, optim),
+            Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward),
             () if launch is None else (launch,),
         )
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
@@ -98,6 +116,8 @@ def plan_command(
             chosen = method or "hft"
             other = "dpo" if stage == "sft" else "sft"
             batch = max(BATCH[other] // gpus, 1) * gpus  # the recipes' own, as near as the GPUs can share it
+            if optimizer_in_backward:  # then it is all on the GPU at once
+                batch = task.global_batch
             stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
             written = write_plan(write, model, configs[chosen], stages)
     if as_json:

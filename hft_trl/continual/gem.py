@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from hft_trl.backends import fsdp_version
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
 
@@ -44,7 +45,7 @@ class GEMTrainer(HFTSFTTrainer):
 
     def __init__(self, *args: Any, memories: Sequence[Dataset], margin: float = MARGIN, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_gem(self.args)
+        check_gem(self.args, self.hft_config)
         self.memories, self.margin = list(memories), margin
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -149,17 +150,24 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     return np.maximum(solution * scale / lengths, margin)  # the bound itself, but for rounding
 
 
-def check_gem(args: SFTConfig) -> None:
+def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     """
     Refuse what GEM can't be right under, before a model is loaded.
 
     Args:
         args ([`~trl.SFTConfig`]):
             The trainer's arguments.
+        hft_config ([`HFTConfig`], *optional*):
+            The settings of HFT.
 
     Raises:
         [`HFTError`]: Naming the setting and what to use instead, or the library to install.
     """
+    if hft_config is not None and hft_config.optimizer_in_backward:
+        raise HFTError(
+            "approach is gem, but hft.optimizer_in_backward frees the gradients that gem compares: leave it out, or choose "
+            "another approach."
+        )
     sharding = "DeepSpeed" if args.deepspeed_plugin is not None else "FSDP" if fsdp_version(args) is not None else None
     if sharding is not None:
         raise HFTError(

@@ -26,7 +26,7 @@ from hft_trl.generate import most_tokens
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Adapter, Stage, check_evaluation, make_stage
-from hft_trl.sections import answer_help, parse_section, read_sections
+from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +77,7 @@ class ContinualRecipe:
         hft ([`HFTConfig`]): What each round trains, unless that is an adapter.
         lora ([`~hft_trl.arguments.LoRAArguments`]): The adapter that `lora` and `o_lora` train.
         sft (`dict[str, Any]`), sft_flags (`list[str]`): The section `sft` of the file and of the command line.
+        auto_checkpointing (`bool`): Whether the recipe decides how much the rounds compute again.
     """
 
     run: ContinualArguments
@@ -85,6 +86,7 @@ class ContinualRecipe:
     lora: LoRAArguments
     sft: dict[str, Any]
     sft_flags: list[str]
+    auto_checkpointing: bool
 
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
         """
@@ -109,7 +111,7 @@ class ContinualRecipe:
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
         check_lengths(args.max_length, self.run.max_new_tokens)
         if self.run.approach == "gem":
-            check_gem(args)
+            check_gem(args, self.hft)
         return args
 
     def stages(self, rounds: Sequence[Round]) -> list[Stage]:
@@ -137,7 +139,8 @@ class ContinualRecipe:
             if start is not None:  # the revision is the hub model's
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             stage = make_stage(planned.name, model, DataArguments(str(files[0])), args, hft, adapter=adapter)
-            stages.append(dataclasses.replace(stage, memory=files[1] if memory else None))
+            memory_file = files[1] if memory else None
+            stages.append(dataclasses.replace(stage, memory=memory_file, auto_checkpointing=self.auto_checkpointing))
         by_first_process(partial(_write_rows, output, contents))
         if self.run.approach in ADAPTERS:
             _check_adapter(stages[0])
@@ -234,8 +237,9 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
                 f"{section}{'.' * bool(section)}{key} is given, but {run.approach} has no use for it: drop it."
             )
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
+    auto = leaves_checkpointing(values["sft"], flags["sft"])
     recipe = ContinualRecipe(
-        run, model, dataclasses.replace(hft, method=run.method), lora, values["sft"], flags["sft"]
+        run, model, dataclasses.replace(hft, method=run.method), lora, values["sft"], flags["sft"], auto
     )
     recipe.arguments(run.output_dir, 1)  # a mistake in them is found now
     return recipe

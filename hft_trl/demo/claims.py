@@ -59,9 +59,16 @@ RUNS = {
         Run("blend", "sft-fft", "blend", {}),
         *(_sft(f"sft-{strategy}", strategy=strategy) for strategy in ("layer", "model")),
         *(_sft(f"sft-ratio-{ratio}", ratio=ratio) for ratio in RATIOS if ratio != 0.5),
+        *(_sft(f"sft-{kind}", frozen_quantization=kind) for kind in ("int8", "nf4")),
         _sft("sft-no-embeddings", train_embeddings=False),
         _sft("sft-no-head", train_lm_head=False),
         _sft("sft-neither", train_embeddings=False, train_lm_head=False),
+        *(
+            _sft(f"sft-{importance.replace('_', '-')}-{order}", strategy="importance", importance=importance, importance_order=order)
+            for importance in ("weight_norm", "gradient_norm")
+            for order in ("most", "least")
+        ),
+        _sft("sft-element", strategy="element"),
         *(Run(f"dpo-{again}", "sft-hft", "dpo", {"reselect": again}, sweep=True) for again in ("same", "complement")),
     )
 }  # fmt: skip
@@ -106,6 +113,19 @@ QUESTIONS = (
         against="category",
     ),
     Question(
+        "importance",
+        "Importance: a random half of each category, the most or least important one, or half of every matrix's elements?",
+        {
+            "random": "sft-hft",
+            "largest weights": "sft-weight-norm-most",
+            "smallest weights": "sft-weight-norm-least",
+            "largest gradients": "sft-gradient-norm-most",
+            "smallest gradients": "sft-gradient-norm-least",
+            "elements": "sft-element",
+        },
+        against="random",
+    ),
+    Question(
         "ratio",
         "Ratio: how much should learn?",
         {**{f"{r:.1f}": "sft-hft" if r == 0.5 else f"sft-ratio-{r}" for r in RATIOS}, "1.0 (FFT)": "sft-fft"},
@@ -128,6 +148,12 @@ QUESTIONS = (
         {"fresh": "dpo-hft-from-hft", "same": "dpo-same", "complement": "dpo-complement"},
         against="fresh",
         scores=("knowledge", "ability", "concise"),
+    ),
+    Question(
+        "quantization",
+        "The frozen half in 8 or 4 bits while training: what does it cost?",
+        {"as it is": "sft-hft", "int8": "sft-int8", "nf4": "sft-nf4"},
+        against="as it is",
     ),
 )
 

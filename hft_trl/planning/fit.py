@@ -33,6 +33,8 @@ class Task:
         global_batch (`int`): Rows (pairs) of an optimizer step.
         storage ([`Storage`]): Types of weights and optimizer.
         layouts (`tuple[str, ...]`): Launch configurations to choose from, the best first.
+        autocast (`bool`, *optional*, defaults to `True`): Whether there is mixed precision.
+        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
 
     Raises:
         [`HFTError`]: If numbers don't fit each other.
@@ -45,6 +47,8 @@ class Task:
     global_batch: int
     storage: Storage = field(default_factory=Storage)
     layouts: tuple[str, ...] = ()
+    autocast: bool = True
+    device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
         for name in ("gpus", "sequence_length", "global_batch"):
@@ -56,10 +60,13 @@ class Task:
             raise HFTError(
                 f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
             )
-        if self.gpus > 8 and self.gpus % 8:
-            raise HFTError(f"--gpus is {self.gpus}: beyond one machine of 8 give a multiple of 8.")
         if not self.layouts:
-            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else ("ddp", "fsdp2"))
+            several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
+            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
+        if self.storage.optimizer_in_backward and self.gpus > 1:
+            raise HFTError(
+                f"--optimizer-in-backward is for one GPU, but --gpus is {self.gpus}: leave one of them out."
+            )
         for name in self.layouts:
             if name not in LAYOUTS:
                 raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
@@ -75,6 +82,8 @@ class Task:
                     f"--launch is {name}, which holds a model in one type and has a file for one machine: leave --frozen-dtype, "
                     "--dtype and more than 8 GPUs out, or use fsdp2."
                 )
+            if self.storage.frozen_quantization and LAYOUTS[name].weights | LAYOUTS[name].gradients:
+                raise HFTError(f"--launch is {name}, which can't shard quantised matrices: use single or ddp.")
             if self.storage.in_eight_bits and LAYOUTS[name].optimizer and len(self.layouts) == 1:
                 raise HFTError(f"--optim is {self.storage.optim}, which is not tested with {name}: use single or ddp.")
 
@@ -82,6 +91,8 @@ class Task:
     def micro_batches(self) -> list[int]:
         """What one GPU may take at once, so that all micro-batches of a step are alike."""
         own = self.global_batch // self.gpus
+        if self.storage.optimizer_in_backward:  # gradients that are freed can't be added up
+            return [own]
         return [size for size in range(1, own + 1) if own % size == 0]
 
 
@@ -138,7 +149,7 @@ class Planner:
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
-        self._skeleton, self._selection = skeleton, select(skeleton, hft, previous)
+        self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self._selection)
         self._shares = hft.share_reference
         self._steps: dict[StepSettings, Step] = {}
@@ -154,7 +165,7 @@ class Planner:
         sizes_ = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in sizes_ if size * rows * task.sequence_length >= BUSY), sizes_[-1])
-        for least in dict.fromkeys((busy, 1)):
+        for least in dict.fromkeys((busy, sizes_[0])):
             for checkpointed in CHECKPOINTING[task.stage]:
                 for name in self._layouts(task):
                     if self._hopeless(task, name):
@@ -163,7 +174,7 @@ class Planner:
                     if plan.fits:
                         larger = [size for size in sizes_ if size > least]
                         return _last(larger, lambda size: self.one(task, name, size, checkpointed), plan)  # noqa: B023
-        smallest = (self.one(task, name, 1, 1) for name in self._layouts(task))
+        smallest = (self.one(task, name, sizes_[0], 1) for name in self._layouts(task))
         return min(smallest, key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
@@ -210,7 +221,8 @@ class Planner:
                 yield name
 
     def _held(self, task: Task, layout: Layout) -> dict[str, int]:
-        storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, frozen_dtype=None)
+        whole = {"frozen_dtype": None, "frozen_quantization": None}
+        storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, **whole)
         return held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
 
     def _hopeless(self, task: Task, name: str) -> bool:
@@ -227,8 +239,11 @@ class Planner:
             task.sequence_length,
             DTYPES[dtype],
             DTYPES[frozen] if frozen else None,
-            layout.autocast,
+            layout.autocast and task.autocast,
             checkpointed,
+            task.device,
+            frozen_quantization=task.storage.frozen_quantization if self.method == "hft" else None,
+            optimizer_in_backward=task.storage.optimizer_in_backward,
         )
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
@@ -293,15 +308,17 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
     """
     found: list[tuple[str, Plan]] = []
     if plan.layout in ("single", "ddp"):
-        frozen = {"frozen_dtype": "bfloat16"} if planner.method == "hft" else {}
+        rounds = planner.method == "hft" and task.storage.frozen_quantization is None
+        frozen = {"frozen_dtype": "bfloat16"} if rounds else {}
         for change in ({"optim": "adamw_bnb_8bit"}, frozen, {**frozen, "optim": "adamw_bnb_8bit"}):
             flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
             if change and flags not in dict(found) and any(vars(task.storage)[k] != v for k, v in change.items()):
                 other = dataclasses.replace(
                     task, storage=dataclasses.replace(task.storage, **change), layouts=(plan.layout,)
                 )
-                found.append((flags, planner.one(other, plan.layout, 1, 1)))
-    if not task.storage.in_eight_bits and not any(other.fits for _, other in found):
+                found.append((flags, planner.one(other, plan.layout, plan.micro_batch, 1)))
+    alone = task.storage.in_eight_bits or task.storage.frozen_quantization or task.storage.optimizer_in_backward
+    if not alone and not any(other.fits for _, other in found):
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             if gpus > task.gpus and task.global_batch % gpus == 0:
                 more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))

@@ -98,6 +98,8 @@ class Ledger(TorchDispatchMode):
         self.live[part] -= size
 
     def _is_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is None:  # an optimizer inside of the backward pass has used it already
+            return
         key = parameter.grad.untyped_storage()._cdata
         if key in self._known:
             reference, size, part = self._known[key]

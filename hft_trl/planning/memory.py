@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from hft_trl.config import FROZEN_QUANTIZATIONS
 from hft_trl.errors import HFTError
 from hft_trl.planning.step import Step
+from hft_trl.quantized_linear import frozen_matrices, quantized_bytes
 from hft_trl.selection import Selection, find_units
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit")
@@ -64,6 +66,8 @@ class Storage:
         dtype (`str`, *optional*, defaults to `"float32"`): Type of the weights.
         frozen_dtype (`str`, *optional*): Type of the frozen half, by default the same.
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): Name of the optimizer.
+        frozen_quantization (`str`, *optional*): `"int8"` or `"nf4"` for the frozen half's matrices.
+        optimizer_in_backward (`bool`, *optional*, defaults to `False`): Whether gradients are freed one by one.
 
     Raises:
         [`HFTError`]: If one of them is not known.
@@ -72,12 +76,15 @@ class Storage:
     dtype: str = "float32"
     frozen_dtype: str | None = None
     optim: str = "adamw_torch_fused"
+    frozen_quantization: str | None = None
+    optimizer_in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("dtype", self.dtype, tuple(DTYPES)),
             ("frozen_dtype", self.frozen_dtype, (None, "bfloat16", "float16")),
             ("optim", self.optim, OPTIMIZERS),
+            ("frozen_quantization", self.frozen_quantization, FROZEN_QUANTIZATIONS),
         ):
             if value not in known:
                 raise HFTError(f"{name} is {value!r}: a plan knows {', '.join(map(str, known))}.")
@@ -100,6 +107,7 @@ class Sizes:
         layer (`int`): In the largest layer.
         layer_trainable (`int`): Most in a layer that learn.
         tensors (`tuple[tuple[int, bool], ...]`): Of each trainable parameter its size, and whether it is an embedding's.
+        quantizable (`tuple[tuple[int, int], ...]`): Rows and columns of each frozen matrix that can be quantised.
     """
 
     trainable: int
@@ -109,6 +117,14 @@ class Sizes:
     layer: int
     layer_trainable: int
     tensors: tuple[tuple[int, bool], ...]
+    quantizable: tuple[tuple[int, int], ...]
+
+    def frozen_bytes(self, size: int, quantization: str | None) -> int:
+        """Bytes of the frozen half with `size` bytes for each number that is not quantised."""
+        if quantization is None:
+            return self.frozen * size
+        packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in self.quantizable)
+        return (self.frozen - sum(rows * columns for rows, columns in self.quantizable)) * size + packed
 
 
 def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
@@ -124,6 +140,7 @@ def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
     inside = {name for names in layers.values() for name in names}
     embeddings = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
     kinds = {name: id(p) in embeddings for name, p in skeleton.named_parameters()}
+    matrices = frozen_matrices(skeleton, numbers.keys() - trained).values()
     return Sizes(
         trainable=sum(numbers[name] for name in trained),
         frozen=sum(number for name, number in numbers.items() if name not in trained),
@@ -132,6 +149,7 @@ def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
         layer=max(sum(numbers[name] for name in names) for names in layers.values()),
         layer_trainable=max(sum(numbers[name] for name in names if name in trained) for names in layers.values()),
         tensors=tuple((numbers[name], kinds[name]) for name in numbers if name in trained),
+        quantizable=tuple((m.out_features, m.in_features) for m in matrices if m is not None),
     )
 
 
@@ -171,7 +189,8 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
     if layout.name.startswith("zero"):  # DeepSpeed in bf16: all weights are bfloat16, and float32 masters come on top
         size = own_size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
-    trainable, frozen = counted.trainable * size, counted.frozen * frozen_size
+    trainable, frozen = counted.trainable * size, counted.frozen_bytes(frozen_size, storage.frozen_quantization)
+    gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
     reference = 0
     if preference and layout.weights:  # sharded by itself, in the type that it was loaded in
         reference = (counted.trainable + counted.frozen) * own_size
@@ -184,7 +203,7 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
         "weights_trainable": trainable // of_weights,
         "weights_frozen": frozen // of_weights,
         "reference": reference // of_weights,
-        "gradients": trainable // of_gradients,
+        "gradients": gradients // of_gradients,
         "optimizer": optimizer // of_optimizer,
         "communication": _communication(counted, layout, size),
     }

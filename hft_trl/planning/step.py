@@ -20,6 +20,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from hft_trl.errors import HFTError, first_line
 from hft_trl.planning.head import log_probs
 from hft_trl.planning.ledger import Ledger
+from hft_trl.quantized_linear import QuantizedLinear, frozen_matrices
 from hft_trl.selection import Selection
 
 
@@ -37,6 +38,8 @@ class StepSettings:
         autocast (`bool`, *optional*, defaults to `True`): Whether products are computed in bfloat16 under autocast.
         checkpointed (`int`, *optional*, defaults to `0`): Every which layer is checkpointed: 0 for none, 1 for all.
         device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`, for the tiles of the output head.
+        frozen_quantization (`str`, *optional*): `"int8"` or `"nf4"` for the frozen half's matrices.
+        optimizer_in_backward (`bool`, *optional*, defaults to `False`): Whether each gradient is freed as soon as it is there.
     """
 
     stage: Literal["sft", "dpo"]
@@ -47,6 +50,8 @@ class StepSettings:
     autocast: bool = True
     checkpointed: int = 0
     device: Literal["cuda", "cpu"] = "cuda"
+    frozen_quantization: str | None = None
+    optimizer_in_backward: bool = False
 
     @property
     def rows(self) -> int:
@@ -113,6 +118,11 @@ def trace_step(skeleton: PreTrainedModel, selection: Selection, settings: StepSe
 
 def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: StepSettings) -> Step:
     _fill(model, settings)
+    if settings.frozen_quantization:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        for name, linear in frozen_matrices(model, frozen).items():
+            if linear is not None:
+                model.set_submodule(name.rpartition(".")[0], QuantizedLinear(linear, settings.frozen_quantization))
     model.train()
     if settings.checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=settings.checkpointed)
@@ -147,6 +157,10 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
         loss = loss + balance
         saved = sum(kept.values())
         del scores
+        if settings.optimizer_in_backward:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_free)
         loss.backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     return Step(
@@ -195,6 +209,10 @@ def _replace(slots: dict[str, torch.Tensor | None], new: Callable[[torch.Tensor]
     for name, old in slots.items():
         if old is not None:
             slots[name] = new(old)
+
+
+def _free(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

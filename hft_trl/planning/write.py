@@ -82,8 +82,14 @@ hft:
   strategy: {hft.strategy}
   seed: {hft.seed}
 """
+    if not hft.train_embeddings:
+        text += "  train_embeddings: false\n"
     if storage.frozen_dtype and hft.method == "hft":
         text += f"  frozen_dtype: {storage.frozen_dtype}\n"
+    if storage.frozen_quantization and hft.method == "hft":
+        text += f"  frozen_quantization: {storage.frozen_quantization}\n"
+    if storage.optimizer_in_backward:
+        text += "  optimizer_in_backward: true\n"
     data = DEMO if model == "demo" else DATA
     text += "".join(_stage(name, data[name], *stages[name]) for name in ("sft", "dpo"))
     with writing(folder):
@@ -105,6 +111,7 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
     selective = (
         f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
     )
+    unclipped = "  max_grad_norm: 0\n" if task.storage.optimizer_in_backward else ""
     return f"""
 {name}:
 {data}  max_length: {task.sequence_length}
@@ -115,7 +122,7 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
   bf16: true
   gradient_checkpointing: {str(plan.checkpointed > 0).lower()}
 {selective}  optim: {task.storage.optim}
-  logging_steps: 10
+{unclipped}  logging_steps: 10
   save_steps: 500
   save_total_limit: 2
   seed: 42

@@ -30,6 +30,8 @@ def verdict(diff: "ModelDiff") -> str:
         `str`: The sentence. It holds "frozen half byte-identical" exactly when that is so.
     """
     total = f"{len(diff.frozen)} of {len(diff.frozen)} parameters"
+    if diff.selection is not None and diff.selection.masks is not None:
+        total += f", of {len(diff.selection.masked)} the elements that their masks froze"
     if diff.byte_identical is None and diff.method is None:
         return f"{diff.tuned}: no hft_selection.json, so nothing says what should have stayed frozen"
     if diff.byte_identical is None:

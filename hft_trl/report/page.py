@@ -184,7 +184,15 @@ def selection_map(stage: StageRecord) -> SelectionMap:
         cells = [(*_state(count), column in first) for column, count in zip(columns, counts, strict=True)]
         rows.append((layer, cells))
     outside = [(*_state((int(unit.trainable), 1)), _module(unit)) for unit in stage.moved if unit.layer is None]
-    return SelectionMap(f"{stage.name} ({stage.method.upper()})", groups, rows, outside)
+    title = f"{stage.name} ({stage.method.upper()})"
+    if (
+        rows
+        and all(unit.trainable for unit in stage.moved if unit.layer is not None)
+        and stage.share.get("layers", 1) < 1
+    ):
+        # Where every matrix learned and yet not all of them, it was single elements.
+        title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
+    return SelectionMap(title, groups, rows, outside)
 
 
 def _state(count: tuple[int, int] | None) -> tuple[str, str]:

@@ -1,9 +1,9 @@
 """How much of each category learns."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit, learning_elements
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class CategoryShare:
         return self.trained / self.parameters if self.parameters else 0.0
 
 
-def category_shares(units: Iterable[Unit], trainable: Collection[str]) -> list[CategoryShare]:
+def category_shares(
+    units: Iterable[Unit], trainable: Collection[str], masked: Mapping[str, int] | None = None
+) -> list[CategoryShare]:
     """
     Count what learns by category.
 
@@ -40,6 +42,8 @@ def category_shares(units: Iterable[Unit], trainable: Collection[str]) -> list[C
             The model's units.
         trainable (`Collection[str]`):
             Names of the parameters that learn.
+        masked (`Mapping[str, int]`, *optional*):
+            Number of elements that learn, by the names of the parameters of which not all do.
 
     Returns:
         `list[CategoryShare]`: The categories inside the layers, `"layers"`, the ones outside of them, `"model"`.
@@ -48,7 +52,7 @@ def category_shares(units: Iterable[Unit], trainable: Collection[str]) -> list[C
     units, names = list(units), frozenset(trainable)
 
     def count(category: str, members: list[Unit]) -> CategoryShare:
-        trained = sum(unit.size for unit in members if unit.names[0] in names)
+        trained = sum(learning_elements(unit, names, masked or {}) for unit in members)
         return CategoryShare(category, len(members), sum(unit.size for unit in members), trained)
 
     inner = [count(category, [unit for unit in units if unit.category == category]) for category in LAYER_CATEGORIES]

@@ -6,12 +6,14 @@ of each. Two steps follow. First, for every size in every group, how many of its
 asked for, rounded up or down (and, where that cannot meet the ratio, moved a little further) such that the parameters
 that learn come as near to the ratio as they can. Then which ones: a 0/1 matrix of layers by units is filled whose row
 sums (units that learn in a layer) and column sums (layers that a unit learns in) are as even as can be.
+
+With strategy "importance" the first step is the same, so the shares are. Then the units of highest score of each size learn.
 """
 
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from hft_trl.selection.counts import Block, Pieces, nearest_counts, shuffled
@@ -20,7 +22,14 @@ from hft_trl.selection.units import Unit
 HALF = Fraction(1, 2)
 
 
-def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int, learned: Collection[int] = ()) -> list[Unit]:
+def choose(
+    units: Iterable[Unit],
+    ratio: float,
+    strategy: str,
+    seed: int,
+    learned: Collection[int] = (),
+    scores: Mapping[Unit, float] | None = None,
+) -> list[Unit]:
     """
     Chooses the units in layers that learn.
 
@@ -34,11 +43,14 @@ def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int, learne
             Share of the parameters in layers that are to learn, in (0, 1].
         strategy (`str`):
             `"category"` meets the ratio in each category, `"layer"` takes whole layers at even distances, `"model"`
-            takes units at random whatever their category.
+            takes units at random whatever their category, `"importance"` takes of each category as many units of each size
+            as `"category"` does, those of the highest scores.
         seed (`int`):
             Seed of the generator.
         learned (`Collection[int]`, *optional*):
             Layers that learned in the stage before, which `"layer"` takes again only as far as the ratio needs them.
+        scores (`Mapping[Unit, float]`, *optional*):
+            For `"importance"`, the score of each unit in layers. The seed decides among equal ones.
 
     Returns:
         `list[Unit]`: The units that learn, by layer and slot.
@@ -57,8 +69,9 @@ def choose(units: Iterable[Unit], ratio: float, strategy: str, seed: int, learne
         for unit in pool:
             categories[unit.category].append(unit)
         # A generator for each category: what is chosen in one does not hang on what the others hold.
+        ranks = (scores or {}) if strategy == "importance" else None
         chosen = set().union(
-            *(_of_category(own, share, random.Random(f"{seed}/{name}")) for name, own in categories.items())
+            *(_of_category(own, share, random.Random(f"{seed}/{name}"), ranks) for name, own in categories.items())
         )
     return [unit for unit in pool if unit in chosen]
 
@@ -110,7 +123,9 @@ def _any_units(units: Sequence[Unit], share: Fraction, rng: random.Random) -> se
     return {unit for size, (count,) in zip(sizes, counts, strict=True) for unit in by_size[size][:count]}
 
 
-def _of_category(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
+def _of_category(
+    units: Sequence[Unit], share: Fraction, rng: random.Random, scores: Mapping[Unit, float] | None
+) -> set[Unit]:
     layers: dict[int, list[Unit]] = defaultdict(list)
     for unit in units:
         layers[unit.layer].append(unit)
@@ -131,6 +146,11 @@ def _of_category(units: Sequence[Unit], share: Fraction, rng: random.Random) -> 
     chosen: set[Unit] = set()
     total = sum(unit.size for unit in units)
     counts_of_block = nearest_counts(blocks, share * total, _tolerance(share, total), rng)
+    if scores is not None:
+        number: Counter[int] = Counter()
+        for block, counts in zip(blocks, counts_of_block, strict=True):
+            number.update({pieces.size: count for pieces, count in zip(block.kinds, counts, strict=True)})
+        return _highest(units, number, scores, rng)
     for (signature, group), block, counts in zip(alike.items(), blocks, counts_of_block, strict=True):
         need = [0] * len(signature)
         for pieces, count in zip(block.kinds, counts, strict=True):
@@ -139,6 +159,16 @@ def _of_category(units: Sequence[Unit], share: Fraction, rng: random.Random) -> 
                 need[place] = count // len(slots) + (rank < count % len(slots))
         chosen.update(_fill(group, need, rng))
     return chosen
+
+
+def _highest(
+    units: Sequence[Unit], number: Mapping[int, int], scores: Mapping[Unit, float], rng: random.Random
+) -> set[Unit]:
+    """Takes `number[size]` of the units of each size, those of the highest scores, and of equal ones any."""
+    by_size = defaultdict(list)
+    for unit in sorted(shuffled(units, rng), key=lambda unit: -scores[unit]):
+        by_size[unit.size].append(unit)
+    return {unit for size, ranked in by_size.items() for unit in ranked[: number[size]]}
 
 
 def _fill(group: Sequence[Sequence[Unit]], need: list[int], rng: random.Random) -> Iterator[Unit]:

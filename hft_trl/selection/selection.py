@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json
-from hft_trl.selection.categories import LAYER_CATEGORIES
 from hft_trl.selection.choose import choose
+from hft_trl.selection.elements import Masks, draw_masks
+from hft_trl.selection.importance import Squares, unit_scores
+from hft_trl.selection.shares import share_of
 from hft_trl.selection.units import Unit, find_units
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class Selection:
         start_model (`dict[str, str]`, *optional*):
             `{"name_or_path": ..., "weights_digest": ...}` of the model that the stage starts from. Not part of the
             digest.
+        masks ([`Masks`], *optional*):
+            With strategy `"element"`, which elements of the trainable parameters in layers learn; the others are frozen.
     """
 
     config: HFTConfig
@@ -54,10 +58,11 @@ class Selection:
     frozen: tuple[str, ...]
     share: dict[str, float]
     start_model: dict[str, str] | None = field(default=None, compare=False)
+    masks: Masks | None = None
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable and frozen."""
+        """SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable, frozen and, if any, masks."""
         canonical = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -68,11 +73,19 @@ class Selection:
             "seed": self.seed,
             "trainable": list(self.trainable),
             "frozen": list(self.frozen),
+            **({"masks": asdict(self.masks)} if self.masks else {}),
         }
+
+    @property
+    def masked(self) -> dict[str, int]:
+        """Number of elements that learn, by the names of the parameters of which not all do."""
+        return self.masks.learning if self.masks else {}
 
     def apply(self, model: "PreTrainedModel") -> None:
         """
         Lets the trainable parameters of a model learn and freezes all others. With method `"fft"` nothing changes.
+
+        Single elements are not frozen here, but by the trainers.
 
         Args:
             model ([`~transformers.PreTrainedModel`]):
@@ -159,6 +172,7 @@ class Selection:
                 frozen=tuple(content["frozen"]),
                 share=dict(content["share"]),
                 start_model=content["start_model"],
+                masks=Masks(**content["masks"]) if "masks" in content else None,
             )
             digest = content["digest"]
         except (KeyError, TypeError, ValueError) as error:
@@ -171,7 +185,12 @@ class Selection:
         return selection
 
 
-def select(model: "PreTrainedModel", config: HFTConfig, previous: Selection | None = None) -> Selection:
+def select(
+    model: "PreTrainedModel",
+    config: HFTConfig,
+    previous: Selection | None = None,
+    gradients: Callable[[list[str]], Squares] | None = None,
+) -> Selection:
     """
     Draws the parameters of a model that learn in a stage.
 
@@ -180,67 +199,65 @@ def select(model: "PreTrainedModel", config: HFTConfig, previous: Selection | No
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A decoder-only causal language model, on any device, the meta device included. Nothing on it changes.
+            A decoder-only causal language model, on any device, the meta device included (but for strategy
+            `"importance"`). Nothing on it changes.
         config ([`HFTConfig`]):
             The settings. Method `"fft"` selects all parameters, whatever the other settings say.
         previous ([`Selection`], *optional*):
             The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw is another
             one than that of the same seed without it (of whole layers, those that did not learn come first, as in the paper), `"same"` takes over which units of the layers learn and
             `"complement"` takes the others (so the share of the layers becomes 1 minus theirs, whatever `config.ratio`
-            says). One of method `"fft"` counts as none.
+            says; of elements too). One of method `"fft"` counts as none.
+        gradients (`Callable[[list[str]], Squares]`, *optional*):
+            For `config.importance` `"gradient_norm"`: gives the squares of the loss's gradients by the parameters of these
+            names. The trainers have one.
 
     Returns:
         [`Selection`]: What learns and what is frozen.
 
     Raises:
-        [`HFTError`]: If nothing can be selected in the model, a pattern of `config.exclude` matches nothing, or
-            `previous` is of another model.
+        [`HFTError`]: If nothing can be selected in the model, a pattern of `config.exclude` matches nothing, `previous` is
+            of another model, or the importance can't be measured.
     """
     if config.method == "fft":
         units = find_units(model)
         return _selection(config, config.seed, units, set(units))
     units = find_units(model, config.exclude)
-    seed = config.seed
+    seed, masks = config.seed, None
     if previous is not None and previous.config.method == "fft":
         previous = None
     if previous is not None and config.reselect != "fresh":
-        learning = _as_before(model, units, previous, complement=config.reselect == "complement")
+        complement = config.reselect == "complement"
+        learning = _as_before(model, units, previous, complement)
+        if previous.masks is not None:
+            masks = previous.masks.of(name for unit in units for name in unit.names)
+            masks = masks.complement(_sizes(model)) if complement else masks
+            learning |= {unit for unit in units if unit.names[0] in masks.learning}
     else:
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
-        learned = _whole_layers_of(previous, units) if previous is not None else ()
-        learning = set(choose(units, config.ratio, config.strategy, seed, learned))
+        if config.strategy == "element" and config.ratio < 1:
+            masks = draw_masks(units, config.ratio, seed, _sizes(model))
+            learning = {unit for unit in units if unit.layer is not None}
+        else:
+            learned = _whole_layers_of(previous, units) if previous is not None else ()
+            scores = unit_scores(model, units, config, gradients) if config.strategy == "importance" else None
+            learning = set(choose(units, config.ratio, config.strategy, seed, learned, scores))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
-    return _selection(config, seed, units, learning)
+    return _selection(config, seed, units, learning, masks)
 
 
-def share_of(units: Iterable[Unit], trainable: Iterable[str]) -> dict[str, float]:
-    """
-    Shares of the parameters that learn, in 0 to 1.
-
-    Args:
-        units (`Iterable[Unit]`):
-            The units of a model, as [`find_units`] gives them.
-        trainable (`Iterable[str]`):
-            Names of the parameters that learn.
-
-    Returns:
-        `dict[str, float]`: The share of each category that the layers have, of `"layers"` and of `"model"`.
-    """
-    learning = set(trainable)
-    counts: dict[str, tuple[int, int]] = {}
-    for unit in units:
-        learns = unit.size if unit.names[0] in learning else 0
-        for key in ("model",) if unit.layer is None else (unit.category, "layers", "model"):
-            before = counts.get(key, (0, 0))
-            counts[key] = (before[0] + learns, before[1] + unit.size)
-    return {key: counts[key][0] / counts[key][1] for key in (*LAYER_CATEGORIES, "layers", "model") if key in counts}
-
-
-def _selection(config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit]) -> Selection:
+def _selection(
+    config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit], masks: Masks | None = None
+) -> Selection:
     trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
     frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
-    return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share_of(units, trainable))
+    share = share_of(units, trainable, masks.learning if masks else None)
+    return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share, masks=masks)
+
+
+def _sizes(model: "PreTrainedModel") -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:

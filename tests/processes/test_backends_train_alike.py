@@ -20,6 +20,9 @@ TRAININGS = {
         *("sft-sharded", "sft-sharded-resumed", "sft-sharded-mixed", "sft-checkpointing"),
         *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
         *("dpo-sharded", "dpo-sharded-resumed", "dpo-sharded-mixed"),
+        *("sft-replicated", "sft-replicated-resumed", "sft-mixed-replicated", "sft-checkpointing-replicated"),
+        *("sft-sharded-replicated", "sft-sharded-replicated-resumed"),
+        *("dpo-replicated", "dpo-replicated-resumed", "dpo-mixed-replicated"),
     ],
     "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-resumed", "dpo-precomputed"],
 }
@@ -116,12 +119,18 @@ def test_a_resumed_training_ends_in_the_same_bytes(together, backend, training):
 
 
 def test_four_processes_go_on_from_fsdp2_checkpoints_of_two(together, base, alone, tmp_path):
-    """From whole and from sharded state dicts, of SFT and DPO: on the same batches to one process's losses and weights."""
+    """
+    From whole and from sharded state dicts, of SFT and DPO: on the same batches to one process's losses and weights.
+
+    The frozen half may have been whole in every process or not.
+    """
     what_one_saw, its_folder = alone
-    trainings = ["sft", "sft-sharded", "dpo", "dpo-sharded"]
-    for training in trainings:
-        step = f"{training}/checkpoint-2"
-        shutil.copytree(together("fsdp2") / step, tmp_path / step)
+    trainings = {
+        **{name: name for name in ("sft", "sft-sharded", "dpo", "dpo-sharded", "sft-replicated")},
+        "sft-sharded-replicated": "sft-sharded",
+    }
+    for training, saved in trainings.items():
+        shutil.copytree(together("fsdp2") / saved / "checkpoint-2", tmp_path / training / "checkpoint-2")
     config = on_cpu("fsdp2.yaml", tmp_path, num_processes=4)
     output = finish(start(config, TRAIN, base, tmp_path, *(f"{training}-resumed" for training in trainings)))
     assert "was saved by 2 processes, this run has 4" in output
@@ -175,6 +184,32 @@ def test_the_frozen_half_is_stored_once_under_ddp_and_on_each_machine(together):
             assert rank["shared_reference_bytes"] == rank["frozen_bytes"] > 0
     for rank in seen(together("fsdp2"), "dpo"):
         assert rank["shared_reference_bytes"] == 0
+
+
+REPLICATED = [pair[1] for pair in EVERY if "replicated" in pair[1]]
+
+
+@pytest.mark.parametrize("training", REPLICATED)
+def test_a_replicated_frozen_half_is_never_gathered_and_changes_no_bit(together, training):
+    """Each layer is gathered for the forward and for the backward pass, and by the reference: exactly its trained half now."""
+    output = together("fsdp2")
+    as_ever, gathers = training.replace("-replicated", ""), 3 if training.startswith("dpo") else 2
+    for whole, sharded in zip(seen(output, training), seen(output, as_ever), strict=True):
+        assert not set(whole["whole"]) & set(whole["trainable"])
+        assert len(whole["whole"]) == whole["frozen_parameters"] > 10
+        assert sharded["whole"] == []
+        steps = 2 if training.endswith("resumed") else 4
+        saved = sharded["gathered_bytes"] - whole["gathered_bytes"]
+        assert saved == steps * gathers * whole["frozen_bytes"] > 0
+        assert whole["losses"] == sharded["losses"]
+    file = "model.safetensors"
+    assert (output / training / file).read_bytes() == (output / as_ever / file).read_bytes()
+
+
+def test_a_replicated_frozen_half_is_stored_once_for_policy_and_reference(together):
+    for training in ("dpo-replicated", "dpo-mixed-replicated"):
+        for rank in seen(together("fsdp2"), training):
+            assert rank["shared_reference_bytes"] == rank["frozen_bytes"] > 0
 
 
 def test_sharded_checkpoints_hold_shards_only(together):

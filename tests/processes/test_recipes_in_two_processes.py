@@ -87,11 +87,12 @@ def test_all_recipes_on_two_machines(base, tmp_path, config):
 
 
 def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):
-    """Both stages in one launch: DPO starts from what SFT saved."""
+    """Both stages in one launch: DPO starts from what SFT saved. Here with a frozen half that is whole in every process."""
     output = finish(
         start(
             on_cpu("fsdp2.yaml", tmp_path, fsdp_state_dict_type="SHARDED_STATE_DICT"),
-            *(RECIPES, *both_stages(base, tmp_path), "--dpo.precompute_ref_log_probs", "true", "+"),
+            *(RECIPES, *both_stages(base, tmp_path), "--dpo.precompute_ref_log_probs", "true"),
+            *("--hft.replicate_frozen", "true", "+"),
             *(*single_stage("sft", base, tmp_path), "+"),
             *single_stage("dpo", base, tmp_path),
         )
@@ -102,4 +103,5 @@ def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):
     check_run(tmp_path / "dpo", base, ["dpo"])
     assert output.count("reference: its log-probs were computed before training") == 1
     assert output.count("sharded by FSDP2") == 1
+    assert output.count("bytes are whole in each process, FSDP2 shards the rest") == 2  # the first run's stages
     assert list(tmp_path.glob("both/sft/checkpoint-*/pytorch_model_fsdp_0"))  # FSDP it was, not DDP

@@ -24,6 +24,7 @@ from conftest import tulu_row, ultrafeedback_row
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
+from hft_trl.config import STORAGE
 from hft_trl.data import preference_dataset, sft_dataset
 from hft_trl.reference import memory
 
@@ -62,6 +63,15 @@ TRAININGS = {
         **{"bf16": True, "frozen_dtype": "bfloat16"},
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     },
+    "sft-replicated": {"replicate_frozen": True},
+    "sft-replicated-resumed": {"replicate_frozen": True},
+    "sft-checkpointing-replicated": {"replicate_frozen": True, "gradient_checkpointing": True},
+    "sft-mixed-replicated": {"replicate_frozen": True, "bf16": True, "frozen_dtype": "bfloat16"},
+    "sft-sharded-replicated": {"replicate_frozen": True, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "sft-sharded-replicated-resumed": {"replicate_frozen": True, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    "dpo-replicated": {"replicate_frozen": True},
+    "dpo-replicated-resumed": {"replicate_frozen": True},
+    "dpo-mixed-replicated": {"replicate_frozen": True, "bf16": True, "frozen_dtype": "bfloat16"},
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
 
@@ -71,7 +81,7 @@ class Witness(TrainerCallback):
 
     def __init__(self) -> None:
         self.with_gradient: set[str] = set()
-        self.reduced = self.gathered_by_reference = 0
+        self.reduced = self.gathered = self.gathered_by_reference = 0
         self.in_reference = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -81,6 +91,7 @@ class Witness(TrainerCallback):
         gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
 
         def all_gather_single(output, *args, **kwargs):
+            self.gathered += output.nbytes
             if self.in_reference:
                 self.gathered_by_reference = max(self.gathered_by_reference, output.nbytes)
             return gather(output, *args, **kwargs)
@@ -103,7 +114,7 @@ def train(name: str, base: Path, output: Path) -> dict:
     state_dicts = settings.pop("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     if dist.is_initialized():  # the test's own process keeps its environment
         os.environ["FSDP_STATE_DICT_TYPE"] = state_dicts
-    hft_config = HFTConfig(frozen_dtype=settings.pop("frozen_dtype", None))
+    hft_config = HFTConfig(**{key: settings.pop(key) for key in STORAGE if key in settings})
     settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes
     rows = Dataset.from_list([(tulu_row if stage == "sft" else ultrafeedback_row)(n) for n in range(32)])
     config, kind = (SFTConfig, HFTSFTTrainer) if stage == "sft" else (DPOConfig, HFTDPOTrainer)
@@ -143,12 +154,15 @@ def train(name: str, base: Path, output: Path) -> dict:
         "trainable_numbers": sum(p.numel() for p in named.values() if p.requires_grad),
         "ddp_bytes": ddp.get("total_parameter_size_bytes"),
         "reduced_numbers": witness.reduced,
+        "gathered_bytes": witness.gathered,
         "gathered_by_reference": witness.gathered_by_reference,
         "largest_layer": max(sum(p.nbytes for p in layer.parameters()) for layer in trainer.model.model.layers),
         "embedding": trainer.model.get_input_embeddings().weight.nbytes,
         "parts": [sum(isinstance(m, FSDPModule) for m in x.modules()) if x else 0 for x in (trainer.model, reference)],
         "shared_reference_bytes": shared_with_policy(trainer) if reference is not None else None,
         "frozen_bytes": sum(p.nbytes for p in named.values() if not p.requires_grad),
+        "frozen_parameters": sum(not p.requires_grad for p in named.values()),
+        "whole": sorted(name for name, p in named.items() if not isinstance(p, DTensor)),
         "reference_is_sharded": reference is not None and all(isinstance(p, DTensor) for p in reference.parameters()),
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import deepspeed.ops
 from datasets import Dataset
+from leaving import leave
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
@@ -71,3 +72,4 @@ def moments(trainer) -> dict[str, int]:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    leave()

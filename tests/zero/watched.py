@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from deepspeed.utils import safe_get_full_grad
+from leaving import leave
 from transformers import TrainerCallback
 
 from hft_trl.mixin import HFTMixin
@@ -94,3 +95,4 @@ if __name__ == "__main__":
         sys.argv, words = words[:end], words[end + 1 :]
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
+    leave()

@@ -1,0 +1,73 @@
+"""Single elements that stay frozen in parameters of which others learn: strategy "element" in training."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from hft_trl.selection import Masks
+from hft_trl.weights import fingerprint
+
+
+class _Part(NamedTuple):
+    parameter: torch.nn.Parameter
+    frozen: torch.Tensor
+    values: torch.Tensor
+    digest: str
+
+
+class FrozenElements:
+    """
+    Keeps the bits of single elements, whatever the optimizer does, as long as it is entered (`with frozen_elements: ...`).
+
+    Gradients are masked as they are computed, so that clipping and the optimizer's moments see the elements that learn only.
+    What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, by values that are kept: one
+    byte for each element of the layers, and the frozen ones once more in the model's type.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model with the start model's weights, where it will be trained, before anything has wrapped it.
+        masks ([`Masks`]):
+            Which elements learn.
+    """
+
+    def __init__(self, model: torch.nn.Module, masks: Masks) -> None:
+        self._parts: dict[str, _Part] = {}
+        self._handles: list[RemovableHandle] = []
+        for name, parameter in model.named_parameters():
+            if name in masks.learning:
+                frozen = ~masks.draw(name, parameter.shape).to(parameter.device)
+                values = parameter.detach()[frozen]
+                self._parts[name] = _Part(parameter, frozen, values, fingerprint(values))
+
+    def __enter__(self) -> None:
+        for part in self._parts.values():
+            mask = partial(torch.Tensor.masked_fill, mask=part.frozen, value=0)
+            self._handles.append(part.parameter.register_hook(mask))
+
+    def __exit__(self, *_: object) -> None:
+        # Another trainer may go on with the same model.
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the frozen elements back after each step of the optimizer that trains the model."""
+        self._handles.append(optimizer.register_step_post_hook(self._put_back))
+
+    @torch.no_grad()
+    def _put_back(self, *_: Any) -> None:
+        for part in self._parts.values():
+            part.parameter.masked_scatter_(part.frozen, part.values)
+
+    def check(self) -> None:
+        """
+        Compare the frozen elements with their fingerprints.
+
+        Raises:
+            [`RuntimeError`]: Naming the first parameter of which a frozen element moved.
+        """
+        for name, part in self._parts.items():
+            if fingerprint(part.parameter.detach()[part.frozen]) != part.digest:
+                raise RuntimeError(f"a frozen element of {name} moved during training: nothing was saved as a success")

@@ -1,0 +1,151 @@
+"""`activation_checkpointing: auto` of a recipe: the least recomputation that fits the machine it runs on."""
+
+import dataclasses
+import os
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hft_trl.backends import fsdp_version
+from hft_trl.errors import HFTError
+from hft_trl.meta import build_on_meta
+from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner, Task
+from hft_trl.planning.memory import OPTIMIZERS, Storage
+from hft_trl.planning.show import checkpointing
+from hft_trl.recipe import Stage
+
+logger = logging.get_logger(__name__)
+
+
+def settle_checkpointing(*stages: Stage) -> None:
+    """
+    Decide how much the stages of a run compute again, where their settings leave it to the recipe: of the ways that fit the
+    memory of one process, as `hft-trl plan` computes them, the one with the least recomputation. Every process has to call.
+
+    Args:
+        stages ([`~hft_trl.recipe.Stage`]):
+            All stages of the run in order. The first one's model says what shapes all of them have. The arguments of those
+            with `auto_checkpointing` are changed in place.
+
+    Raises:
+        [`HFTError`]: If a stage has a setting that a plan does not know.
+    """
+    undecided = [stage for stage in stages if stage.auto_checkpointing]
+    if not undecided:
+        return
+    for stage in undecided:
+        _check_known(stage)
+    start = stages[0].model
+    skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
+    memory = _memory()
+    planners: dict[str, Planner] = {}
+    for stage in undecided:
+        hft = dataclasses.replace(
+            stage.hft, seed=0, reselect="fresh"
+        )  # rounds' halves are others, but not larger ones
+        if str(hft) not in planners:
+            planners[str(hft)] = Planner(skeleton, hft)
+        plan = _least(planners[str(hft)], stage, _task(stage, skeleton, memory))
+        _apply(plan, stage)
+        PartialState().print(
+            f"{stage.name}: activation checkpointing {checkpointing(plan)}, "
+            f"about {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each process."
+        )
+        if not plan.fits:
+            logger.warning_once(
+                f"{stage.name}: {(plan.total - plan.available) / 1e9:.1f} GB more than there are, even with every layer "
+                "checkpointed: hft-trl plan says what would help."
+            )
+
+
+def _check_known(stage: Stage) -> None:
+    args, section = stage.args, stage.section
+    asked = f"{section}.activation_checkpointing is auto"
+    if stage.hft is None:
+        raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
+    if stage.memory is not None:
+        raise HFTError(f"{asked}, which is not planned for the gradients that gem keeps: set it to true or false.")
+    if stage.hft.strategy == "element" and stage.hft.method == "hft":
+        raise HFTError(f"{asked}, which is not planned for the masks of strategy element: set it to true or false.")
+    if args.optim not in OPTIMIZERS:
+        raise HFTError(
+            f"{asked}, which knows the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}: set it to "
+            "true or false."
+        )
+    if args.max_length is None:
+        raise HFTError(f"{asked}, but without {section}.max_length no row has a longest length: set max_length.")
+    own = (args.fsdp_plugin_args or {}).get("activation_checkpointing")
+    if own or (own is None and fsdp_version(args) and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
+        raise HFTError(f"{asked}, but fsdp_activation_checkpointing is on already: drop one of the two.")
+    name = _layout(stage)
+    if name not in ("single", "ddp") and args.mixed_precision != "bf16":
+        raise HFTError(
+            f"{asked}, which is computed for {name} with bf16, but mixed_precision is {args.mixed_precision!r}: set it to true or "
+            "false."
+        )
+
+
+def _layout(stage: Stage) -> str:
+    """The launch configuration, by its name in `accelerate_configs/`, before there is a trainer."""
+    if stage.args.deepspeed_plugin is not None:
+        return "zero3" if stage.args.deepspeed_plugin.zero_stage == 3 else "zero2"
+    if fsdp_version(stage.args):
+        return "fsdp2"
+    return "single" if stage.args.world_size == 1 else "ddp"
+
+
+def _memory() -> int:
+    """Bytes that a process may take: all of its GPU, or its part of the machine's where there is none; of the smallest machine."""
+    if PartialState().device.type == "cpu":
+        own = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    else:
+        own = torch.accelerator.get_memory_info(PartialState().device)[1]
+    return min(gather_object([own]))
+
+
+def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
+    args, dtype = stage.args, stage.model.dtype
+    if dtype == "auto":
+        dtype = str(skeleton.config.dtype or torch.float32).removeprefix("torch.")
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return Task(
+        stage.section,
+        args.world_size,
+        memory,
+        args.max_length,
+        rows,
+        Storage(
+            dtype,
+            stage.hft.frozen_dtype,
+            args.optim.value,
+            frozen_quantization=stage.hft.frozen_quantization,
+            optimizer_in_backward=stage.hft.optimizer_in_backward,
+        ),
+        autocast=args.mixed_precision != "no",
+        device="cpu" if PartialState().device.type == "cpu" else "cuda",
+    )
+
+
+def _least(planner: Planner, stage: Stage, task: Task) -> Plan:
+    """The plan with the least recomputation that fits, the one with the most if none does."""
+    ways = CHECKPOINTING[stage.section]
+    if _layout(stage) == "zero3":
+        ways = (ways[0], ways[-1])  # frozen parameters need reentrant checkpointing there, of all layers or none
+    for way in ways:
+        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way)
+        if plan.fits:
+            break
+    return plan
+
+
+def _apply(plan: Plan, stage: Stage) -> None:
+    args = stage.args
+    # transformers reads the new names, TRL the old ones
+    args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0
+    if plan.checkpointed > 1:
+        kwargs = {**(args.activation_checkpointing_kwargs or {}), "every_n_layers": plan.checkpointed}
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs

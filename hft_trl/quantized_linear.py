@@ -1,0 +1,135 @@
+"""A frozen matrix in 8 or 4 bits that gradients flow through."""
+
+import math
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
+from torch import nn
+
+from hft_trl.selection import find_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BLOCK = 64
+"""Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
+
+# Categories of units whose `nn.Linear`s are called and not read: some mixers compute with their weights themselves.
+CATEGORIES = ("attention", "feed_forward")
+
+
+class QuantizedLinear(nn.Module):
+    """
+    The function of a frozen [`~torch.nn.Linear`], from bitsandbytes' int8 (a scale for each row) or NF4 (one for every 64 numbers).
+
+    The matrix is made whole for the moment of each product, in the inputs' type (under autocast in autocast's), and
+    forgotten again: like a frozen `nn.Linear`, and unlike bitsandbytes' own layers, it keeps neither its inputs nor a whole
+    matrix for the backward pass.
+
+    Args:
+        linear ([`~torch.nn.Linear`]):
+            What it stands for. Its bias stays as it is.
+        kind (`str`):
+            `"int8"` or `"nf4"`.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
+        weight = linear.weight.detach()
+        if kind == "int8":
+            packed, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        else:
+            packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+            scale = state.absmax
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.bias = linear.bias
+        self.train(linear.training)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all values were small enough to be quantised: int8 passes through float16."""
+        return bool(self.scale.isfinite().all())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.weight.nbytes + self.scale.nbytes
+
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix that it computes with, `(out_features, in_features)`."""
+        if self.kind == "int8":
+            return self.weight.to(dtype).mul_((self.scale / 127).unsqueeze(1))
+        # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong numbers.
+        shape = (self.out_features, self.in_features)
+        state = QuantState(
+            self.scale, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
+        )
+        return dequantize_4bit(self.weight, state).view(shape)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        device = inputs.device.type
+        if torch.is_autocast_enabled(device):
+            inputs = inputs.to(torch.get_autocast_dtype(device))
+        return _Product.apply(inputs, self)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load nothing: a checkpoint holds the start model's own matrix, of which this one was made."""
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}"
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, module: QuantizedLinear) -> torch.Tensor:
+        ctx.module = module
+        bias = module.bias.to(inputs.dtype) if module.bias is not None else None
+        return nn.functional.linear(inputs, module.whole(inputs.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.module.whole(gradient.dtype), None
+
+
+def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
+    """
+    The frozen matrices of attention and feed-forward, and which of them a [`QuantizedLinear`] can stand for.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, on any device, the meta device included.
+        frozen (`Collection[str]`):
+            Names of the frozen parameters.
+
+    Returns:
+        `dict[str, nn.Linear or None]`: By the matrix' name the wholly frozen `nn.Linear` that it is the weight of, `None`
+        where it is of none (fused experts, GPT-2's Conv1D) or is tied to another one.
+    """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    found: dict[str, nn.Linear | None] = {}
+    for name in (name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names):
+        parameter, path = model.get_parameter(name), name.rpartition(".")[0]
+        if name in frozen and parameter.ndim > 1:
+            module = model.get_submodule(path)
+            whole = type(module) is nn.Linear and all(
+                f"{path}.{leaf}" in frozen for leaf, _ in module.named_parameters()
+            )
+            found[name] = module if whole and uses[id(parameter)] == 1 else None
+    return found
+
+
+def quantized_bytes(kind: str, rows: int, columns: int) -> int:
+    """Bytes of a matrix held by a [`QuantizedLinear`]."""
+    numbers = rows * columns
+    return numbers + 4 * rows if kind == "int8" else math.ceil(numbers / 2) + 4 * math.ceil(numbers / BLOCK)
+
+
+def packed_away(model: nn.Module) -> int:
+    """Numbers of a model's parameters that packing hides: two numbers of NF4 are in a byte."""
+    found = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sum(module.in_features * module.out_features - module.weight.numel() for module in found)

@@ -1,0 +1,142 @@
+"""Which single elements of the parameters learn: how many of each, and masks that can be drawn again."""
+
+import hashlib
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from hft_trl.errors import HFTError
+from hft_trl.selection.counts import shuffled
+from hft_trl.selection.units import Unit
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Masks:
+    """
+    The elements that learn in parameters of which others stay frozen. The masks themselves are not kept but drawn again.
+
+    Args:
+        seed (`int`):
+            Seed of the draws. Each parameter has a generator of its own, by the seed and the parameter's name.
+        learning (`dict[str, int]`):
+            Number of elements that learn, by the parameter's name.
+        digests (`dict[str, str]`):
+            SHA-256 in hexadecimal of each drawn mask.
+        inverted (`bool`, *optional*, defaults to `False`):
+            Whether what was drawn is frozen and the rest learns.
+    """
+
+    seed: int
+    learning: dict[str, int]
+    digests: dict[str, str]
+    inverted: bool = False
+
+    def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
+        """
+        Draw the mask of a parameter.
+
+        Args:
+            name (`str`):
+                The parameter's name.
+            shape (`Sequence[int]`):
+                Its shape.
+
+        Returns:
+            `torch.Tensor`: `True` where an element learns, on the CPU.
+
+        Raises:
+            [`HFTError`]: If it is not the mask that was drawn at first.
+        """
+        size, learning = math.prod(shape), self.learning[name]
+        mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
+        if _digest(mask) != self.digests[name]:
+            import torch
+
+            raise HFTError(
+                f"the mask of {name} can't be drawn again: torch {torch.__version__} draws other numbers here than where the "
+                "selection was made, so use the torch of that machine."
+            )
+        return (~mask if self.inverted else mask).view(tuple(shape))
+
+    def of(self, names: Iterable[str]) -> "Masks":
+        """The masks of these parameters alone, of those that have one."""
+        kept = self.learning.keys() & set(names)
+        return replace(
+            self,
+            learning={name: number for name, number in self.learning.items() if name in kept},
+            digests={name: digest for name, digest in self.digests.items() if name in kept},
+        )
+
+    def complement(self, sizes: Mapping[str, int]) -> "Masks":
+        """The masks of exactly those elements that these keep frozen, given the number of elements of each parameter."""
+        learning = {name: sizes[name] - number for name, number in self.learning.items()}
+        return replace(self, learning=learning, inverted=not self.inverted)
+
+
+def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[str, int]) -> Masks:
+    """
+    Draw masks for the parameters of all units in layers.
+
+    Of each category `ratio` of the elements learn, rounded to one element, and of each parameter that many rounded down or
+    up (by the largest remainders).
+
+    Args:
+        units (`Iterable[Unit]`):
+            Units of a model. Those outside of the layers are passed over.
+        ratio (`float`):
+            Share of the elements that are to learn, in (0, 1].
+        seed (`int`):
+            Seed of the draws.
+        sizes (`Mapping[str, int]`):
+            Number of elements of each parameter.
+
+    Returns:
+        [`Masks`]: What learns of each parameter.
+    """
+    categories: dict[str, list[str]] = defaultdict(list)
+    for unit in units:
+        if unit.layer is not None:
+            categories[unit.category].extend(unit.names)
+    learning: dict[str, int] = {}
+    for category, names in sorted(categories.items()):
+        learning |= _counts({name: sizes[name] for name in sorted(names)}, ratio, random.Random(f"{seed}/{category}"))
+    return Masks(
+        seed, learning, {name: _digest(_draw(seed, name, sizes[name], number)) for name, number in learning.items()}
+    )
+
+
+def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[str, int]:
+    share = Fraction(str(ratio))
+    counts = {name: math.floor(share * size) for name, size in sizes.items()}
+    missing = math.floor(share * sum(sizes.values()) + Fraction(1, 2)) - sum(counts.values())
+    by_remainder = sorted(shuffled(list(sizes), rng), key=lambda name: -(share * sizes[name] % 1))
+    for name in by_remainder[:missing]:
+        counts[name] += 1
+    return counts
+
+
+def _draw(seed: int, name: str, size: int, number: int) -> "torch.Tensor":
+    """`number` of `size` elements: those with the lowest of random numbers, of equal ones those that come first."""
+    import torch
+
+    if not 0 < number < size:
+        return torch.full((size,), number > 0)
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(own_seed)
+    numbers = torch.empty(size, dtype=torch.int32).random_(generator=generator)
+    threshold = numbers.kthvalue(number).values
+    mask = numbers < threshold
+    ties = (numbers == threshold).nonzero().squeeze(1)
+    mask[ties[: number - int(mask.sum())]] = True
+    return mask
+
+
+def _digest(mask: "torch.Tensor") -> str:
+    return hashlib.sha256(memoryview(mask.numpy())).hexdigest()

@@ -1,0 +1,77 @@
+"""How important each unit is: numbers from which strategy "importance" chooses."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.selection.units import Unit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Squares = Mapping[str, float]
+"""Sum over the elements of a parameter of the squares of what is measured, by the parameter's name."""
+
+
+def unit_scores(
+    model: "PreTrainedModel",
+    units: Iterable[Unit],
+    config: HFTConfig,
+    gradients: Callable[[list[str]], Squares] | None = None,
+) -> dict[Unit, float]:
+    """
+    Score the units in layers such that those of the highest scores are to learn.
+
+    A unit's importance is the root mean square over its elements, so that units of different sizes compare.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, with its weights. Under ZeRO-3 every process has to call.
+        units (`Iterable[Unit]`):
+            Its units.
+        config ([`HFTConfig`]):
+            What importance is, and whether the most or the least important units are to learn.
+        gradients (`Callable[[list[str]], Squares]`, *optional*):
+            Gives the squares of the gradients by the parameters of these names.
+
+    Returns:
+        `dict[Unit, float]`: The importance, or less it where the least important are to learn.
+
+    Raises:
+        [`HFTError`]: If there are no weights, no gradients, or one of them is NaN or infinite.
+    """
+    inner = [unit for unit in units if unit.layer is not None]
+    names = [name for unit in inner for name in unit.names]
+    if config.importance == "weight_norm":
+        squares = _weight_squares(model, names)
+    elif gradients is None:
+        raise HFTError(
+            "hft.importance is 'gradient_norm', which needs a trainer with its data and loss: draw the selection in training, or "
+            "set hft.importance to weight_norm."
+        )
+    else:
+        squares = gradients(names)
+    for name in names:
+        if not math.isfinite(squares[name]):
+            raise HFTError(
+                f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's weights"
+                f"{' and the data' if config.by_gradient else ''}."
+            )
+    sign = 1 if config.importance_order == "most" else -1
+    return {unit: sign * math.sqrt(sum(squares[name] for name in unit.names) / unit.size) for unit in inner}
+
+
+def _weight_squares(model: "PreTrainedModel", names: Iterable[str]) -> Squares:
+    import torch
+
+    from hft_trl.weights import full
+
+    parameters = dict(model.named_parameters())
+    if any(parameters[name].is_meta for name in names):
+        raise HFTError(
+            "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, or use "
+            "another hft.strategy."
+        )
+    return {name: torch.linalg.vector_norm(full(parameters[name]), dtype=torch.float64).item() ** 2 for name in names}

@@ -1,0 +1,40 @@
+"""How much of a model learns."""
+
+from collections.abc import Collection, Iterable, Mapping
+
+from hft_trl.selection.categories import LAYER_CATEGORIES
+from hft_trl.selection.units import Unit
+
+
+def learning_elements(unit: Unit, trainable: Collection[str], masked: Mapping[str, int]) -> int:
+    """How many elements of a unit learn, given the parameters that do and the numbers for those that do in part."""
+    if unit.names[0] not in trainable:
+        return 0
+    return sum(masked[name] for name in unit.names) if unit.names[0] in masked else unit.size
+
+
+def share_of(
+    units: Iterable[Unit], trainable: Iterable[str], masked: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """
+    Shares of the parameters that learn, in 0 to 1.
+
+    Args:
+        units (`Iterable[Unit]`):
+            The units of a model, as [`find_units`] gives them.
+        trainable (`Iterable[str]`):
+            Names of the parameters that learn.
+        masked (`Mapping[str, int]`, *optional*):
+            Number of elements that learn, by the names of the parameters of which not all do.
+
+    Returns:
+        `dict[str, float]`: The share of each category that the layers have, of `"layers"` and of `"model"`.
+    """
+    learning = set(trainable)
+    counts: dict[str, tuple[int, int]] = {}
+    for unit in units:
+        learns = learning_elements(unit, learning, masked or {})
+        for key in ("model",) if unit.layer is None else (unit.category, "layers", "model"):
+            before = counts.get(key, (0, 0))
+            counts[key] = (before[0] + learns, before[1] + unit.size)
+    return {key: counts[key][0] / counts[key][1] for key in (*LAYER_CATEGORIES, "layers", "model") if key in counts}

@@ -1,0 +1,105 @@
+"""Strategy "importance": shares of strategy "category", and of each size the units that score highest."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_choose import RATIOS, SEEDS, groups_of, make_units
+
+from hft_trl import HFTConfig, HFTError, select
+from hft_trl.selection import choose, find_units
+
+
+@given(groups_of(200), RATIOS, SEEDS, st.data())
+@settings(max_examples=150, deadline=None)
+def test_shares_are_those_of_category_and_no_frozen_unit_outscores_a_learning_one_of_its_size(
+    groups, ratio, seed, data
+):
+    units = make_units(groups) + make_units(groups, "norm")
+    # few different scores, so that there are ties
+    scores = {unit: data.draw(st.integers(0, 5)) for unit in units}
+    chosen = set(choose(units, ratio, "importance", seed, scores=scores))
+    at_random = choose(units, ratio, "category", seed)
+    classes = defaultdict(list)
+    for unit in units:
+        classes[unit.category, unit.size].append(unit)
+    for own in classes.values():
+        assert sum(unit in chosen for unit in own) == sum(unit in at_random for unit in own)
+        frozen = [scores[unit] for unit in own if unit not in chosen]
+        assert all(scores[unit] >= max(frozen, default=0) for unit in own if unit in chosen)
+
+
+@given(groups_of(200), RATIOS, SEEDS, st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_the_seed_decides_among_equal_scores_and_the_order_of_the_units_does_not(groups, ratio, seed, order):
+    units = make_units(groups)
+    mixed = list(units)
+    order.shuffle(mixed)
+    equal = dict.fromkeys(units, 1.0)
+    assert choose(units, ratio, "importance", seed, scores=equal) == choose(
+        mixed, ratio, "importance", seed, scores=equal
+    )
+
+
+def test_equal_scores_are_drawn_anew_with_each_seed():
+    units = make_units([(8, [5, 5])])
+    equal = dict.fromkeys(units, 1.0)
+    assert len({tuple(choose(units, 0.5, "importance", seed, scores=equal)) for seed in range(5)}) == 5
+
+
+def test_the_largest_weights_learn_or_the_smallest_counted_by_element():
+    """A matrix with twice the elements is not taken for more important because of them."""
+    model = tiny_llama(50)
+    with torch.no_grad():
+        for number, unit in enumerate(unit for unit in find_units(model) if unit.layer is not None):
+            for name in unit.names:
+                model.get_parameter(name).fill_((-1) ** number * (number + 1))
+    large = select(model, HFTConfig(strategy="importance"))
+    small = select(model, HFTConfig(strategy="importance", importance_order="least"))
+    of_layers = {name for name in large.trainable + large.frozen if ".layers." in name}
+    assert of_layers & set(large.trainable) == of_layers & set(small.frozen)
+    assert large.share == small.share == select(model, HFTConfig()).share
+    assert {name.split(".")[2] for name in of_layers & set(large.trainable)} == {"2", "3"}
+
+
+def test_it_goes_by_the_model_as_it_is_now_and_the_next_stage_may_keep_or_turn_it():
+    model = tiny_llama(50)
+    first = select(model, HFTConfig(strategy="importance"))
+    with torch.no_grad():
+        for name in first.trainable:
+            model.get_parameter(name).mul_(1e-3)
+    again = select(model, HFTConfig(strategy="importance"), first)
+    assert again.trainable != first.trainable
+    for reselect, part in (("same", first.trainable), ("complement", first.frozen)):
+        kept = select(model, HFTConfig(strategy="importance", reselect=reselect), first)
+        assert {name for name in kept.trainable if ".layers." in name} == {name for name in part if ".layers." in name}
+
+
+def test_what_importance_is_belongs_to_the_digest_and_settings_of_other_strategies_do_not():
+    model = tiny_llama(50)
+    plain, important = select(model, HFTConfig()), select(model, HFTConfig(strategy="importance"))
+    assert not {"importance", "importance_order", "calibration_samples"} & plain.config.selecting().keys()
+    assert important.config.selecting()["importance"] == "weight_norm"
+    assert "calibration_samples" not in important.config.selecting()
+    gradients = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=7)
+    assert gradients.selecting()["calibration_samples"] == 7
+
+
+def test_without_weights_or_a_trainer_it_says_what_is_missing():
+    with torch.device("meta"):
+        skeleton = tiny_llama(50)
+    with pytest.raises(HFTError, match=r"only the model's shapes are here"):
+        select(skeleton, HFTConfig(strategy="importance"))
+    with pytest.raises(HFTError, match="needs a trainer with its data"):
+        select(tiny_llama(50), HFTConfig(strategy="importance", importance="gradient_norm"))
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = tiny_llama(50)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(HFTError, match=r"layers\.1\.mlp\.up_proj\.weight is NaN"):
+        select(model, HFTConfig(strategy="importance"))

@@ -1,0 +1,196 @@
+"""`activation_checkpointing: auto`: the least recomputation that fits the machine, in every stage, and the same run everywhere."""
+
+import pytest
+from conftest import QUIET
+from trl import DPOConfig, SFTConfig
+
+from hft_trl import HFTError, HFTSFTTrainer
+from hft_trl.arguments import LoRAArguments
+from hft_trl.chat import load_tokenizer
+from hft_trl.continual.recipe import parse_continual
+from hft_trl.data import sft_dataset
+from hft_trl.folder import settings
+from hft_trl.meta import build_on_meta
+from hft_trl.planning import auto
+from hft_trl.planning.auto import settle_checkpointing
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
+from hft_trl.recipe import Adapter, parse_recipe, parse_stage
+from hft_trl.sections import leaves_checkpointing
+
+AUTO = "--activation_checkpointing"
+
+
+@pytest.fixture
+def stage_of(base, tmp_path):
+    """A stage of one of the single-stage recipes, with flags of its own."""
+
+    def parse(name, *flags):
+        config = {"sft": SFTConfig, "dpo": DPOConfig}[name]
+        given = ("--model_name_or_path", str(base), "--dataset_name", "demo", "--output_dir", str(tmp_path / name))
+        stage, _ = parse_stage(name, config, [*given, "--max_length", "96", AUTO, "auto", *flags])
+        return stage
+
+    return parse
+
+
+def ways(stage, base):
+    """What each way takes, from no recomputation to all."""
+    skeleton = build_on_meta(str(base))
+    planner, task = Planner(skeleton, stage.hft), auto._task(stage, skeleton, 10**12)
+    rows = stage.args.per_device_train_batch_size
+    return {way: planner.one(task, "single", rows, way).total for way in CHECKPOINTING[stage.section]}
+
+
+@pytest.mark.parametrize(("name", "flags"), [("sft", ()), ("sft", ("--method", "fft")), ("dpo", ())])
+def test_the_least_recomputation_that_fits_is_taken(stage_of, base, monkeypatch, capsys, name, flags):
+    """With exactly the memory that a way takes (none, every second layer, all), it or one with less recomputation is taken."""
+    totals = ways(stage_of(name, *flags), base)
+    for total in (totals[0], totals.get(2, totals[1]), totals[1]):
+        monkeypatch.setattr(auto, "_memory", lambda total=total: total + RESERVED)
+        stage = stage_of(name, *flags)
+        settle_checkpointing(stage)
+        expected = next(other for other, needed in totals.items() if needed <= total)
+        args = stage.args
+        assert args.activation_checkpointing is args.gradient_checkpointing is (expected > 0)
+        assert args.activation_checkpointing_kwargs == args.gradient_checkpointing_kwargs
+        assert (args.activation_checkpointing_kwargs or {}).get("every_n_layers", min(expected, 1)) == expected
+        assert f"{name}: activation checkpointing" in capsys.readouterr().out
+    assert len(set(totals.values())) > 1
+
+
+def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(stage_of, monkeypatch, caplog):
+    monkeypatch.setattr(auto, "_memory", lambda: RESERVED + 1)
+    stage = stage_of("dpo")
+    settle_checkpointing(stage)
+    assert stage.args.activation_checkpointing
+    assert "GB more than there are" in caplog.text
+
+
+def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeypatch):
+    """Its own start model is not there yet."""
+    flags = ("--sft.activation_checkpointing", "false", "--dpo.activation_checkpointing", "auto")
+    recipe = parse_recipe(["--output_dir", str(tmp_path), *flags], "hft_trl/demo/assets/recipe.yaml")
+    settle_checkpointing(recipe.sft, recipe.dpo)
+    assert recipe.sft.args.activation_checkpointing is False
+    assert (recipe.sft.auto_checkpointing, recipe.dpo.auto_checkpointing) == (False, True)
+
+
+def test_rounds_of_continual_learning_have_it_too(tmp_path):
+    recipe = parse_continual(
+        ["--output_dir", str(tmp_path), "--sft.activation_checkpointing", "auto"], "hft_trl/demo/assets/continual.yaml"
+    )
+    assert recipe.auto_checkpointing
+
+
+def test_a_run_goes_on_where_there_is_more_memory(stage_of, monkeypatch):
+    """The settings that a rerun is compared by say `auto`, whatever it came to; without it they say what was set."""
+    found = []
+    for memory in (RESERVED + 1, 10**12):
+        monkeypatch.setattr(auto, "_memory", lambda memory=memory: memory)
+        stage = stage_of("sft")
+        before = settings(stage)
+        settle_checkpointing(stage)
+        assert settings(stage) == before
+        found.append(stage.args.activation_checkpointing)
+        assert before["sft"]["activation_checkpointing"] == "auto"
+        assert "gradient_checkpointing" not in before["sft"]
+    assert found == [True, False]
+    set_ = stage_of("sft", AUTO, "false")
+    assert settings(set_)["sft"]["activation_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "flags", "expected", "values_left", "flags_left"),
+    [
+        ({"activation_checkpointing": "auto", "bf16": True}, [], True, {"bf16": True}, []),
+        ({"gradient_checkpointing": "auto"}, [], True, {}, []),
+        ({"gradient_checkpointing": True}, ["--activation_checkpointing=auto", "--seed", "1"], True, {}, ["--seed", "1"]),
+        ({"gradient_checkpointing": True}, ["--activation-checkpointing", "auto"], True, {}, []),
+        ({}, ["--gradient_checkpointing", "false", "--gradient_checkpointing", "auto"], True, {}, []),
+        ({"gradient_checkpointing": "auto"}, ["--activation_checkpointing", "auto", "--activation_checkpointing=false"], False, {}, ["--activation_checkpointing=false"]),
+        ({"activation_checkpointing": False}, ["--seed", "1"], False, {"activation_checkpointing": False}, ["--seed", "1"]),
+        ({"gradient_checkpointing": True}, ["--gradient_checkpointing"], False, {"gradient_checkpointing": True}, ["--gradient_checkpointing"]),
+    ],
+)  # fmt: skip
+def test_the_last_word_decides(values, flags, expected, values_left, flags_left):
+    """A flag before the file, under either name; what is no `auto` is left to transformers."""
+    assert leaves_checkpointing(values, flags) is expected
+    assert (values, flags) == (values_left, flags_left)
+
+
+@pytest.mark.parametrize("flag", ["false", "true"])
+def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: demo\noutput_dir: out\nsft:\n  dataset: demo\n  activation_checkpointing: auto\ndpo:\n  dataset: demo\n"
+    )
+    recipe = parse_recipe(["--config", str(path), "--sft.activation_checkpointing", flag])
+    assert not recipe.sft.auto_checkpointing
+    assert recipe.sft.args.activation_checkpointing is (flag == "true")
+    assert parse_recipe(["--config", str(path)]).sft.auto_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--strategy", "element"), "the masks of strategy element"),
+        (("--optim", "sgd"), "sft.optim is 'sgd': set it to true or false"),
+        (("--max_length", "none"), "without sft.max_length"),
+    ],
+)
+def test_what_no_plan_knows_is_named(stage_of, flags, message):
+    with pytest.raises(HFTError, match=message):
+        settle_checkpointing(stage_of("sft", *flags))
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "message"),
+    [
+        ("true", "fsdp_activation_checkpointing is on already"),
+        ("false", "for fsdp2 with bf16, but mixed_precision is 'no'"),
+    ],
+)
+def test_under_fsdp_it_is_computed_for_the_shipped_file(stage_of, monkeypatch, checkpoints, message):
+    stage = stage_of("sft")
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_VERSION", "2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", checkpoints),
+    ):
+        monkeypatch.setenv(name, value)  # as accelerate's launcher does
+    with pytest.raises(HFTError, match=message):
+        settle_checkpointing(stage)
+
+
+def test_adapters_and_gem_are_refused(stage_of, tmp_path):
+    stage = stage_of("sft")
+    stage.memory = tmp_path / "memory.json"
+    with pytest.raises(HFTError, match="gem"):
+        settle_checkpointing(stage)
+    stage.memory, stage.hft, stage.adapter = None, None, Adapter(LoRAArguments())
+    with pytest.raises(HFTError, match="adapters"):
+        settle_checkpointing(stage)
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    alone = auto._memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert auto._memory() == alone // 4
+
+
+def test_recomputing_changes_no_bit(base, tulu, tmp_path):
+    """So a run that goes on with another way ends in the same model."""
+    saved = []
+    for way in (0, 2, 1):
+        kwargs = {"gradient_checkpointing_kwargs": {"every_n_layers": way}} if way > 1 else {}
+        arguments = {**QUIET, "gradient_checkpointing": way > 0, **kwargs}
+        trainer = HFTSFTTrainer(
+            model=str(base),
+            args=SFTConfig(str(tmp_path / str(way)), **arguments),
+            train_dataset=sft_dataset(tulu, "tulu"),
+            processing_class=load_tokenizer(str(base)),
+        )
+        trainer.train()
+        trainer.save_model()
+        saved.append((tmp_path / str(way) / "model.safetensors").read_bytes())
+    assert saved[0] == saved[1] == saved[2]
