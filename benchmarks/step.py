@@ -92,6 +92,9 @@ BYTES = ("weight", "reference", "trained", "saved", "gradient", "optimizer", "pe
 WARM_UP, MANY = 2, 10**6
 
 
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
 @dataclass(frozen=True)
 class Setting:
     """What one column of steps runs: `ratio` counts for `hft` and `stock`."""
@@ -100,6 +103,25 @@ class Setting:
     variant: str
     checkpointing: bool
     ratio: float = 0.5
+
+    def make_trainer(self, options: argparse.Namespace) -> SFTTrainer | DPOTrainer:
+        """The stage's trainer, on a model of its own."""
+        given, sft, half = start(self, options), self.stage == "sft", HFTConfig(ratio=self.ratio)
+        if self.variant == "hft":
+            own = HFTConfig(ratio=self.ratio, **options.hft)
+            return (HFTSFTTrainer if sft else HFTDPOTrainer)(**given, hft_config=own)
+        if self.variant == "lora":
+            given["peft_config"] = LoraConfig(**LORA)
+        elif not sft:
+            given["ref_model"] = build(options)
+        if self.variant == "stock":
+            select(given["model"], half).apply(given["model"])
+        return (SFTTrainer if sft else DPOTrainer)(**given)
+
+    def optimizer_tensors(self, trainer: SFTTrainer | DPOTrainer) -> list[torch.Tensor]:
+        """What the optimizer of this setting's trainer holds."""
+        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+        return [value for value in state if isinstance(value, torch.Tensor)]
 
 
 def build(options: argparse.Namespace) -> PreTrainedModel:
@@ -119,8 +141,8 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
     return model
 
 
-def make_trainer(setting: Setting, options: argparse.Namespace) -> SFTTrainer | DPOTrainer:
-    """The stage's trainer, on a model of its own."""
+def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """What every trainer of the stage is given."""
     cpu, ours, sft = options.device == "cpu", setting.variant == "hft", setting.stage == "sft"
     args = (SFTConfig if sft else DPOConfig)(
         options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=options.batch, max_length=options.length,
@@ -134,17 +156,7 @@ def make_trainer(setting: Setting, options: argparse.Namespace) -> SFTTrainer | 
     row = {"text": "a"} if sft else {"prompt": "a", "chosen": "b", "rejected": "c"}  # the batches are not made of it
     given: dict[str, Any] = {"model": build(options), "args": args, "train_dataset": Dataset.from_list([row])}
     given["processing_class"] = load_tokenizer(str(demo.MODEL))
-    half = HFTConfig(ratio=setting.ratio)
-    if ours:
-        own = HFTConfig(ratio=setting.ratio, **options.hft)
-        return (HFTSFTTrainer if sft else HFTDPOTrainer)(**given, hft_config=own)
-    if setting.variant == "lora":
-        given["peft_config"] = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    elif not sft:
-        given["ref_model"] = build(options)
-    if setting.variant == "stock":
-        select(given["model"], half).apply(given["model"])
-    return (SFTTrainer if sft else DPOTrainer)(**given)
+    return given
 
 
 def examples(setting: Setting, options: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -168,7 +180,8 @@ class Run:
     def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
         gc.collect()  # a trainer that is not used any more holds itself
         self.cuda = options.device == "cuda"
-        self.trainer = trainer = make_trainer(setting, options)
+        self.setting = setting
+        self.trainer = trainer = setting.make_trainer(options)
         self.steps: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
         batch = trainer.data_collator(examples(setting, options))
@@ -238,14 +251,13 @@ class Run:
             saved = sum(kept.values())
         trainer.accelerator.backward(loss)
         own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
-        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
         sizes = {
             "weight": sum(p.nbytes for p in parameters),
             "reference": reference.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
             "trained": sum(p.nbytes for p in trained),
             "saved": saved,
             "gradient": sum(p.grad.nbytes for p in trained if p.grad is not None),
-            "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+            "optimizer": sum(tensor.nbytes for tensor in self.setting.optimizer_tensors(trainer)),
             "trained_tensors": len(trained),
         }
         model.zero_grad()
@@ -253,14 +265,15 @@ class Run:
 
 
 def peak_alone(setting: Setting, options: argparse.Namespace) -> int:
-    """Peak bytes of a step over what the process held before the model was built."""
+    """Peak bytes of `peak_steps` steps over what the process held before the model was built."""
     tiny = {"hidden": 64, "intermediate": 64, "layers": 1, "heads": 1, "kv_heads": 1, "batch": 1, "length": 8}
     Run(setting, argparse.Namespace(**{**vars(options), **tiny}))  # so that no import counts
     reset_peak_memory()
     before = peak_memory()
     run = Run(setting, options)
     reset_peak_memory()
-    run.step()
+    for _ in range(options.peak_steps):
+        run.step()
     return peak_memory() - before
 
 
@@ -356,6 +369,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optim", default="adamw_torch_fused", help="optimizer of all variants")
     parser.add_argument("--hft", type=json.loads, default={}, help="JSON: more settings of HFT, for the variant hft")
     parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
+    parser.add_argument("--peak_steps", type=int, default=1, help="steps in which peak memory is looked for")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))

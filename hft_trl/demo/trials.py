@@ -80,7 +80,7 @@ def run_trials(
     ]
     yield _scored(output, families), total
     with ProcessPoolExecutor(
-        workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=_settle, initargs=(output,)
+        workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=settle_process, initargs=(output,)
     ) as pool:
         futures = [pool.submit(make_and_score, family, seed, output, flags) for seed, family in missing]
         try:
@@ -232,7 +232,7 @@ def _folder(output: Path, run: Run, seed: int) -> Path:
     return output / "models" / f"{run.name}-{seed}"
 
 
-def _settle(output: Path) -> None:
+def settle_process(output: Path) -> None:
     """Prepare a process that makes models: what trainers print goes into a file of its own."""
     import torch
 

@@ -1,0 +1,151 @@
+"""SFT on the embedded world by every peer: a learning rate for each, then a model for each seed."""
+
+import dataclasses
+import json
+import multiprocessing
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from peer_trainers import make_trainer, number_of_blocks
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hft_trl import demo
+from hft_trl.demo.probes import evaluate
+from hft_trl.demo.trials import settle_process
+from hft_trl.files import write_json
+from hft_trl.recipe import parse_recipe
+from hft_trl.stage import load_data, load_tokenizer
+
+FIRST_RATE = {"lora": 4e-3, "badam": 4e-3, "badam_all": 2e-3}
+"""Where the way to the best rate begins, for others than those that begin at the demo's."""
+DEMO_RATE = 1e-3
+RATE_SEED = 10  # kept apart: the figures are those of seeds 1 and up
+BASE = "base"
+
+
+class Trial(NamedTuple):
+    """One model: a peer, its learning rate and a seed."""
+
+    peer: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.peer}-{self.rate:g}-{self.seed}"
+
+
+Scores = Mapping[Trial, Mapping[str, float]]
+
+
+def both(scores: Mapping[str, float]) -> float:
+    """What a learning rate is chosen by: the mean of knowledge and ability."""
+    return fmean((scores["knowledge"], scores["ability"]))
+
+
+def tried(peer: str, scores: Scores) -> dict[float, float]:
+    """[`both`] by learning rate, of the seed that is kept for it."""
+    return {
+        trial.rate: both(found) for trial, found in scores.items() if (trial.peer, trial.seed) == (peer, RATE_SEED)
+    }
+
+
+def best_rate(peer: str, scores: Scores) -> float | None:
+    """The best rate once twice and half of it were tried too, otherwise `None`."""
+    return None if next_rate(peer, scores) else max(sorted(tried(peer, scores).items()), key=lambda pair: pair[1])[0]
+
+
+def next_rate(peer: str, scores: Scores) -> float | None:
+    """The rate to try next on the way to the best, `None` at the end of it."""
+    known = tried(peer, scores)
+    best = max(sorted(known), key=lambda rate: known[rate], default=FIRST_RATE.get(peer, DEMO_RATE))
+    return next((rate for rate in (best, best / 2, 2 * best) if rate not in known), None)
+
+
+def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
+    """What can be made now: of every peer the next learning rate, then, where that is chosen, the models seed by seed."""
+    trials = []
+    for peer in peers:
+        rate = next_rate(peer, scores)
+        if rate is not None:
+            trials.append(Trial(peer, rate, RATE_SEED))
+        else:
+            trials += [Trial(peer, best_rate(peer, scores), seed) for seed in range(1, seeds + 1)]
+    missing = [trial for trial in trials if trial not in scores]
+    return sorted(missing, key=lambda trial: (trial.seed != RATE_SEED, trial.seed))
+
+
+def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
+    """Make one model and write what it answers to the embedded world's questions."""
+    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
+        model = train(trial, folder, flags)
+    write_scores(output, trial, evaluate(model, AutoTokenizer.from_pretrained(demo.MODEL)))
+
+
+def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
+    """SFT of the embedded model as the demo has it, but for the trial's learning rate and seed and the peer's trainer."""
+    words = ["--output_dir", folder, "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
+    words += ["--hft.seed", str(trial.seed), "--sft.save_strategy", "no", "--sft.disable_tqdm", "true", *flags]
+    stage = parse_recipe(words, default_config=demo.RECIPE).sft
+    stage.args.model_init_kwargs = None  # the model is given as it is
+    rows, _ = load_data(stage)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
+    batch = stage.args.per_device_train_batch_size * stage.args.gradient_accumulation_steps
+    # As BAdam's README puts it: so many steps for a block that all blocks have had their turn after an epoch
+    badam = {"switch_block_every": max(1, round(len(rows) / (batch * number_of_blocks(trial.peer, model))))}
+    trainer = make_trainer(
+        trial.peer,
+        dataclasses.replace(stage.hft, seed=trial.seed),
+        {**badam, "switch_mode": "random"},
+        model=model,
+        args=stage.args,
+        train_dataset=rows,
+        processing_class=load_tokenizer(stage),
+    )
+    trainer.train()
+    return trainer.model.merge_and_unload() if trial.peer == "lora" else trainer.model
+
+
+def write_scores(output: Path, trial: Trial, scores: Mapping[str, float]) -> None:
+    """Write the scores of a model where [`read_scores`] finds them."""
+    write_json(output / "scores" / f"{trial.name}.json", {**trial._asdict(), "scores": dict(scores)})
+
+
+def read_scores(output: Path) -> dict[Trial, dict[str, float]]:
+    """The scores of every model that was made so far, and of the base."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "scores").glob("*.json"))]
+    return {Trial(row["peer"], row["rate"], row["seed"]): row["scores"] for row in found}
+
+
+def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags: Sequence[str]) -> Iterator[Trial]:
+    """
+    Make and score every model that has no scores yet, in processes of one thread each.
+
+    Yields:
+        [`Trial`]: The model that was finished.
+    """
+    base = Trial(BASE, 0.0, 0)
+    if base not in read_scores(output):
+        model, tokenizer = (kind.from_pretrained(demo.MODEL) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        write_scores(output, base, evaluate(model, tokenizer))
+        yield base
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=settle_process, initargs=(output,)) as pool:
+        try:
+            making: dict[Future[None], Trial] = {}
+            while missing := wanted(peers, read_scores(output), seeds):
+                free = [trial for trial in missing if trial not in making.values()]
+                for trial in free[: workers - len(making)]:
+                    making[pool.submit(make, trial, output, flags)] = trial
+                for future in wait(making, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    yield making.pop(future)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
