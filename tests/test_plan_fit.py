@@ -8,7 +8,8 @@ from conftest import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hft_trl import HFTConfig, HFTError
-from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios, what_helps
+from hft_trl.planning.advice import what_helps
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios
 from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
 
 

@@ -88,7 +88,8 @@ def plan_command(
     with quiet():
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
-        from hft_trl.planning.fit import Planner, Task, operations_ratios, what_helps
+        from hft_trl.planning.advice import what_helps
+        from hft_trl.planning.fit import Planner, Task, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.shapes import shape_of
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
