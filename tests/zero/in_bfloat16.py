@@ -54,7 +54,8 @@ def main(float32: str, bfloat16: str, out: Path) -> None:
     seen["sft"] = {"log": trainer.state.log_history, "moments": moments(trainer)}
 
     dpo = DPOConfig(str(out / "dpo"), **settings)
-    trainer = HFTDPOTrainer(model=str(out / "sft"), args=dpo, train_dataset=pairs)
+    half = HFTConfig(strategy="importance")  # needs the weights, which ZeRO-3 has divided
+    trainer = HFTDPOTrainer(model=str(out / "sft"), args=dpo, train_dataset=pairs, hft_config=half)
     trainer.train()
     trainer.save_model()
     seen["dpo"] = {"log": trainer.state.log_history, "moments": moments(trainer)}

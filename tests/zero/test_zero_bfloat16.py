@@ -7,6 +7,9 @@ import torch
 from conftest import tiny_llama
 from launching import launch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hft_trl import HFTConfig, Selection, select
 
 pytestmark = pytest.mark.deepspeed
 
@@ -66,3 +69,11 @@ def test_dpo_starts_at_the_reference(run):
     """The first loss is ln 2, which it is only where policy and reference are the same bits."""
     for seen in run[1]:
         assert seen["dpo"]["log"][0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_importance_by_weights_is_that_of_the_whole_model(run):
+    """Though ZeRO-3 has divided the weights when the half is chosen."""
+    out, _, _ = run
+    first, second = (Selection.load(out / stage) for stage in ("sft", "dpo"))
+    model = AutoModelForCausalLM.from_pretrained(out / "sft")
+    assert second.trainable == select(model, HFTConfig(strategy="importance"), previous=first).trainable
