@@ -55,11 +55,12 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
     return int((asked or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1"))
 
 
-def sharded_by(args: TrainingArguments) -> str | None:
+def sharded_by(args: TrainingArguments | None) -> str | None:
     """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
     if fsdp_version(args) is not None:
         return "FSDP"
-    return "DeepSpeed" if args.deepspeed_plugin is not None else None
+    deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    return "DeepSpeed" if deepspeed else None
 
 
 def check_launch(args: TrainingArguments | None = None) -> None:
@@ -188,11 +189,10 @@ def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, after_el
             f"{what}, which puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward "
             f"there is one for each parameter: leave it out, or set {remedy}."
         )
-    deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    if deepspeed or fsdp_version(args) is not None:
+    sharded = sharded_by(args)
+    if sharded:
         raise HFTError(
-            f"{what}, which needs whole parameters and gradients in each process, but {'DeepSpeed' if deepspeed else 'FSDP'} "
-            f"divides them: train in one process or with DDP, or set {remedy}."
+            f"{what}, which needs whole parameters and gradients in each process, but {sharded} divides them: train in one process or with DDP, or set {remedy}."
         )
     if not elements and args is not None and args.mixed_precision == "fp16":
         raise HFTError(

@@ -177,11 +177,13 @@ class FrozenHalf:
                 )
         if any(path.resolve().parent == Path(folder).resolve() for path in files.values()):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
-        saved = {}
+        saved, named = {}, set()
         for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
             plain = WRAPPERS.sub("", name)
-            saved[name] = start.get(self._first_name.get(plain, plain), tensor)
-        return {**start, **saved}  # quantised matrices are in no state dict
+            first = self._first_name.get(plain, plain)
+            saved[name] = start.get(first, tensor)
+            named.add(first)
+        return saved | {name: start[name] for name in start.keys() - named}  # quantised matrices are in no state dict
 
     def check(self, model: torch.nn.Module) -> None:
         """

@@ -87,7 +87,6 @@ class HFTMixin(ResumableMixin):
             check_backend(self.accelerator.state)
         self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
-        self._updates: list[RemovableHandle] = []
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
         self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None

@@ -2,11 +2,12 @@
 
 import dataclasses
 import os
+from functools import partial
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,6 +18,7 @@ from hft_trl.meta import build_on_meta
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner, Task
 from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.show import checkpointing
+from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
@@ -55,25 +57,32 @@ def settle_checkpointing(*stages: Stage) -> None:
                     f"{stage.section}.activation_checkpointing is auto, which is not planned for the masks of strategy element: "
                     "set it to true or false."
                 )
-    memory = _memory()
-    planners: dict[str, Planner] = {}
-    for stage in undecided:
-        hft = dataclasses.replace(
-            stage.hft, seed=0, reselect="fresh"
-        )  # rounds' halves are others, but not larger ones
-        if str(hft) not in planners:
-            planners[str(hft)] = Planner(skeleton, hft)
-        plan = _least(planners[str(hft)], stage, _task(stage, skeleton, memory))
+    plans = by_first_process(partial(_plans, undecided, skeleton, _memory()))
+    (plans,) = broadcast_object_list([plans])
+    for stage, plan in zip(undecided, plans, strict=True):
         _apply(plan, stage)
         PartialState().print(
             f"{stage.name}: activation checkpointing {checkpointing(plan)}, "
             f"about {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each process."
         )
-        if not plan.fits:
+        if not plan.fits and PartialState().is_main_process:
             logger.warning_once(
                 f"{stage.name}: {(plan.total - plan.available) / 1e9:.1f} GB more than there are, even with every layer "
                 "checkpointed: hft-trl plan says what would help."
             )
+
+
+def _plans(stages: list[Stage], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
+    """The way that each stage is to take."""
+    planners: dict[str, Planner] = {}
+    plans = []
+    for stage in stages:
+        # Rounds' halves are others, but not larger ones
+        hft = dataclasses.replace(stage.hft, seed=0, reselect="fresh")
+        if str(hft) not in planners:
+            planners[str(hft)] = Planner(skeleton, hft)
+        plans.append(_least(planners[str(hft)], stage, _task(stage, skeleton, memory)))
+    return plans
 
 
 def _check_known(stage: Stage) -> None:
