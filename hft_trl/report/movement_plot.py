@@ -163,7 +163,7 @@ def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
     axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest or 1.0)
-    axes.set_xlabel("mean change from the base, ||w - w_base|| / ||w_base||")
+    axes.set_xlabel("mean change from the base,\n||w - w_base|| / ||w_base||")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
