@@ -134,8 +134,6 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, progress = Path(options.output_dir), Console(stderr=True)
     check_packages(options.peers)
     check_tests()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_progress_bars()
     settle_settings(output, flags, None, ("peft", "badam"))
     with contextlib.redirect_stdout(sys.stderr):
         cost = measure_cost(options, output) if "cost" in options.parts else read_cost(output)
@@ -156,5 +154,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bars()
     with exit_on_user_error():
         main(*parse(sys.argv[1:]))

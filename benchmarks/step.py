@@ -389,9 +389,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    disable_progress_bars()
-    gc.freeze()  # to look through all that is imported takes as long as a step
     groups = [
         [Setting(stage, variant, word == "on") for word in options.checkpointing for variant in options.variants]
         for stage in options.stages
@@ -418,4 +415,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bars()
+    gc.freeze()  # to look through all that is imported takes as long as a step
     main()

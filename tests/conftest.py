@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,6 +19,25 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _switches_of_the_process():
+    """A test that leaves a switch of the process turned fails itself, not whichever test comes after it."""
+
+    def switches() -> dict:
+        return {
+            "progress bars of datasets": are_progress_bars_disabled(),
+            "working directory": Path.cwd(),
+            "default dtype": torch.get_default_dtype(),
+            "gradients": torch.is_grad_enabled(),
+            "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+            "threads": torch.get_num_threads(),
+        }
+
+    before = switches()
+    yield
+    assert switches() == before
 
 
 @pytest.fixture(scope="session")
