@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hft_trl import backends, card, delta, reference, replicate, zero
-from hft_trl.backends import check_backend, check_settings
+from hft_trl.backends import check_backend
 from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
+from hft_trl.conflicts import check_choice, check_settings, refuse_adapters, refuse_frozen, refuse_own_optimizer
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
@@ -60,17 +61,17 @@ class HFTMixin(ResumableMixin):
             raise HFTError(f"hft_config is {self.hft_config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
         given, takes_reference = _arguments(super().__init__, args, kwargs)
         reference_given = given.get("ref_model") is not None
-        _refuse_adapters(given)
+        refuse_adapters(given)
         self._frozen_dtype = self.hft_config.frozen_dtype if self.hft_config.method == "hft" else None
         self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
         self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
             backends.check_launch(given.get("args"))
-            backends.check_choice(given.get("args"), self.hft_config)
+            check_choice(given.get("args"), self.hft_config)
         if given.get("args") is not None:
             check_settings(given["args"], self.hft_config)
         if self.hft_config.optimizer_in_backward:
-            _refuse_own_optimizer(given)
+            refuse_own_optimizer(given)
         self._replicates = replicate.wanted(self.hft_config, given.get("args"))
         zero.prepare(given.get("args"), self.hft_config)
         with self._policy_loaded_once(given) as loaded:
@@ -92,7 +93,7 @@ class HFTMixin(ResumableMixin):
         self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
-            _refuse_frozen(self.optimizer, model)
+            refuse_frozen(self.optimizer, model)
         self._settle_halves(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
@@ -104,7 +105,7 @@ class HFTMixin(ResumableMixin):
         start = model.config._name_or_path
         config, previous = self.hft_config, selection_of(model)
         if previous is not None and previous.masks is not None:
-            backends.check_choice(self.args, config, after_elements=True)
+            check_choice(self.args, config, after_elements=True)
         gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
@@ -295,34 +296,3 @@ def _arguments(init: Callable[..., None], args: Any, kwargs: Any) -> tuple[dict[
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     return given, "ref_model" in signature.parameters
-
-
-def _refuse_adapters(given: dict[str, Any]) -> None:
-    model = given.get("model")
-    if given.get("peft_config") is not None or (isinstance(model, torch.nn.Module) and is_peft_model(model)):
-        raise HFTError(
-            "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "
-            "adapter with TRL's own trainer."
-        )
-    if given.get("quantization_config") is not None:
-        raise HFTError("HFT trains the model's own weights, but a quantization_config was passed: drop it.")
-
-
-def _refuse_own_optimizer(given: dict[str, Any]) -> None:
-    for name in ("optimizers", "optimizer_cls_and_kwargs"):
-        value = given.get(name)
-        if value is not None and next(iter(value)) is not None:
-            raise HFTError(
-                f"hft.optimizer_in_backward is true, but {name} was passed, of which it is not known whether each parameter is "
-                "updated apart from the others: use optim."
-            )
-
-
-def _refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in held]
-    if frozen:
-        raise HFTError(
-            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "
-            "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
-        )

@@ -14,8 +14,8 @@ from hft_trl.arguments import (
     RunArguments,
     StageArguments,
 )
-from hft_trl.backends import check_choice, check_settings
 from hft_trl.config import HFTConfig
+from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
 from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
 

@@ -11,9 +11,10 @@ from transformers.utils import logging
 from trl import SFTConfig
 from trl.data_utils import is_conversational
 
-from hft_trl import chat, data
+from hft_trl import chat
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.data import load_mixture, load_split
 from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
@@ -24,6 +25,7 @@ from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.resumable import ResumableMixin
+from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.selection import find_units
 from hft_trl.weights import check_readable, weight_files
 
@@ -132,12 +134,12 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
 def _load_split(stage: Stage, split: str) -> Dataset:
     name = f"{stage.data.dataset}, split {split}"
     if stage.mixture is not None:
-        dataset = data.load_mixture(stage.mixture, split)
+        dataset = load_mixture(stage.mixture, split)
     else:
-        dataset = data.load_split(stage.data.dataset, split, stage.data.dataset_config)
+        dataset = load_split(stage.data.dataset, split, stage.data.dataset_config)
     if isinstance(stage.args, SFTConfig):
-        return data.sft_dataset(dataset, name, stage.args.dataset_text_field)
-    return data.preference_dataset(dataset, name, stage.data.drop_equal_pairs)
+        return sft_dataset(dataset, name, stage.args.dataset_text_field)
+    return preference_dataset(dataset, name, stage.data.drop_equal_pairs)
 
 
 def train_and_save(
@@ -166,7 +168,7 @@ def train_and_save(
             diverges.
     """
     packing = isinstance(stage.args, SFTConfig) and stage.args.packing
-    dropped = data.untrained_rows(rows, trainer.train_dataset, stage.data.dataset, stage.args.max_length, packing)
+    dropped = untrained_rows(rows, trainer.train_dataset, stage.data.dataset, stage.args.max_length, packing)
     if dropped:
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."

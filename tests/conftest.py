@@ -99,6 +99,13 @@ def base(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of an error, which takes one line."""
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
 def tulu_row(number: int) -> dict:
     """A row in the schema of `allenai/tulu-v2-sft-mixture`."""
     return {

@@ -15,8 +15,8 @@ from test_trainers import sft_trainer
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTSFTTrainer, exit_on_user_error
-from hft_trl.data import sft_dataset
 from hft_trl.recipe import parse_stage
+from hft_trl.rows import sft_dataset
 from hft_trl.stage import load_data
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,8 @@ def test_two_processes_prepare_the_data_once_and_a_rerun_not_at_all(tmp_path):
 GROWTH = """
 import re, sys, threading, time
 from pathlib import Path
-from hft_trl.data import load_split, sft_dataset
+from hft_trl.data import load_split
+from hft_trl.rows import sft_dataset
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

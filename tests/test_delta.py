@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, delta, select
 from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint, torn_because
 from hft_trl.cli import app
-from hft_trl.data import sft_dataset
+from hft_trl.rows import sft_dataset
 
 ROOT = Path(__file__).parent.parent
 EVERY_2 = {"save_strategy": "steps", "save_steps": 2}

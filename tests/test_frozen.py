@@ -15,7 +15,7 @@ from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
-from hft_trl.backends import check_frozen_dtype
+from hft_trl.conflicts import check_frozen_dtype
 from hft_trl.frozen import FrozenHalf
 from hft_trl.weights import fingerprints
 

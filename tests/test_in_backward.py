@@ -14,7 +14,7 @@ from trl import SFTConfig
 from trl.trainer import sft_trainer as sft_module
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends import APART, check_settings
+from hft_trl.conflicts import APART, check_settings
 from hft_trl.continual.gem import GEMTrainer
 from hft_trl.in_backward import update_in_backward
 

@@ -8,13 +8,13 @@ from hft_trl import HFTError, HFTSFTTrainer
 from hft_trl.arguments import LoRAArguments
 from hft_trl.chat import load_tokenizer
 from hft_trl.continual.recipe import parse_continual
-from hft_trl.data import sft_dataset
 from hft_trl.folder import settings
 from hft_trl.meta import build_on_meta
 from hft_trl.planning import auto
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
 from hft_trl.recipe import Adapter, parse_recipe, parse_stage
+from hft_trl.rows import sft_dataset
 from hft_trl.sections import leaves_checkpointing
 
 AUTO = "--activation_checkpointing"

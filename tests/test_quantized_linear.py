@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, reference
-from hft_trl.backends import check_settings
+from hft_trl.conflicts import check_settings
 from hft_trl.delta import DELTA_FILE
 from hft_trl.frozen import FrozenHalf
 from hft_trl.quantized_linear import QuantizedLinear, packed_away

@@ -18,8 +18,8 @@ from trl import DPOConfig, KTOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError
 from hft_trl.chat import load_tokenizer
-from hft_trl.data import preference_dataset
 from hft_trl.reference import alias_copy, hollow_copy, memory
+from hft_trl.rows import preference_dataset
 
 OFF = HFTConfig(share_reference=False)
 

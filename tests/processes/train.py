@@ -25,8 +25,8 @@ from conftest import tulu_row, ultrafeedback_row
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.config import STORAGE
-from hft_trl.data import preference_dataset, sft_dataset
 from hft_trl.reference import memory
+from hft_trl.rows import preference_dataset, sft_dataset
 
 GLOBAL_BATCH = 8
 STEPS = 4
