@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from step import LORA
+from step_run import LORA
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 

@@ -33,6 +33,7 @@ from statistics import fmean
 from typing import Any
 
 import step
+import step_run
 import torch
 from datasets import disable_progress_bars
 from peer_report import about, by_peer, figure, grids, write_results
@@ -49,7 +50,7 @@ from hft_trl.report.tables import rich_table
 
 # In the shape for a CPU, embedding and head hold 11 % as many weights as the layers.
 SHAPES = {
-    **step.SHAPES,
+    **step_run.SHAPES,
     "60m": {"hidden": 768, "intermediate": 2048, "layers": 8, "heads": 12, "vocab": 4096, "batch": 2, "length": 128},
 }
 PARTS = ("world", "cost")
@@ -58,12 +59,12 @@ OWN = re.compile(r"--sft\.(method|seed|output_dir|learning_rate|save_\w+|disable
 
 
 @dataclass(frozen=True)
-class Setting(step.Setting):
+class Setting(step_run.Setting):
     """A peer's column of steps. BAdam's blocks come in order, so that rounds of whole cycles hold all of them alike."""
 
     def make_trainer(self, options: argparse.Namespace) -> SFTTrainer:
         badam = {"switch_block_every": options.switch_every, "switch_mode": "ascending"}
-        return make_trainer(self.variant, HFTConfig(), badam, **step.start(self, options))
+        return make_trainer(self.variant, HFTConfig(), badam, **step_run.start(self, options))
 
     def optimizer_tensors(self, trainer: SFTTrainer) -> list[torch.Tensor]:
         return optimizer_tensors(trainer)

@@ -22,34 +22,39 @@ DISK = {
 }
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
     """
-    Write a JSON file whole or not at all: whenever the process or the machine dies, the file is the old or the new one.
+    Write a file whole or not at all: whenever the process or the machine dies, the file is the old or the new one.
 
     Args:
-        path (`Path`):
+        path (`str` or `Path`):
             The file. Its folder must exist. Half of a file can only be left at the same name with a dot before it,
             which the next call overwrites.
-        content (`Any`):
-            What to write.
-        **options (`Any`):
-            Further arguments of `json.dumps`.
+
+    Yields:
+        `Path`: What to write instead; it takes the file's place at the end.
 
     Raises:
         `OSError`: If the folder can't be written. The file is then as it was.
     """
-    text = json.dumps(content, indent=2, **options) + "\n"
+    path = Path(path)
     temporary = path.with_name(f".{path.name}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write a JSON file whole or not at all. Further arguments are those of `json.dumps`."""
+    text = json.dumps(content, indent=2, **options) + "\n"
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json_once(path: Path, content: Any) -> None:

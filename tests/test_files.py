@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and only a disk's refusals are put down to the disk."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
 from hft_trl import HFTError
-from hft_trl.files import write_json, writing
+from hft_trl.files import replacing, write_json, writing
 
 
 @pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.replace"])
@@ -27,6 +28,20 @@ def test_a_file_that_can_not_be_written_is_as_it_was(tmp_path, monkeypatch, fail
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_of_any_kind_takes_the_old_ones_place_only_when_it_is_whole(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), replacing(page) as new:
+        new.write_text("half of")
+        assert page.read_text() == "old"
+        raise KeyboardInterrupt
+    assert page.read_text() == "old"
+    with replacing(page) as new:
+        new.write_text("new")
+    assert page.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_what_a_kill_left_beside_a_file_is_written_over(tmp_path):

@@ -1,17 +1,19 @@
 """benchmarks/step.py: what it prints is whole, its variants take the same steps, and its bytes are those of HFT."""
 
 import argparse
-import importlib.util
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from warm import ROOT
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import step as benchmark
+
 TINY = ["--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "1", "--batch", "2", "--length", "16"]
 
 
@@ -114,10 +116,6 @@ def test_blocks_give_the_same_losses_as_turns(rows, by_ratio):
 
 
 def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_no_time(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmarks_step", ROOT / "benchmarks" / "step.py")
-    step = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, step)
-    spec.loader.exec_module(step)
     alive = []
 
     class OnASmallMachine:
@@ -130,22 +128,22 @@ def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_
             self.steps, self.losses = [], [torch.tensor(1.0)]
 
         def step(self):
-            self.steps.append(dict.fromkeys(step.PARTS, 2.0))
+            self.steps.append(dict.fromkeys(benchmark.PARTS, 2.0))
 
         def sizes(self):
             alive.clear()  # the last that is asked of a run
             return {"weight": 1}
 
-    monkeypatch.setattr(step, "Run", OnASmallMachine)
-    settings = [step.Setting("sft", variant, False) for variant in ("hft", "fft", "stock")]
-    clear = step.take_turns
+    monkeypatch.setattr(benchmark, "Run", OnASmallMachine)
+    settings = [benchmark.Setting("sft", variant, False) for variant in ("hft", "fft", "stock")]
+    clear = benchmark.take_turns
 
     def begin_empty(*arguments):
         alive.clear()
         return clear(*arguments)
 
-    monkeypatch.setattr(step, "take_turns", begin_empty)
-    ours, full, stock = step.measure(settings, argparse.Namespace(rounds=4, blocks=False))
+    monkeypatch.setattr(benchmark, "take_turns", begin_empty)
+    ours, full, stock = benchmark.measure(settings, argparse.Namespace(rounds=4, blocks=False))
     assert {row["measured"] for row in (ours, full, stock)} == {"blocks"}
     assert [len(row["steps"]) for row in (ours, full, stock)] == [4, 0, 4]
     assert full["seconds"]["total"] is None
@@ -153,7 +151,7 @@ def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_
     assert ours["time_to"]["stock"]["median"] == 1.0
     for row in (ours, full, stock):
         row["bytes"]["peak"] = None
-    assert [table.row_count for table in step.tables([ours, full, stock])] == [3, 3]
+    assert [table.row_count for table in benchmark.tables([ours, full, stock])] == [3, 3]
 
 
 def test_more_settings_of_hft_and_another_optimizer_reach_the_trainer():

@@ -8,7 +8,7 @@ from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
 from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid, transfer
 from hft_trl.errors import HFTError
-from hft_trl.files import writing
+from hft_trl.files import replacing, writing
 from hft_trl.report.markdown import table
 
 
@@ -22,9 +22,11 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     scores = _scores(folder)
     with writing(folder):
-        matrix_figure(scores).savefig(folder / "matrix.png", dpi=150, facecolor="white")
-        curves_figure({run_name(scores): scores}).savefig(folder / "curves.png", dpi=150, facecolor="white")
-        (folder / "report.md").write_text(_markdown(scores), encoding="utf-8")
+        for name, figure in (("matrix", matrix_figure(scores)), ("curves", curves_figure({run_name(scores): scores}))):
+            with replacing(folder / f"{name}.png") as new:
+                figure.savefig(new, dpi=150, facecolor="white")
+        with replacing(folder / "report.md") as new:
+            new.write_text(_markdown(scores), encoding="utf-8")
     return folder / "report.md"
 
 
@@ -98,11 +100,13 @@ def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Pat
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
-        curves_figure(labels).savefig(folder / "comparison.png", dpi=150, facecolor="white")
+        with replacing(folder / "comparison.png") as new:
+            curves_figure(labels).savefig(new, dpi=150, facecolor="white")
         parts = ["# Continual runs side by side", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]
         if differences := other_settings(runs):
             parts += ["These runs differ in other settings too:", "\n".join(f"- {line}" for line in differences)]
-        (folder / "comparison.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        with replacing(folder / "comparison.md") as new:
+            new.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return folder / "comparison.md"
 
 

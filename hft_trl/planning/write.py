@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import writing
+from hft_trl.files import replacing, writing
 from hft_trl.planning.fit import Plan, Task
 from hft_trl.planning.show import checkpointing
 
@@ -94,11 +94,14 @@ hft:
     text += "".join(_stage(name, data[name], *stages[name]) for name in ("sft", "dpo"))
     with writing(folder):
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(text, encoding="utf-8")
-        launch.write_text(
-            f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n", encoding="utf-8"
-        )
-        launch.chmod(0o755)
+        with replacing(recipe) as new:
+            new.write_text(text, encoding="utf-8")
+        with replacing(launch) as new:
+            new.write_text(
+                f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n",
+                encoding="utf-8",
+            )
+            new.chmod(0o755)
     return recipe, launch
 
 

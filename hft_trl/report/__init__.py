@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
+from hft_trl.files import replacing
 from hft_trl.report.data import Report, StageRecord, UnitChange
 from hft_trl.report.machine import environment
 
@@ -40,9 +41,11 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = write_plots(report, folder)
         text = folder / "report.md"
-        text.write_text(report_markdown(report, [picture.name for picture in pictures]), encoding="utf-8")
+        with replacing(text) as new:
+            new.write_text(report_markdown(report, [picture.name for picture in pictures]), encoding="utf-8")
         page = folder / PAGE_FILE
-        page.write_text(report_page(report), encoding="utf-8")
+        with replacing(page) as new:
+            new.write_text(report_page(report), encoding="utf-8")
     except OSError as error:
         raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
     return [text, page, *pictures]

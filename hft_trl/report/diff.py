@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.errors import HFTError
+from hft_trl.files import replacing
 from hft_trl.report.data import UnitChange
 from hft_trl.report.movement_plot import change_figure
 from hft_trl.report.plots import plain
@@ -173,7 +174,8 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
     try:
-        figure.savefig(path, dpi=150, facecolor="white")
+        with replacing(path) as new:
+            figure.savefig(new, dpi=150, facecolor="white")
     except (OSError, ValueError) as error:
         raise HFTError(
             f"plot {str(path)!r} can't be written ({error}): choose another file, such as diff.png."

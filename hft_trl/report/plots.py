@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from hft_trl.files import replacing
 from hft_trl.report.data import Report, StageRecord
 from hft_trl.report.movement_plot import movement_figure
 
@@ -47,7 +48,8 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
             # A picture of an earlier run in this folder must not pass for this one's.
             path.unlink(missing_ok=True)
             continue
-        figure.savefig(path, dpi=150, facecolor="white")
+        with replacing(path) as new:
+            figure.savefig(new, dpi=150, facecolor="white")
         written.append(path)
     return written
 
