@@ -194,6 +194,16 @@ def test_full_fine_tuning_is_not_told_to_freeze(planners):
             {"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(frozen_quantization="nf4")},
             "--launch is fsdp2, which can't shard quantised matrices: use single or ddp",
         ),
+        (
+            {"layouts": ("ddp",), "gpus": 2, "storage": Storage("bfloat16", replicate_frozen=True)},
+            "--replicate-frozen is for fsdp2, but --launch is ddp",
+        ),
+        ({"storage": Storage("bfloat16", replicate_frozen=True)}, "--replicate-frozen is for fsdp2"),
+        ({"gpus": 2, "storage": Storage(replicate_frozen=True)}, "set frozen_dtype to bfloat16"),
+        (
+            {"gpus": 2, "storage": Storage(frozen_dtype="float16", replicate_frozen=True)},
+            "set frozen_dtype to bfloat16",
+        ),
         ({"gpus": 2, "storage": Storage(optimizer_in_backward=True)}, "--optimizer-in-backward is for one GPU"),
     ],
 )
@@ -209,6 +219,27 @@ def test_numbers_that_do_not_fit_each_other_are_named(change, message):
 def test_a_storage_that_is_not_known_is_named(name, value):
     with pytest.raises(HFTError, match=f"{name} is {value!r}: a plan knows"):
         Storage(**{name: value})
+
+
+def test_a_whole_frozen_half_takes_its_bytes_on_every_gpu_and_none_to_gather(planners):
+    """In DPO the reference has it from the policy, unless they share nothing; full fine-tuning has no such half."""
+    sharded = {"gpus": 8, "layouts": ("fsdp2",), "storage": Storage(frozen_dtype="bfloat16")}
+    whole = {**sharded, "storage": Storage(frozen_dtype="bfloat16", replicate_frozen=True)}
+    counted = planners["hft"]._sizes
+    for stage in ("sft", "dpo"):
+        before, after = (planners["hft"].one(task(80, stage, **how), "fsdp2", 1, 0) for how in (sharded, whole))
+        assert before.memory["weights_frozen"] == 2 * counted.frozen // 8
+        assert after.memory["weights_frozen"] == 2 * counted.frozen
+        assert after.memory["reference"] == (0 if stage == "sft" else 4 * counted.trainable // 8)
+        assert after.memory["communication"] == before.memory["communication"] - 4 * (
+            counted.layer - counted.layer_trainable
+        ) - 2 * (counted.outside - counted.outside_trainable)
+        assert after.operations == before.operations
+        apart = Planner(planners["hft"]._skeleton, HFTConfig(share_reference=False))
+        assert apart.one(task(80, stage, **whole), "fsdp2", 1, 0).memory["reference"] == before.memory["reference"]
+        full = (planners["fft"].one(task(80, stage, **how), "fsdp2", 1, 0) for how in (sharded, whole))
+        assert len({str(plan) for plan in full}) == 1
+    assert Task("sft", 2, 10**11, 128, 16, Storage("bfloat16", replicate_frozen=True)).layouts == ("fsdp2",)
 
 
 def test_updates_inside_the_backward_pass_take_the_whole_batch_at_once_and_one_gradient(planners):

@@ -54,6 +54,9 @@ def plan_command(
         bool,
         typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
     ] = False,
+    replicate_frozen: Annotated[
+        bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: under fsdp2, the frozen half whole.")
+    ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
@@ -82,6 +85,7 @@ def plan_command(
         seed=seed,
         train_embeddings=train_embeddings,
         optimizer_in_backward=optimizer_in_backward,
+        replicate_frozen=replicate_frozen,
         **storage,
     )
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
@@ -101,7 +105,7 @@ def plan_command(
             memory,
             2 if sequence_length is None else sequence_length,
             BATCH[stage] if global_batch is None else global_batch,
-            Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward),
+            Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen),
             () if launch is None else (launch,),
         )
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from functools import partial
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hft_trl import replicate
 from hft_trl.backends import fsdp_version
 from hft_trl.checkpoints import selection_of
 from hft_trl.errors import HFTError
@@ -22,6 +24,9 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
+
+# Where Linux tells a container its limit: control groups of version 2, and of version 1
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 # Arguments with which a step holds another reference, or logits as a whole.
 UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
@@ -93,7 +98,6 @@ def _check_known(stage: Stage) -> None:
     if stage.memory is not None:
         raise HFTError(f"{asked}, which is not planned for the gradients that gem keeps: set it to true or false.")
     for name, unplanned in (
-        ("hft.replicate_frozen", stage.hft.replicate_frozen and stage.hft.method == "hft"),
         *((f"{section}.{name}", vars(args).get(name)) for name in UNPLANNED),
         (f"{section}.reference_quantization", stage.data.reference_quantization),
     ):
@@ -131,10 +135,16 @@ def _layout(stage: Stage) -> str:
 def _memory() -> int:
     """Bytes that a process may take: all of its GPU, or its part of the machine's where there is none; of the smallest machine."""
     if PartialState().device.type == "cpu":
-        own = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        own = min([psutil.virtual_memory().total, *_limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         own = torch.accelerator.get_memory_info(PartialState().device)[1]
     return min(gather_object([own]))
+
+
+def _limits() -> list[int]:
+    """Bytes that the container may take, where there is one; psutil tells the machine's only."""
+    found = [path.read_text().strip() for path in LIMITS if path.is_file()]
+    return [int(limit) for limit in found if limit != "max"]
 
 
 def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
@@ -154,6 +164,7 @@ def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
             args.optim.value,
             frozen_quantization=stage.hft.frozen_quantization,
             optimizer_in_backward=stage.hft.optimizer_in_backward,
+            replicate_frozen=replicate.wanted(stage.hft, args),
         ),
         autocast=args.mixed_precision != "no",
         device="cpu" if PartialState().device.type == "cpu" else "cuda",

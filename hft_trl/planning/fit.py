@@ -62,10 +62,21 @@ class Task:
             )
         if not self.layouts:
             several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
+            if self.storage.replicate_frozen:
+                several = ("fsdp2",)
             object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
         if self.storage.optimizer_in_backward and self.gpus > 1:
             raise HFTError(
                 f"--optimizer-in-backward is for one GPU, but --gpus is {self.gpus}: leave one of them out."
+            )
+        if self.storage.replicate_frozen and self.layouts != ("fsdp2",):
+            raise HFTError(
+                f"--replicate-frozen is for fsdp2, but --launch is {', '.join(self.layouts)}: leave one of them out, or use fsdp2 "
+                "on 2 GPUs or more."
+            )
+        if self.storage.replicate_frozen and "bfloat16" not in (self.storage.dtype, self.storage.frozen_dtype):
+            raise HFTError(
+                "replicate_frozen needs a frozen half in the type that FSDP2 computes in: set frozen_dtype to bfloat16 too."
             )
         for name in self.layouts:
             if name not in LAYOUTS:
@@ -196,7 +207,7 @@ class Planner:
 
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int) -> Plan:
         """What one way of training takes, whether it fits or not."""
-        layout = self._layout(name)
+        layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
@@ -216,8 +227,11 @@ class Planner:
             task.gpu_memory - RESERVED,
         )
 
-    def _layout(self, name: str) -> Layout:
-        return LAYOUTS[name] if self._shares and self.method == "hft" else LAYOUTS[name].unshared()
+    def _layout(self, task: Task, name: str) -> Layout:
+        layout, half = LAYOUTS[name], self.method == "hft"
+        if half and task.storage.replicate_frozen:  # then the reference's frozen half is the policy's
+            layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
+        return layout if self._shares and half else layout.unshared()
 
     def _layouts(self, task: Task) -> Iterator[str]:
         for name in task.layouts:
@@ -225,13 +239,13 @@ class Planner:
                 yield name
 
     def _held(self, task: Task, layout: Layout) -> dict[str, int]:
-        whole = {"frozen_dtype": None, "frozen_quantization": None}
+        whole = {"frozen_dtype": None, "frozen_quantization": None, "replicate_frozen": False}
         storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, **whole)
         return held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
 
     def _hopeless(self, task: Task, name: str) -> bool:
         """Whether what is there from step to step is too much already, so that no step has to be traced."""
-        parts = self._held(task, self._layout(name))
+        parts = self._held(task, self._layout(task, name))
         return sum(parts.values()) > task.gpu_memory - RESERVED
 
     def _step(self, task: Task, layout: Layout, micro_batch: int, checkpointed: int) -> Step:

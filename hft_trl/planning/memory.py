@@ -30,6 +30,8 @@ class Layout:
             copies none.
         autocast (`bool`): Whether products are under autocast.
         shares_reference (`bool`): Whether the frozen half of policy and reference is stored once.
+        whole_frozen (`bool`, *optional*, defaults to `False`): Whether each GPU holds all of the frozen half where it holds a
+            part only of what learns (`hft.replicate_frozen`).
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layout:
     computes_in_bfloat16: bool
     autocast: bool
     shares_reference: bool
+    whole_frozen: bool = False
 
     def unshared(self) -> "Layout":
         """The same with a whole reference."""
@@ -68,6 +71,7 @@ class Storage:
         optim (`str`, *optional*, defaults to `"adamw_torch_fused"`): Name of the optimizer.
         frozen_quantization (`str`, *optional*): `"int8"` or `"nf4"` for the frozen half's matrices.
         optimizer_in_backward (`bool`, *optional*, defaults to `False`): Whether gradients are freed one by one.
+        replicate_frozen (`bool`, *optional*, defaults to `False`): Whether FSDP2 leaves the frozen half whole on each GPU.
 
     Raises:
         [`HFTError`]: If one of them is not known.
@@ -78,6 +82,7 @@ class Storage:
     optim: str = "adamw_torch_fused"
     frozen_quantization: str | None = None
     optimizer_in_backward: bool = False
+    replicate_frozen: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -193,7 +198,7 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
     gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
     reference = 0
     if preference and layout.weights:  # sharded by itself, in the type that it was loaded in
-        reference = (counted.trainable + counted.frozen) * own_size
+        reference = (counted.trainable + (0 if layout.shares_reference else counted.frozen)) * own_size
     elif preference:  # its frozen half is the policy's, or at least of the same type
         reference = trainable if layout.shares_reference else trainable + frozen
     of_weights, of_gradients, of_optimizer = (
@@ -201,7 +206,7 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
     )
     return {
         "weights_trainable": trainable // of_weights,
-        "weights_frozen": frozen // of_weights,
+        "weights_frozen": frozen // (1 if layout.whole_frozen else of_weights),
         "reference": reference // of_weights,
         "gradients": gradients // of_gradients,
         "optimizer": optimizer // of_optimizer,
@@ -218,8 +223,10 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
     """
     if layout.name == "ddp":
         return counted.trainable * size
-    gathered = (2 * counted.layer + counted.outside) * BFLOAT16 if layout.weights else 0
-    scattered = (2 * counted.layer_trainable + counted.outside_trainable) * BFLOAT16 if layout.gradients else 0
+    everything = 2 * counted.layer + counted.outside
+    trainable = 2 * counted.layer_trainable + counted.outside_trainable
+    gathered = (trainable if layout.whole_frozen else everything) * BFLOAT16 if layout.weights else 0
+    scattered = trainable * BFLOAT16 if layout.gradients else 0
     return gathered + scattered
 
 

@@ -90,6 +90,8 @@ hft:
         text += f"  frozen_quantization: {storage.frozen_quantization}\n"
     if storage.optimizer_in_backward:
         text += "  optimizer_in_backward: true\n"
+    if storage.replicate_frozen and hft.method == "hft":
+        text += "  replicate_frozen: true\n"
     data = DEMO if model == "demo" else DATA
     text += "".join(_stage(name, data[name], *stages[name]) for name in ("sft", "dpo"))
     with writing(folder):
