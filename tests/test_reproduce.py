@@ -123,7 +123,7 @@ def test_what_the_runs_differ_in_can_not_be_set_for_all_of_them(tmp_path, flag):
 
 def test_sigterm_ends_it_and_its_processes_soon(tmp_path):
     command = [sys.executable, "recipes/reproduce.py", "--seeds", "1", "--questions", "sft", "--workers", "2"]
-    command += ["--output_dir", str(tmp_path), "--sft.max_steps", "100000"]
+    command += ["--output_dir", str(tmp_path), "--sft.max_steps", "100000", "--sft.save_steps", "2"]
     with (tmp_path / "said").open("w") as said:
         run = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
     while len(list((tmp_path / "models").glob("*/sft/checkpoint-*"))) < 1:

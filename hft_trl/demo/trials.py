@@ -8,14 +8,15 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.claims import BASE, Run
-from hft_trl.errors import HFTError
+from hft_trl.errors import STOPPED, HFTError, Stopped
 from hft_trl.files import write_json, writing
 from hft_trl.report.machine import package_version
 
@@ -82,7 +83,7 @@ def run_trials(
     with ProcessPoolExecutor(
         workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=settle_process, initargs=(output,)
     ) as pool:
-        futures = [pool.submit(make_and_score, family, seed, output, flags) for seed, family in missing]
+        futures = [pool.submit(or_leave, make_and_score, family, seed, output, flags) for seed, family in missing]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -230,6 +231,15 @@ def _file(output: Path, run: Run, seed: int) -> Path:
 
 def _folder(output: Path, run: Run, seed: int) -> Path:
     return output / "models" / f"{run.name}-{seed}"
+
+
+def or_leave(make: Callable[..., None], *args: Any) -> None:
+    """Call a function in a worker process, which ends when it is told to: its pool may have given it the next task already."""
+    try:
+        make(*args)
+    except (Stopped, KeyboardInterrupt):
+        sys.stdout.flush()
+        os._exit(STOPPED)
 
 
 def settle_process(output: Path) -> None:
