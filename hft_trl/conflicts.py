@@ -176,8 +176,8 @@ def check_optimizer_in_backward(args: TrainingArguments) -> None:
     checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     for wrong, why in (
         (
-            args.max_grad_norm > 0,
-            f"max_grad_norm is {args.max_grad_norm:g}, and clipping needs the norm of all gradients before the first update: set "
+            (args.max_grad_norm or 0) > 0,
+            f"max_grad_norm is {args.max_grad_norm or 0:g}, and clipping needs the norm of all gradients before the first update: set "
             "max_grad_norm to 0",
         ),
         (

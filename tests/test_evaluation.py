@@ -235,6 +235,7 @@ def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_
     content = json.loads(written[0].read_text())["scores"]["general"]["_under"]
     assert content["MMLU"]["value"] is None
     assert content["average"]["value"] is None
+    assert content["MMLU"]["difference"] is content["average"]["difference"] is None
     (legend,) = score_figure(evaluation).legends
     assert [text.get_text() for text in legend.get_texts()] == [r"a\$^\$", "_under"]
 
@@ -251,6 +252,12 @@ def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
     content = json.loads(written[0].read_text())
     assert content["limit"] == 7
     assert content["scores"]["general"]["Llama"]["average"]["value"] == 10.5
+    assert content["base"] == "Llama"
+    for model, difference in (("Llama", None), ("runs/a/long/path/to/sft", 10.0)):
+        for suite in ("general", "knowledge"):
+            assert {score["difference"] for score in content["scores"][suite][model].values()} == {difference}
+    drawn = [text.get_text() for axes in score_figure(evaluation).axes for text in axes.texts]
+    assert sorted(filter(None, drawn)) == ["+10.0"] * 5
     markdown = written[1].read_text()
     assert "in brackets the difference to Llama," in markdown
     for grid in (general, knowledge):

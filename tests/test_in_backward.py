@@ -164,6 +164,11 @@ def test_what_needs_all_gradients_is_refused_before_a_model_is_loaded(tmp_path, 
     check_settings(args, HFTConfig())
 
 
+def test_no_clipping_is_also_said_by_none(tmp_path):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_grad_norm=None)
+    check_settings(args, HFTConfig(optimizer_in_backward=True))
+
+
 @pytest.mark.parametrize(("name", "value"), [("world_size", 2), ("n_gpu", 2), ("fp16", True)])
 def test_several_gpus_and_scaled_gradients_are_refused(tmp_path, name, value):
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, max_grad_norm=0)

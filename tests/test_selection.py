@@ -81,6 +81,27 @@ def test_flags_freeze_what_is_outside_of_the_layers(flag):
     assert set(select(model, HFTConfig()).trainable) - set(without.trainable) == {name}
 
 
+OUTSIDE_FROZEN = {"train_embeddings": False, "train_lm_head": False, "train_final_norm": False}
+
+
+@pytest.mark.parametrize("strategy", ["category", "model", "element"])
+def test_a_selection_in_which_nothing_learns_is_refused(strategy):
+    """Training would end inside of autograd, or save the start model. One parameter outside of the layers is enough."""
+    model, few = tiny_llama(50), HFTConfig(ratio=1e-7, strategy=strategy, **OUTSIDE_FROZEN)
+    with pytest.raises(
+        HFTError, match=r"nothing learns with hft\.ratio 1e-07 and nothing outside .*: raise hft\.ratio"
+    ):
+        select(model, few)
+    assert select(model, replace(few, train_final_norm=True)).trainable[-1] == "model.norm.weight"
+
+
+def test_the_complement_of_everything_is_refused_where_nothing_outside_learns():
+    model = tiny_llama(50)
+    everything = select(model, HFTConfig(ratio=1.0))
+    with pytest.raises(HFTError, match=r"nothing learns with hft\.reselect 'complement'.*set hft\.reselect to fresh"):
+        select(model, HFTConfig(reselect="complement", **OUTSIDE_FROZEN), previous=everything)
+
+
 @pytest.mark.parametrize("flag", ["train_embeddings", "train_lm_head"])
 def test_a_tied_embedding_learns_only_if_both_may(flag):
     model = tiny_llama(50, tie_word_embeddings=True)

@@ -29,7 +29,7 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
     Returns:
         `list[Grid]`: A row a model, a column a heading, then the average.
     """
-    base = next(iter(evaluation.models))
+    base = evaluation.base
     against = f", in brackets the difference to {base}" if len(evaluation.models) > 1 else ""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
     grids = []
@@ -39,7 +39,7 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
             [
                 model,
                 *(
-                    _cell(score, None if model == base else first[heading])
+                    _cell(score, evaluation.difference(suite, model, heading))
                     for heading, score in evaluation.columns(suite, model).items()
                 ),
             ]
@@ -50,12 +50,12 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
     return grids
 
 
-def _cell(score: Score, base: Score | None) -> str:
+def _cell(score: Score, difference: float | None) -> str:
     if score.value is None:
         return NONE
     error = "" if score.stderr is None else f"±{score.stderr:.1f}"
-    difference = "" if base is None or base.value is None else f" ({score.value - base.value:+.1f})"
-    return f"{score.value:.1f}{error}{difference}"
+    against = "" if difference is None else f" ({difference:+.1f})"
+    return f"{score.value:.1f}{error}{against}"
 
 
 def notes(evaluation: Evaluation) -> list[str]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def score_figure(evaluation: Evaluation) -> "Figure":
     """
-    Draw the scores as bars with their standard errors, a panel a suite.
+    Draw the scores as bars with their standard errors, and above them their differences to the base, a panel a suite.
 
     Args:
         evaluation ([`Evaluation`]):
@@ -36,7 +36,7 @@ def score_figure(evaluation: Evaluation) -> "Figure":
         axes.set_axisbelow(True)
         for place, model in enumerate(models):
             scores = evaluation.columns(suite, model).values()
-            axes.bar(
+            bars = axes.bar(
                 [column - 0.4 + pitch * (place + 0.5) for column in range(len(headings[suite]))],
                 [float("nan") if score.value is None else score.value for score in scores],
                 0.92 * pitch,
@@ -44,8 +44,12 @@ def score_figure(evaluation: Evaluation) -> "Figure":
                 error_kw={"linewidth": 0.9, "capsize": 2},
                 color=colours[place],
             )
+            differences = [evaluation.difference(suite, model, heading) for heading in headings[suite]]
+            labels = ["" if difference is None else f"{difference:+.1f}" for difference in differences]
+            axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)
         axes.set_xticks(range(len(headings[suite])), [heading.replace("_", "\n") for heading in headings[suite]])
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 115)  # room for the label of a full bar
+        axes.set_yticks(range(0, 101, 20))
         axes.set_ylabel("percent")
         axes.set_title(suite)
     # Names are given here, since a name that begins with a line would be left out of the axes' own legend

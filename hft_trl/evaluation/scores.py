@@ -76,18 +76,34 @@ class Evaluation:
         values = [score.value for score in scores]
         return Score(None, None) if None in values else Score(sum(values) / len(values), stderr)
 
+    @property
+    def base(self) -> str:
+        """Name of the first model, to which the others are compared."""
+        return next(iter(self.models))
+
+    def difference(self, suite: str, model: str, heading: str) -> float | None:
+        """What a model's score is above the base's, in percentage points; `None` for the base, or without a number."""
+        own, other = (self.columns(suite, name)[heading].value for name in (model, self.base))
+        return None if model == self.base or own is None or other is None else own - other
+
     def columns(self, suite: str, model: str) -> dict[str, Score]:
         """The scores of a model on a suite by heading, and their average."""
         return {**self.scores[suite][model], AVERAGE: self.average(suite, model)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `evaluation.json`: the fields, with the averages among the scores."""
+        """
+        The content of `evaluation.json`: the fields and the name of the base; among the scores the averages, and with each score
+        its difference to the base's.
+        """
         content = asdict(self)
         content["scores"] = {
             suite: {
-                model: {heading: asdict(score) for heading, score in self.columns(suite, model).items()}
+                model: {
+                    heading: {**asdict(score), "difference": self.difference(suite, model, heading)}
+                    for heading, score in self.columns(suite, model).items()
+                }
                 for model in models
             }
             for suite, models in self.scores.items()
         }
-        return content
+        return {"base": self.base, **content}

@@ -216,7 +216,7 @@ def select(
         [`Selection`]: What learns and what is frozen.
 
     Raises:
-        [`HFTError`]: If nothing can be selected in the model, a pattern of `config.exclude` matches nothing, `previous` is
+        [`HFTError`]: If nothing can be selected in the model or nothing learns, a pattern of `config.exclude` matches nothing, `previous` is
             of another model, or the importance can't be measured.
     """
     if config.method == "fft":
@@ -244,6 +244,18 @@ def select(
             scores = unit_scores(model, units, config, gradients) if config.strategy == "importance" else None
             learning = set(choose(units, config.ratio, config.strategy, seed, learned, scores))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
+    elements = masks.learning if masks else {}
+    if not any(elements.get(name, 1) for unit in learning for name in unit.names):
+        fresh = previous is None or config.reselect == "fresh"
+        how, remedy = (
+            (f"hft.ratio {config.ratio:g}", "raise hft.ratio")
+            if fresh
+            else (f"hft.reselect {config.reselect!r}", "set hft.reselect to fresh")
+        )
+        raise HFTError(
+            f"nothing learns with {how} and nothing outside of the layers: {remedy}, or let the embedding, the head or the final "
+            "norm learn."
+        )
     return _selection(config, seed, units, learning, masks)
 
 
