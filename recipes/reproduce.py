@@ -6,7 +6,8 @@ Half-Reset and averaging; strategies; ratios from 0.1 to 1.0; embedding and head
 python recipes/reproduce.py --seeds 10
 ```
 
-It starts a process for every core, with one thread each. The same command again goes on where it was interrupted. `--questions sft,dpo` asks only some; flags of `sft_then_dpo.py` hold for every run:
+It starts a process for every core, with one thread each. The same command again goes on where it was interrupted.
+`--questions sft,dpo` asks only some; flags of `sft_then_dpo.py` hold for every run:
 
 ```bash
 python recipes/reproduce.py --seeds 3 --sweep_seeds 3 --questions sft --sft.learning_rate 5e-4 --output_dir runs/slower
@@ -76,8 +77,8 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     head = f"""# The paper's questions on the embedded world
 
 Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} ({versions}). Scores in percent, mean
-(standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most. Differences are taken seed by seed; p is that of a two-sided paired t-test, not
-corrected for the number of comparisons."""
+(standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most.
+Differences are taken seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."""
     write_figures(asked, scores, options.output_dir)
     path = write_results(asked, scores, options.output_dir, head)
     for question in asked:

@@ -95,7 +95,7 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
         (json.dumps([{"prompt": None, "answer": "a"}]), "row 0 .* has prompt None"),
         (
             json.dumps([ROW, {"prompt": "p", "answer": "a \ud83d"}]),
-            r"row 1 .*half a character, '\\ud83d', in its answer",
+            r"row 1 .*the lone surrogate '\\ud83d'\) in its answer",
         ),
     ],
 )

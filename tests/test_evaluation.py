@@ -158,7 +158,10 @@ def test_only_what_is_new_is_asked(measured, tmp_path):
 
 
 def test_the_digest_is_of_what_answers(base, tmp_path, tokenizer):
-    """The same tensors in other shards, beside folders of one's own, have the same digest; other weights, or another template, have another."""
+    """
+    The same tensors in other shards, beside folders of one's own, have the same digest; other weights, or another template,
+    have another.
+    """
     whole = model_digest(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     model.save_pretrained(tmp_path, max_shard_size="20KB")

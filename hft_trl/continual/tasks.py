@@ -183,7 +183,9 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
                 row[key].encode()
             except UnicodeEncodeError as error:
                 half = row[key][error.start]
-                raise HFTError(f"{where} has half a character, {half!r}, in its {key}: mend or remove it.") from error
+                raise HFTError(
+                    f"{where} has half a character (the lone surrogate {half!r}) in its {key}: mend or remove it."
+                ) from error
     return tuple(Row(row["prompt"], row["answer"]) for row in content)
 
 
