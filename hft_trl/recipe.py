@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
@@ -17,7 +18,7 @@ from hft_trl.arguments import (
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
-from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
+from hft_trl.sections import answer_help, leaves_checkpointing, names_config, parse_section, read_sections
 
 SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
@@ -99,7 +100,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
         argv (`list[str]`):
             The command line without the program's name.
         default_config (`str` or `Path`, *optional*):
-            The YAML file to use when there is no `--config`.
+            The YAML file to use when there is no `--config`. The embedded demo's serves no other model.
         help_text (`str`, *optional*):
             What `--help` prints.
 
@@ -108,8 +109,10 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, SECTIONS)
-    (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
+    if not names_config(argv):
+        check_defaults_model(values["model"], model, "recipes/configs/qwen3-4b.yaml")
+    (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     stages = {}
@@ -128,6 +131,28 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(run, **stages)
+
+
+def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
+    """
+    Check that the settings of the embedded demo, which apply without `--config`, do not train another model.
+
+    Args:
+        default (`dict[str, Any]`):
+            The section `model` of the default file.
+        model ([`ModelArguments`]):
+            The model that is asked for.
+        example (`str`):
+            A file with settings for a model of usual size.
+
+    Raises:
+        [`HFTError`]: If the default file is for the model `demo`, and another one is asked for.
+    """
+    if default.get("model_name_or_path") == "demo" != model.model_name_or_path:
+        raise HFTError(
+            f"model is {model.model_name_or_path!r}, but without --config every setting is the embedded demo's, which is a toy: "
+            f"give a file of settings, such as --config {example}."
+        )
 
 
 def check_evaluation(run: RunArguments, model: ModelArguments) -> None:

@@ -42,6 +42,11 @@ def answer_help(argv: list[str], text: str) -> None:
         sys.exit(0)
 
 
+def names_config(argv: list[str]) -> bool:
+    """Whether the command line has `--config`, so that no default file applies."""
+    return any(token.partition("=")[0] == "--config" for token in argv)
+
+
 def read_sections(
     argv: list[str], default_config: str | Path | None, sections: Iterable[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:

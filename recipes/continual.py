@@ -7,11 +7,17 @@ Without arguments it learns eight small tasks with a small embedded model, in a 
 accelerate launch recipes/continual.py
 ```
 
-TRACE with the paper's order, epochs and hyper-parameters (the file's header says on which machine), and tasks of your own:
+TRACE with the paper's order, epochs and hyper-parameters (the file's header says on which machine):
 
 ```bash
 accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --benchmark data/LLM-CL-Benchmark_5000
-accelerate launch recipes/continual.py --model Qwen/Qwen3-0.6B --tasks my_tasks.yaml --output_dir runs/mine
+```
+
+Tasks of your own, with the embedded model, and with another one, whose settings have to come from a file:
+
+```bash
+accelerate launch recipes/continual.py --tasks my_tasks.yaml --output_dir runs/mine
+accelerate launch recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --model Qwen/Qwen3-0.6B --benchmark none --tasks my_tasks.yaml --output_dir runs/mine
 ```
 
 Each approach with either method; flags win over the file:

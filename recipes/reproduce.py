@@ -6,8 +6,8 @@ Half-Reset and averaging; strategies; ratios from 0.1 to 1.0; embedding and head
 python recipes/reproduce.py --seeds 10
 ```
 
-It starts a process for every core, with one thread each; two cores take about three hours. The same command again goes on
-where it was interrupted. `--questions sft,dpo` asks only some; flags of `sft_then_dpo.py` hold for every run:
+It starts a process for every core, with one thread each. The same command again goes on where it was interrupted.
+`--questions sft,dpo` asks only some; flags of `sft_then_dpo.py` hold for every run:
 
 ```bash
 python recipes/reproduce.py --seeds 3 --sweep_seeds 3 --questions sft --sft.learning_rate 5e-4 --output_dir runs/slower
@@ -49,6 +49,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--questions {options.questions}: choose from {', '.join(sorted(names))}, or all")
     if options.seeds < 1 or options.sweep_seeds < 1:
         parser.error("--seeds and --sweep_seeds must be at least 1")
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: it must be at least 1, or be left out for one a core")
     return options, flags
 
 
@@ -69,13 +71,14 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
 
     # Answer
     scores = read_scores(options.output_dir)
+    seeds = max(len(scores[run.name]) for run in needed(asked))
     found = environment()
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl"))
     head = f"""# The paper's questions on the embedded world
 
 Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} ({versions}). Scores in percent, mean
-(standard deviation) over the seeds. Differences are taken seed by seed; p is that of a two-sided paired t-test, not
-corrected for the number of comparisons."""
+(standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most.
+Differences are taken seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."""
     write_figures(asked, scores, options.output_dir)
     path = write_results(asked, scores, options.output_dir, head)
     for question in asked:

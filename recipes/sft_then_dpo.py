@@ -19,7 +19,12 @@ Flags win over the file. Each is a key of a section:
 accelerate launch recipes/sft_then_dpo.py --method fft                        # full fine-tuning in both stages
 accelerate launch recipes/sft_then_dpo.py --sft.method fft --dpo.method hft   # HFT from an FFT initialisation
 accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e-5 --dpo.beta 0.05
-accelerate launch recipes/sft_then_dpo.py --model Qwen/Qwen3-0.6B --sft.dataset my_chats.jsonl --output_dir runs/mine
+```
+
+Another model takes its settings from a file, since those without `--config` are the embedded model's:
+
+```bash
+accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B --sft.dataset my_chats.jsonl --output_dir runs/mine
 ```
 
 Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as

@@ -15,6 +15,8 @@ from datasets import Dataset, are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hft_trl import demo
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
@@ -97,6 +99,11 @@ def base(tmp_path_factory, tokenizer) -> Path:
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def started_from(model: Path | str, config: Path = demo.RECIPE) -> list[str]:
+    """Flags for another model than the demo's with the demo's settings, which a recipe takes for no other unasked."""
+    return ["--config", str(config), "--model", str(model)]
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

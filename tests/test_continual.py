@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_llama
+from conftest import started_from, tiny_llama
 from safetensors.torch import load_file
 from warm import ROOT, Run
 
@@ -50,7 +50,7 @@ def own(tmp_path_factory):
 
 def flags(own, output, *more):
     return [
-        "--model", own / "model", "--benchmark", own / "tasks", "--output_dir", output, "--sft.save_steps", 1,
+        *started_from(own / "model", demo.CONTINUAL_RECIPE), "--benchmark", own / "tasks", "--output_dir", output, "--sft.save_steps", 1,
         "--sft.per_device_train_batch_size", 8, "--max_new_tokens", 8, "--sft.disable_tqdm", "true", *more,
     ]  # fmt: skip
 
@@ -250,6 +250,11 @@ def test_whole_layers_take_turns(recipe, own, tmp_path):
         (["--hft.method", "fft"], "unknown key hft.method"),
         (["--dpo.beta", "1"], "unknown section 'dpo'"),
         (["--benchmrk", "x"], "did you mean benchmark"),
+        (["--model", "Qwen/Qwen3-0.6B", "--evaluate", "x"], "model is 'Qwen/Qwen3-0.6B', but without --config"),
+        (["--eval_batch_size", "-4"], "eval_batch_size is -4: it must be at least 1"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0: it must be at least 1"),
+        (["--benchmark", "none"], "there is no task"),
+        (["--approach", "individual", "--evaluate", "demo"], "evaluate is 'demo', but individual leaves no model"),
     ],
 )
 def test_mistakes_are_said_in_one_line_before_anything_is_trained(words, complaint, recipe, tmp_path):
@@ -264,6 +269,24 @@ def test_without_any_task_a_config_is_refused(tmp_path):
     (tmp_path / "own.yaml").write_text("model: demo\noutput_dir: runs/x\n")
     with pytest.raises(HFTError, match="there is no task"):
         parse_continual(["--config", str(tmp_path / "own.yaml")])
+
+
+def test_tasks_of_ones_own_are_the_only_ones_where_nothing_else_is_asked_for(tmp_path):
+    """The default file's benchmark is for those who name no task; that of a file which is named can be left out."""
+
+    def asked(*words):
+        run = parse_continual([*words], default_config=demo.CONTINUAL_RECIPE).run
+        return run.benchmark, run.tasks
+
+    own = ["--tasks", "mine.yaml"]
+    config = ["--config", str(demo.CONTINUAL_RECIPE)]
+    assert asked() == ("demo", None)
+    assert asked(*own) == (None, "mine.yaml")
+    assert asked(*own, "--benchmark", "demo") == asked(*own, *config) == ("demo", "mine.yaml")
+    assert asked(*own, *config, "--benchmark=none") == (None, "mine.yaml")
+    for word in ("null", "none"):
+        (tmp_path / "own.yaml").write_text(f"{{model: demo, output_dir: o, benchmark: {word}, max_new_tokens: 8}}")
+        assert asked(*own, "--config", str(tmp_path / "own.yaml")) == (None, "mine.yaml")
 
 
 def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():

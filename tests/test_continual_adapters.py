@@ -11,7 +11,7 @@ import sys
 import faults
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import started_from, tiny_llama
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -326,7 +326,7 @@ def tasks(base, tmp_path_factory):
 @pytest.fixture
 def words(tasks, base):
     return [
-        "--model", base, "--benchmark", tasks, "--sft.save_steps", 1, "--sft.per_device_train_batch_size", 8,
+        *started_from(base, demo.CONTINUAL_RECIPE), "--benchmark", tasks, "--sft.save_steps", 1, "--sft.per_device_train_batch_size", 8,
         "--max_new_tokens", 2, "--sft.disable_tqdm", "true",
     ]  # fmt: skip
 

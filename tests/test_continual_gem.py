@@ -287,13 +287,12 @@ def test_sharded_by_deepspeed_is_refused(tmp_path):
 
 def test_the_recipe_refuses_it_when_it_is_parsed(own, tmp_path, monkeypatch):
     words = [str(word) for word in flags(own, tmp_path, "--approach", "gem", "--sft.use_cpu", "true")]
-    (tmp_path / "own.yaml").write_text("{}")
-    parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--sft.bf16", "false"])
+    parse_continual([*words, "--sft.bf16", "false"])
     with pytest.raises(HFTError, match="gem_memory is 0"):
-        parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--gem_memory", "0"])
+        parse_continual([*words, "--gem_memory", "0"])
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="FSDP shards gradients"):
-        parse_continual(["--config", str(tmp_path / "own.yaml"), *words, "--sft.bf16", "false"])
+        parse_continual([*words, "--sft.bf16", "false"])
 
 
 def test_a_missing_solver_is_named_before_anything_is_trained(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Metrics of tasks are from 0 to 100, as the libraries say, and 0 where nothing was predicted."""
 
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,7 @@ def test_a_metric_is_a_mean_from_0_to_100_that_is_100_for_the_answers_themselves
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_empty_prediction_scores_0(name):
     assert METRICS[name](["p", "p"], ["", "yes"], ["yes", "yes"]) == 50
+    assert METRICS[name](["p"], ["\n"], ["<STR_LIT>"]) == 0  # which reads as nothing
 
 
 def test_accuracy_is_exact_but_for_white_space_around():
@@ -62,7 +64,24 @@ def test_rouge_l_is_rouge_scores_own_on_plain_english():
 def test_rouge_l_reads_words_of_other_alphabets_whole():
     """rouge-score's own tokenizer would cut "Größe" and "Grüße" into "gr" and "e", half the same."""
     assert METRICS["rouge_l"]([""], ["Grüße"], ["Größe"]) == 0
-    assert METRICS["rouge_l"]([""], ["支持"], ["支持"]) == 100
+    assert METRICS["rouge_l"]([""], ["हिन्दी भाषा"], ["हिन्दू भाषा"]) == 50
+
+
+def test_rouge_l_takes_chinese_and_japanese_characters_one_by_one():
+    assert METRICS["rouge_l"]([""], ["不支持"], ["支持"]) == pytest.approx(80)
+    assert METRICS["rouge_l"]([""], ["東京のカフェ2店"], ["東京で、カフェ2店"]) == pytest.approx(100 * 7 / 8)
+
+
+@given(*[st.text(st.characters(max_codepoint=0xFF))] * 2)
+def test_rouge_l_of_western_texts_is_that_of_pythons_own_words(prediction, answer):
+    """TRACE's two tasks of this metric are in English and German."""
+
+    class Words:
+        def tokenize(self, text):
+            return re.findall(r"\w+", text.lower())
+
+    expected = RougeScorer(["rougeL"], tokenizer=Words()).score(answer, prediction)["rougeL"].fmeasure
+    assert METRICS["rouge_l"]([""], [prediction], [answer]) == pytest.approx(100 * expected)
 
 
 def test_sari_is_the_evaluate_librarys_with_the_prompt_as_source(monkeypatch):

@@ -112,6 +112,15 @@ def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
     assert f"- seed: 1 ({a}), 1 ({b}), 2 ({c})" in (tmp_path / "comparison.md").read_text()
 
 
+def test_the_folder_that_holds_a_run_is_found_from_inside_of_the_run_too(tmp_path, monkeypatch):
+    a = save(tmp_path / "a")
+    save(tmp_path / "b", method="fft")
+    monkeypatch.chdir(a)
+    assert CliRunner().invoke(app, ["continual", "compare", ".", "../b"]).exit_code == 0
+    assert (tmp_path / "comparison.md").is_file()
+    assert [path.name for path in a.iterdir()] == ["scores.json"]
+
+
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     whole = save(tmp_path / "whole")
     assert list(compare([whole])) == [str(whole)]
@@ -125,8 +134,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         compare([whole, save(tmp_path / "big", model="meta/big")])
     with pytest.raises(HFTError, match=r"small has other test sets than .*whole"):
         compare([whole, save(tmp_path / "small", settings={"test_sets": "y"})])
-    with pytest.raises(HFTError, match="whole is given twice"):
-        compare([whole, whole])
+    for again in (whole, f"{whole}/", tmp_path / "part" / ".." / "whole"):
+        with pytest.raises(HFTError, match=r"whole/? is given twice"):
+            compare([again, whole])
     with pytest.raises(HFTError, match=r"nowhere has no scores\.json"):
         compare([whole, tmp_path / "nowhere"])
     assert write_comparison(compare([whole]), tmp_path / "new").is_file()

@@ -93,6 +93,10 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
         (json.dumps([ROW, {"prompt": "p", "output": "a"}]), "row 1 .*give it a prompt and an answer"),
         (json.dumps([ROW, ROW, {"prompt": "p", "answer": " "}]), "row 2 .* has answer ' ': it must be text"),
         (json.dumps([{"prompt": None, "answer": "a"}]), "row 0 .* has prompt None"),
+        (
+            json.dumps([ROW, {"prompt": "p", "answer": "a \ud83d"}]),
+            r"row 1 .*the lone surrogate '\\ud83d'\) in its answer",
+        ),
     ],
 )
 def test_rows_that_cannot_be_learned_are_named(tmp_path, content, complaint):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import tulu_row, ultrafeedback_row
+from conftest import started_from, tulu_row, ultrafeedback_row
 from warm import ROOT, Run
 
 from hft_trl import demo
@@ -43,8 +43,7 @@ def launch(model, tmp_path):
             Run(
                 tmp_path / f"log{len(runs)}",
                 "sft_then_dpo",
-                "--model",
-                model,
+                *started_from(model),
                 "--output_dir",
                 output,
                 *QUICK,
@@ -63,7 +62,7 @@ def launch(model, tmp_path):
 def whole(model, tmp_path_factory) -> Path:
     """A run that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    Run(output.parent / "log", "sft_then_dpo", "--model", model, "--output_dir", output, *QUICK).finish()
+    Run(output.parent / "log", "sft_then_dpo", *started_from(model), "--output_dir", output, *QUICK).finish()
     return output
 
 
@@ -71,7 +70,7 @@ def whole(model, tmp_path_factory) -> Path:
 def whole_of_two(model, tmp_path_factory) -> Path:
     """The same by two processes, on the same global batches."""
     output = tmp_path_factory.mktemp("whole_of_two") / "run"
-    flags = ["--model", model, "--output_dir", output, *QUICK, *HALVES]
+    flags = [*started_from(model), "--output_dir", output, *QUICK, *HALVES]
     Run(output.parent / "log", "sft_then_dpo", *flags, processes=2).finish()
     return output
 
@@ -206,7 +205,7 @@ def test_sigterm_outside_of_training_ends_with_the_same_code_and_nothing_torn(la
 def test_a_recipe_saves_when_its_launcher_gets_the_sigterm(model, tmp_path):
     """`accelerate launch` of one process ends without passing it on, nor waiting."""
     single = ["--config_file", "accelerate_configs/single.yaml", "recipes/sft_then_dpo.py"]
-    flags = ["--model", model, "--output_dir", tmp_path / "run", *QUICK, "--sft.max_steps", 100000]
+    flags = [*started_from(model), "--output_dir", tmp_path / "run", *QUICK, "--sft.max_steps", 100000]
     command = [sys.executable, "-m", "accelerate.commands.launch", *single, *flags]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=log, stderr=log)

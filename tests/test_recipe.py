@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import one_line, started_from
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, demo
@@ -140,6 +141,24 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(HFTError, match=r"broken\.yaml"):
         parse_recipe(["--config", str(tmp_path / "broken.yaml")])
+
+
+def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_path):
+    """Only the word demo is the demo's model; a default file for another model of one's own is no demo."""
+    for model in ("Qwen/Qwen3-0.6B", str(demo.MODEL)):
+        with pytest.raises(HFTError) as error:
+            demo_recipe("--model", model, "--sft.dataset", "mine.jsonl", "--evaluate", "x")
+        assert one_line(error).startswith(
+            f"model is '{model}', but without --config every setting is the embedded demo"
+        )
+        assert "--config recipes/configs/qwen3-4b.yaml" in str(error.value)
+        with pytest.raises(HFTError, match="but without --config"):
+            demo_recipe(f"--model.model-name-or-path={model}")
+        assert demo_recipe(*started_from(model)).sft.model.model_name_or_path == model
+    assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").sft.data.dataset == "mine.jsonl"
+    sections = {"model": "org/mine", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
+    recipe = parse_recipe(["--model", "org/other"], default_config=write(tmp_path, **sections))
+    assert recipe.sft.model.model_name_or_path == "org/other"
 
 
 def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):

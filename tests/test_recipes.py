@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama
+from conftest import started_from, tiny_llama
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
@@ -207,7 +207,7 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
         (["--evaluate", "demo", "--model.trust_remote_code", "true"], ["evaluate", "trust_remote_code"]),
         (["--sft.dataset", "missing.jsonl"], ["missing.jsonl"]),
         (["--dpo.split", "tests"], ["tests", "train_prefs"]),
-        (["--model", "missing/folder/of/a/model"], ["missing/folder/of/a/model"]),
+        (started_from("missing/folder/of/a/model"), ["missing/folder/of/a/model"]),
         (["--sft.max_length", "4"], ["max_length 4", "token to train on"]),
         (["--sft.bf16", "true"], ["bf16"]),
         (["--sft.eval_strategy", "steps"], ["sft", "eval_strategy", "eval_split"]),
@@ -270,7 +270,7 @@ def test_a_model_that_can_not_be_trained_is_refused_before_anything_is_written(r
         (bare, ["holds no weights"]),
         (torn, ["torn"]),
     ):
-        result = recipe("sft_then_dpo", "--model", model, "--output_dir", tmp_path / "out")
+        result = recipe("sft_then_dpo", *started_from(model), "--output_dir", tmp_path / "out")
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert (result.returncode, len(errors)) == (2, 1), result.stderr[-1000:]
         assert all(word in errors[0] for word in words), errors[0]

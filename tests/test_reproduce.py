@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 import time
@@ -165,15 +166,40 @@ def test_the_recipe_makes_scores_tables_and_pictures_and_a_rerun_makes_nothing_a
     assert sorted(times[0]) == ["base-1.json", "sft-fft-1.json", "sft-hft-1.json"]
     assert json.loads((tmp_path / "scores" / "base-1.json").read_text())["scores"]["knowledge"] == 100.0
     assert "| HFT | 1 |" in (tmp_path / "results.md").read_text()
+    assert "also those of earlier calls: 1 at most" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "sft.png").stat().st_size > 5000
 
 
-def test_an_unknown_question_is_refused():
-    command = [sys.executable, "recipes/reproduce.py", "--questions", "sftt"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 2
-    words = "choose from dpo, embeddings, importance, quantization, ratio, reselect, reset, sft, strategy, or all"
-    assert words in result.stderr
+def test_seeds_of_earlier_calls_are_counted_where_the_command_names_fewer(tmp_path, monkeypatch):
+    recipe = runpy.run_path(str(ROOT / "recipes" / "reproduce.py"))
+    monkeypatch.setattr(sys, "argv", ["recipes/reproduce.py", "--seeds", "1"])
+    monkeypatch.setitem(recipe["main"].__globals__, "run_trials", lambda *_: iter(()))
+    (tmp_path / "scores").mkdir()
+    for run in needed([question for question in QUESTIONS if question.name == "sft"]):
+        for seed in range(1, 2 if run.name == BASE else 4):
+            content = {"run": run.name, "seed": seed, "scores": {"knowledge": 90.0 + seed, "ability": 70.0}}
+            (tmp_path / "scores" / f"{run.name}-{seed}.json").write_text(json.dumps(content))
+    recipe["main"](*recipe["parse"](["--seeds", "1", "--questions", "sft", "--output_dir", str(tmp_path)]))
+    text = (tmp_path / "results.md").read_text()
+    assert "| HFT | 3 |" in text
+    assert "also those of earlier calls: 3 at most" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            ["--questions", "sftt"],
+            "choose from dpo, embeddings, importance, quantization, ratio, reselect, reset, sft, strategy, or all",
+        ),
+        (["--seeds", "0"], "--seeds and --sweep_seeds must be at least 1"),
+        (["--workers", "-1"], "--workers -1: it must be at least 1"),
+    ],
+)
+def test_options_that_can_not_be_are_refused(words, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "recipes" / "reproduce.py"))["parse"](words)
+    assert complaint in capsys.readouterr().err
 
 
 def scores_of(*rows: list[float]) -> dict:

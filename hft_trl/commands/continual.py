@@ -34,7 +34,7 @@ def compare_command(
         from hft_trl.continual.tables import comparison_grid, other_settings
 
         found = compare(runs)
-        written = write_comparison(found, out or Path(runs[0]).parent) if out or not as_json else None
+        written = write_comparison(found, out or Path(runs[0]).resolve().parent) if out or not as_json else None
     if as_json:
         keys = ("approach", "method", "settings", "op", "bwt", "bwt_t_minus_1", "matrix")
         typer.echo(json.dumps({name: {key: run[key] for key in keys} for name, run in found.items()}, indent=2))

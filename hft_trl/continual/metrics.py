@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import regex
+
 from hft_trl.errors import HFTError
 
 Metric = Callable[[Sequence[str], Sequence[str], Sequence[str]], float]
@@ -26,12 +28,13 @@ def edit_similarity(prompts: Sequence[str], predictions: Sequence[str], answers:
     """
     Mean share of characters that need no insertion or deletion (rapidfuzz's `ratio`), white space around them aside.
 
-    Placeholders of literals as Py150 has them (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code.
+    Placeholders of literals as Py150 has them (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code. An
+    empty prediction scores 0, also where the answer is a placeholder of an empty text.
     """
     from rapidfuzz.fuzz import ratio
 
     pairs = zip(predictions, answers, strict=True)
-    return _mean([ratio(*(_literals(text).strip() for text in pair)) for pair in pairs])
+    return _mean([ratio(*(_literals(text).strip() for text in pair)) if pair[0].strip() else 0.0 for pair in pairs])
 
 
 def _literals(text: str) -> str:
@@ -49,10 +52,18 @@ def rouge_l(prompts: Sequence[str], predictions: Sequence[str], answers: Sequenc
 
 
 class _Words:
-    """Words of any alphabet: rouge-score's own tokenizer drops every letter but a to z, so a German word falls apart."""
+    """
+    Words of any alphabet, and each Chinese or Japanese character by itself, since no space parts the words there.
+
+    rouge-score's own tokenizer drops every letter but a to z, so a German word falls apart. What `\\w` of Python's re leaves
+    out is the marks that belong to a letter (Hindi's vowels), so a word of these would fall apart too.
+    """
+
+    UNPARTED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+    WORD = regex.compile(rf"{UNPARTED}|(?:(?!{UNPARTED})(?:\p{{L}}\p{{M}}*|[\p{{N}}_]))+")
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+        return self.WORD.findall(text.lower())
 
 
 def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:

@@ -12,58 +12,26 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments
+from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments
 from hft_trl.config import HFTConfig
+from hft_trl.continual.arguments import ContinualArguments
 from hft_trl.continual.evaluate import check_lengths
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
 from hft_trl.continual.plan import rows_file
-from hft_trl.continual.rounds import ADAPTERS, Approach, Round, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Adapter, Stage, check_evaluation, make_stage
-from hft_trl.sections import answer_help, leaves_checkpointing, parse_section, read_sections
+from hft_trl.recipe import Adapter, Stage, check_defaults_model, check_evaluation, make_stage
+from hft_trl.sections import answer_help, leaves_checkpointing, names_config, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
 
 SECTIONS = ("model", "hft", "lora", "sft")
-
-
-@dataclasses.dataclass
-class ContinualArguments(RunArguments):
-    """
-    What belongs to a continual run as a whole: the keys above the sections, beside those of [`RunArguments`].
-
-    Args:
-        benchmark (`str`, *optional*):
-            TRACE's folder, any folder with a `tasks.yaml`, or `"demo"` for the embedded mini benchmark.
-        tasks (`str`, *optional*):
-            YAML file with tasks of one's own, which are learned after the benchmark's.
-        approach (`str`, *optional*, defaults to `"sequential"`):
-            See [`~hft_trl.continual.rounds.plan_rounds`].
-        replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in.
-        gem_memory (`int`, *optional*, defaults to `64`):
-            Rows of each earlier task in GEM's memory.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Longest prediction, in tokens (TRACE's `max_ans_len`).
-        eval_batch_size (`int`, *optional*, defaults to `64`):
-            Prompts that a process answers at a time.
-    """
-
-    benchmark: str | None = dataclasses.field(default=None, metadata={"help": "TRACE's folder, or demo."})
-    tasks: str | None = dataclasses.field(default=None, metadata={"help": "YAML file with tasks of your own."})
-    approach: Approach = dataclasses.field(default="sequential", metadata={"help": "How the tasks are learned."})
-    replay_share: float = dataclasses.field(
-        default=0.1, metadata={"help": "Share of each earlier task's rows that replay mixes in."}
-    )
-    gem_memory: int = dataclasses.field(default=64, metadata={"help": "Rows of each earlier task in GEM's memory."})
-    max_new_tokens: int = dataclasses.field(default=512, metadata={"help": "Longest prediction, in tokens."})
-    eval_batch_size: int = dataclasses.field(default=64, metadata={"help": "Prompts answered at a time."})
 
 
 @dataclasses.dataclass
@@ -201,7 +169,8 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         argv (`list[str]`):
             The command line without the program's name.
         default_config (`str` or `Path`, *optional*):
-            The YAML file to use when there is no `--config`.
+            The YAML file to use when there is no `--config`, but for its benchmark where the command line has `tasks`.
+            The embedded demo's serves no other model.
         help_text (`str`, *optional*):
             What `--help` prints.
 
@@ -210,14 +179,12 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, SECTIONS)
-    (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
-    if run.benchmark is None and run.tasks is None:
-        raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
-    if not 0 <= run.replay_share <= 1:
-        raise HFTError(f"replay_share is {run.replay_share!r}: it must be from 0 to 1.")
-    if run.gem_memory < 1:
-        raise HFTError(f"gem_memory is {run.gem_memory!r}: it must be at least 1, the rows kept of each earlier task.")
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
+    if not names_config(argv):
+        check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
+        if _given("tasks", {}, flags[""]):
+            values[""].pop("benchmark", None)
+    (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])

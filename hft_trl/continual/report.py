@@ -69,7 +69,8 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
             test sets than the first.
     """
     folders = [str(folder) for folder in folders]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise HFTError(f"{twice} is given twice: name each run once.")
     runs = {folder: _scores(Path(folder)) for folder in folders}

@@ -179,6 +179,13 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
         for key in ("prompt", "answer"):
             if not isinstance(row[key], str) or not row[key].strip():
                 raise HFTError(f"{where} has {key} {row[key]!r}: it must be text, and not empty.")
+            try:
+                row[key].encode()
+            except UnicodeEncodeError as error:
+                half = row[key][error.start]
+                raise HFTError(
+                    f"{where} has half a character (the lone surrogate {half!r}) in its {key}: mend or remove it."
+                ) from error
     return tuple(Row(row["prompt"], row["answer"]) for row in content)
 
 

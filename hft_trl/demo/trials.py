@@ -153,14 +153,15 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
     from hft_trl.recipe import parse_recipe
     from hft_trl.stage import load_data, load_tokenizer, train_and_save
 
-    words = ["--model", str(start), "--output_dir", str(folder), "--method", run.hft.get("method", "hft"), *flags]
+    words = ["--config", str(demo.RECIPE), "--model", str(start), "--output_dir", str(folder)]
+    words += ["--method", run.hft.get("method", "hft"), *flags]
     for key, value in {**run.hft, "seed": seed}.items():
         if key != "method":
             words += [f"--hft.{key}", str(value)]
     words += [
         word for stage in ("sft", "dpo") for word in (f"--{stage}.seed", str(seed), f"--{stage}.disable_tqdm", "true")
     ]
-    recipe = parse_recipe(words, default_config=demo.RECIPE)
+    recipe = parse_recipe(words)
     stage = recipe.sft if run.how == "sft" else dataclasses.replace(recipe.dpo, model=recipe.sft.model)
     open_stages([stage])
     if not finished(stage):

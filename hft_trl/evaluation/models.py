@@ -74,7 +74,8 @@ def model_digest(folder: Path) -> str:
     digests = fingerprints(_tensors(folder))
     for pattern in SETTINGS:
         for path in folder.glob(pattern):
-            digests[f"file {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            if path.is_file():  # a pattern may fit a folder that the user keeps there
+                digests[f"file {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return combined_digest(digests)
 
 

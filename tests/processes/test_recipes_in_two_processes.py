@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import tulu_row, ultrafeedback_row
+from conftest import started_from, tulu_row, ultrafeedback_row
 from launch import RECIPES, ROOT, finish, free_port, on_cpu, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,7 @@ def rows(folder, stage) -> str:
 
 
 def both_stages(base, folder) -> list[str]:
-    model = ["--model", base, "--model.chat_template", "tulu", "--output_dir", folder / "both", *QUICK]
+    model = [*started_from(base), "--model.chat_template", "tulu", "--output_dir", folder / "both", *QUICK]
     data = ["--sft.dataset", rows(folder, "sft"), "--dpo.dataset", rows(folder, "dpo"), "--dpo.split", "train"]
     return ["recipes/sft_then_dpo.py", *model, *data]
 
