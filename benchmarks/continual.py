@@ -23,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple
@@ -223,7 +223,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     figure(GRID, scores).savefig(output / "grid.png", dpi=130, facecolor="white")
     text = f"""# Continual learning on the embedded mini benchmark
 
-Made by `python benchmarks/continual.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} on {os.cpu_count()} cores
+Made by `python benchmarks/continual.py {shlex.join(sys.argv[1:])}` until {datetime.now(UTC):%Y-%m-%d} on {os.cpu_count()} cores
 ({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of eight
 rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in the base. Seeds differ in
 all but the tasks: every test set has 32 to 64 rows, and what other rows would change is not in the deviations. Adapters learn at

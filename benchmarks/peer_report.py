@@ -34,7 +34,7 @@ def about() -> dict[str, Any]:
         "machine": step.machine(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "environment": {**environment(), **versions},
     }
 

@@ -182,7 +182,7 @@ def main() -> None:
     about = {
         "machine": machine(),
         "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "environment": environment(),
         "options": dict(vars(options)),
     }

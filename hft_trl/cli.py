@@ -95,8 +95,9 @@ def select_command(
     with quiet():
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
+        from hft_trl.planning.shapes import shape_of
 
-        skeleton = build_on_meta(model_path(model), revision, trust_remote_code)
+        skeleton = build_on_meta(model_path(model) if revision else shape_of(model), revision, trust_remote_code)
         previous = selection_of(skeleton)
         stored = previous is not None and not settings
         selection = previous if stored else select(skeleton, config, previous)

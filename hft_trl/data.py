@@ -79,6 +79,29 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     return dataset
 
 
+def check_apart(source: str, split: str, eval_split: str) -> None:
+    """
+    Check that a stage is not evaluated on the rows that it learns from.
+
+    Args:
+        source (`str`):
+            As for [`load_split`].
+        split (`str`):
+            Split to train on.
+        eval_split (`str`):
+            Split to evaluate on.
+
+    Raises:
+        [`HFTError`]: If the source is a single file, which is one split whatever its name, and both are not parts of it.
+    """
+    if Path(source).is_file() and not ("[" in split and "[" in eval_split):
+        raise HFTError(
+            f"dataset {source!r} is one file, so eval_split {eval_split!r} has the rows of split {split!r}, and the model would be "
+            "evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split 'train[95%:]', or a folder with a "
+            "file for each, or set eval_strategy to 'no'."
+        )
+
+
 def content_digest(source: Path) -> str | None:
     """SHA-256 (hex) of the names and bytes of a local data set's files; `None` for what is no file or folder."""
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())

@@ -14,7 +14,7 @@ from trl.data_utils import is_conversational
 from hft_trl import chat
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
-from hft_trl.data import load_mixture, load_split
+from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
@@ -111,7 +111,7 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
             are prepared by several processes unless its `dataset_num_proc` says otherwise.
 
     Returns:
-        `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if the stage has an `eval_split`.
+        `tuple[Dataset, Dataset | None]`: Rows to train on, and rows to evaluate on if there is an `eval_strategy`.
 
     Raises:
         [`HFTError`]: Naming what is missing or the first row that can't be trained on.
@@ -121,8 +121,11 @@ def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
             f"{stage.name}: eval_strategy is {str(stage.args.eval_strategy.value)!r} but there is no eval_split to evaluate on: "
             "set eval_split, or eval_strategy to 'no'."
         )
+    evaluates = stage.args.eval_strategy != "no"
+    if evaluates and stage.mixture is None:
+        check_apart(stage.data.dataset, stage.data.split, stage.data.eval_split)
     train = _load_split(stage, stage.data.split)
-    evaluation = _load_split(stage, stage.data.eval_split) if stage.data.eval_split else None
+    evaluation = _load_split(stage, stage.data.eval_split) if evaluates else None
     if isinstance(stage.args, SFTConfig):
         stage.args.assistant_only_loss = stage.args.assistant_only_loss and is_conversational(train[0])
     if stage.args.dataset_num_proc is None and len(train) >= LARGE:

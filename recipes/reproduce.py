@@ -20,7 +20,7 @@ scipy: `pip install -c constraints.txt -e ".[eval]"`.
 import argparse
 import shlex
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -76,7 +76,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl"))
     head = f"""# The paper's questions on the embedded world
 
-Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(timezone.utc):%Y-%m-%d} ({versions}). Scores in percent, mean
+Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(UTC):%Y-%m-%d} ({versions}). Scores in percent, mean
 (standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most.
 Differences are taken seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."""
     write_figures(asked, scores, options.output_dir)

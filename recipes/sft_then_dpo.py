@@ -36,6 +36,7 @@ split) and `dpo` (those of trl.DPOConfig, and dataset, split). The same command 
 import sys
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 
 from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.evaluation import parse_suites
@@ -72,6 +73,8 @@ def main(recipe: Recipe) -> None:
                 hft_config=sft.hft,
             )
         train_and_save(sft, trainer, len(sft_data), base)
+        del trainer
+        clear_device_cache(garbage_collection=True)  # room for the next stage's policy and reference
 
     # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, wholly frozen
     if not finished(dpo):

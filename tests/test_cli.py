@@ -199,3 +199,12 @@ def test_plain_terminal_gets_plain_characters(folder):
     found = subprocess.run(command, check=True, capture_output=True, env=environment)
     assert b"# learns" in found.stdout
     assert found.stdout.isascii()
+
+
+def test_a_built_in_shape_needs_no_network_unless_a_folder_has_its_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = as_json("meta-llama/Llama-3.2-1B")
+    assert {row["category"]: row["share"] for row in found["categories"]}["attention"] == 0.5
+    tiny_llama(300).config.save_pretrained(tmp_path / "meta-llama" / "Llama-3.2-1B")
+    own = as_json("meta-llama/Llama-3.2-1B")
+    assert own["digest"] != found["digest"]

@@ -5,11 +5,13 @@ import json
 import pytest
 from conftest import one_line, tulu_row
 from datasets import Dataset, DatasetDict
-from trl import DatasetMixtureConfig
+from trl import DatasetMixtureConfig, SFTConfig
 from trl.scripts.utils import DatasetConfig
 
-from hft_trl.data import load_mixture, load_split
+from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.errors import HFTError
+from hft_trl.recipe import parse_stage
+from hft_trl.stage import load_data
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -108,3 +110,30 @@ def test_a_mixture_gives_its_splits_and_names_what_is_missing(tmp_path, tulu):
         load_mixture(DatasetMixtureConfig(datasets=[part]), "test")
     with pytest.raises(HFTError, match="mixture"):
         load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path="nobody/nothing")]), "train")
+
+
+@pytest.mark.parametrize(
+    ("split", "eval_split"), [("train", "test"), ("train", "train"), ("train[:9]", "test"), ("train", "test[9:]")]
+)
+def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu, split, eval_split):
+    path = tmp_path / "chats.jsonl"
+    tulu.to_json(path)
+    with pytest.raises(HFTError) as error:
+        check_apart(str(path), split, eval_split)
+    assert f"eval_split {eval_split!r} has the rows of split {split!r}" in one_line(error)
+    check_apart(str(path), "train[:95%]", "train[95%:]")
+    check_apart(str(tmp_path), split, eval_split)
+    check_apart("org/hub", split, eval_split)
+
+
+def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_path, tulu):
+    path = tmp_path / "chats.jsonl"
+    tulu.to_json(path)
+    flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--dataset_name", str(path)]
+    rows, evaluation = load_data(parse_stage("sft", SFTConfig, flags)[0])
+    assert (len(rows), evaluation) == (len(tulu), None)
+    flags += ["--eval_strategy", "epoch"]
+    with pytest.raises(HFTError, match="is one file"):
+        load_data(parse_stage("sft", SFTConfig, flags)[0])
+    flags += ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
+    assert [len(part) for part in load_data(parse_stage("sft", SFTConfig, flags)[0])] == [30, 2]

@@ -1,5 +1,6 @@
 """The recipes as a user runs them: through `accelerate launch`, on files in the hub's schemas, to the last output."""
 
+import gc
 import json
 import runpy
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from hft_trl import HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.evaluation.run import evaluate_models
 
 ROOT = Path(__file__).parent.parent
@@ -327,3 +329,23 @@ def test_overwrite_starts_afresh(recipe, finished_run, tmp_path):
     stages = json.loads((output / "report.json").read_text())["stages"]
     assert [stage["method"] for stage in stages] == ["fft", "fft"]
     assert all(unit["relative_change"] > 0 for unit in stages[0]["moved"])
+
+
+def test_nothing_of_the_sft_stage_is_held_when_dpo_begins(recipe, monkeypatch, tmp_path):
+    """Its trainer holds itself, so it has to be collected: policy and reference need the room."""
+    begin, held = HFTDPOTrainer.__init__, []
+
+    def watched(self, *args, **kwargs):
+        trainers = [thing for thing in gc.get_objects() if issubclass(type(thing), HFTSFTTrainer)]
+        held.append([trainer.args.output_dir for trainer in trainers])
+        begin(self, *args, **kwargs)
+
+    monkeypatch.setattr(HFTDPOTrainer, "__init__", watched)
+    gc.disable()  # else whether it was collected by then is chance
+    try:
+        result = recipe("sft_then_dpo", "--output_dir", tmp_path, "--sft.max_steps", 1, "--dpo.max_steps", 1)
+    finally:
+        gc.enable()
+    assert result.returncode == 0, result.stderr[-2000:]
+    (of_dpo,) = held
+    assert str(tmp_path / "sft") not in of_dpo

@@ -22,7 +22,10 @@ def half_reset_command(
     ratio: Annotated[
         float | None, setting("ratio", "Share of the layers' parameters that stays tuned, in (0, 1].")
     ] = None,
-    strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
+    strategy: Annotated[
+        Literal["category", "layer", "model"] | None,
+        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+    ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[
         list[str] | None, setting("exclude", "Regular expressions on parameter names: always set back.")

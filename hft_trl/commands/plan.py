@@ -58,7 +58,10 @@ def plan_command(
         bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: under fsdp2, the frozen half whole.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[Literal["category", "layer", "model"] | None, setting("strategy")] = None,
+    strategy: Annotated[
+        Literal["category", "layer", "model"] | None,
+        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+    ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")

@@ -190,4 +190,6 @@ def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     try:
         import quadprog  # noqa: F401
     except ImportError as error:
-        raise HFTError("the approach gem needs quadprog: run pip install 'hft-trl[continual]'.") from error
+        raise HFTError(
+            "the approach gem needs quadprog: run pip install -c constraints.txt -e '.[continual]'."
+        ) from error

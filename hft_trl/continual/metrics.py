@@ -128,4 +128,6 @@ def check_metrics(names: Sequence[str]) -> None:
         try:
             METRICS[name](["a b"], ["a b"], ["a b"])
         except ImportError as error:
-            raise HFTError(f"the metric {name} needs {error.name}: run pip install 'hft-trl[continual]'.") from error
+            raise HFTError(
+                f"the metric {name} needs {error.name}: run pip install -c constraints.txt -e '.[continual]'."
+            ) from error

@@ -239,7 +239,7 @@ def _check_adapter(stage: Stage) -> None:
     try:
         from hft_trl.continual.adapters import check_adapter
     except ImportError as error:
-        raise HFTError(f"adapters need {error.name}: run pip install 'hft-trl[continual]'.") from error
+        raise HFTError(f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'.") from error
     check_adapter(stage)
 
 

@@ -1,7 +1,7 @@
 """What an evaluation measured: the content of `evaluation.json`."""
 
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from math import sqrt
 from typing import Any
 
@@ -55,7 +55,7 @@ class Evaluation:
     skipped: list[str] = field(default_factory=list)
     limit: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def average(self, suite: str, model: str) -> Score:
         """

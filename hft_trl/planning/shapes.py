@@ -15,4 +15,6 @@ def built_in() -> list[str]:
 
 def shape_of(model: str) -> str:
     """Where a model's config is: the package's own folder for a built-in shape or `demo`, else the folder or hub id itself."""
-    return str(SHAPES / model) if model in built_in() else demo.model_path(model)
+    if model in built_in() and not Path(model).is_dir():
+        return str(SHAPES / model)
+    return demo.model_path(model)

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -158,7 +158,7 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     num_processes: int = 1
     environment: dict[str, Any] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = REPORT_VERSION
 
     def save(self, directory: str | Path) -> Path:
