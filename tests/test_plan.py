@@ -145,16 +145,19 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     assert "is there already" in again.output
 
 
-def test_layers_that_are_checkpointed_by_turns_reach_the_trainer(tmp_path):
-    """`selective` is transformers' `every_n_layers`."""
+def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
+    """`selective` is transformers' `every_n_layers`; `sync_each_batch` is accelerate's, in a stage that needs it."""
     from hft_trl import HFTConfig
     from hft_trl.planning.fit import Plan, Task
     from hft_trl.planning.write import write
 
     task = Task("sft", 1, 80 * 10**9, 64, 8)
-    plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1)) for name, n in (("sft", 2), ("dpo", 0))}
+    plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1, n > 0)) for name, n in (("sft", 2), ("dpo", 0))}
     recipe, _ = write(str(tmp_path), "demo", HFTConfig(), plans)
-    args = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"]).sft.args
+    stages = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
+    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in (stages.sft, stages.dpo)]
+    assert kwargs == [{"sync_each_batch": True}, None]
+    args = stages.sft.args
     assert args.activation_checkpointing is True
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2}
 

@@ -58,6 +58,15 @@ def test_the_least_recomputation_that_fits_is_taken(stage_of, base, monkeypatch,
     assert len(set(totals.values())) > 1
 
 
+def test_the_stage_s_own_sync_each_batch_is_planned_with(stage_of, monkeypatch):
+    """Under FSDP2 it decides whether gradients wait whole for the last micro-batch."""
+    seen, one = [], Planner.one
+    monkeypatch.setattr(Planner, "one", lambda self, *given: seen.append(given[-1]) or one(self, *given))
+    for flags in ((), ("--accelerator_config", '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}')):
+        settle_checkpointing(stage_of("sft", *flags))
+    assert seen == [False, True]
+
+
 def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(stage_of, monkeypatch, caplog):
     monkeypatch.setattr(auto, "_memory", lambda: RESERVED + 1)
     stage = stage_of("dpo")

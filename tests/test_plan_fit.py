@@ -98,6 +98,31 @@ def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, plann
         assert 2 * narrow[part] == wide[part]
 
 
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_fsdp2_holds_whole_gradients_between_micro_batches_unless_each_is_synced(planners, method):
+    """As real processes do (`tests/processes`): 2 bytes for each trained number, in place of 4 divided among the GPUs."""
+    planner, asked = planners[method], task(80, gpus=8, layouts=("fsdp2",))
+    whole, synced = (planner.one(asked, "fsdp2", 1, 1, sync) for sync in (False, True))
+    assert (whole.sync_each_batch, synced.sync_each_batch) == (False, True)
+    assert whole.memory["gradients"] == 2 * planner._sizes.trainable
+    assert synced.memory["gradients"] == 4 * planner._sizes.trainable // 8
+    assert whole.total - synced.total == whole.memory["gradients"] - synced.memory["gradients"]
+    at_once = [planner.one(asked, "fsdp2", 2, 1, sync) for sync in (False, True)]
+    assert at_once[0] == at_once[1]  # without accumulation there is nothing to wait for
+    for name in ("ddp", "zero2", "zero3"):  # DDP's are whole anyway, DeepSpeed reduces each micro-batch
+        assert planner.one(asked, name, 1, 1, True) == planner.one(asked, name, 1, 1)
+
+
+def test_whole_gradients_are_taken_where_they_fit_and_divided_before_more_is_computed_again(planners):
+    """They cost least traffic; with a byte less there is `sync_each_batch`, and as little recomputation."""
+    planner = planners["hft"]
+    whole, synced = (planner.one(task(80, gpus=8, layouts=("fsdp2",)), "fsdp2", 1, 0, sync) for sync in (False, True))
+    for total, expected in ((whole.total, whole), (whole.total - 1, synced), (synced.total, synced)):
+        plan = planner.plan(Task("sft", 8, total + RESERVED, 2048, 16, layouts=("fsdp2",)))
+        assert (plan.sync_each_batch, plan.micro_batch, plan.checkpointed) == (expected.sync_each_batch, 1, 0)
+        assert plan.memory == expected.memory
+
+
 def test_ddp_is_taken_where_it_fits_and_fsdp2_where_it_does_not(planners):
     assert planners["hft"].plan(task(60, gpus=8)).layout == "ddp"
     assert planners["hft"].plan(task(15, gpus=8)).layout == "fsdp2"
@@ -142,6 +167,7 @@ def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planner
     (gpus,) = [flags for flags, other in helps.items() if flags.startswith("--gpus") and other.fits]
     more = dataclasses.replace(asked, gpus=int(gpus.split()[1]), layouts=())
     assert planners["hft"].plan(more).fits
+    assert helps[gpus].sync_each_batch  # the smallest way, as all of them
 
 
 def test_the_smallest_way_on_one_gpu_is_named_with_the_batch_that_fits(planners):

@@ -143,6 +143,7 @@ def plan_command(
             )
             for flags, other in ways:
                 verdict = "fits" if other.fits else "not enough"
+                verdict += " with sync_each_batch" if other.sync_each_batch else ""
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
     for text, ratio_ in (
         ("HFT's step computes {} of FFT's at the same settings", ratios["equal_settings"]),

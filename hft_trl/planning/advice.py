@@ -46,7 +46,7 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             if gpus > task.gpus and task.global_batch % gpus == 0:
                 more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))
-                other = planner.one(more, "fsdp2", 1, 1)
+                other = planner.one(more, "fsdp2", 1, 1, sync_each_batch=True)
                 if other.fits:
                     found.append((f"--gpus {gpus}", other))
                     break

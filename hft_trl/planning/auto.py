@@ -177,10 +177,16 @@ def _least(planner: Planner, stage: Stage, task: Task) -> Plan:
     if _layout(stage) == "zero3":
         ways = (ways[0], ways[-1])  # frozen parameters need reentrant checkpointing there, of all layers or none
     for way in ways:
-        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way)
+        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way, _syncs(stage))
         if plan.fits:
             break
     return plan
+
+
+def _syncs(stage: Stage) -> bool:
+    """Whether the stage's own settings divide gradients after each micro-batch."""
+    kwargs = stage.args.accelerator_config.gradient_accumulation_kwargs or {}
+    return bool(kwargs.get("sync_each_batch"))
 
 
 def _apply(plan: Plan, stage: Stage) -> None:

@@ -9,7 +9,17 @@ from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, held, sizes, while_stepping
+from hft_trl.planning.memory import (
+    DTYPES,
+    LAYOUTS,
+    Layout,
+    Storage,
+    at_peak,
+    awaiting_reduction,
+    held,
+    sizes,
+    while_stepping,
+)
 from hft_trl.planning.step import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
 
@@ -122,6 +132,8 @@ class Plan:
         saved (`int`): Bytes that the forward pass keeps for the backward pass.
         operations (`int`): Floating-point operations of one GPU for an optimizer step.
         available (`int`): Bytes that the GPU has for it.
+        sync_each_batch (`bool`, *optional*, defaults to `False`): Whether gradients are divided among the GPUs after each
+            micro-batch, not only after the last one of a step.
     """
 
     method: str
@@ -133,6 +145,7 @@ class Plan:
     saved: int
     operations: int
     available: int
+    sync_each_batch: bool = False
 
     @property
     def total(self) -> int:
@@ -176,16 +189,22 @@ class Planner:
         sizes_ = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in sizes_ if size * rows * task.sequence_length >= BUSY), sizes_[-1])
+        ways = [
+            (checkpointed, name, sync)
+            for checkpointed in CHECKPOINTING[task.stage]
+            for name in self._layouts(task)
+            if not self._hopeless(task, name)
+            for sync in _reductions(name)
+        ]
         for least in dict.fromkeys((busy, sizes_[0])):
-            for checkpointed in CHECKPOINTING[task.stage]:
-                for name in self._layouts(task):
-                    if self._hopeless(task, name):
-                        continue
-                    plan = self.one(task, name, least, checkpointed)
-                    if plan.fits:
-                        larger = [size for size in sizes_ if size > least]
-                        return _last(larger, lambda size: self.one(task, name, size, checkpointed), plan)  # noqa: B023
-        smallest = (self.one(task, name, sizes_[0], 1) for name in self._layouts(task))
+            for checkpointed, name, sync in ways:
+                plan = self.one(task, name, least, checkpointed, sync)
+                if plan.fits:
+                    larger = [size for size in sizes_ if size > least]
+                    return _last(larger, lambda size: self.one(task, name, size, checkpointed, sync), plan)  # noqa: B023
+        smallest = (
+            self.one(task, name, sizes_[0], 1, sync) for name in self._layouts(task) for sync in _reductions(name)
+        )
         return min(smallest, key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
@@ -205,13 +224,15 @@ class Planner:
                 break
         return found
 
-    def one(self, task: Task, name: str, micro_batch: int, checkpointed: int) -> Plan:
+    def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
         """What one way of training takes, whether it fits or not."""
         layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
-        memory = at_peak(parts, step, layout, accumulation > 1)
+        deferred = layout.defers_reduction and accumulation > 1 and not sync_each_batch
+        in_passes = awaiting_reduction(parts, self._sizes) if deferred else parts
+        memory = at_peak(in_passes, step, layout, accumulation > 1)
         together = task.storage.optim == "adamw_torch" and task.device == "cuda"
         if together and not task.storage.optimizer_in_backward:
             memory = max(memory, while_stepping(parts), key=lambda held_: sum(held_.values()))
@@ -225,6 +246,7 @@ class Planner:
             step.saved,
             step.operations * accumulation,
             task.gpu_memory - RESERVED,
+            sync_each_batch and layout.defers_reduction and accumulation > 1,
         )
 
     def _layout(self, task: Task, name: str) -> Layout:
@@ -266,6 +288,11 @@ class Planner:
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
         return self._steps[settings]
+
+
+def _reductions(name: str) -> tuple[bool, ...]:
+    """Values of `sync_each_batch` to choose from, the one with less traffic first."""
+    return (False, True) if LAYOUTS[name].defers_reduction else (False,)
 
 
 def _last(sizes: Sequence[int], plan_of: Callable[[int], Plan], best: Plan) -> Plan:

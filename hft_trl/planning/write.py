@@ -116,6 +116,12 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
     selective = (
         f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
     )
+    divided = (
+        "  accelerator_config: # gradients never wait whole for the last micro-batch: less memory, more traffic\n"
+        "    gradient_accumulation_kwargs:\n      sync_each_batch: true\n"
+        if plan.sync_each_batch
+        else ""
+    )
     unclipped = "  max_grad_norm: 0\n" if task.storage.optimizer_in_backward else ""
     return f"""
 {name}:
@@ -123,7 +129,7 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
   # Global batch {task.global_batch} = {task.gpus} x {plan.micro_batch} x {plan.accumulation}
   per_device_train_batch_size: {plan.micro_batch}
   gradient_accumulation_steps: {plan.accumulation}
-{SCHEDULE[name]}  # About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU; checkpointing: {checkpointing(plan)}
+{divided}{SCHEDULE[name]}  # About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU; checkpointing: {checkpointing(plan)}
   bf16: true
   gradient_checkpointing: {str(plan.checkpointed > 0).lower()}
 {selective}  optim: {task.storage.optim}
