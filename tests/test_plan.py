@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import tiny_llama
@@ -148,7 +149,8 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
 def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
     """`selective` is transformers' `every_n_layers`; `sync_each_batch` is accelerate's, in a stage that needs it."""
     from hft_trl import HFTConfig
-    from hft_trl.planning.fit import Plan, Task
+    from hft_trl.planning.fit import Plan
+    from hft_trl.planning.task import Task
     from hft_trl.planning.write import write
 
     task = Task("sft", 1, 80 * 10**9, 64, 8)
@@ -187,10 +189,12 @@ def test_more_tokens_than_positions_are_refused(folder):
     assert "has 128 positions" in result.output
 
 
-def test_the_built_in_shapes_have_the_published_sizes():
+def test_the_built_in_shapes_have_the_published_sizes_and_types():
     assert built_in() == sorted(PARAMETERS)
     for name, published in PARAMETERS.items():
-        assert sum(p.numel() for p in build_on_meta(str(SHAPES / name)).parameters()) == published
+        skeleton = build_on_meta(str(SHAPES / name))
+        assert sum(p.numel() for p in skeleton.parameters()) == published
+        assert skeleton.config.dtype == (torch.float16 if "Llama-2" in name else torch.bfloat16)
 
 
 def test_help_and_documentation_name_every_built_in_shape():
@@ -217,4 +221,20 @@ def test_a_built_in_shape_needs_no_network():
     result = run("meta-llama/Llama-2-7b-hf", "--gpus", "1", "--gpu-memory", "24GB")
     assert result.exit_code == 0, result.output
     assert "HFT does not fit" in result.stdout
-    assert "--gpus 4" in result.stdout
+    assert "--gpus 4: 21.7 GB, fits with sync_each_batch" in result.stdout
+    assert "--gpus 8: 18.2 GB, fits with sync_each_batch" in result.stdout  # FFT's
+    assert "--dtype" not in result.stdout  # Llama 2 is published in float16
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dtype", "bfloat16"), "--dtype is bfloat16, but the model's weights are float16"),
+        (("--gpus", 8, "--launch", "zero3"), "--launch is zero3, which casts all weights to bfloat16"),
+    ],
+)
+def test_a_type_that_a_run_would_refuse_is_refused(flags, words):
+    """Before a step is traced: the frozen half has to keep the bits of the published weights."""
+    result = run("meta-llama/Llama-2-7b-hf", *flags)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())

@@ -1,6 +1,7 @@
 """Which plan is taken: it fits, nothing that computes less does, and its parts follow the launch configuration."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hft_trl import HFTConfig, HFTError
 from hft_trl.planning.advice import what_helps
-from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, operations_ratios
 from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
+from hft_trl.planning.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +195,29 @@ def test_an_optimizer_that_steps_together_has_one_more_copy_of_what_learns(plann
     assert fused.memory["optimizer"] == cpu.memory["optimizer"]
     assert together.memory["optimizer"] == fused.memory["optimizer"] + together.memory["gradients"]
     assert together.total > fused.total
+
+
+def test_only_types_that_keep_the_frozen_half_s_bits_are_planned_for(planners, monkeypatch):
+    """Full fine-tuning freezes nothing, and of a config that tells no type nothing is said."""
+    asked = task(9)
+    plan = planners["hft"].plan(asked)
+    narrow, zero = task(9, storage=Storage("bfloat16")), task(9, gpus=2, layouts=("zero2",))
+    for published, refused in (
+        (None, ()),
+        (torch.bfloat16, ()),
+        (torch.float16, (narrow, zero)),
+        (torch.float32, (narrow, zero)),
+    ):
+        for planner in planners.values():
+            monkeypatch.setattr(planner, "_published", published)
+            planner.check_types(asked)
+        for other in (narrow, zero):
+            planners["fft"].check_types(other)
+            with pytest.raises(HFTError, match="keep its bits") if other in refused else nullcontext():
+                planners["hft"].check_types(other)
+        helps = dict(what_helps(planners["hft"], asked, plan))
+        assert any("--dtype bfloat16" in flags for flags in helps) == (not refused)
+        assert any("--frozen-dtype bfloat16" in flags for flags in helps)  # whose bits are saved from the file
 
 
 def test_full_fine_tuning_is_not_told_to_freeze(planners):

@@ -93,10 +93,11 @@ def plan_command(
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
         from hft_trl.planning.advice import what_helps
-        from hft_trl.planning.fit import Planner, Task, operations_ratios
+        from hft_trl.planning.fit import Planner, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.shapes import shape_of
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
+        from hft_trl.planning.task import Task
         from hft_trl.planning.write import write as write_plan
 
         task = Task(
@@ -113,6 +114,8 @@ def plan_command(
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
+        for name in shown:
+            planners[name].check_types(task)
         plans = [planners[name].plan(task) for name in shown]
         helps = [[] if plan.fits else what_helps(planners[plan.method], task, plan) for plan in plans]
         ratios = operations_ratios(planners, task, plans)

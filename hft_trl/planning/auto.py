@@ -17,9 +17,10 @@ from hft_trl.backends import fsdp_version
 from hft_trl.checkpoints import selection_of
 from hft_trl.errors import HFTError
 from hft_trl.meta import build_on_meta
-from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner, Task
+from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.show import checkpointing
+from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
@@ -13,7 +13,6 @@ from hft_trl.planning.memory import (
     DTYPES,
     LAYOUTS,
     Layout,
-    Storage,
     at_peak,
     awaiting_reduction,
     held,
@@ -21,100 +20,15 @@ from hft_trl.planning.memory import (
     while_stepping,
 )
 from hft_trl.planning.step import Step, StepSettings, trace_step
+from hft_trl.planning.task import Task
 from hft_trl.selection import Selection, select
+from hft_trl.weights import rounds
 
 # Left for the CUDA context, cuBLAS and the gaps between the allocator's blocks.
 RESERVED = 10**9
 BUSY = 2048  # tokens: a GPU that computes fewer at once waits for memory more than it computes
 # Every n-th layer is checkpointed: 0 is none, 1 is all. TRL 1.16's DPO trainer knows only these two.
 CHECKPOINTING = {"sft": (0, 4, 3, 2, 1), "dpo": (0, 1)}
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    What is to be trained, and on what.
-
-    Args:
-        stage (`str`): `"sft"` or `"dpo"`.
-        gpus (`int`): GPUs, all of them together.
-        gpu_memory (`int`): Bytes of one.
-        sequence_length (`int`): Tokens of the longest rows.
-        global_batch (`int`): Rows (pairs) of an optimizer step.
-        storage ([`Storage`]): Types of weights and optimizer.
-        layouts (`tuple[str, ...]`): Launch configurations to choose from, the best first.
-        autocast (`bool`, *optional*, defaults to `True`): Whether there is mixed precision.
-        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
-
-    Raises:
-        [`HFTError`]: If numbers don't fit each other.
-    """
-
-    stage: Literal["sft", "dpo"]
-    gpus: int
-    gpu_memory: int
-    sequence_length: int
-    global_batch: int
-    storage: Storage = field(default_factory=Storage)
-    layouts: tuple[str, ...] = ()
-    autocast: bool = True
-    device: Literal["cuda", "cpu"] = "cuda"
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "sequence_length", "global_batch"):
-            least = 2 if name == "sequence_length" else 1
-            if vars(self)[name] < least:
-                raise HFTError(f"--{name.replace('_', '-')} is {vars(self)[name]}: it must be at least {least}.")
-        if self.global_batch % self.gpus:
-            below = self.global_batch // self.gpus * self.gpus or self.gpus
-            raise HFTError(
-                f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
-            )
-        if not self.layouts:
-            several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
-            if self.storage.replicate_frozen:
-                several = ("fsdp2",)
-            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
-        if self.storage.optimizer_in_backward and self.gpus > 1:
-            raise HFTError(
-                f"--optimizer-in-backward is for one GPU, but --gpus is {self.gpus}: leave one of them out."
-            )
-        if self.storage.replicate_frozen and self.layouts != ("fsdp2",):
-            raise HFTError(
-                f"--replicate-frozen is for fsdp2, but --launch is {', '.join(self.layouts)}: leave one of them out, or use fsdp2 "
-                "on 2 GPUs or more."
-            )
-        if self.storage.replicate_frozen and "bfloat16" not in (self.storage.dtype, self.storage.frozen_dtype):
-            raise HFTError(
-                "replicate_frozen needs a frozen half in the type that FSDP2 computes in: set frozen_dtype to bfloat16 too."
-            )
-        for name in self.layouts:
-            if name not in LAYOUTS:
-                raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
-            if (name == "single") != (self.gpus == 1):
-                many = "ddp, fsdp2, zero2 or zero3"
-                raise HFTError(
-                    f"--launch is {name}, but --gpus is {self.gpus}: {'use ' + many if name == 'single' else 'use single'}."
-                )
-            if name.startswith("zero") and (
-                self.storage.frozen_dtype or self.storage.dtype != "float32" or self.gpus > 8
-            ):
-                raise HFTError(
-                    f"--launch is {name}, which holds a model in one type and has a file for one machine: leave --frozen-dtype, "
-                    "--dtype and more than 8 GPUs out, or use fsdp2."
-                )
-            if self.storage.frozen_quantization and LAYOUTS[name].weights | LAYOUTS[name].gradients:
-                raise HFTError(f"--launch is {name}, which can't shard quantised matrices: use single or ddp.")
-            if self.storage.in_eight_bits and LAYOUTS[name].optimizer and len(self.layouts) == 1:
-                raise HFTError(f"--optim is {self.storage.optim}, which is not tested with {name}: use single or ddp.")
-
-    @property
-    def micro_batches(self) -> list[int]:
-        """What one GPU may take at once, so that all micro-batches of a step are alike."""
-        own = self.global_batch // self.gpus
-        if self.storage.optimizer_in_backward:  # gradients that are freed can't be added up
-            return [own]
-        return [size for size in range(1, own + 1) if own % size == 0]
 
 
 @dataclass(frozen=True)
@@ -175,7 +89,7 @@ class Planner:
         self.method = hft.method
         self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self._selection)
-        self._shares = hft.share_reference
+        self._shares, self._published = hft.share_reference, skeleton.config.dtype
         self._steps: dict[StepSettings, Step] = {}
 
     def plan(self, task: Task) -> Plan:
@@ -206,6 +120,33 @@ class Planner:
             self.one(task, name, sizes_[0], 1, sync) for name in self._layouts(task) for sync in _reductions(name)
         )
         return min(smallest, key=lambda plan: plan.total)
+
+    def rounds(self, dtype: str) -> bool:
+        """Whether the model's published weights can't be loaded in a type, since the frozen half has to keep its bits."""
+        return self.method == "hft" and rounds(self._published, DTYPES[dtype])
+
+    def check_types(self, task: Task) -> None:
+        """
+        Check that a half can be trained in the types asked for.
+
+        Args:
+            task ([`Task`]):
+                What is to be trained.
+
+        Raises:
+            [`HFTError`]: Naming the flag that rounds the published weights.
+        """
+        zero = [name for name in task.layouts if name.startswith("zero")]
+        if zero and self.rounds("bfloat16"):
+            raise HFTError(
+                f"--launch is {zero[0]}, which casts all weights to bfloat16, but the model's are {_name(self._published)}, so the "
+                "frozen half could not keep its bits: use fsdp2, or --method fft."
+            )
+        if self.rounds(task.storage.dtype):
+            raise HFTError(
+                f"--dtype is {task.storage.dtype}, but the model's weights are {_name(self._published)}, so the frozen half could "
+                "not keep its bits: leave --dtype out, which is float32, or use --method fft."
+            )
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
         """
@@ -288,6 +229,10 @@ class Planner:
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
         return self._steps[settings]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _reductions(name: str) -> tuple[bool, ...]:

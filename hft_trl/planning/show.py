@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from hft_trl.planning.fit import RESERVED, Plan, Task
+from hft_trl.planning.fit import RESERVED, Plan
+from hft_trl.planning.task import Task
 from hft_trl.report.tables import Grid
 
 PARTS = {

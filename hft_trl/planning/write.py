@@ -8,8 +8,9 @@ from pathlib import Path
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import replacing, writing
-from hft_trl.planning.fit import Plan, Task
+from hft_trl.planning.fit import Plan
 from hft_trl.planning.show import checkpointing
+from hft_trl.planning.task import Task
 
 RECIPE, LAUNCH = "recipe.yaml", "launch.sh"
 DATA = {
