@@ -82,7 +82,7 @@ def test_a_short_row_alone_does_not_keep_a_gpu_busy(planners):
 @pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("dpo", "fft")])
 def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planners, stage, method):
     """Weights, gradients, optimizer and reference of all GPUs together are those of one that holds everything."""
-    counted = sizes(skeleton, planners[method]._selection)
+    counted = sizes(skeleton, planners[method].selection)
     alone = held(counted, LAYOUTS["single"].unshared(), 1, Storage(), stage == "dpo")
     shared = held(counted, LAYOUTS["fsdp2"], 8, Storage(), stage == "dpo")
     for part in ("weights_trainable", "weights_frozen", "reference", "gradients", "optimizer"):
@@ -92,7 +92,7 @@ def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planner
 
 def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, planners):
     """accelerate upcasts what learns; what is frozen, and the reference, keep their type."""
-    counted = sizes(skeleton, planners["hft"]._selection)
+    counted = sizes(skeleton, planners["hft"].selection)
     wide, narrow = (held(counted, LAYOUTS["fsdp2"], 2, Storage(dtype), True) for dtype in ("float32", "bfloat16"))
     for part in ("weights_trainable", "gradients", "optimizer"):
         assert narrow[part] == wide[part]
@@ -310,5 +310,5 @@ def test_updates_inside_the_backward_pass_take_the_whole_batch_at_once_and_one_g
 def test_the_selection_is_that_of_the_config():
     """A seed that draws other matrices of other sizes leads to its own bytes."""
     model = tiny_llama(300)
-    shares = {sizes(model, Planner(model, HFTConfig(ratio=ratio))._selection).trainable for ratio in (0.25, 0.5, 1.0)}
+    shares = {sizes(model, Planner(model, HFTConfig(ratio=ratio)).selection).trainable for ratio in (0.25, 0.5, 1.0)}
     assert len(shares) == 3

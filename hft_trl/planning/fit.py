@@ -83,12 +83,16 @@ class Planner:
             The method, and what to train.
         previous ([`Selection`], *optional*):
             What the model was trained with.
+
+    Attributes:
+        method (`str`): `"hft"` or `"fft"`.
+        selection ([`Selection`]): What learns, by its shape.
     """
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
-        self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
-        self._sizes = sizes(skeleton, self._selection)
+        self._skeleton, self.selection = skeleton, select(skeleton, hft.by_shape(), previous)
+        self._sizes = sizes(skeleton, self.selection)
         self._shares, self._published = hft.share_reference, skeleton.config.dtype
         self._steps: dict[StepSettings, Step] = {}
 
@@ -227,7 +231,7 @@ class Planner:
             optimizer_in_backward=task.storage.optimizer_in_backward,
         )
         if settings not in self._steps:
-            self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
+            self._steps[settings] = trace_step(self._skeleton, self.selection, settings)
         return self._steps[settings]
 
 
