@@ -1,6 +1,7 @@
 """`hft-trl plan`: what it prints, writes and refuses, and the shapes that come with the package."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -12,11 +13,14 @@ from accelerate.commands.launch import launch_command_parser
 from conftest import tiny_llama
 from typer.testing import CliRunner
 
-from hft_trl import HFTError
+from hft_trl import HFTConfig, HFTError
 from hft_trl.cli import app
 from hft_trl.commands.plan import parse_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.planning.fit import Plan
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
+from hft_trl.planning.task import Task
+from hft_trl.planning.write import write
 from hft_trl.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -148,11 +152,6 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
 
 def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
     """`selective` is transformers' `every_n_layers`; `sync_each_batch` is accelerate's, in a stage that needs it."""
-    from hft_trl import HFTConfig
-    from hft_trl.planning.fit import Plan
-    from hft_trl.planning.task import Task
-    from hft_trl.planning.write import write
-
     task = Task("sft", 1, 80 * 10**9, 64, 8)
     plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1, n > 0)) for name, n in (("sft", 2), ("dpo", 0))}
     recipe, _ = write(str(tmp_path), "demo", HFTConfig(), plans)
@@ -162,6 +161,29 @@ def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
     args = stages.sft.args
     assert args.activation_checkpointing is True
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2}
+
+
+def test_what_is_written_is_found_from_any_folder(folder, tmp_path, monkeypatch):
+    """Of a relative folder and model; a hub id with its revision and its own code, and the word demo, stay as they are."""
+    task = Task("sft", 1, 80 * 10**9, 64, 8)
+    plans = dict.fromkeys(("sft", "dpo"), (task, Plan("hft", "single", 2, 4, 0, {}, 0, 0, 1)))
+    monkeypatch.chdir(folder.parent)
+    for model, given, expected in (
+        (folder.name, {}, {"model_name_or_path": str(folder)}),
+        ("demo", {}, {"model_name_or_path": "demo"}),
+        (
+            "some/model",
+            {"revision": "1234567", "trust_remote_code": True},
+            {"model_name_or_path": "some/model", "model_revision": "1234567", "trust_remote_code": True},
+        ),
+    ):
+        out = tmp_path / "out" / model
+        recipe, launch = write(os.path.relpath(out), model, HFTConfig(), plans, **given)
+        assert (recipe, launch) == (out / "recipe.yaml", out / "launch.sh")
+        written = yaml.safe_load(recipe.read_text())
+        assert written["model"] == {**expected, "dtype": "float32"}
+        assert written["output_dir"] == str(out / "run")
+        assert f"--config {recipe}" in launch.read_text()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def plan_command(
             if optimizer_in_backward:  # then it is all on the GPU at once
                 batch = task.global_batch
             stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
-            written = write_plan(write, model, configs[chosen], stages)
+            written = write_plan(write, model, configs[chosen], stages, revision, trust_remote_code)
     if as_json:
         found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
         typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))

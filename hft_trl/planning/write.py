@@ -35,9 +35,16 @@ def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
     return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {shlex.quote(recipe)}"
 
 
-def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task, Plan]]) -> tuple[Path, Path]:
+def write(
+    folder: str,
+    model: str,
+    hft: HFTConfig,
+    stages: dict[str, tuple[Task, Plan]],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Path, Path]:
     """
-    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh`.
+    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh`, with whole paths, since they are run from elsewhere.
 
     Args:
         folder (`str`):
@@ -48,6 +55,10 @@ def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task,
             Method and selection.
         stages (`dict[str, tuple[Task, Plan]]`):
             Task and plan of `"sft"` and of `"dpo"`, under one launch configuration.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a model on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
 
     Returns:
         `tuple[Path, Path]`: The two files.
@@ -61,21 +72,25 @@ def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task,
                 f"--write: {name} does not fit, {(plan.total - plan.available) / 1e9:.1f} GB are missing on each GPU: see the plan "
                 f"with --stage {name} for what helps."
             )
-    recipe, launch = Path(folder) / RECIPE, Path(folder) / LAUNCH
+    place = Path(folder).resolve()
+    recipe, launch = place / RECIPE, place / LAUNCH
     for path in (recipe, launch):
         if path.exists():
             raise HFTError(f"--write: {str(path)!r} is there already: give another folder, or remove it.")
     task, plan = stages["sft"]
     line = launch_line(plan, task.gpus, str(recipe))
     storage = task.storage
+    start = model if model == "demo" or not Path(model).is_dir() else str(Path(model).resolve())
+    source = f"  model_revision: {_scalar(revision)}\n" if revision else ""
+    source += "  trust_remote_code: true\n" if trust_remote_code else ""
     text = f"""# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. Computed, not measured.
 # Launch:   {line}
 
 model:
-  model_name_or_path: {_scalar(model)}
-  dtype: {storage.dtype}
+  model_name_or_path: {_scalar(start)}
+{source}  dtype: {storage.dtype}
 
-output_dir: {_scalar(str(Path(folder) / "run"))}
+output_dir: {_scalar(str(place / "run"))}
 method: {hft.method}
 
 hft:
