@@ -18,10 +18,12 @@ from hft_trl.cli import app
 from hft_trl.commands.plan import parse_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.fit import Plan
+from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, sizes
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
 from hft_trl.planning.task import Task
 from hft_trl.planning.write import write
 from hft_trl.recipe import parse_recipe
+from hft_trl.selection import select
 
 ROOT = Path(__file__).parent.parent
 # As published: bytes of the safetensors files on the hub by two
@@ -235,6 +237,31 @@ def test_every_recipe_s_model_is_built_in():
     for path in (ROOT / "recipes/configs").glob("*.yaml"):
         keys = yaml.safe_load(path.read_text())
         assert keys.get("model", keys)["model_name_or_path"] in built_in()
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b", "llama3.1-8b", "trace-llama2-7b-chat", "qwen3-4b"])
+def test_the_header_of_a_recipe_says_what_is_planned(name):
+    """State, reference and whole gradients, under the launch configuration of its launch line; activations are not traced here."""
+    text = (ROOT / f"recipes/configs/{name}.yaml").read_text()
+    said = re.sub(r"\n#\s+", " ", text[: text.index("\nmodel:")])
+    (launch,) = re.findall(r"accelerate_configs/(\w+)\.yaml recipes", said)
+    skeleton = build_on_meta(shape_of(yaml.safe_load(text)["model"]["model_name_or_path"]))
+    counted = {method: sizes(skeleton, select(skeleton, HFTConfig(method=method))) for method in ("hft", "fft")}
+    found = {}
+    for method, numbers in counted.items():
+        alone = held(numbers, LAYOUTS[launch], 1, Storage(), True)
+        reference = alone.pop("reference")
+        del alone["communication"]
+        whole = awaiting_reduction({"gradients": 0}, numbers)["gradients"]
+        found[method] = [f"{number / 1e9:.0f} GB" for number in (sum(alone.values()), reference, whole)]
+    half, full = found["hft"], found["fft"]
+    assert f"about {half[0]} of weights (float32), gradients and AdamW state" in said
+    assert f"(FFT: {full[0]})" in said
+    if "DPO" in said:
+        assert f"{half[1]} more for the reference" in said
+        assert half[1] == full[1] or f"(FFT: {full[1]})" in said
+    if launch == "fsdp2":
+        assert f"gradients that accumulate are whole in bfloat16, {half[2]} (FFT: {full[2]}) on each" in said
 
 
 def test_a_built_in_shape_needs_no_network():
