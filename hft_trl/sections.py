@@ -146,9 +146,7 @@ def parse_section(
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
-            raw[key] = copy.deepcopy(
-                value
-            )  # the trainer writes into `accelerator_config`, and rounds are parsed from one file
+            raw[key] = copy.deepcopy(value)  # a trainer writes into it, and rounds are parsed from the same values
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):

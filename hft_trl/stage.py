@@ -68,8 +68,8 @@ def _check_type(stage: Stage, structure: PreTrainedModel) -> None:
     """As the trainer does when it has loaded the model; of a hub id, whose files may not be here yet, the config is believed."""
     model, args = stage.model.model_name_or_path, stage.args
     dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # none for "auto", which is the files' own
-    if args.deepspeed_plugin is not None and args.mixed_precision != "no":
-        dtype, remedy = {"bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision], zero.UNCAST
+    if args.deepspeed_plugin is not None and args.mixed_precision in ("bf16", "fp16"):
+        dtype, remedy = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16, zero.UNCAST
     if dtype is None:
         return
     if Path(model).is_dir():

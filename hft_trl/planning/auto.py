@@ -82,8 +82,8 @@ def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planne
     """
     Of each stage a planner with as large a half as it will have; `None` of adapters and of masks, which are not planned.
 
-    `"same"` and `"complement"` go by the half of the stage that a stage starts from. Fresh halves of other seeds are as large, so
-    that of seed 0 stands for all of them. Stages that train the same parameters share the steps that were traced.
+    `"same"` and `"complement"` go by the half of the stage that a stage starts from. Fresh halves of other seeds are about
+    as large, so that of seed 0 stands for all of them. Stages that train the same parameters share the steps that were traced.
     """
     first = stages[0].model.model_name_or_path
     halves, masked = {first: selection_of(skeleton)}, set()
