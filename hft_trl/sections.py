@@ -1,6 +1,7 @@
 """Sections of a YAML file and dotted flags: read, checked, and parsed into dataclasses by TRL's parser."""
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import os
@@ -150,7 +151,7 @@ def parse_section(
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
-            raw[key] = value
+            raw[key] = copy.deepcopy(value)  # a trainer writes into it, and rounds are parsed from the same values
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):

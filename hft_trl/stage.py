@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 from trl.data_utils import is_conversational
 
-from hft_trl import chat
+from hft_trl import chat, zero
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
@@ -21,13 +22,14 @@ from hft_trl.files import writing
 from hft_trl.folder import mark_finished
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.planning.memory import DTYPES
 from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.resumable import ResumableMixin
 from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.selection import find_units
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +42,8 @@ def check_model(stage: Stage) -> None:
 
     Raises:
         [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
-            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend.
+            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend or in the
+            type that the model is loaded in.
     """
     if stage.hft is not None and stage.hft.method == "hft":
         check_launch(stage.args)
@@ -57,6 +60,26 @@ def check_model(stage: Stage) -> None:
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     if stage.hft is not None:
         find_units(structure, stage.hft.exclude if stage.hft.method == "hft" else ())
+        if stage.hft.method == "hft":
+            _check_type(stage, structure)
+
+
+def _check_type(stage: Stage, structure: PreTrainedModel) -> None:
+    """As the trainer does when it has loaded the model; of a hub id, whose files may not be here yet, the config is believed."""
+    model, args = stage.model.model_name_or_path, stage.args
+    dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # none for "auto", which is the files' own
+    if args.deepspeed_plugin is not None and args.mixed_precision in ("bf16", "fp16"):
+        dtype, remedy = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16, zero.UNCAST
+    if dtype is None:
+        return
+    if Path(model).is_dir():
+        check_not_rounded(model, {name: dtype for name, _ in structure.named_parameters()}, remedy)
+    elif rounds(structure.config.dtype, dtype):
+        own, asked = (str(kind).removeprefix("torch.") for kind in (structure.config.dtype, dtype))
+        raise HFTError(
+            f"dtype {asked} rounds {model!r}, whose config says {own}, so the frozen half could not keep its bits: "
+            f"{remedy or 'load the model with dtype float32'}, or save it in that dtype first."
+        )
 
 
 def check_reference(stage: Stage, base_model: str) -> None:

@@ -146,6 +146,11 @@ EXACT = {
 }
 
 
+def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
+    """Whether weights of one type lose digits in another, as those of float16 in bfloat16. Of an unknown type (`None`) it is not said."""
+    return published is not None and torch.promote_types(published, dtype) != dtype
+
+
 def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
     """
     Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.

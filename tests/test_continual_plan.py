@@ -64,3 +64,14 @@ def test_models_of_their_own_have_halves_of_their_own(tmp_path):
     seeds = [stage.hft.seed for stage in stages(tmp_path, "individual")]
     assert len(set(seeds)) == len(seeds)
     assert len({stage.hft.seed for stage in stages(tmp_path, "sequential")}) == 1  # each relates to the last one's
+
+
+def test_what_a_trainer_writes_into_a_round_s_settings_stays_in_that_round(tmp_path):
+    """transformers puts `num_steps` into `gradient_accumulation_kwargs`, and refuses a second trainer that finds it there."""
+    path = tmp_path / "recipe.yaml"
+    synced = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    path.write_text(json.dumps({"model": "demo", "output_dir": str(tmp_path), "benchmark": "demo", "sft": synced}))
+    recipe = parse_continual(["--config", str(path)])
+    first, second = (recipe.arguments(tmp_path / name, 1).accelerator_config for name in "AB")
+    first.gradient_accumulation_kwargs["num_steps"] = 1
+    assert second.gradient_accumulation_kwargs == {"sync_each_batch": True}

@@ -1,22 +1,29 @@
 """`hft-trl plan`: what it prints, writes and refuses, and the shapes that come with the package."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import tiny_llama
 from typer.testing import CliRunner
 
-from hft_trl import HFTError
+from hft_trl import HFTConfig, HFTError
 from hft_trl.cli import app
 from hft_trl.commands.plan import parse_memory
 from hft_trl.meta import build_on_meta
+from hft_trl.planning.fit import Plan
+from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, sizes
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
+from hft_trl.planning.task import Task
+from hft_trl.planning.write import write
 from hft_trl.recipe import parse_recipe
+from hft_trl.selection import select
 
 ROOT = Path(__file__).parent.parent
 # As published: bytes of the safetensors files on the hub by two
@@ -145,18 +152,40 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     assert "is there already" in again.output
 
 
-def test_layers_that_are_checkpointed_by_turns_reach_the_trainer(tmp_path):
-    """`selective` is transformers' `every_n_layers`."""
-    from hft_trl import HFTConfig
-    from hft_trl.planning.fit import Plan, Task
-    from hft_trl.planning.write import write
-
+def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
+    """`selective` is transformers' `every_n_layers`; `sync_each_batch` is accelerate's, in a stage that needs it."""
     task = Task("sft", 1, 80 * 10**9, 64, 8)
-    plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1)) for name, n in (("sft", 2), ("dpo", 0))}
+    plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1, n > 0)) for name, n in (("sft", 2), ("dpo", 0))}
     recipe, _ = write(str(tmp_path), "demo", HFTConfig(), plans)
-    args = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"]).sft.args
+    stages = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
+    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in (stages.sft, stages.dpo)]
+    assert kwargs == [{"sync_each_batch": True}, None]
+    args = stages.sft.args
     assert args.activation_checkpointing is True
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2}
+
+
+def test_what_is_written_is_found_from_any_folder(folder, tmp_path, monkeypatch):
+    """Of a relative folder and model; a hub id with its revision and its own code, and the word demo, stay as they are."""
+    task = Task("sft", 1, 80 * 10**9, 64, 8)
+    plans = dict.fromkeys(("sft", "dpo"), (task, Plan("hft", "single", 2, 4, 0, {}, 0, 0, 1)))
+    monkeypatch.chdir(folder.parent)
+    for model, given, expected in (
+        (folder.name, {}, {"model_name_or_path": str(folder)}),
+        ("demo", {}, {"model_name_or_path": "demo"}),
+        (
+            "some/model",
+            {"revision": "1234567", "trust_remote_code": True},
+            {"model_name_or_path": "some/model", "model_revision": "1234567", "trust_remote_code": True},
+        ),
+    ):
+        out = tmp_path / "out" / model
+        recipe, launch = write(os.path.relpath(out), model, HFTConfig(), plans, **given)
+        assert (recipe, launch) == (out / "recipe.yaml", out / "launch.sh")
+        written = yaml.safe_load(recipe.read_text())
+        assert written["model"] == {**expected, "dtype": "float32"}
+        assert written["output_dir"] == str(out / "run")
+        assert f"--config {recipe}" in launch.read_text()
 
 
 @pytest.mark.parametrize(
@@ -184,10 +213,12 @@ def test_more_tokens_than_positions_are_refused(folder):
     assert "has 128 positions" in result.output
 
 
-def test_the_built_in_shapes_have_the_published_sizes():
+def test_the_built_in_shapes_have_the_published_sizes_and_types():
     assert built_in() == sorted(PARAMETERS)
     for name, published in PARAMETERS.items():
-        assert sum(p.numel() for p in build_on_meta(str(SHAPES / name)).parameters()) == published
+        skeleton = build_on_meta(str(SHAPES / name))
+        assert sum(p.numel() for p in skeleton.parameters()) == published
+        assert skeleton.config.dtype == (torch.float16 if "Llama-2" in name else torch.bfloat16)
 
 
 def test_help_and_documentation_name_every_built_in_shape():
@@ -208,10 +239,51 @@ def test_every_recipe_s_model_is_built_in():
         assert keys.get("model", keys)["model_name_or_path"] in built_in()
 
 
+@pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b", "llama3.1-8b", "trace-llama2-7b-chat", "qwen3-4b"])
+def test_the_header_of_a_recipe_says_what_is_planned(name):
+    """State, reference and whole gradients, under the launch configuration of its launch line; activations are not traced here."""
+    text = (ROOT / f"recipes/configs/{name}.yaml").read_text()
+    said = re.sub(r"\n#\s+", " ", text[: text.index("\nmodel:")])
+    (launch,) = re.findall(r"accelerate_configs/(\w+)\.yaml recipes", said)
+    skeleton = build_on_meta(shape_of(yaml.safe_load(text)["model"]["model_name_or_path"]))
+    counted = {method: sizes(skeleton, select(skeleton, HFTConfig(method=method))) for method in ("hft", "fft")}
+    found = {}
+    for method, numbers in counted.items():
+        alone = held(numbers, LAYOUTS[launch], 1, Storage(), True)
+        reference = alone.pop("reference")
+        del alone["communication"]
+        whole = awaiting_reduction({"gradients": 0}, numbers)["gradients"]
+        found[method] = [f"{number / 1e9:.0f} GB" for number in (sum(alone.values()), reference, whole)]
+    half, full = found["hft"], found["fft"]
+    assert f"about {half[0]} of weights (float32), gradients and AdamW state" in said
+    assert f"(FFT: {full[0]})" in said
+    if "DPO" in said:
+        assert f"{half[1]} more for the reference" in said
+        assert half[1] == full[1] or f"(FFT: {full[1]})" in said
+    if launch == "fsdp2":
+        assert f"gradients that accumulate are whole in bfloat16, {half[2]} (FFT: {full[2]}) on each" in said
+
+
 def test_a_built_in_shape_needs_no_network():
     """Its config is the package's own, and the hub is off in these tests."""
     assert shape_of("meta-llama/Llama-2-7b-hf") == str(SHAPES / "meta-llama/Llama-2-7b-hf")
     result = run("meta-llama/Llama-2-7b-hf", "--gpus", "1", "--gpu-memory", "24GB")
     assert result.exit_code == 0, result.output
     assert "HFT does not fit" in result.stdout
-    assert "--gpus 4" in result.stdout
+    fitting = re.findall(r"--gpus (\d): [\d.]+ GB, fits with sync_each_batch", result.stdout)
+    assert fitting == ["8", "4"]  # FFT's and HFT's
+    assert "--dtype" not in result.stdout  # Llama 2 is published in float16
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--dtype", "bfloat16"), "--dtype is bfloat16, but the model's weights are float16"),
+        (("--gpus", 8, "--launch", "zero3"), "--launch is zero3, which casts all weights to bfloat16"),
+    ],
+)
+def test_a_type_that_a_run_would_refuse_is_refused(flags, words):
+    """Before a step is traced: the frozen half has to keep the bits of the published weights."""
+    result = run("meta-llama/Llama-2-7b-hf", *flags)
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.split())

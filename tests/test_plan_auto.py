@@ -1,5 +1,7 @@
 """`activation_checkpointing: auto`: the least recomputation that fits the machine, in every stage, and the same run everywhere."""
 
+import dataclasses
+
 import pytest
 from conftest import QUIET
 from trl import DPOConfig, SFTConfig
@@ -16,6 +18,7 @@ from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
 from hft_trl.recipe import Adapter, parse_recipe, parse_stage
 from hft_trl.rows import sft_dataset
 from hft_trl.sections import leaves_checkpointing
+from hft_trl.selection import select
 
 AUTO = "--activation_checkpointing"
 
@@ -58,6 +61,15 @@ def test_the_least_recomputation_that_fits_is_taken(stage_of, base, monkeypatch,
     assert len(set(totals.values())) > 1
 
 
+def test_the_stage_s_own_sync_each_batch_is_planned_with(stage_of, monkeypatch):
+    """Under FSDP2 it decides whether gradients wait whole for the last micro-batch."""
+    seen, one = [], Planner.one
+    monkeypatch.setattr(Planner, "one", lambda self, *given: seen.append(given[-1]) or one(self, *given))
+    for flags in ((), ("--accelerator_config", '{"gradient_accumulation_kwargs": {"sync_each_batch": true}}')):
+        settle_checkpointing(stage_of("sft", *flags))
+    assert seen == [False, True]
+
+
 def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(stage_of, monkeypatch, caplog):
     monkeypatch.setattr(auto, "_memory", lambda: RESERVED + 1)
     stage = stage_of("dpo")
@@ -73,6 +85,24 @@ def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeyp
     settle_checkpointing(recipe.sft, recipe.dpo)
     assert recipe.sft.args.activation_checkpointing is False
     assert (recipe.sft.auto_checkpointing, recipe.dpo.auto_checkpointing) == (False, True)
+
+
+@pytest.mark.parametrize(("reselect", "shares"), [("complement", (0.25, 0.75, 0.25)), ("same", (0.25, 0.25, 0.25))])
+def test_each_stage_is_planned_with_the_half_that_it_will_have(stage_of, base, reselect, shares):
+    """
+    A complement is the rest of what the last stage trained, whatever `ratio` says, and the same half stays as it is: even a stage's
+    that is not planned itself. A stage from the first start model goes by that one. Equal halves are traced once.
+    """
+    stages = [stage_of("sft", "--ratio", "0.25", "--reselect", reselect) for _ in range(4)]
+    for number, stage in enumerate(stages):
+        stage.args.output_dir = f"round-{number}"
+        if number and number < 3:
+            stage.model = dataclasses.replace(stage.model, model_name_or_path=f"round-{number - 1}")
+    skeleton = build_on_meta(str(base))
+    planners = auto._planners(stages, skeleton)
+    assert [planner.selection.share["layers"] for planner in planners[:3]] == pytest.approx(shares, abs=0.03)
+    assert planners[0] is planners[2] is planners[3]  # of the last one nothing says what it was trained with
+    assert planners[1].selection.trainable == select(skeleton, stages[1].hft, planners[0].selection).trainable
 
 
 def test_rounds_of_continual_learning_have_it_too(tmp_path):

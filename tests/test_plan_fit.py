@@ -1,6 +1,7 @@
 """Which plan is taken: it fits, nothing that computes less does, and its parts follow the launch configuration."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hft_trl import HFTConfig, HFTError
 from hft_trl.planning.advice import what_helps
-from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, Task, operations_ratios
+from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, operations_ratios
 from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
+from hft_trl.planning.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_short_row_alone_does_not_keep_a_gpu_busy(planners):
 @pytest.mark.parametrize(("stage", "method"), [("sft", "hft"), ("dpo", "hft"), ("dpo", "fft")])
 def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planners, stage, method):
     """Weights, gradients, optimizer and reference of all GPUs together are those of one that holds everything."""
-    counted = sizes(skeleton, planners[method]._selection)
+    counted = sizes(skeleton, planners[method].selection)
     alone = held(counted, LAYOUTS["single"].unshared(), 1, Storage(), stage == "dpo")
     shared = held(counted, LAYOUTS["fsdp2"], 8, Storage(), stage == "dpo")
     for part in ("weights_trainable", "weights_frozen", "reference", "gradients", "optimizer"):
@@ -90,12 +92,37 @@ def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planner
 
 def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, planners):
     """accelerate upcasts what learns; what is frozen, and the reference, keep their type."""
-    counted = sizes(skeleton, planners["hft"]._selection)
+    counted = sizes(skeleton, planners["hft"].selection)
     wide, narrow = (held(counted, LAYOUTS["fsdp2"], 2, Storage(dtype), True) for dtype in ("float32", "bfloat16"))
     for part in ("weights_trainable", "gradients", "optimizer"):
         assert narrow[part] == wide[part]
     for part in ("weights_frozen", "reference"):
         assert 2 * narrow[part] == wide[part]
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_fsdp2_holds_whole_gradients_between_micro_batches_unless_each_is_synced(planners, method):
+    """As real processes do (`tests/processes`): 2 bytes for each trained number, in place of 4 divided among the GPUs."""
+    planner, asked = planners[method], task(80, gpus=8, layouts=("fsdp2",))
+    whole, synced = (planner.one(asked, "fsdp2", 1, 1, sync) for sync in (False, True))
+    assert (whole.sync_each_batch, synced.sync_each_batch) == (False, True)
+    assert whole.memory["gradients"] == 2 * planner._sizes.trainable
+    assert synced.memory["gradients"] == 4 * planner._sizes.trainable // 8
+    assert whole.total - synced.total == whole.memory["gradients"] - synced.memory["gradients"]
+    at_once = [planner.one(asked, "fsdp2", 2, 1, sync) for sync in (False, True)]
+    assert at_once[0] == at_once[1]  # without accumulation there is nothing to wait for
+    for name in ("ddp", "zero2", "zero3"):  # DDP's are whole anyway, DeepSpeed reduces each micro-batch
+        assert planner.one(asked, name, 1, 1, True) == planner.one(asked, name, 1, 1)
+
+
+def test_whole_gradients_are_taken_where_they_fit_and_divided_before_more_is_computed_again(planners):
+    """They cost least traffic; with a byte less there is `sync_each_batch`, and as little recomputation."""
+    planner = planners["hft"]
+    whole, synced = (planner.one(task(80, gpus=8, layouts=("fsdp2",)), "fsdp2", 1, 0, sync) for sync in (False, True))
+    for total, expected in ((whole.total, whole), (whole.total - 1, synced), (synced.total, synced)):
+        plan = planner.plan(Task("sft", 8, total + RESERVED, 2048, 16, layouts=("fsdp2",)))
+        assert (plan.sync_each_batch, plan.micro_batch, plan.checkpointed) == (expected.sync_each_batch, 1, 0)
+        assert plan.memory == expected.memory
 
 
 def test_ddp_is_taken_where_it_fits_and_fsdp2_where_it_does_not(planners):
@@ -142,6 +169,7 @@ def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planner
     (gpus,) = [flags for flags, other in helps.items() if flags.startswith("--gpus") and other.fits]
     more = dataclasses.replace(asked, gpus=int(gpus.split()[1]), layouts=())
     assert planners["hft"].plan(more).fits
+    assert helps[gpus].sync_each_batch  # the smallest way, as all of them
 
 
 def test_the_smallest_way_on_one_gpu_is_named_with_the_batch_that_fits(planners):
@@ -167,6 +195,29 @@ def test_an_optimizer_that_steps_together_has_one_more_copy_of_what_learns(plann
     assert fused.memory["optimizer"] == cpu.memory["optimizer"]
     assert together.memory["optimizer"] == fused.memory["optimizer"] + together.memory["gradients"]
     assert together.total > fused.total
+
+
+def test_only_types_that_keep_the_frozen_half_s_bits_are_planned_for(planners, monkeypatch):
+    """Full fine-tuning freezes nothing, and of a config that tells no type nothing is said."""
+    asked = task(9)
+    plan = planners["hft"].plan(asked)
+    narrow, zero = task(9, storage=Storage("bfloat16")), task(9, gpus=2, layouts=("zero2",))
+    for published, refused in (
+        (None, ()),
+        (torch.bfloat16, ()),
+        (torch.float16, (narrow, zero)),
+        (torch.float32, (narrow, zero)),
+    ):
+        for planner in planners.values():
+            monkeypatch.setattr(planner, "_published", published)
+            planner.check_types(asked)
+        for other in (narrow, zero):
+            planners["fft"].check_types(other)
+            with pytest.raises(HFTError, match="keep its bits") if other in refused else nullcontext():
+                planners["hft"].check_types(other)
+        helps = dict(what_helps(planners["hft"], asked, plan))
+        assert any("--dtype bfloat16" in flags for flags in helps) == (not refused)
+        assert any("--frozen-dtype bfloat16" in flags for flags in helps)  # whose bits are saved from the file
 
 
 def test_full_fine_tuning_is_not_told_to_freeze(planners):
@@ -259,5 +310,5 @@ def test_updates_inside_the_backward_pass_take_the_whole_batch_at_once_and_one_g
 def test_the_selection_is_that_of_the_config():
     """A seed that draws other matrices of other sizes leads to its own bytes."""
     model = tiny_llama(300)
-    shares = {sizes(model, Planner(model, HFTConfig(ratio=ratio))._selection).trainable for ratio in (0.25, 0.5, 1.0)}
+    shares = {sizes(model, Planner(model, HFTConfig(ratio=ratio)).selection).trainable for ratio in (0.25, 0.5, 1.0)}
     assert len(shares) == 3

@@ -18,6 +18,7 @@ from hft_trl.weights import (
     combined_digest,
     fingerprint,
     fingerprints,
+    rounds,
     weight_files,
 )
 
@@ -97,6 +98,15 @@ def test_a_change_of_type_alone_is_none_where_the_wider_type_holds_the_same_valu
 def test_a_fingerprint_in_another_type_is_that_of_the_converted_tensor(dtype, other, size):
     tensor = torch.arange(size).remainder(100).to(dtype)
     assert fingerprint(tensor, other) == fingerprint(tensor.to(other))
+
+
+@pytest.mark.parametrize("own", DTYPES[:3])
+@pytest.mark.parametrize("other", DTYPES[:3])
+def test_a_type_rounds_another_where_a_value_does_not_come_back(own, other):
+    """The smallest step above 1 and a value near the end of the range."""
+    values = torch.tensor([1 + torch.finfo(own).eps, torch.finfo(own).max / 2], dtype=own)
+    assert rounds(own, other) == (not torch.equal(values.to(other).to(own), values))
+    assert not rounds(None, other)
 
 
 def test_a_single_file_goes_before_an_index_as_it_does_in_from_pretrained(tmp_path):

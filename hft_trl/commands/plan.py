@@ -96,10 +96,11 @@ def plan_command(
         from hft_trl.checkpoints import selection_of
         from hft_trl.meta import build_on_meta
         from hft_trl.planning.advice import what_helps
-        from hft_trl.planning.fit import Planner, Task, operations_ratios
+        from hft_trl.planning.fit import Planner, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.shapes import shape_of
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
+        from hft_trl.planning.task import Task
         from hft_trl.planning.write import write as write_plan
 
         task = Task(
@@ -116,6 +117,8 @@ def plan_command(
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
+        for name in shown:
+            planners[name].check_types(task)
         plans = [planners[name].plan(task) for name in shown]
         helps = [[] if plan.fits else what_helps(planners[plan.method], task, plan) for plan in plans]
         ratios = operations_ratios(planners, task, plans)
@@ -127,7 +130,7 @@ def plan_command(
             if optimizer_in_backward:  # then it is all on the GPU at once
                 batch = task.global_batch
             stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
-            written = write_plan(write, model, configs[chosen], stages)
+            written = write_plan(write, model, configs[chosen], stages, revision, trust_remote_code)
     if as_json:
         found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
         typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))
@@ -146,6 +149,7 @@ def plan_command(
             )
             for flags, other in ways:
                 verdict = "fits" if other.fits else "not enough"
+                verdict += " with sync_each_batch" if other.sync_each_batch else ""
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
     for text, ratio_ in (
         ("HFT's step computes {} of FFT's at the same settings", ratios["equal_settings"]),

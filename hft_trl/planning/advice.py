@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from hft_trl.planning.fit import Plan, Planner, Task
+from hft_trl.planning.fit import Plan, Planner
+from hft_trl.planning.task import Task
 
 
 def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan]]:
@@ -37,7 +38,9 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
                 found.append((flags, planner.one(other, plan.layout, plan.micro_batch, 1)))
     fits = any(other.fits for _, other in found)
     if planner.method == "hft" and task.gpus == 1 and not fits:
-        smallest = {"dtype": "bfloat16", "optim": "adamw_bnb_8bit", "frozen_quantization": "nf4"}
+        smallest = {"optim": "adamw_bnb_8bit", "frozen_quantization": "nf4"}
+        if not planner.rounds("bfloat16"):
+            smallest = {"dtype": "bfloat16", **smallest}
         storage = dataclasses.replace(task.storage, **smallest, frozen_dtype=None, optimizer_in_backward=True)
         flags = f"{_flags(smallest)} --optimizer-in-backward"
         found += _smaller_batch(planner, dataclasses.replace(task, storage=storage), flags)
@@ -46,7 +49,7 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
         for gpus in (2, 4, 8, 16, 32, 64, 128):
             if gpus > task.gpus and task.global_batch % gpus == 0:
                 more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))
-                other = planner.one(more, "fsdp2", 1, 1)
+                other = planner.one(more, "fsdp2", 1, 1, sync_each_batch=True)
                 if other.fits:
                     found.append((f"--gpus {gpus}", other))
                     break

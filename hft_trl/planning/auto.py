@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from hft_trl.backends import fsdp_version
 from hft_trl.checkpoints import selection_of
 from hft_trl.errors import HFTError
 from hft_trl.meta import build_on_meta
-from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner, Task
+from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.show import checkpointing
+from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
@@ -52,17 +54,7 @@ def settle_checkpointing(*stages: Stage) -> None:
         _check_known(stage)
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-    previous = selection_of(skeleton)
-    elements = previous is not None and previous.masks is not None
-    for stage in stages:
-        if stage.hft is not None and stage.hft.method == "hft":
-            elements = stage.hft.strategy == "element" or (elements and stage.hft.reselect != "fresh")
-            if elements and stage.auto_checkpointing:
-                raise HFTError(
-                    f"{stage.section}.activation_checkpointing is auto, which is not planned for the masks of strategy element: "
-                    "set it to true or false."
-                )
-    plans = by_first_process(partial(_plans, undecided, skeleton, _memory()))
+    plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
     (plans,) = broadcast_object_list([plans])
     for stage, plan in zip(undecided, plans, strict=True):
         _apply(plan, stage)
@@ -77,17 +69,45 @@ def settle_checkpointing(*stages: Stage) -> None:
             )
 
 
-def _plans(stages: list[Stage], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
-    """The way that each stage is to take."""
-    planners: dict[str, Planner] = {}
+def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
+    """The way that each stage that leaves it open is to take."""
     plans = []
-    for stage in stages:
-        # Rounds' halves are others, but not larger ones
-        hft = dataclasses.replace(stage.hft, seed=0, reselect="fresh")
-        if str(hft) not in planners:
-            planners[str(hft)] = Planner(skeleton, hft)
-        plans.append(_least(planners[str(hft)], stage, _task(stage, skeleton, memory)))
+    for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
+        if stage.auto_checkpointing:
+            plans.append(_least(planner, stage, _task(stage, skeleton, memory)))
     return plans
+
+
+def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planner | None]:
+    """
+    Of each stage a planner with as large a half as it will have; `None` of adapters and of masks, which are not planned.
+
+    `"same"` and `"complement"` go by the half of the stage that a stage starts from. Fresh halves of other seeds are about
+    as large, so that of seed 0 stands for all of them. Stages that train the same parameters share the steps that were traced.
+    """
+    first = stages[0].model.model_name_or_path
+    halves, masked = {first: selection_of(skeleton)}, set()
+    if halves[first] is not None and halves[first].masks is not None:
+        masked.add(first)
+    known: dict[tuple[str, tuple[str, ...]], Planner] = {}
+    planners: list[Planner | None] = []
+    for stage in stages:
+        start, folder, hft, planner = stage.model.model_name_or_path, str(stage.folder), stage.hft, None
+        fresh = hft is None or hft.reselect == "fresh"
+        if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
+            masked.add(folder)
+            if stage.auto_checkpointing:
+                raise HFTError(
+                    f"{stage.section}.activation_checkpointing is auto, which is not planned for the masks of strategy element: "
+                    "set it to true or false."
+                )
+        elif hft is not None:
+            planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
+            alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
+            planner = known.setdefault(alike, planner)
+            halves[folder] = planner.selection
+        planners.append(planner)
+    return planners
 
 
 def _check_known(stage: Stage) -> None:
@@ -177,10 +197,16 @@ def _least(planner: Planner, stage: Stage, task: Task) -> Plan:
     if _layout(stage) == "zero3":
         ways = (ways[0], ways[-1])  # frozen parameters need reentrant checkpointing there, of all layers or none
     for way in ways:
-        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way)
+        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way, _syncs(stage))
         if plan.fits:
             break
     return plan
+
+
+def _syncs(stage: Stage) -> bool:
+    """Whether the stage's own settings divide gradients after each micro-batch."""
+    kwargs = stage.args.accelerator_config.gradient_accumulation_kwargs or {}
+    return bool(kwargs.get("sync_each_batch"))
 
 
 def _apply(plan: Plan, stage: Stage) -> None:

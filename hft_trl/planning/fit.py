@@ -2,109 +2,33 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, held, sizes, while_stepping
+from hft_trl.planning.memory import (
+    DTYPES,
+    LAYOUTS,
+    Layout,
+    at_peak,
+    awaiting_reduction,
+    held,
+    sizes,
+    while_stepping,
+)
 from hft_trl.planning.step import Step, StepSettings, trace_step
+from hft_trl.planning.task import Task
 from hft_trl.selection import Selection, select
+from hft_trl.weights import rounds
 
 # Left for the CUDA context, cuBLAS and the gaps between the allocator's blocks.
 RESERVED = 10**9
 BUSY = 2048  # tokens: a GPU that computes fewer at once waits for memory more than it computes
 # Every n-th layer is checkpointed: 0 is none, 1 is all. TRL 1.16's DPO trainer knows only these two.
 CHECKPOINTING = {"sft": (0, 4, 3, 2, 1), "dpo": (0, 1)}
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    What is to be trained, and on what.
-
-    Args:
-        stage (`str`): `"sft"` or `"dpo"`.
-        gpus (`int`): GPUs, all of them together.
-        gpu_memory (`int`): Bytes of one.
-        sequence_length (`int`): Tokens of the longest rows.
-        global_batch (`int`): Rows (pairs) of an optimizer step.
-        storage ([`Storage`]): Types of weights and optimizer.
-        layouts (`tuple[str, ...]`): Launch configurations to choose from, the best first.
-        autocast (`bool`, *optional*, defaults to `True`): Whether there is mixed precision.
-        device (`str`, *optional*, defaults to `"cuda"`): `"cuda"` or `"cpu"`.
-
-    Raises:
-        [`HFTError`]: If numbers don't fit each other.
-    """
-
-    stage: Literal["sft", "dpo"]
-    gpus: int
-    gpu_memory: int
-    sequence_length: int
-    global_batch: int
-    storage: Storage = field(default_factory=Storage)
-    layouts: tuple[str, ...] = ()
-    autocast: bool = True
-    device: Literal["cuda", "cpu"] = "cuda"
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "sequence_length", "global_batch"):
-            least = 2 if name == "sequence_length" else 1
-            if vars(self)[name] < least:
-                raise HFTError(f"--{name.replace('_', '-')} is {vars(self)[name]}: it must be at least {least}.")
-        if self.global_batch % self.gpus:
-            below = self.global_batch // self.gpus * self.gpus or self.gpus
-            raise HFTError(
-                f"--global-batch is {self.global_batch}, which {self.gpus} GPUs can't share evenly: give a multiple, such as {below}."
-            )
-        if not self.layouts:
-            several = ("ddp",) if self.storage.frozen_quantization else ("ddp", "fsdp2")
-            if self.storage.replicate_frozen:
-                several = ("fsdp2",)
-            object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
-        if self.storage.optimizer_in_backward and self.gpus > 1:
-            raise HFTError(
-                f"--optimizer-in-backward is for one GPU, but --gpus is {self.gpus}: leave one of them out."
-            )
-        if self.storage.replicate_frozen and self.layouts != ("fsdp2",):
-            raise HFTError(
-                f"--replicate-frozen is for fsdp2, but --launch is {', '.join(self.layouts)}: leave one of them out, or use fsdp2 "
-                "on 2 GPUs or more."
-            )
-        if self.storage.replicate_frozen and "bfloat16" not in (self.storage.dtype, self.storage.frozen_dtype):
-            raise HFTError(
-                "replicate_frozen needs a frozen half in the type that FSDP2 computes in: set frozen_dtype to bfloat16 too."
-            )
-        for name in self.layouts:
-            if name not in LAYOUTS:
-                raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
-            if (name == "single") != (self.gpus == 1):
-                many = "ddp, fsdp2, zero2 or zero3"
-                raise HFTError(
-                    f"--launch is {name}, but --gpus is {self.gpus}: {'use ' + many if name == 'single' else 'use single'}."
-                )
-            if name.startswith("zero") and (
-                self.storage.frozen_dtype or self.storage.dtype != "float32" or self.gpus > 8
-            ):
-                raise HFTError(
-                    f"--launch is {name}, which holds a model in one type and has a file for one machine: leave --frozen-dtype, "
-                    "--dtype and more than 8 GPUs out, or use fsdp2."
-                )
-            if self.storage.frozen_quantization and LAYOUTS[name].weights | LAYOUTS[name].gradients:
-                raise HFTError(f"--launch is {name}, which can't shard quantised matrices: use single or ddp.")
-            if self.storage.in_eight_bits and LAYOUTS[name].optimizer and len(self.layouts) == 1:
-                raise HFTError(f"--optim is {self.storage.optim}, which is not tested with {name}: use single or ddp.")
-
-    @property
-    def micro_batches(self) -> list[int]:
-        """What one GPU may take at once, so that all micro-batches of a step are alike."""
-        own = self.global_batch // self.gpus
-        if self.storage.optimizer_in_backward:  # gradients that are freed can't be added up
-            return [own]
-        return [size for size in range(1, own + 1) if own % size == 0]
 
 
 @dataclass(frozen=True)
@@ -122,6 +46,8 @@ class Plan:
         saved (`int`): Bytes that the forward pass keeps for the backward pass.
         operations (`int`): Floating-point operations of one GPU for an optimizer step.
         available (`int`): Bytes that the GPU has for it.
+        sync_each_batch (`bool`, *optional*, defaults to `False`): Whether gradients are divided among the GPUs after each
+            micro-batch, not only after the last one of a step.
     """
 
     method: str
@@ -133,6 +59,7 @@ class Plan:
     saved: int
     operations: int
     available: int
+    sync_each_batch: bool = False
 
     @property
     def total(self) -> int:
@@ -156,13 +83,17 @@ class Planner:
             The method, and what to train.
         previous ([`Selection`], *optional*):
             What the model was trained with.
+
+    Attributes:
+        method (`str`): `"hft"` or `"fft"`.
+        selection ([`Selection`]): What learns, by its shape.
     """
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
-        self._skeleton, self._selection = skeleton, select(skeleton, hft.by_shape(), previous)
-        self._sizes = sizes(skeleton, self._selection)
-        self._shares = hft.share_reference
+        self._skeleton, self.selection = skeleton, select(skeleton, hft.by_shape(), previous)
+        self._sizes = sizes(skeleton, self.selection)
+        self._shares, self._published = hft.share_reference, skeleton.config.dtype
         self._steps: dict[StepSettings, Step] = {}
 
     def plan(self, task: Task) -> Plan:
@@ -176,17 +107,50 @@ class Planner:
         sizes_ = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in sizes_ if size * rows * task.sequence_length >= BUSY), sizes_[-1])
+        ways = [
+            (checkpointed, name, sync)
+            for checkpointed in CHECKPOINTING[task.stage]
+            for name in self._layouts(task)
+            if not self._hopeless(task, name)
+            for sync in _reductions(name)
+        ]
         for least in dict.fromkeys((busy, sizes_[0])):
-            for checkpointed in CHECKPOINTING[task.stage]:
-                for name in self._layouts(task):
-                    if self._hopeless(task, name):
-                        continue
-                    plan = self.one(task, name, least, checkpointed)
-                    if plan.fits:
-                        larger = [size for size in sizes_ if size > least]
-                        return _last(larger, lambda size: self.one(task, name, size, checkpointed), plan)  # noqa: B023
-        smallest = (self.one(task, name, sizes_[0], 1) for name in self._layouts(task))
+            for checkpointed, name, sync in ways:
+                plan = self.one(task, name, least, checkpointed, sync)
+                if plan.fits:
+                    larger = [size for size in sizes_ if size > least]
+                    return _last(larger, lambda size: self.one(task, name, size, checkpointed, sync), plan)  # noqa: B023
+        smallest = (
+            self.one(task, name, sizes_[0], 1, sync) for name in self._layouts(task) for sync in _reductions(name)
+        )
         return min(smallest, key=lambda plan: plan.total)
+
+    def rounds(self, dtype: str) -> bool:
+        """Whether the model's published weights can't be loaded in a type, since the frozen half has to keep its bits."""
+        return self.method == "hft" and rounds(self._published, DTYPES[dtype])
+
+    def check_types(self, task: Task) -> None:
+        """
+        Check that a half can be trained in the types asked for.
+
+        Args:
+            task ([`Task`]):
+                What is to be trained.
+
+        Raises:
+            [`HFTError`]: Naming the flag that rounds the published weights.
+        """
+        zero = [name for name in task.layouts if name.startswith("zero")]
+        if zero and self.rounds("bfloat16"):
+            raise HFTError(
+                f"--launch is {zero[0]}, which casts all weights to bfloat16, but the model's are {_name(self._published)}, so the "
+                "frozen half could not keep its bits: use fsdp2, or --method fft."
+            )
+        if self.rounds(task.storage.dtype):
+            raise HFTError(
+                f"--dtype is {task.storage.dtype}, but the model's weights are {_name(self._published)}, so the frozen half could "
+                "not keep its bits: leave --dtype out, which is float32, or use --method fft."
+            )
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
         """
@@ -205,13 +169,15 @@ class Planner:
                 break
         return found
 
-    def one(self, task: Task, name: str, micro_batch: int, checkpointed: int) -> Plan:
+    def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
         """What one way of training takes, whether it fits or not."""
         layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
-        memory = at_peak(parts, step, layout, accumulation > 1)
+        deferred = layout.defers_reduction and accumulation > 1 and not sync_each_batch
+        in_passes = awaiting_reduction(parts, self._sizes) if deferred else parts
+        memory = at_peak(in_passes, step, layout, accumulation > 1)
         together = task.storage.optim == "adamw_torch" and task.device == "cuda"
         if together and not task.storage.optimizer_in_backward:
             memory = max(memory, while_stepping(parts), key=lambda held_: sum(held_.values()))
@@ -225,6 +191,7 @@ class Planner:
             step.saved,
             step.operations * accumulation,
             task.gpu_memory - RESERVED,
+            sync_each_batch and layout.defers_reduction and accumulation > 1,
         )
 
     def _layout(self, task: Task, name: str) -> Layout:
@@ -264,8 +231,17 @@ class Planner:
             optimizer_in_backward=task.storage.optimizer_in_backward,
         )
         if settings not in self._steps:
-            self._steps[settings] = trace_step(self._skeleton, self._selection, settings)
+            self._steps[settings] = trace_step(self._skeleton, self.selection, settings)
         return self._steps[settings]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reductions(name: str) -> tuple[bool, ...]:
+    """Values of `sync_each_batch` to choose from, the one with less traffic first."""
+    return (False, True) if LAYOUTS[name].defers_reduction else (False,)
 
 
 def _last(sizes: Sequence[int], plan_of: Callable[[int], Plan], best: Plan) -> Plan:

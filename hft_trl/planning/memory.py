@@ -32,6 +32,8 @@ class Layout:
         shares_reference (`bool`): Whether the frozen half of policy and reference is stored once.
         whole_frozen (`bool`, *optional*, defaults to `False`): Whether each GPU holds all of the frozen half where it holds a
             part only of what learns (`hft.replicate_frozen`).
+        defers_reduction (`bool`, *optional*, defaults to `False`): Whether gradients that accumulate are whole on each GPU, in
+            bfloat16, until the last micro-batch of a step, unless `sync_each_batch` is on.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Layout:
     autocast: bool
     shares_reference: bool
     whole_frozen: bool = False
+    defers_reduction: bool = False
 
     def unshared(self) -> "Layout":
         """The same with a whole reference."""
@@ -53,7 +56,7 @@ LAYOUTS = {
     for layout in (
         Layout("single", False, False, False, False, True, True),
         Layout("ddp", False, False, False, False, True, True),
-        Layout("fsdp2", True, True, True, True, True, False),
+        Layout("fsdp2", True, True, True, True, True, False, defers_reduction=True),
         Layout("zero2", False, True, True, True, False, False),
         Layout("zero3", True, True, True, True, False, False),
     )
@@ -230,6 +233,24 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
     return gathered + scattered
 
 
+def awaiting_reduction(parts: dict[str, int], counted: Sizes) -> dict[str, int]:
+    """
+    What a GPU holds while gradients of earlier micro-batches wait for the last one's, in bytes by part. transformers wraps all
+    micro-batches of a step but the last in accelerate's `no_sync`, under which FSDP2 scatters no gradient and keeps them whole.
+
+    Args:
+        parts (`dict[str, int]`):
+            What it holds from step to step, as [`held`] gives it.
+        counted ([`Sizes`]):
+            Numbers of parameters.
+
+    Returns:
+        `dict[str, int]`: The same, with all gradients in the type that they are computed in.
+    """
+    # Each becomes a GPU's part of it in float32 as it goes, which is as much at most if there are two GPUs or more
+    return {**parts, "gradients": max(parts["gradients"], counted.trainable * BFLOAT16)}
+
+
 def while_stepping(parts: dict[str, int]) -> dict[str, int]:
     """
     What a GPU holds while AdamW updates all parameters together (`adamw_torch` there, not the fused one), in bytes by part.
@@ -255,7 +276,7 @@ def at_peak(parts: dict[str, int], step: Step, layout: Layout, accumulates: bool
 
     Args:
         parts (`dict[str, int]`):
-            What it holds from step to step, as [`held`] gives it.
+            What it holds from step to step, as [`held`] or [`awaiting_reduction`] gives it.
         step ([`Step`]):
             The traced step.
         layout ([`Layout`]):

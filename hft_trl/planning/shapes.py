@@ -5,7 +5,10 @@ from pathlib import Path
 from hft_trl import demo
 
 SHAPES = Path(__file__).parents[1] / "shapes"
-"""Folders `OWNER/NAME` with a `config.json` of the numbers that decide sizes; there are no weights and no tokenizer."""
+"""
+Folders `OWNER/NAME` with a `config.json` of the numbers that decide sizes, and the type of the published weights; there are no
+weights and no tokenizer.
+"""
 
 
 def built_in() -> list[str]:

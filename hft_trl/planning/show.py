@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from hft_trl.planning.fit import RESERVED, Plan, Task
+from hft_trl.planning.fit import RESERVED, Plan
+from hft_trl.planning.task import Task
 from hft_trl.report.tables import Grid
 
 PARTS = {
@@ -48,6 +49,8 @@ def memory_grid(plans: list[Plan]) -> Grid:
         ["kept for backward", *(f"{plan.saved / 1e9:,.1f}" for plan in plans)],
         ["petaflop in a step", *(f"{plan.operations / 1e15:.3g}" for plan in plans)],
     ]
+    if any(plan.sync_each_batch for plan in plans):
+        rows.append(["sync_each_batch", *("yes" if plan.sync_each_batch else "no" for plan in plans)])
     return Grid("", ["GB on each GPU", *(plan.method.upper() for plan in plans)], rows, frozenset({closing}))
 
 
@@ -64,6 +67,7 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
         "accelerate_config": plan.layout,
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
+        "sync_each_batch": plan.sync_each_batch,
         "activation_checkpointing": CHECKPOINTING.get(plan.checkpointed, "selective"),
         "every_n_layers": plan.checkpointed or None,
         "memory": plan.memory,
@@ -71,7 +75,10 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
         "missing": max(plan.total - plan.available, 0),
         "saved_for_backward": plan.saved,
         "operations": plan.operations,
-        "helps": [{"flags": flags, "fits": other.fits, "total": other.total} for flags, other in helps],
+        "helps": [
+            {"flags": flags, "fits": other.fits, "total": other.total, "sync_each_batch": other.sync_each_batch}
+            for flags, other in helps
+        ],
     }
 
 

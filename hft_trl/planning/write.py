@@ -8,8 +8,9 @@ from pathlib import Path
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import replacing, writing
-from hft_trl.planning.fit import Plan, Task
+from hft_trl.planning.fit import Plan
 from hft_trl.planning.show import checkpointing
+from hft_trl.planning.task import Task
 
 RECIPE, LAUNCH = "recipe.yaml", "launch.sh"
 DATA = {
@@ -34,9 +35,16 @@ def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
     return f"accelerate launch --config_file accelerate_configs/{name}.yaml{processes} recipes/sft_then_dpo.py --config {shlex.quote(recipe)}"
 
 
-def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task, Plan]]) -> tuple[Path, Path]:
+def write(
+    folder: str,
+    model: str,
+    hft: HFTConfig,
+    stages: dict[str, tuple[Task, Plan]],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Path, Path]:
     """
-    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh`.
+    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh`, with whole paths, since they are run from elsewhere.
 
     Args:
         folder (`str`):
@@ -47,6 +55,10 @@ def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task,
             Method and selection.
         stages (`dict[str, tuple[Task, Plan]]`):
             Task and plan of `"sft"` and of `"dpo"`, under one launch configuration.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a model on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
 
     Returns:
         `tuple[Path, Path]`: The two files.
@@ -60,21 +72,25 @@ def write(folder: str, model: str, hft: HFTConfig, stages: dict[str, tuple[Task,
                 f"--write: {name} does not fit, {(plan.total - plan.available) / 1e9:.1f} GB are missing on each GPU: see the plan "
                 f"with --stage {name} for what helps."
             )
-    recipe, launch = Path(folder) / RECIPE, Path(folder) / LAUNCH
+    place = Path(folder).resolve()
+    recipe, launch = place / RECIPE, place / LAUNCH
     for path in (recipe, launch):
         if path.exists():
             raise HFTError(f"--write: {str(path)!r} is there already: give another folder, or remove it.")
     task, plan = stages["sft"]
     line = launch_line(plan, task.gpus, str(recipe))
     storage = task.storage
+    start = model if model == "demo" or not Path(model).is_dir() else str(Path(model).resolve())
+    source = f"  model_revision: {_scalar(revision)}\n" if revision else ""
+    source += "  trust_remote_code: true\n" if trust_remote_code else ""
     text = f"""# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. Computed, not measured.
 # Launch:   {line}
 
 model:
-  model_name_or_path: {_scalar(model)}
-  dtype: {storage.dtype}
+  model_name_or_path: {_scalar(start)}
+{source}  dtype: {storage.dtype}
 
-output_dir: {_scalar(str(Path(folder) / "run"))}
+output_dir: {_scalar(str(place / "run"))}
 method: {hft.method}
 
 hft:
@@ -116,6 +132,12 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
     selective = (
         f"  gradient_checkpointing_kwargs:\n    every_n_layers: {plan.checkpointed}\n" if plan.checkpointed > 1 else ""
     )
+    divided = (
+        "  accelerator_config: # gradients never wait whole for the last micro-batch: less memory, more traffic\n"
+        "    gradient_accumulation_kwargs:\n      sync_each_batch: true\n"
+        if plan.sync_each_batch
+        else ""
+    )
     unclipped = "  max_grad_norm: 0\n" if task.storage.optimizer_in_backward else ""
     return f"""
 {name}:
@@ -123,7 +145,7 @@ def _stage(name: str, data: str, task: Task, plan: Plan) -> str:
   # Global batch {task.global_batch} = {task.gpus} x {plan.micro_batch} x {plan.accumulation}
   per_device_train_batch_size: {plan.micro_batch}
   gradient_accumulation_steps: {plan.accumulation}
-{SCHEDULE[name]}  # About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU; checkpointing: {checkpointing(plan)}
+{divided}{SCHEDULE[name]}  # About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU; checkpointing: {checkpointing(plan)}
   bf16: true
   gradient_checkpointing: {str(plan.checkpointed > 0).lower()}
 {selective}  optim: {task.storage.optim}

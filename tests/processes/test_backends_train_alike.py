@@ -22,6 +22,7 @@ TRAININGS = {
         *("dpo-sharded", "dpo-sharded-resumed", "dpo-sharded-mixed"),
         *("sft-replicated", "sft-replicated-resumed", "sft-mixed-replicated", "sft-checkpointing-replicated"),
         *("sft-sharded-replicated", "sft-sharded-replicated-resumed"),
+        *("sft-accumulated-mixed", "sft-accumulated-synced"),
         *("dpo-replicated", "dpo-replicated-resumed", "dpo-mixed-replicated"),
     ],
     "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-resumed", "dpo-precomputed"],
@@ -103,8 +104,12 @@ def test_only_what_learns_has_gradients_that_are_reduced_and_optimizer_state(tog
     for rank in seen(together(backend), training):
         assert rank["with_gradient"] == rank["with_optimizer_state"] == rank["trainable"]
         if backend == "fsdp2":  # a matrix is padded to a multiple of the processes
-            steps = 2 if training.endswith("resumed") else 4
-            assert 0 <= rank["reduced_numbers"] / steps - rank["trainable_numbers"] < 0.01 * rank["trainable_numbers"]
+            reductions = {"resumed": 2, "synced": 4 * 4}.get(training.rpartition("-")[2], 4)
+            assert (
+                0
+                <= rank["reduced_numbers"] / reductions - rank["trainable_numbers"]
+                < 0.01 * rank["trainable_numbers"]
+            )
         else:
             assert rank["ddp_bytes"] == 4 * rank["trainable_numbers"]
 
@@ -167,6 +172,15 @@ def test_fsdp2_and_ddp_refuse_each_others_checkpoints(together, base, tmp_path):
         assert launch.returncode != 0
         assert words in said.replace("\n", " ")
         assert not (output / "sft-resumed" / "model.safetensors").exists()
+
+
+def test_fsdp2_keeps_gradients_whole_between_micro_batches_unless_each_is_synced(together):
+    """What a plan counts on: every process has all of them in bfloat16, or its shards of them in float32."""
+    for rank in seen(together("fsdp2"), "sft-accumulated-mixed"):
+        assert (rank["waiting_whole"], rank["waiting_sharded"]) == (2 * rank["trainable_numbers"], 0)
+    for rank in seen(together("fsdp2"), "sft-accumulated-synced"):
+        assert rank["waiting_whole"] == 0
+        assert rank["waiting_sharded"] == pytest.approx(4 * rank["trainable_numbers"] / 2, rel=0.01)
 
 
 def test_fsdp2_gathers_the_reference_layer_by_layer(together):

@@ -72,6 +72,12 @@ TRAININGS = {
     "dpo-replicated": {"replicate_frozen": True},
     "dpo-replicated-resumed": {"replicate_frozen": True},
     "dpo-mixed-replicated": {"replicate_frozen": True, "bf16": True, "frozen_dtype": "bfloat16"},
+    # four micro-batches of one row: their gradients wait whole in every process, or are divided after each
+    "sft-accumulated-mixed": {"bf16": True, "frozen_dtype": "bfloat16", "gradient_accumulation_steps": 4},
+    "sft-accumulated-synced": {
+        "gradient_accumulation_steps": 4,
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    },
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
 
@@ -83,6 +89,16 @@ class Witness(TrainerCallback):
         self.with_gradient: set[str] = set()
         self.reduced = self.gathered = self.gathered_by_reference = 0
         self.in_reference = False
+        self.waiting_whole = self.waiting_sharded = 0  # bytes of gradients between micro-batches
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        # Modules that are gathered together share one account
+        states = {id(state): state for state in map(fsdp_state, model.modules()) if state is not None}
+        parameters = [p for state in states.values() for group in state._fsdp_param_groups for p in group.fsdp_params]
+        held = [grad for p in parameters for grad in (p.unsharded_accumulated_grad, p.unsharded_param.grad)]
+        self.waiting_whole = max(self.waiting_whole, sum(grad.nbytes for grad in held if grad is not None))
+        sharded = [p.grad.to_local().nbytes for p in model.parameters() if isinstance(p.grad, DTensor)]
+        self.waiting_sharded = max(self.waiting_sharded, sum(sharded))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.with_gradient |= {name for name, p in model.named_parameters() if p.grad is not None}
@@ -106,6 +122,11 @@ class Witness(TrainerCallback):
             reference.register_forward_hook(lambda *_: setattr(self, "in_reference", False), always_call=True)
 
 
+def fsdp_state(module: torch.nn.Module):
+    """FSDP2's own account of the parameters that it gathers for a module."""
+    return module._get_fsdp_state() if isinstance(module, FSDPModule) else None
+
+
 def train(name: str, base: Path, output: Path) -> dict:
     """Run one of the trainings and tell what this process saw."""
     stage, *variant = name.split("-")
@@ -115,7 +136,9 @@ def train(name: str, base: Path, output: Path) -> dict:
     if dist.is_initialized():  # the test's own process keeps its environment
         os.environ["FSDP_STATE_DICT_TYPE"] = state_dicts
     hft_config = HFTConfig(**{key: settings.pop(key) for key in STORAGE if key in settings})
-    settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes
+    settings["per_device_train_batch_size"] = (
+        GLOBAL_BATCH // processes // settings.get("gradient_accumulation_steps", 1)
+    )
     rows = Dataset.from_list([(tulu_row if stage == "sft" else ultrafeedback_row)(n) for n in range(32)])
     config, kind = (SFTConfig, HFTSFTTrainer) if stage == "sft" else (DPOConfig, HFTDPOTrainer)
     if stage == "sft":
@@ -154,6 +177,8 @@ def train(name: str, base: Path, output: Path) -> dict:
         "trainable_numbers": sum(p.numel() for p in named.values() if p.requires_grad),
         "ddp_bytes": ddp.get("total_parameter_size_bytes"),
         "reduced_numbers": witness.reduced,
+        "waiting_whole": witness.waiting_whole,
+        "waiting_sharded": witness.waiting_sharded,
         "gathered_bytes": witness.gathered,
         "gathered_by_reference": witness.gathered_by_reference,
         "largest_layer": max(sum(p.nbytes for p in layer.parameters()) for layer in trainer.model.model.layers),
