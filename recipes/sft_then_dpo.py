@@ -24,7 +24,7 @@ accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e
 Another model takes its settings from a file, since those without `--config` are the embedded model's:
 
 ```bash
-accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B --sft.dataset my_chats.jsonl --output_dir runs/mine
+accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B-Base --sft.dataset my_chats.jsonl --output_dir runs/mine
 ```
 
 Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as

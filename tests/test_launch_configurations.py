@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +107,23 @@ def test_slurm_passes_a_warning_on_waits_for_the_end_and_queues_the_job_again(sl
     assert lines.count("stopped") == 2
     assert lines[-1] == "scontrol requeue 7"
     assert not list(ROOT.glob(".stop-*"))
+
+
+WITH_CONFIG = [path for path in (*CONFIGS, FOLDER / "slurm.sh") if "--config recipes/configs/" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_CONFIG, ids=lambda path: path.name)
+def test_the_line_in_a_header_keeps_the_global_batch_of_the_recipe_s_config(path):
+    """Learning rates are for the batch that the config names, whatever the number of processes."""
+    text = path.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("#   "))
+    config = re.search(r"--config (recipes/configs/\S+)", line)
+    launch = FOLDER / "fsdp2_multi_node.yaml" if path.suffix == ".sh" else path
+    processes = yaml.safe_load(launch.read_text())["num_processes"]
+    recipe = (ROOT / config[1]).read_text()
+    named = [int(number) for number in re.findall(r"# Global batch (\d+) =", recipe)]
+    for stage, batch in zip(("sft", "dpo"), named, strict=True):
+        settings = yaml.safe_load(recipe)[stage]
+        given = re.search(rf"--{stage}\.gradient_accumulation_steps (\d+)", line)
+        accumulation = int(given[1]) if given else settings["gradient_accumulation_steps"]
+        assert processes * settings["per_device_train_batch_size"] * accumulation == batch

@@ -97,6 +97,8 @@ def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
     assert result.exit_code == 0, result.output
     assert re.search(r"FFT does not fit: [\d.]+ GB are missing on each GPU", result.stdout)
     assert re.search(r"--gpus \d+: [\d.]+ GB, fits", result.stdout)
+    helpless = run(*arguments, "--global-batch", 1, "--optim", "adamw_bnb_8bit")
+    assert re.search(r"GB are missing on each GPU\. None of the flags here would do\.\n", helpless.stdout)
     refused = run(*arguments, "--write", tmp_path / "out")
     assert refused.exit_code == 2
     assert not (tmp_path / "out").exists()

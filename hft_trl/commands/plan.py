@@ -143,8 +143,9 @@ def plan_command(
     for plan, ways in zip(plans, helps, strict=True):
         if not plan.fits:
             missing = (plan.total - plan.available) / 1e9
+            advice = " What would help:" if ways else " None of the flags here would do."
             console.print(
-                f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU. What would help:",
+                f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU.{advice}",
                 soft_wrap=True,
             )
             for flags, other in ways:
