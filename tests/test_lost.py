@@ -139,8 +139,8 @@ WRITES = [
     (faults.at_write, ("os.rename", "dpo/stage.json")),
     (faults.at_write, ("open", ".report.json")),
     (faults.at_write, ("os.rename", "report.json")),
-    (faults.at_write, ("open", "moved.png")),
-    (faults.at_write, ("open", "report.md")),
+    (faults.at_write, ("open", ".moved.png")),
+    (faults.at_write, ("os.rename", "report.md")),
 ]
 
 
@@ -193,7 +193,7 @@ def test_sigterm_saves_at_the_steps_end_and_the_same_command_ends_in_the_same_by
 
 def test_sigterm_outside_of_training_ends_with_the_same_code_and_nothing_torn(launch, whole, tmp_path):
     """While folders are opened, between training and the saved model, while the next stage starts, and in the report."""
-    for path in ("sft/.stage.json", "sft/config.json", "dpo/README.md", "report.md"):
+    for path in ("sft/.stage.json", "sft/config.json", "dpo/README.md", ".report.md"):
         run = launch(tmp_path / "run", before=faults.at_write, given=("open", path, 1, signal.SIGTERM))
         assert run.wait() == [143], (path, run.output()[-2000:])
         assert "Traceback" not in run.output()
