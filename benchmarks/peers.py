@@ -87,7 +87,7 @@ def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     if not said["peers"] or not (others or missing):
         return found
     if before["peers"] and (others or lost):  # peers take turns, so that some can't be measured without the others
-        others += [f"the peers {' '.join(before['peers'])}, now {' '.join(said['peers'])}"] if lost else []
+        others += [f"the peers {' '.join(before['peers'])}, now {' '.join(said['peers'])}"] if missing and lost else []
         raise HFTError(
             f"{path} was measured with {'; '.join(others)}: ask for the same (of peers, also for more), use another output_dir, "
             "or leave the cost out with --parts world."
