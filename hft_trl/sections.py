@@ -248,11 +248,12 @@ def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping
             f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: the file is for "
             f"recipes/{recipe}.py."
         )
+    sections = [name for name in known if name]
     flat = [str(key) for key in values if key not in known[""]]
-    if flat and not set(known) & set(values):
+    if sections and flat and not set(sections) & set(values):
         raise HFTError(
             f"config {str(path)!r} has {flat[0]} and no sections, so it is for recipes/sft.py or recipes/dpo.py: run one of them, or "
-            f"write its keys below {', '.join(filter(None, known))}."
+            f"write its keys below {', '.join(sections)}."
         )
 
 

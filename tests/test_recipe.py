@@ -291,6 +291,12 @@ def test_a_mistake_in_the_flat_style_is_named(flags, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_mistake_in_a_flat_file_is_named(tmp_path):
+    for key, meant in (("lerning_rate", "learning_rate"), ("model", "model_name_or_path")):
+        with pytest.raises(HFTError, match=f"^unknown key {key}: did you mean {meant}[?]$"):
+            parse_stage("sft", SFTConfig, ["--config", write(tmp_path, output_dir="o", **{key: "1"})])
+
+
 def test_the_flat_style_says_what_is_missing():
     with pytest.raises(HFTError, match="model_name_or_path is missing"):
         parse_stage("sft", SFTConfig, ["--dataset_name", "demo", "--output_dir", "o"])
