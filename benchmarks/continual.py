@@ -21,12 +21,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -35,6 +36,7 @@ from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.demo.trials import Scores, settle_settings
 from hft_trl.demo.verdicts import check_tests, compare, difference_cells, mean_cell
+from hft_trl.errors import STOPPED
 from hft_trl.report import environment
 from hft_trl.report.markdown import table
 from hft_trl.report.plots import BLUE, GREY, ORANGE
@@ -90,19 +92,45 @@ def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str
     return [sys.executable, "recipes/continual.py", *words, "--sft.disable_tqdm", "true", *flags]
 
 
-def make(run: Run, seed: int, output: Path, flags: list[str]) -> None:
+class Children:
+    """The processes of the runs, which can be told to end: they save what they have, and go on from it another time."""
+
+    def __init__(self) -> None:
+        self.lock, self.running, self.stopped = threading.Lock(), set(), False
+
+    def run(self, words: list[str], log: IO[str]) -> int:
+        """Wait for a command's end and return its exit status, that of a SIGTERM where no command may begin any more."""
+        with self.lock:
+            if self.stopped:
+                return STOPPED
+            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+            child = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
+            self.running.add(child)
+        code = child.wait()
+        with self.lock:
+            self.running.remove(child)
+        return code
+
+    def stop(self) -> None:
+        """Send a SIGTERM to every process, and let none begin."""
+        with self.lock:
+            self.stopped = True
+            for child in self.running:
+                child.terminate()
+
+
+def make(run: Run, seed: int, output: Path, flags: list[str], children: Children) -> None:
     """Make one run, keep its scores, and remove its models."""
     kept, folder = output / "scores" / f"{run.name}-{seed}.json", output / "runs" / f"{run.name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with (output / "runs" / f"{run.name}-{seed}.log").open("a", encoding="utf-8") as log:
         words = command(run, seed, folder, flags)
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         for _ in range(2):  # one that a signal ended goes on where it was
-            ended = subprocess.run(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-            if ended.returncode >= 0:
+            code = children.run(words, log)
+            if code >= 0:
                 break
-    if ended.returncode:
-        raise HFTError(f"{shlex.join(words)} ended with {ended.returncode}: its last words are in {log.name}.")
+    if code:
+        raise HFTError(f"{shlex.join(words)} ended with {code}: its last words are in {log.name}.")
     shutil.copy(folder / "scores.json", kept.with_suffix(".part"))
     kept.with_suffix(".part").replace(kept)
     shutil.rmtree(folder)
@@ -191,8 +219,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     own = next((flag for flag in flags if OWN.fullmatch(flag.partition("=")[0])), None)
     if own is not None:
         parser.error(f"{own} is what the runs differ in, so it can't be the same for all: drop it")
-    if options.seeds < 1:
-        parser.error(f"--seeds {options.seeds}: it must be at least 1")
+    for name in ("seeds", "workers"):
+        if vars(options)[name] < 1:
+            parser.error(f"--{name} {vars(options)[name]}: it must be at least 1")
     return options, flags
 
 
@@ -208,13 +237,16 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.workers) as pool:
         bar = progress.add_task("runs", total=len(asked), completed=len(asked) - len(missing))
-        futures = [pool.submit(make, run, seed, output, flags) for run, seed in missing]
+        children = Children()
+        futures = [pool.submit(make, run, seed, output, flags, children) for run, seed in missing]
         try:
             for future in as_completed(futures):
                 future.result()
                 progress.advance(bar)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # the others go on from their checkpoints another time
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
 
     # Say what they say
     scores, found = read(output, GRID), environment()

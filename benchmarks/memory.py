@@ -79,9 +79,13 @@ def measure(base: Path, settings: dict[str, str | bool]) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=512, help="a multiple of 64 (512)")
     parser.add_argument("--layers", type=int, default=8)
     options = parser.parse_args()
+    if options.hidden < 64 or options.hidden % 64:
+        parser.error(f"--hidden {options.hidden}: it must be a multiple of 64, which is the size of a head")
+    if options.layers < 1:
+        parser.error(f"--layers {options.layers}: it must be at least 1")
     table = Table("variant", *("policy", "reference, beside it", "gradients", "optimizer state", "together"))
     with tempfile.TemporaryDirectory() as folder:
         size = {"hidden_size": options.hidden, "intermediate_size": options.hidden * 8 // 3 // 64 * 64}

@@ -15,8 +15,9 @@ Two settings, with the same rows, tokens, steps and schedule for all peers:
 - `cost`: time and memory of a step of a larger shape with random weights, as `benchmarks/step.py` measures them. The rounds
   are two cycles through BAdam's blocks, whose steps differ: the seconds of a step are means.
 
-The same command goes on where it was interrupted: a model's scores are a file, and so is what was measured of the cost. Flags
-that begin with `--sft.` hold for every model of the world, such as `--sft.max_steps 4`.
+The same command goes on where it was interrupted: a model's scores are a file, and so is what was measured of the cost. That
+file stays as it is where it has the peers asked for, and one of other settings or peers is not overwritten. Flags that begin
+with `--sft.` hold for every model of the world, such as `--sft.max_steps 4`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from peer_world import BASE, RATE_SEED, make_all, read_scores
 from rich.console import Console
 from trl import SFTTrainer
 
-from hft_trl import HFTConfig, exit_on_user_error
+from hft_trl import HFTConfig, HFTError, exit_on_user_error
 from hft_trl.demo.trials import settle_settings
 from hft_trl.demo.verdicts import check_tests
 from hft_trl.files import write_json
@@ -71,12 +72,26 @@ class Setting(step_run.Setting):
 
 
 def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Seconds and bytes of a step of each peer, from the file of an earlier call with the same options where there is one."""
+    """
+    Seconds and bytes of a step of each peer, from the file of an earlier call where that has them.
+
+    Raises:
+        [`HFTError`]: If that file is of other settings, or has peers that are not asked for and would be lost.
+    """
     path, names = output / "cost.json", ("device", "dtype", "switch_every", "blocks", "rounds", *SHAPES["60m"])
     said = {"peers": [peer for peer in options.peers if peer in COSTED], **{key: vars(options)[key] for key in names}}
     found = read_cost(output)
-    if found.get("options") == said:
+    before = found.get("options", {"peers": []})
+    others = [f"{key} {before[key]}, now {said[key]}" for key in names if found and before[key] != said[key]]
+    missing, lost = (set(a["peers"]) - set(b["peers"]) for a, b in ((said, before), (before, said)))
+    if not said["peers"] or not (others or missing):
         return found
+    if before["peers"] and (others or lost):  # peers take turns, so that some can't be measured without the others
+        others += [f"the peers {' '.join(before['peers'])}, now {' '.join(said['peers'])}"] if missing and lost else []
+        raise HFTError(
+            f"{path} was measured with {'; '.join(others)}: ask for the same (of peers, also for more), use another output_dir, "
+            "or leave the cost out with --parts world."
+        )
     machine = about()
     gc.freeze()  # to look through all that is imported takes as long as a step
     settings = [Setting("sft", peer, False) for peer in said["peers"]]
@@ -114,6 +129,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--blocks", action="store_true", help="cost: one peer after the other, twice")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, flags = parser.parse_known_args(argv)
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers}: it must be at least 1")
+    if options.switch_every < 1:
+        parser.error(f"--switch_every {options.switch_every}: it must be at least 1")
     if not 1 <= options.seeds < RATE_SEED:
         parser.error(
             f"--seeds {options.seeds}: it must be from 1 to {RATE_SEED - 1}, as seed {RATE_SEED} is kept apart"

@@ -48,6 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="how often each time is taken (the median is shown)")
     repeat = parser.parse_args().repeat
+    if repeat < 1:
+        parser.error(f"--repeat {repeat}: it must be at least 1")
     torch.set_num_threads(1)
     llama_405b = LlamaConfig(
         vocab_size=128256,

@@ -44,6 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from step_run import BYTES, PARTS, SHAPES, STAGES, VARIANTS, Run, Setting
 
+from hft_trl import HFTConfig, exit_on_user_error
 from hft_trl.measure import peak_memory, reset_peak_memory
 from hft_trl.report import environment
 
@@ -143,7 +144,22 @@ def machine() -> str:
     return found[1] if found else "unknown CPU"
 
 
-def parse() -> argparse.Namespace:
+def numbers(text: str) -> list[float]:
+    """Numbers with commas between."""
+    return [float(number) for number in text.split(",")]
+
+
+def more_settings(text: str) -> dict[str, Any]:
+    """Settings of HFT in JSON, beside the ratio."""
+    try:
+        settings = json.loads(text)
+        HFTConfig(**settings, ratio=0.5)
+    except (ValueError, TypeError) as error:  # of JSON, of a value, or of a name
+        raise argparse.ArgumentTypeError(f"{text} are no settings of HFT beside its ratio: {error}") from error
+    return settings
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "small")
@@ -151,20 +167,32 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help="by default the shape's")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="of the weights")
     parser.add_argument("--optim", default="adamw_torch_fused", help="optimizer of all variants")
-    parser.add_argument("--hft", type=json.loads, default={}, help="JSON: more settings of HFT, for the variant hft")
+    parser.add_argument(
+        "--hft", type=more_settings, default={}, help="JSON: more settings of HFT, for the variant hft"
+    )
     parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
     parser.add_argument("--peak_steps", type=int, default=1, help="steps in which peak memory is looked for")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=("off", "on"))
-    parser.add_argument(
-        "--ratios", type=lambda text: [*map(float, text.split(","))], help="HFT in SFT, such as 0.1,0.5"
-    )
+    columns = {"stages": STAGES, "variants": VARIANTS, "checkpointing": ("off", "on")}
+    for name, choices in columns.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, help="by default all")
+    parser.add_argument("--ratios", type=numbers, help="FFT, and HFT of such ratios as 0.1,0.5: SFT, no checkpointing")
     parser.add_argument("--blocks", action="store_true", help="one variant after the other, twice")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error("--rounds: give at least 2")
+    if options.ratios:
+        given = next((name for name in columns if vars(options)[name]), None)
+        if given:
+            parser.error(
+                f"--{given} and --ratios: drop one of them, as --ratios is SFT of fft and hft without checkpointing"
+            )
+        wrong = next((ratio for ratio in options.ratios if not 0 < ratio <= 1), None)
+        if wrong is not None:
+            parser.error(f"--ratios {wrong:g}: each must be in (0, 1]")
+        columns = {"stages": ("sft",), "variants": ("fft", "hft"), "checkpointing": ("off",)}
+    for name, all_of_them in columns.items():
+        setattr(options, name, vars(options)[name] or all_of_them)
     for name in SHAPES["8b"]:
         setattr(options, name, vars(options)[name] or SHAPES[options.shape].get(name))
     options.device = "cuda" if cuda else "cpu"
@@ -172,7 +200,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse()
+    options = parse(sys.argv[1:])
     groups = [
         [Setting(stage, variant, word == "on") for word in options.checkpointing for variant in options.variants]
         for stage in options.stages
@@ -202,4 +230,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning)
     disable_progress_bars()
     gc.freeze()  # to look through all that is imported takes as long as a step
-    main()
+    with exit_on_user_error():
+        main()

@@ -249,6 +249,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, on stdout")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: it must be at least 1")
     if options.worker is not None:
         work(options)
         return

@@ -18,11 +18,21 @@ from hft_trl.arguments import (
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
-from hft_trl.sections import answer_help, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
-SECTIONS = ("model", "hft", "sft", "dpo")
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
+OF_THE_RUN = ("output_dir", "trust_remote_code")  # keys of a trainer's arguments that all stages have in common
+WITHOUT = {"hft": ("method",), "sft": (*OF_THE_RUN, *PREFERENCE_ONLY), "dpo": OF_THE_RUN}
+"""Fields of each section's dataclasses that are no keys of it."""
 
+# Keys by section; those of "" stand above the sections
+KEYS = {
+    "": keys((RunArguments,)),
+    "model": keys((ModelArguments,)),
+    "hft": keys((HFTConfig,), WITHOUT["hft"]),
+    "sft": keys((DataArguments, SFTConfig), WITHOUT["sft"]),
+    "dpo": keys((DataArguments, DPOConfig), WITHOUT["dpo"]),
+}
 
 ADAPTER_FOLDER = "adapter"
 """Folder in that of a stage, with its adapter alone."""
@@ -108,13 +118,13 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
         [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
     """
     answer_help(argv, help_text)
-    values, flags = read_sections(argv, default_config, SECTIONS)
+    values, flags = read_sections(argv, default_config, KEYS)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/qwen3-4b.yaml")
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=WITHOUT["hft"])
     stages = {}
     for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
         auto_checkpointing = leaves_checkpointing(values[name], flags[name])
@@ -124,7 +134,7 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without={"output_dir", "trust_remote_code", *(PREFERENCE_ONLY if name == "sft" else ())},
+            without=WITHOUT[name],
         )
         stages[name] = make_stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
         stages[name].auto_checkpointing = auto_checkpointing
@@ -192,10 +202,10 @@ def parse_stage(
         [`HFTError`]: Naming the flag and the nearest valid one, or the value that doesn't fit.
     """
     answer_help(argv, help_text)
-    values, flags = read_sections(argv, None, ())
-    auto_checkpointing = leaves_checkpointing(values[""], flags[""])
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
+    values, flags = read_sections(argv, None, {"": keys(types, without)})
+    auto_checkpointing = leaves_checkpointing(values[""], flags[""])
     script, args, model, mixture, hft, extra = parse_section("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")

@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -25,6 +25,15 @@ EXAMPLES = {
     "sft": "learning_rate",
     "dpo": "beta",
 }  # a key of each section that a recipe may have
+
+# What a thing is called in the sections of a recipe and in TRL's flat style, both ways
+OTHER_NAMES = {
+    "model": "model_name_or_path",
+    "dataset": "dataset_name",
+    "split": "dataset_train_split",
+    "eval_split": "dataset_test_split",
+}
+OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and TRL's older one
 
@@ -48,12 +57,35 @@ def names_config(argv: list[str]) -> bool:
     return any(token.partition("=")[0] == "--config" for token in argv)
 
 
+def keys(types: Iterable[type], without: Collection[str] = ()) -> list[str]:
+    """The keys of a section that is parsed into some dataclasses."""
+    return [
+        field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
+    ]
+
+
 def read_sections(
-    argv: list[str], default_config: str | Path | None, sections: Iterable[str]
+    argv: list[str], default_config: str | Path | None, known: Mapping[str, Collection[str]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """The YAML file's values and the command line's tokens, both by section; `""` is what stands above the sections."""
-    path = default_config
-    flags: dict[str, list[str]] = {name: [] for name in ("", *sections)}
+    """
+    Read the YAML file's values and the command line's tokens, both by section.
+
+    Args:
+        argv (`list[str]`):
+            The command line without the program's name.
+        default_config (`str` or `Path`, *optional*):
+            The YAML file to use when there is no `--config`.
+        known (`Mapping[str, Collection[str]]`):
+            The keys of each section; those of `""` stand above the sections, or are all of a recipe in the flat style.
+
+    Returns:
+        `tuple[dict[str, dict[str, Any]], dict[str, list[str]]]`: Values, and tokens.
+
+    Raises:
+        [`HFTError`]: If the file can't be read or is for another recipe, or a key stands where it does not belong.
+    """
+    path, sections = default_config, [name for name in known if name]
+    flags: dict[str, list[str]] = {name: [] for name in known}
     current = ""
     tokens = iter(argv)
     for token in tokens:
@@ -73,6 +105,8 @@ def read_sections(
                 raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{EXAMPLES[name]}.")
         elif not dot:
             current, key = "", name
+        elif not sections:
+            raise HFTError(f"--{name} names a section, but the flags of this recipe have none: write --{key}.")
         elif current not in sections:
             raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}")
         flags[current].append(f"--{key}{equals}{value}")
@@ -80,13 +114,16 @@ def read_sections(
     values = load_yaml(path) if path is not None else {}
     for key, value in (values.pop("env", None) or {}).items():
         os.environ[str(key)] = str(value)
+    _check_style(path, values, known)
     nested = {name: values.pop(name, None) or {} for name in sections}
     if isinstance(nested.get("model"), str):
         nested["model"] = {"model_name_or_path": nested["model"]}
     for name, section in nested.items():
         if not isinstance(section, dict):
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
-    return {"": values, **nested}, flags
+    values = {"": values, **nested}
+    _check_places({name: [*values[name], *_names(flags[name])] for name in known}, known)
+    return values, flags
 
 
 def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
@@ -137,15 +174,13 @@ def parse_section(
     """Build the dataclasses of one section from the YAML's `values` and the command line's `flags`, which win."""
     prefix = f"{section}." if section else ""
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
-    known = [
-        field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
-    ]
+    known = keys(types, without)
     switches = [f"no_{name}" for name in known if hints[name] in (bool, bool | None)]
-    given = [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+    given = _names(flags)
     for key in (*values, *given):
         if key not in known and not (key in given and key in switches):
-            where = f"in section {section}" if section else "above the sections"
-            raise HFTError(f"unknown key {prefix}{key} {where}: {_nearest(str(key), known, prefix)}")
+            where = f" in section {section}" if section else ""
+            raise HFTError(f"unknown key {prefix}{key}{where}: {_nearest(str(key), known, prefix)}")
 
     parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
@@ -158,6 +193,10 @@ def parse_section(
             argv.append(f"--{key}={value}")  # through argparse, which converts and checks it like a flag
         else:
             raise HFTError(f"{prefix}{key} is {value!r}: it takes {_readable(hints[key])}.")
+    for field in (field for kind in types for field in dataclasses.fields(kind)):
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if not optional and field.name not in {*values, *given, *(fixed or ())}:
+            raise HFTError(f"{prefix}{field.name} is missing: set it in the file, or with --{prefix}{field.name}.")
     if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
         raw["bf16"] = is_torch_bf16_gpu_available()
     # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
@@ -193,6 +232,45 @@ def parse_section(
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise HFTError(f"{section or 'settings'}: {' '.join(str(error).split())}") from error
+
+
+def _names(flags: list[str]) -> list[str]:
+    """The keys among the tokens of a section."""
+    return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+
+
+def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping[str, Collection[str]]) -> None:
+    """Refuse a file of another recipe, by its sections: each recipe has others, and those in TRL's flat style have none."""
+    found = [name for name in EXAMPLES if isinstance(values.get(name), dict)]
+    foreign = [name for name in found if name not in known]
+    if foreign:
+        recipe = "sft_then_dpo" if "dpo" in found else "continual"
+        raise HFTError(
+            f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: the file is for "
+            f"recipes/{recipe}.py."
+        )
+    sections = [name for name in known if name]
+    flat = [str(key) for key in values if key not in known[""]]
+    if sections and flat and not set(sections) & set(values):
+        raise HFTError(
+            f"config {str(path)!r} has {flat[0]} and no sections, so it is for recipes/sft.py or recipes/dpo.py: run one of them, or "
+            f"write its keys below {', '.join(sections)}."
+        )
+
+
+def _check_places(given: Mapping[str, Iterable[str]], known: Mapping[str, Collection[str]]) -> None:
+    """Name the place of a key that belongs to another section, or that the other style calls something else."""
+    for section, key in ((section, str(key)) for section, found in given.items() for key in found):
+        other = OTHER_NAMES.get(key)
+        places = [_dotted(section, other)] if other in known[section] else []
+        for name in (key, other):
+            places = places or [_dotted(place, name) for place in known if name in known[place]]
+        if key not in known[section] and places:
+            raise HFTError(f"unknown key {_dotted(section, key)}: did you mean {' or '.join(places)}?")
+
+
+def _dotted(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
 
 
 def _accepts(hint: Any, kind: type) -> bool:

@@ -94,4 +94,47 @@ def test_scores_of_another_run_than_their_name_says_are_refused(tmp_path):
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     (tmp_path / "scores").mkdir()
     with pytest.raises(HFTError, match=r"ended with 2: its last words are in .*multitask-hft-1\.log"):
-        GRID["make"](GRID["Run"]("multitask", "hft"), 1, tmp_path, ["--no_such_flag"])
+        GRID["make"](GRID["Run"]("multitask", "hft"), 1, tmp_path, ["--no_such_flag"], GRID["Children"]())
+
+
+SLOW = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("stopped").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path("started").touch()
+time.sleep(60)
+pathlib.Path("finished").touch()
+"""
+FAILS = """
+import pathlib, sys, time
+while not pathlib.Path("started").exists():
+    time.sleep(0.01)
+sys.exit(2)
+"""
+
+
+def test_where_one_run_fails_the_others_are_told_to_end_and_none_begins(tmp_path, monkeypatch):
+    """They save at a SIGTERM, so nobody waits for all that they have left to do."""
+    scripts = {"sequential-fft": SLOW, "sequential-hft": FAILS}
+
+    def command(run, seed, folder, flags):
+        return [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n" + scripts[run.name]]
+
+    monkeypatch.setitem(GRID["main"].__globals__, "command", command)
+    words = ["--seeds", "3", "--approaches", "sequential", "--workers", "2", "--output_dir", str(tmp_path / "grid")]
+    with pytest.raises(HFTError, match=r"ended with 2: its last words are in .*sequential-hft-1\.log"):
+        GRID["main"](*GRID["parse"](words))
+    assert (tmp_path / "stopped").exists()
+    assert not (tmp_path / "finished").exists()
+    logs = {path.stem for path in (tmp_path / "grid" / "runs").glob("*.log")}
+    assert {"sequential-fft-1", "sequential-hft-1"} <= logs
+    assert not any(path.endswith("-3") for path in logs)
+
+
+@pytest.mark.parametrize("flag", ["--workers", "--seeds"])
+def test_numbers_that_can_not_be_are_refused(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        GRID["parse"]([flag, "0"])
+    assert f"{flag} 0: it must be at least 1" in capsys.readouterr().err

@@ -170,6 +170,61 @@ def test_seconds_of_badam_are_those_of_whole_cycles_through_its_blocks():
     assert flags == ["--sft.max_steps", "4"]
 
 
+@pytest.mark.parametrize(
+    ("flag", "complaint"),
+    [
+        ("--workers", "--workers 0: it must be at least 1"),
+        ("--switch_every", "--switch_every 0: it must be at least 1"),
+    ],
+)
+def test_numbers_that_can_not_be_are_refused(flag, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        peers.parse([flag, "0"])
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Asks for the cost with some flags, where each measuring takes no time, and tells the peers of the file and how often."""
+    times = []
+
+    def measure(settings, options):
+        times.append(settings)
+        return [{"variant": setting.variant, "bytes": {}, "steps": [{"total": 1.0}]} for setting in settings]
+
+    monkeypatch.setattr(peers.step, "measure", measure)
+    monkeypatch.setattr(peers.step, "peak", lambda setting, options: 1)
+
+    def ask(*flags):
+        found = peers.measure_cost(peers.parse([*SMALL, *flags])[0], tmp_path)
+        assert found == peers.read_cost(tmp_path)
+        return [row["variant"] for row in found.get("records", [])], len(times)
+
+    return ask
+
+
+def test_a_measured_cost_is_kept_for_fewer_peers_and_goes_only_for_more(measured):
+    assert measured("--peers", "badam_all") == ([], 0)  # it has no cost
+    assert measured("--peers", "fft", "hft") == (["fft", "hft"], 1)
+    assert measured("--peers", "hft") == measured("--peers", "badam_all") == (["fft", "hft"], 1)
+    assert measured("--peers", "lora", "hft", "fft") == (["lora", "hft", "fft"], 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--peers", "hft", "lora"], "the peers fft hft, now hft lora"),
+        (["--peers", "fft", "hft", "--batch", "3"], "batch 2, now 3"),
+    ],
+)
+def test_a_measured_cost_that_would_be_lost_is_named(measured, flags, difference):
+    measured("--peers", "fft", "hft")
+    with pytest.raises(HFTError, match=f"cost.json was measured with {difference}: ask for the same") as error:
+        measured(*flags)
+    assert "\n" not in str(error.value)
+    assert measured("--peers", "fft") == (["fft", "hft"], 1)
+
+
 def made(peer, folder):
     """Scores of three rates and two seeds."""
     first = peer_world.FIRST_RATE.get(peer, peer_world.DEMO_RATE)

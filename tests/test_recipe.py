@@ -15,6 +15,7 @@ from hft_trl.recipe import parse_recipe, parse_stage
 ROOT = Path(__file__).parent.parent
 ALL = set((ROOT / "recipes" / "configs").glob("*.yaml"))
 SMALL = ROOT / "recipes" / "configs" / "llama3.1-8b-24gb.yaml"
+TRACE = ROOT / "recipes" / "configs" / "trace-llama2-7b-chat.yaml"
 # Those of sft_then_dpo.py; TRACE's is checked with the recipe of continual learning
 CONFIGS = sorted(ALL - set((ROOT / "recipes" / "configs").glob("trace-*")) - {SMALL})
 
@@ -91,7 +92,19 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
         ("--sft.num_train_epochs", ["sft.num_train_epochs"]),
         ("--sft", ["--sft is a section", "--sft.learning_rate"]),
         ("--sft.output_dir elsewhere", ["sft.output_dir"]),
-        ("--sft.drop_equal_pairs true", ["sft.drop_equal_pairs"]),
+        ("--sft.drop_equal_pairs true", ["unknown key sft.drop_equal_pairs: did you mean dpo.drop_equal_pairs?"]),
+        ("--ratio 0.3", ["unknown key ratio: did you mean hft.ratio?"]),
+        ("--learning-rate=1e-5", ["did you mean sft.learning_rate or dpo.learning_rate?"]),
+        ("--dataset x", ["did you mean sft.dataset or dpo.dataset?"]),
+        ("--dataset_name x", ["did you mean sft.dataset or dpo.dataset?"]),
+        ("--model_name_or_path x", ["did you mean model.model_name_or_path?"]),
+        ("--sft.dataset_train_split x", ["did you mean sft.split?"]),
+        ("--sft.dataset_name x", ["did you mean sft.dataset?"]),
+        ("--sft.beta 1", ["did you mean dpo.beta?"]),
+        ("--sft.evaluate x", ["did you mean evaluate?"]),
+        ("--method_ fft", ["unknown key method_: did you mean method?"]),
+        (f"--config {SMALL}", ["llama3.1-8b-24gb.yaml' has ", " and no sections, so it is for recipes/sft.py"]),
+        (f"--config {TRACE}", ["has the sections lora, which this recipe does not have", "for recipes/continual.py"]),
         ("--sft.bf16 true", ["sft.bf16 is true", "no bfloat16 GPU", "use_cpu"]),
         ("--sft.eval_strategy sometimes", ["sft", "sometimes"]),
         ("--config nowhere.yaml", ["nowhere.yaml"]),
@@ -116,6 +129,7 @@ def test_a_mistake_on_the_command_line_is_named_in_one_line(flags, words):
         ({"sft": {"learning_rate": [1, 2]}}, ["sft.learning_rate is [1, 2]", "float"]),
         ({"sft": {"eval_strategy": False}}, ["sft.eval_strategy is False", "quote it"]),
         ({"output_dir": None}, ["output_dir"]),
+        ({"learning_rate": 1e-5}, ["unknown key learning_rate: did you mean sft.learning_rate or dpo.learning_rate?"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, change, words):
@@ -132,7 +146,8 @@ def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, change, words):
 def test_a_missing_key_is_named(tmp_path, missing):
     sections = {"model": "demo", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
     sections.pop(missing)
-    with pytest.raises(HFTError, match={"model": "model_name_or_path", "sft": "dataset"}.get(missing, missing)):
+    name = {"model": "model.model_name_or_path", "sft": "sft.dataset"}.get(missing, missing)
+    with pytest.raises(HFTError, match=f"^{name} is missing: set it in the file, or with --{name}[.]$"):
         parse_recipe(["--config", write(tmp_path, **sections)])
 
 
@@ -261,6 +276,11 @@ def test_one_seed_flag_serves_trainer_and_selection_unless_the_selection_has_its
         ("--load_in_4bit", ["adapters"]),
         ("--dataset_streaming", ["streaming"]),
         ("--ratio 2", ["ratio is 2.0"]),
+        ("--model demo", ["unknown key model: did you mean model_name_or_path?"]),
+        ("--dataset demo", ["did you mean dataset_name?"]),
+        ("--split train", ["did you mean dataset_train_split?"]),
+        ("--sft.learning_rate 1", ["--sft.learning_rate names a section", "write --learning_rate."]),
+        (f"--config {CONFIGS[-1]}", ["has the sections model, hft, sft, dpo", "for recipes/sft_then_dpo.py"]),
     ],
 )
 def test_a_mistake_in_the_flat_style_is_named(flags, words):
@@ -269,6 +289,12 @@ def test_a_mistake_in_the_flat_style_is_named(flags, words):
             "sft", SFTConfig, shlex.split(f"--model_name_or_path demo --dataset_name demo --output_dir o {flags}")
         )
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_mistake_in_a_flat_file_is_named(tmp_path):
+    for key, meant in (("lerning_rate", "learning_rate"), ("model", "model_name_or_path")):
+        with pytest.raises(HFTError, match=f"^unknown key {key}: did you mean {meant}[?]$"):
+            parse_stage("sft", SFTConfig, ["--config", write(tmp_path, output_dir="o", **{key: "1"})])
 
 
 def test_the_flat_style_says_what_is_missing():

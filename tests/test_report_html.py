@@ -18,7 +18,7 @@ import pytest
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
-from hft_trl.report.markdown import launch_command
+from hft_trl.report.markdown import launch_command, report_markdown
 from hft_trl.report.page import report_page, selection_map, verdict
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
 
@@ -253,6 +253,15 @@ def test_command_can_be_typed_again():
     words = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     assert words.stdout.splitlines() == ["accelerate", "launch", *whole.command]
     assert command in Page(report_page(whole)).text
+
+
+@pytest.mark.parametrize(("number", "said"), [(1, "It ran in 1 process."), (4, "It ran in 4 processes.")])
+def test_number_of_processes_stands_beside_the_command(number, said):
+    """The launcher's own flags are not in the command, so that it may start another number of processes."""
+    whole = report(command=["recipes/sft.py"], num_processes=number)
+    text, page = report_markdown(whole, []), Page(report_page(whole)).text
+    for view in (text, page):
+        assert f"{said} Flags of accelerate launch itself, such as --config_file" in view
 
 
 def test_files_that_the_package_reads_are_shipped():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import runpy
 import subprocess
 import sys
 
@@ -163,3 +164,48 @@ def test_more_settings_of_hft_and_another_optimizer_reach_the_trainer():
     assert half["bytes"]["weight"] < full["bytes"]["weight"]
     assert full["bytes"]["optimizer"] < 8 * full["bytes"]["trained"] / 4
     assert all(math.isfinite(loss) for loss in half["losses"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--hft", '{"ratioo": 1}'], "are no settings of HFT beside its ratio: "),
+        (["--hft", '{"ratio": 1}'], "are no settings of HFT beside its ratio: "),
+        (["--hft", '{"frozen_dtype": "int3"}'], "frozen_dtype is 'int3'"),
+        (["--hft", "[1]"], "are no settings of HFT"),
+        (["--hft", "{"], "are no settings of HFT"),
+        (["--ratios", "0.5,0"], "--ratios 0: each must be in (0, 1]"),
+        (["--ratios", "half"], "invalid numbers value: 'half'"),
+        (["--ratios", "0.5", "--stages", "dpo"], "--stages and --ratios: drop one of them"),
+        (["--checkpointing", "off", "--ratios", "0.5"], "--checkpointing and --ratios: drop one of them"),
+        (["--rounds", "1"], "--rounds: give at least 2"),
+    ],
+)
+def test_flags_that_can_not_be_are_refused(flags, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.parse(flags)
+    assert complaint in capsys.readouterr().err
+
+
+def test_what_is_measured_is_all_unless_the_flags_say_less():
+    columns = ("stages", "variants", "checkpointing")
+    found = [[set(vars(benchmark.parse(words))[name]) for name in columns] for words in ([], ["--ratios", "0.5"])]
+    assert found[0] == [{"sft", "dpo"}, {"fft", "hft", "stock", "lora"}, {"off", "on"}]
+    assert found[1] == [{"sft"}, {"fft", "hft"}, {"off"}]
+    assert benchmark.parse(["--stages", "dpo"]).stages == ["dpo"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "complaint"),
+    [
+        ("selection", ["--repeat", "0"], "--repeat 0: it must be at least 1"),
+        ("memory", ["--hidden", "32"], "--hidden 32: it must be a multiple of 64"),
+        ("memory", ["--layers", "0"], "--layers 0: it must be at least 1"),
+        ("traffic", ["--steps", "0"], "--steps 0: it must be at least 1"),
+    ],
+)
+def test_flags_of_the_other_benchmarks_that_can_not_be_are_refused(script, flags, complaint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))["main"]()
+    assert complaint in capsys.readouterr().err

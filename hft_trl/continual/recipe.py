@@ -26,12 +26,26 @@ from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Adapter, Stage, check_defaults_model, check_evaluation, make_stage
-from hft_trl.sections import answer_help, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe import (
+    OF_THE_RUN,
+    WITHOUT,
+    Adapter,
+    Stage,
+    check_defaults_model,
+    check_evaluation,
+    make_stage,
+)
+from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
 
-SECTIONS = ("model", "hft", "lora", "sft")
+KEYS = {
+    "": keys((ContinualArguments,)),
+    "model": keys((ModelArguments,)),
+    "hft": keys((HFTConfig,), WITHOUT["hft"]),
+    "lora": keys((LoRAArguments,)),
+    "sft": keys((SFTConfig,), OF_THE_RUN),
+}
 
 
 @dataclasses.dataclass
@@ -69,7 +83,7 @@ class ContinualRecipe:
             self.sft,
             self.sft_flags,
             fixed={"output_dir": str(folder), "num_train_epochs": epochs, "assistant_only_loss": False},
-            without={"output_dir", "trust_remote_code"},
+            without=OF_THE_RUN,
         )
         if args.packing:
             raise HFTError("sft.packing is true, but rows of a task are learned one by one: drop it.")
@@ -178,7 +192,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
     """
     answer_help(argv, help_text)
-    values, flags = read_sections(argv, default_config, SECTIONS)
+    values, flags = read_sections(argv, default_config, KEYS)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
@@ -186,7 +200,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without={"method"})
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=WITHOUT["hft"])
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     if run.approach in ADAPTERS:
         if run.method == "hft" and _given("method", values[""], flags[""]):

@@ -65,6 +65,12 @@ def launch_command(report: Report) -> str:
     return shlex.join([*launcher, *report.command])
 
 
+def launch_note(report: Report) -> str:
+    """What the command line does not say, since the launcher keeps its own flags to itself."""
+    number = f"{report.num_processes} process{'es' if report.num_processes > 1 else ''}"
+    return f"It ran in {number}. Flags of accelerate launch itself, such as --config_file and --num_processes, are not part of it."
+
+
 def _origin(stage: StageRecord) -> str:
     start = f" started from `{shown(stage.start_model)}`" if stage.start_model else ""
     data = f", data `{shown(stage.dataset)}`" if stage.dataset else ""
@@ -75,7 +81,7 @@ def _origin(stage: StageRecord) -> str:
 def _rerun(report: Report) -> list[str]:
     parts = []
     if report.command:
-        parts += ["## Command", _fenced(launch_command(report), "sh")]
+        parts += ["## Command", _fenced(launch_command(report), "sh"), launch_note(report)]
     if report.settings:
         dumped = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100).rstrip("\n")
         parts += ["## Settings", _fenced(dumped, "yaml")]

@@ -12,7 +12,7 @@ import yaml
 
 from hft_trl.demo import shown
 from hft_trl.report.data import REPORT_FILE, Report, StageRecord, UnitChange
-from hft_trl.report.markdown import CAPTIONS, launch_command
+from hft_trl.report.markdown import CAPTIONS, launch_command, launch_note
 from hft_trl.report.movement_plot import movement_figure
 from hft_trl.report.picture import SQUARES, cell_mark
 from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
@@ -138,6 +138,7 @@ def report_page(report: Report) -> str:
         states={state for chart in maps for state in _states(chart)},
         marks=SQUARES,
         command=launch_command(report),
+        launch=launch_note(report),
         settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100),
     )
 
