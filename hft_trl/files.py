@@ -50,11 +50,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
-    """Write a JSON file whole or not at all. Further arguments are those of `json.dumps`."""
-    text = json.dumps(content, indent=2, **options) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write a JSON file whole or not at all. Further arguments are those of `json.dumps`."""
+    write_text(path, json.dumps(content, indent=2, **options) + "\n")
 
 
 def write_json_once(path: Path, content: Any) -> None:

@@ -8,8 +8,9 @@ from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
 from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid, transfer
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing, writing
+from hft_trl.files import write_text, writing
 from hft_trl.report.markdown import table
+from hft_trl.report.plots import save_figure
 
 
 def write_report(folder: str | Path) -> Path:
@@ -23,10 +24,8 @@ def write_report(folder: str | Path) -> Path:
     scores = _scores(folder)
     with writing(folder):
         for name, figure in (("matrix", matrix_figure(scores)), ("curves", curves_figure({run_name(scores): scores}))):
-            with replacing(folder / f"{name}.png") as new:
-                figure.savefig(new, dpi=150, facecolor="white")
-        with replacing(folder / "report.md") as new:
-            new.write_text(_markdown(scores), encoding="utf-8")
+            save_figure(figure, folder / f"{name}.png")
+        write_text(folder / "report.md", _markdown(scores))
     return folder / "report.md"
 
 
@@ -101,13 +100,11 @@ def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Pat
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
-        with replacing(folder / "comparison.png") as new:
-            curves_figure(labels).savefig(new, dpi=150, facecolor="white")
+        save_figure(curves_figure(labels), folder / "comparison.png")
         parts = ["# Continual runs side by side", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]
         if differences := other_settings(runs):
             parts += ["These runs differ in other settings too:", "\n".join(f"- {line}" for line in differences)]
-        with replacing(folder / "comparison.md") as new:
-            new.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        write_text(folder / "comparison.md", "\n\n".join(parts) + "\n")
     return folder / "comparison.md"
 
 

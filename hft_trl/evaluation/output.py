@@ -7,8 +7,9 @@ from rich.console import Console
 from hft_trl.errors import HFTError
 from hft_trl.evaluation.plot import score_figure
 from hft_trl.evaluation.scores import Evaluation, Score
-from hft_trl.files import replacing, write_json
+from hft_trl.files import write_json, write_text
 from hft_trl.report.markdown import table
+from hft_trl.report.plots import save_figure
 from hft_trl.report.tables import NONE, Grid, narrowed, rich_table
 
 EVALUATION_FILE = "evaluation.json"
@@ -97,10 +98,8 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(data, evaluation.to_dict(), allow_nan=False)
-        with replacing(text) as new:
-            new.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        with replacing(picture) as new:
-            score_figure(evaluation).savefig(new, dpi=150, facecolor="white")
+        write_text(text, "\n\n".join(parts) + "\n")
+        save_figure(score_figure(evaluation), picture)
     except OSError as error:
         raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
     return [data, text, picture]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing, writing
+from hft_trl.files import replacing, write_text, writing
 from hft_trl.planning.fit import Plan
 from hft_trl.planning.show import checkpointing
 from hft_trl.planning.task import Task
@@ -112,8 +112,7 @@ hft:
     text += "".join(_stage(name, data[name], *stages[name]) for name in ("sft", "dpo"))
     with writing(folder):
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(recipe) as new:
-            new.write_text(text, encoding="utf-8")
+        write_text(recipe, text)
         with replacing(launch) as new:
             new.write_text(
                 f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing
+from hft_trl.files import write_text
 from hft_trl.report.data import Report, StageRecord, UnitChange
 from hft_trl.report.machine import environment
 
@@ -41,11 +41,9 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = write_plots(report, folder)
         text = folder / "report.md"
-        with replacing(text) as new:
-            new.write_text(report_markdown(report, [picture.name for picture in pictures]), encoding="utf-8")
+        write_text(text, report_markdown(report, [picture.name for picture in pictures]))
         page = folder / PAGE_FILE
-        with replacing(page) as new:
-            new.write_text(report_page(report), encoding="utf-8")
+        write_text(page, report_page(report))
     except OSError as error:
         raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
     return [text, page, *pictures]

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing
 from hft_trl.report.data import UnitChange
 from hft_trl.report.movement_plot import change_figure
-from hft_trl.report.plots import plain
+from hft_trl.report.plots import plain, save_figure
 from hft_trl.report.tables import Grid, change, count, percent
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
 
@@ -174,8 +173,7 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
     try:
-        with replacing(path) as new:
-            figure.savefig(new, dpi=150, facecolor="white")
+        save_figure(figure, path)
     except (OSError, ValueError) as error:
         raise HFTError(
             f"plot {str(path)!r} can't be written ({error}): choose another file, such as diff.png."

@@ -48,10 +48,15 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
             # A picture of an earlier run in this folder must not pass for this one's.
             path.unlink(missing_ok=True)
             continue
-        with replacing(path) as new:
-            figure.savefig(new, dpi=150, facecolor="white")
+        save_figure(figure, path)
         written.append(path)
     return written
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure whole or not at all; the file's ending says the format."""
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, facecolor="white")
 
 
 def loss_figure(report: Report) -> "Figure | None":
