@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -89,11 +90,22 @@ def _rehearse_all(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Sta
     start = stages[0][0].model
     own = copy.deepcopy(tokenizer)  # trainers write into it, and the next stage starts from what the last one saves
     for stage, train, evaluation in stages:
+        _check_fills_a_batch(stage, len(train))
         samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
         if evaluation is not None:
             samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             _rehearse(stage, start, own, folder, *samples)
+
+
+def _check_fills_a_batch(stage: Stage, rows: int) -> None:
+    args = stage.args
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
+        raise HFTError(
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.data.dataset} do not fill a batch of {batch} "
+            f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
+        )
 
 
 def _rehearse(
@@ -172,9 +184,7 @@ def _generation_config(config: PretrainedConfig, model: str, revision: str) -> G
         return GenerationConfig.from_model_config(config)
 
 
-def check_ids(
-    prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str
-) -> None:
+def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
     """
     Check that a model has an embedding for every token of its rows, and for those that a trainer adds.
 
@@ -276,7 +286,8 @@ def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
         raise
     except MISTAKES as error:
         values = {name: vars(stage.args).get(name) for name in names}
-        given = ", ".join(f"{name} {str(value)!r}" for name, value in values.items() if value)
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
+        given = ", ".join(f"{name} {value!r}" for name, value in plain.items())
         raise HFTError(f"{stage.name}: no {what}{f' with {given}' if given else ''}: {explained(error)}") from error
 
 
