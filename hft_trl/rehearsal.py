@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.logging import MultiProcessAdapter
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -40,7 +41,7 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
 CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
-PATTERNS, ROWS, LONGEST = 256, 8, 64  # patterns of roles, rows to train on, characters or tokens of a text
+PATTERNS, ROWS, LONGEST = 256, 8, 32  # patterns of roles, rows to train on, characters or tokens of a text
 
 # What tells a process of its launcher and its backend
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
@@ -130,8 +131,8 @@ def _rehearse(
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
         rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
         if rows:
-            batch = trainer.data_collator(rows)
-            trainer.compute_loss(trainer.model.train(), {key: value.to(args.device) for key, value in batch.items()})
+            batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
+            trainer.compute_loss(trainer.model.train(), batch)
     with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
         trainer.create_optimizer()
     with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
@@ -164,6 +165,8 @@ def _tried(args: SFTConfig | DPOConfig, folder: str) -> SFTConfig | DPOConfig:
     vars(tried).update({name: value for name, value in WITHOUT.items() if name in vars(args)}, output_dir=folder)
     if args.optim_target_modules is not None:
         tried.optim_target_modules = "all-linear"  # the names are the real model's
+    if args.max_length is not None and args.max_length > 0:
+        tried.max_length = max(args.max_length, 1024)  # trainers drop rows of which nothing to train on is left
     tried.use_cpu = args.device.type == "cpu"
     tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
     return tried
@@ -227,7 +230,8 @@ def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> 
     for number, row in rows.items():
         for turns in _conversations(row):
             _check_rendered(turns, row, f"row {number} of {name}", tokenizer)
-    few = [{column: _short(value) for column, value in row.items()} for row in list(rows.values())[:ROWS]]
+    fewest_turns = sorted(rows.values(), key=lambda row: sum(len(row[column]) for column in columns))[:ROWS]
+    few = [{column: _short(value) for column, value in row.items()} for row in fewest_turns]
     return Dataset.from_list(few, features=dataset.features)
 
 
@@ -284,7 +288,7 @@ def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
         yield
     except HFTError:
         raise
-    except MISTAKES as error:
+    except (*MISTAKES, AttributeError) as error:
         values = {name: vars(stage.args).get(name) for name in names}
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
         given = ", ".join(f"{name} {value!r}" for name, value in plain.items())
