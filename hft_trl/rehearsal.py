@@ -9,7 +9,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -126,7 +127,8 @@ def _rehearse(
             apply_liger_kernel(None, None)
     config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
     with _naming(stage, "trainer can be built"):
-        trainer = _trainer(_tried(args, folder), _stand_in(config), tokenizer, train, evaluation)
+        model = _stand_in(config, start.model_name_or_path, start.model_revision)
+        trainer = _trainer(_tried(args, folder), model, tokenizer, train, evaluation)
     check_ids(trainer.train_dataset, tokenizer, config, start.model_name_or_path)
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
         rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
@@ -139,7 +141,7 @@ def _rehearse(
         trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
     with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
         config.save_pretrained(folder)
-        trainer.model.generation_config = _generation_config(config, start.model_name_or_path, start.model_revision)
+        align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
 
@@ -172,19 +174,14 @@ def _tried(args: SFTConfig | DPOConfig, folder: str) -> SFTConfig | DPOConfig:
     return tried
 
 
-def _stand_in(config: PretrainedConfig) -> LlamaForCausalLM:
-    """A model with the real one's vocabulary and next to nothing else."""
+def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCausalLM:
+    """A model with the start model's vocabulary and generation config, and next to nothing else."""
     vocabulary = config.get_text_config().vocab_size
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
-
-
-def _generation_config(config: PretrainedConfig, model: str, revision: str) -> GenerationConfig:
-    """As transformers does when it loads a model."""
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
+    with suppress(OSError):  # there need not be one
+        model.generation_config = GenerationConfig.from_pretrained(start, revision=revision)
+    return model
 
 
 def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:

@@ -65,7 +65,7 @@ def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):
     adapter = shutil.copytree(demo.MODEL, tmp_path / "adapter")
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
-    with pytest.raises(HFTError, match="is an adapter.*merge_and_unload") as error:
+    with pytest.raises(HFTError, match=r"is an adapter.*merge_and_unload") as error:
         check_model(stage_of(adapter))
     one_line(error)
 
@@ -75,7 +75,7 @@ def test_a_folder_without_a_tokenizer_says_so(stage_of, base, tmp_path):
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(base / name, bare / name)
-    with pytest.raises(HFTError, match="no tokenizer was found for .*bare': save the one that belongs to the model"):
+    with pytest.raises(HFTError, match=r"no tokenizer was found for .*bare': save the one that belongs to the model"):
         load_tokenizer(stage_of(bare))
 
 
@@ -91,7 +91,7 @@ def test_trl_s_chat_template_path_is_the_template_whose_marks_are_looked_for(sta
     assert load_tokenizer(stage_of(model, *path)).chat_template == marked.read_text()
     with pytest.raises(HFTError, match="leave one of them out"):
         load_tokenizer(stage_of(model, *path, "--model.chat_template", "tulu"))
-    with pytest.raises(HFTError, match="give the path of a .jinja file"):
+    with pytest.raises(HFTError, match=r"give the path of a .jinja file"):
         load_tokenizer(stage_of(model, "--sft.chat_template_path", str(model)))
 
 
