@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from hft_trl.redact import redact_text
+
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
 LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
@@ -53,7 +55,7 @@ def exit_on_user_error() -> Iterator[None]:
     except HFTError as error:
         if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
             time.sleep(LATER)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {redact_text(' '.join(str(error).split()))}\n")
         sys.exit(2)
     except Stopped as stop:
         if stop.message:

@@ -19,7 +19,7 @@ from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
-from hft_trl.folder import mark_finished
+from hft_trl.folder import mark_finished, mark_started
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import DTYPES
@@ -199,6 +199,7 @@ def train_and_save(
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
+    mark_started(stage)
     checkpoint = last_whole_checkpoint(stage.folder)
     # Read now: training may rotate the checkpoint away
     resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None

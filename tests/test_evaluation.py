@@ -24,8 +24,9 @@ from hft_trl.cli import app
 from hft_trl.demo import probes
 from hft_trl.demo.data import sft_rows
 from hft_trl.demo.world import make_world
+from hft_trl.digests import model_digest
 from hft_trl.evaluation import SUITES, Evaluation, Score, parse_suites, print_evaluation, score_grids, write_evaluation
-from hft_trl.evaluation.models import find_models, model_digest
+from hft_trl.evaluation.models import find_models
 from hft_trl.evaluation.plot import score_figure
 from hft_trl.evaluation.run import _score, evaluate_models
 from hft_trl.evaluation.stages import evaluate_stages

@@ -129,7 +129,7 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     (tmp_path / "sft" / "old.safetensors").write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     open_stages([stage(tmp_path)], overwrite=True)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_stage.lock", "notes.txt", "sft", "stage.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_run.lock", "notes.txt", "sft", "stage.json"]
     (tmp_path / "other" / "sft").mkdir(parents=True)
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
     with pytest.raises(HFTError, match="holds files of something else"):
