@@ -189,14 +189,14 @@ def _check(stage: Stage, unfinished: Collection[Path]) -> bool:
         return False  # nothing was trained, whatever the settings were
     if gone := unfinished & _starts(stage):
         raise HFTError(
-            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that is not there any more: pass --overwrite, remove "
-            f"{str(folder)!r} to train it again from the new model, or choose another output_dir."
+            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove {str(folder)!r} to train it "
+            "again from the new model, pass --overwrite, or choose another output_dir."
         )
     differences = _differences(stage, _read(folder)["settings"], settings(stage))
     if differences:
         raise HFTError(
             f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another output_dir, "
-            f"pass --overwrite, or remove {str(folder)!r} to train this stage again."
+            "pass --overwrite, or remove that folder to train this stage alone again."
         )
     if done:
         adapter = [] if stage.adapter is None else [folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
@@ -210,7 +210,9 @@ def _differences(stage: Stage, before: Settings, now: Settings) -> list[str]:
         if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
             continue
         if name in START:
-            found.append(f"the start model {stage.model.model_name_or_path!r} has {START[name]} than then")
+            found.append(
+                f"the start model {stage.model.model_name_or_path!r} has {START[name]} than the one it was trained from"
+            )
         elif name.endswith("content") and old.get(name) and new.get(name):
             found.append(f"the files of {name.removesuffix('content')[:-1]} have changed ({name})")
         else:

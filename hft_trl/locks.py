@@ -10,7 +10,7 @@ from hft_trl.errors import HFTError
 
 LOCK_FILE = "_run.lock"
 
-_held: dict[Path, int] = {}  # a descriptor for each locked folder, never closed in this process
+_held: dict[tuple[int, int], int] = {}  # the descriptors that hold the locks, by the lock file's device and inode
 
 
 def lock(folder: Path) -> None:
@@ -28,12 +28,14 @@ def lock(folder: Path) -> None:
         `OSError`: If the lock file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, key = folder / LOCK_FILE, folder.resolve()
-    if key in _held:
-        if path.exists() and os.path.samestat(os.fstat(_held[key]), path.stat()):
-            return
-        os.close(_held.pop(key))  # of a folder that was removed since
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    for key, held in list(_held.items()):
+        if os.fstat(held).st_nlink == 0:  # its folder was removed
+            os.close(_held.pop(key))
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    file = os.fstat(handle)
+    if (file.st_dev, file.st_ino) in _held:
+        os.close(handle)
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -46,7 +48,7 @@ def lock(folder: Path) -> None:
         ) from error
     os.truncate(handle, 0)
     os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
-    _held[key] = handle
+    _held[file.st_dev, file.st_ino] = handle
 
 
 def _leave_to_parent() -> None:
