@@ -11,7 +11,7 @@ PUBLIC = re.compile(
     r"(.*_)?(eos|bos|pad|padding|unk|sep|cls|mask|image|video|audio|end|stop|special)_token(_ids?)?|.*key_value.*"
 )
 HUB_TOKEN = r"\bhf_(?:oauth_)?(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}(?![A-Za-z0-9_])"
-IN_URL = r"(?<=://)[^\s/@'\"]+(?=@)"
+IN_URL = r"(?<=://)[^\s/@?#'\"]+(?=@)"
 FORMS = re.compile(f"{HUB_TOKEN}|{IN_URL}")
 # In a text: --a.name value, name=value, and 'name': 'value' as Python and JSON write it.
 FLAG = re.compile(r"(?P<start>--(?P<name>[\w.-]+)(?:=|\s+))(?P<value>'[^']*'|\"[^\"]*\"|(?!--)[^\s'\"]+)")
