@@ -38,7 +38,8 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise HFTError(f"no tokenizer was found for {model!r}: {first_line(error)}") from error
+        remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
+        raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
     if template is not None and template != "tulu":
         if not Path(template).is_file():
             raise HFTError(f"chat_template is {template!r}: give 'tulu' or the path of a .jinja file.")

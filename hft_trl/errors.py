@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from jinja2 import TemplateError
+
 from hft_trl.redact import redact_text
 
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
@@ -77,6 +79,10 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped("SIGTERM came outside of training; the same command goes on from what is saved." if first else "")
 
 
+# What libraries raise where a setting, a template or a file is wrong
+MISTAKES = (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError, TemplateError)
+
+
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
     """
@@ -90,8 +96,13 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except HFTError:
         raise
-    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
-        raise HFTError(f"{what} can't be set up: {' '.join(str(error).split()) or repr(error)}") from error
+    except MISTAKES as error:
+        raise HFTError(f"{what} can't be set up: {explained(error)}") from error
+
+
+def explained(error: BaseException) -> str:
+    """The whole of a library's error message on one line, without a full stop at its end."""
+    return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 def first_line(error: BaseException) -> str:

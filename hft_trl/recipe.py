@@ -213,6 +213,8 @@ def parse_stage(
     if script.dataset_streaming or mixture.streaming:
         raise HFTError("streaming is on, but every row is checked before training: drop dataset_streaming.")
     if not (model.model_name_or_path and (script.dataset_name or mixture.datasets) and args.output_dir):
+        if not args.output_dir:
+            raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
         missing = "model_name_or_path" if not model.model_name_or_path else "dataset_name"
         raise HFTError(f"{missing} is missing: set it, such as --{missing} demo.")
     data = DataArguments(
