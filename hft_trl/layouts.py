@@ -1,6 +1,6 @@
 """Layouts of public data sets: which columns hold a chat, or a prompt and its answers, read as TRL's conversations."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -88,7 +88,7 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     for column in [column for column in OPTIONAL if column in dataset.column_names]:
         features[column] = dataset.features[column] if _is_text(dataset, column) else Json()
     # Arrow gives every struct the keys of all, with None where a row had none. JSON tells null from missing.
-    structs = {column for column, feature in dataset.features.items() if not _is_json(feature)}
+    structs = [column for column, feature in dataset.features.items() if not _is_json(feature)]
     with PartialState().main_process_first():
         return dataset.map(
             partial(_read, name=name, parts=parts, optional=sorted(features.keys() & {*OPTIONAL}), structs=structs),
@@ -121,13 +121,14 @@ def _is_json(feature: Any) -> bool:
     return isinstance(feature, Json) or (isinstance(feature, List) and isinstance(feature.feature, Json))
 
 
-def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: list[str], structs: set[str]) -> Row:
+def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: list[str], structs: list[str]) -> Row:
     where = f"row {number} of {name}"
     values = {column: row[column] for column in (*parts.values(), *optional)}
-    for column in values.keys() & structs:
+    for column in values.keys() & set(structs):
         if isinstance(values[column], list | dict):
             values[column] = remove_none_values(values[column])
-    read = {column: values[column] or None for column in optional}  # some templates write a preamble for no tools
+    # Some templates write a preamble for an empty list of tools
+    read = {column: values[column] or (None if column == "tools" else {}) for column in optional}
     given = {part: values[column] for part, column in parts.items()}
     if "chat" in given:
         return {**read, "messages": _after_system(given, conversation(given["chat"], "user", where), where)}

@@ -83,6 +83,12 @@ def check_messages(messages: Any, where: str, known: bool = True) -> None:
                 f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an assistant's message "
                 "with tool_calls may have none)."
             )
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise HFTError(
+                f"{where}, message {turn} has tool_calls {calls!r:.80}: give a list such as {{'function': {{'name': '...', 'arguments': "
+                "{...}}}."
+            )
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
@@ -97,10 +103,15 @@ def _message(message: Mapping[str, Any]) -> Message:
         turn.setdefault("content", None)
     if isinstance(turn.get("role"), str):
         turn["role"] = SHAREGPT_ROLES.get(turn["role"].lower(), turn["role"])
-    if turn.get("tool_calls"):
+    if isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]:
         turn["content"] = turn.get("content") or ""
         turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
     return turn
+
+
+def _is_call(call: Any) -> bool:
+    called = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(called, Mapping) and isinstance(called.get("name"), str)
 
 
 def _call(call: Any) -> Any:

@@ -1,6 +1,5 @@
 """The rows of a data set: checked one by one, and brought into the shape that TRL's trainers take."""
 
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.utils import logging
 from hft_trl.errors import HFTError
 from hft_trl.layouts import OPTIONAL, find_parts, read_conversations
 from hft_trl.messages import FIELDS, SHAREGPT_FIELDS, check_messages, is_said
+from hft_trl.processes import speaks
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
         if _is_empty(values[-1]):
             empty.add(row)
 
-    _for_each_row(check, dataset, *wanted)
+    for_each_row(check, dataset, *wanted)
     dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text}")
     return _select_columns(dataset, wanted)
 
@@ -130,7 +130,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
         elif not explicit and rejected[:1] != chosen[:1]:
             raise HFTError(f"{where}: chosen and rejected begin differently, and there is no column prompt: add one.")
 
-    _for_each_row(check_pair, dataset, *wanted)
+    for_each_row(check_pair, dataset, *wanted)
     if len(equal) == len(dataset):
         raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
     dataset = _without(dataset, empty, name, "an empty chosen side", equal)
@@ -146,7 +146,7 @@ def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
             if isinstance(message, dict):
                 fields |= message.keys() - {*FIELDS, *SHAREGPT_FIELDS}
     for kind, unused in (("columns", columns), ("fields of messages", sorted(fields))):
-        if unused and _speaks():
+        if unused and speaks():
             logger.warning(f"{name}: the {kind} {', '.join(unused)} are not used.")
 
 
@@ -154,7 +154,7 @@ def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Ite
     """Leave rows out, and say how many were empty."""
     if len(empty) == len(dataset):
         raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
-    if empty and _speaks():
+    if empty and speaks():
         logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
     left_out = empty.union(equal)
     if not left_out:
@@ -172,14 +172,9 @@ def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
     return not any(message["role"] == "assistant" and is_said(message) for message in answer)
 
 
-def _speaks() -> bool:
-    # No PartialState here: the first one decides on devices, which is for the trainer's arguments to say.
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
+def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
     """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
-    row, quiet = 0, not _speaks()
+    row, quiet = 0, not speaks()
     with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
         for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
             for values in zip(*(batch[column] for column in columns), strict=True):

@@ -17,6 +17,7 @@ from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.delta import is_delta
+from hft_trl.endings import settle_generation
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.folder import mark_finished
@@ -199,6 +200,7 @@ def train_and_save(
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
+    settle_generation(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.train_dataset)
     checkpoint = last_whole_checkpoint(stage.folder)
     # Read now: training may rotate the checkpoint away
     resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
