@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hft_trl.errors import as_user_error
 from hft_trl.processes import speaks
 
 logger = logging.get_logger(__name__)
@@ -43,8 +44,13 @@ def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             Its tokenizer.
         dataset ([`~datasets.Dataset`]):
             A trainer's prepared rows, of token ids.
+
+    Raises:
+        [`HFTError`]: If the generation config is one that transformers does not save.
     """
     settle_sampling(model.generation_config)
+    with as_user_error("generation_config.json"):
+        model.generation_config.validate(strict=True)
     stops = model.generation_config.eos_token_id
     stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
     new = [end for end in trained_ends(dataset, tokenizer) if end not in (*stops, tokenizer.eos_token_id)]
