@@ -18,6 +18,7 @@ from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.delta import is_delta
+from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
 from hft_trl.folder import mark_finished, mark_started
@@ -219,6 +220,7 @@ def train_and_save(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
     mark_started(stage)
+    settle_generation(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.train_dataset)
     checkpoint = last_whole_checkpoint(stage.folder)
     # Read now: training may rotate the checkpoint away
     resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
