@@ -281,6 +281,12 @@ class HFTMixin(ResumableMixin):
         else:
             super()._load_best_model()
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load as the parent does, if the weights, which every backend has loaded by now, hold the start model's frozen half."""
+        if checkpoint is not None:
+            self._frozen.check(self.accelerator.unwrap_model(self.model))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""
         super().create_model_card(*args, **kwargs)
