@@ -1,6 +1,7 @@
 """What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen, and what they can't do."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,7 @@ from accelerate.utils import (
 from transformers import TrainingArguments
 
 from hft_trl.errors import HFTError
+from hft_trl.frozen import WRAPPERS
 
 EMPTY = (
     "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
@@ -90,6 +92,25 @@ def saves_shards(accelerator: Accelerator) -> bool:
     """Whether FSDP's state dicts are sharded, so that transformers writes no model that can be loaded."""
     state = accelerator.state
     return state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type)
+
+
+def start_types(model: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Types of the parameters that learn, by name, before accelerate's FSDP2 makes all of them float32 in mixed precision."""
+    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def cast_back(state_dict: dict[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> None:
+    """
+    Give the tensors of a gathered state dict their start model's types, in place and one by one.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            Tensors by parameter name, perhaps with the names of wrappers in between.
+        types (`Mapping[str, torch.dtype]`):
+            Types by parameter name, as [`start_types`] gives them. Other tensors stay as they are.
+    """
+    for name, tensor in state_dict.items():
+        state_dict[name] = tensor.to(types.get(WRAPPERS.sub("", name), tensor.dtype))
 
 
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:

@@ -106,7 +106,11 @@ def read(checkpoint: str | Path) -> dict[str, Any] | None:
         content = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != VERSION
+        or not isinstance(content.get("files"), dict)
+    ):
         raise ValueError(f"{MANIFEST_FILE} is no manifest of version {VERSION}")
     return content
 

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,7 @@ class HFTMixin(ResumableMixin):
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._start_types = backends.start_types(model) if self.hft_config.method == "hft" else {}
         self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
@@ -259,15 +260,19 @@ class HFTMixin(ResumableMixin):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save as the parent does, with the start model's own tensors where the frozen half is held smaller."""
-        if not (self._frozen_dtype or self._quantization) or not self.args.should_save:
+        """Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller."""
+        if not self._start_types or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:
+            backends.cast_back(state_dict, self._start_types)
         super()._save(output_dir, self._frozen.as_saved(model, state_dict, folder))
-        # transformers names the first parameter's type, and loading in that one could round the others
-        model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-        model.config.save_pretrained(folder)
+        # transformers names the type of the first parameter in memory, and loading in that one could round the others
+        dtype = reduce(torch.promote_types, self._start_types.values())
+        if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
+            model.config.dtype = dtype
+            model.config.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if delta.is_delta(resume_from_checkpoint):
@@ -280,6 +285,12 @@ class HFTMixin(ResumableMixin):
             delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load as the parent does, if the weights, which every backend has loaded by now, hold the start model's frozen half."""
+        if checkpoint is not None:
+            self._frozen.check(self.accelerator.unwrap_model(self.model))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""

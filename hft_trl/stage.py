@@ -233,13 +233,10 @@ def train_and_save(
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card(dataset_name=stage.data.dataset)
+        PartialState().wait_for_everyone()  # for what the first process saves
+        if trainer.hft_selection is not None:
+            record.moved = movements(stage, trainer.hft_selection, base_model)
         if PartialState().is_main_process:
-            start, selection = stage.model.model_name_or_path, trainer.hft_selection
-            if selection is not None:
-                model = trainer.model
-                if stage.hft.frozen_quantization:  # units are found in a model whose matrices are whole
-                    model = build_on_meta(start, stage.model.model_revision, stage.model.trust_remote_code)
-                record.moved = movements(model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record

@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: fingerprints, and how far two saved models lie apart."""
+"""Weights on disk and in memory: fingerprints, and how far two tensors lie apart."""
 
 import hashlib
 import itertools
@@ -220,33 +220,29 @@ def change(name: str, before: torch.Tensor, after: torch.Tensor) -> Change:
     moved = 0
     for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
         old, new = old.to(common), new.to(common)
-        moved += int((_bits(old) != _bits(new)).any(-1).sum())
+        moved += int((_bits(old) != _bits(new)).sum())
         old, new = old.double(), new.double()
         difference += (new - old).square().sum().item()
         base += old.square().sum().item()
     return Change(name, math.sqrt(difference), math.sqrt(base), moved, before.numel())
 
 
+# Integers of as many bytes, by which elements are compared bit for bit.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8).reshape(tensor.numel(), tensor.element_size())
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
-def changes(base: str, tuned: str) -> Iterator[Change]:
-    """
-    Compare two saved models tensor by tensor; no more than two tensors are in memory at a time.
+def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same type and the same bits, read no further than the first difference."""
+    if before.dtype != after.dtype:
+        return False
+    pieces = zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True)
+    return all(torch.equal(_bits(old), _bits(new)) for old, new in pieces)
 
-    Args:
-        base (`str`):
-            Folder or cached hub id of the model before.
-        tuned (`str`):
-            Folder or cached hub id of the model after.
 
-    Yields:
-        [`Change`]: For every tensor that both files hold under the same name and with the same shape.
-    """
-    before, after = weight_files(base), weight_files(tuned)
-    for name in sorted(before.keys() & after.keys()):
-        with safe_open(before[name], framework="pt") as old, safe_open(after[name], framework="pt") as new:
-            old_tensor, new_tensor = old.get_tensor(name), new.get_tensor(name)
-        if old_tensor.shape == new_tensor.shape:
-            yield change(name, old_tensor, new_tensor)
+def is_zero(tensor: torch.Tensor) -> bool:
+    """Whether all elements are zero, read no further than the first that is not."""
+    return not any(bool(piece.any()) for piece in tensor.reshape(-1).split(CHUNK))
