@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from hub import Hub, row
 
 from hft_trl import HFTError
