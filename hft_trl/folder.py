@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from accelerate import PartialState
@@ -16,12 +17,13 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from hft_trl.data import content_digest
 from hft_trl.digests import mixture_parts, named_files, start_model
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, write_json, writing
+from hft_trl.files import flush, read_object, write_json, writing
 from hft_trl.locks import LOCK_FILE, lock
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
 from hft_trl.redact import redact
-from hft_trl.report import StageRecord, UnitChange
+from hft_trl.report import StageRecord
+from hft_trl.report.data import stage_record
 from hft_trl.sections import CHECKPOINTING
 from hft_trl.weights import check_readable, weight_files
 
@@ -261,10 +263,7 @@ def _note_settings(stage: Stage) -> None:
 def finished(stage: Stage) -> StageRecord | None:
     """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
     record = _read(stage.folder)["record"]
-    if record is None:
-        return None
-    moved = [UnitChange(**unit) for unit in record.pop("moved")]
-    return StageRecord(**record, moved=moved)
+    return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
 
 
 def mark_finished(stage: Stage, record: StageRecord) -> None:
@@ -276,9 +275,9 @@ def mark_finished(stage: Stage, record: StageRecord) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        content = read_object(folder / STAGE_FILE, settings=dict, record=dict | NoneType)
         return {"settings": content["settings"], "record": content["record"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise HFTError(
-            f"{folder / STAGE_FILE} can't be read ({error!r}): pass --overwrite, or remove the folder."
+            f"{folder / STAGE_FILE} can't be read ({error}): pass --overwrite, or remove the folder."
         ) from error

@@ -56,10 +56,7 @@ def check_model(stage: Stage) -> None:
                 f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "
                 "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give that folder."
             )
-        if any(folder.glob("*.safetensors*")):
-            check_readable(weight_files(str(folder)).values())
-        elif not any(folder.glob("*.bin")):
-            raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
+        check_readable(weight_files(str(folder)).values())
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     if stage.hft is not None:
         find_units(structure, stage.hft.exclude if stage.hft.method == "hft" else ())

@@ -23,6 +23,7 @@ from transformers.utils import (
 
 from hft_trl import zero
 from hft_trl.errors import HFTError
+from hft_trl.files import read_object
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,8 +110,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), Path(single))
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, **local)
     if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-        return {name: Path(index).with_name(file) for name, file in names.items()}
+        return _listed(Path(index))
     for pickled in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if cached_file(model, pickled, **local) is not None:
             raise HFTError(
@@ -118,6 +118,20 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
                 "save it with save_pretrained first."
             )
     raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
+
+
+def _listed(index: Path) -> dict[str, Path]:
+    """The file of every tensor that an index lists. All have to lie beside it."""
+    try:
+        names = read_object(index, weight_map=dict)["weight_map"]
+    except (OSError, ValueError) as error:
+        raise HFTError(f"the index {index} can't be read ({error}): save or download the model again.") from error
+    for name, file in names.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+            raise HFTError(
+                f"the index {index} says that {name} is in {file!r}, which is no file beside it: download the model again."
+            )
+    return {name: index.with_name(file) for name, file in names.items()}
 
 
 def check_readable(files: Iterable[Path]) -> None:

@@ -85,7 +85,7 @@ Differences are taken seed by seed; p is that of a two-sided paired t-test, not 
     for question in asked:
         for grid in tables(question, scores):
             console.print(rich_table(grid))
-    console.print(f"{path} has all of it, with a picture for each question.")
+    console.print(f"{path} has all of it, with a picture for each question.", markup=False)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_a_model_that_can_not_be_trained_is_refused_before_anything_is_written(r
         (classifier, ["BertForSequenceClassification", "no causal LM"]),
         (quantised, ["quantised", "bitsandbytes"]),
         (empty, ["layers"]),
-        (bare, ["holds no weights"]),
+        (bare, ["holds no model.safetensors"]),
         (torn, ["torn"]),
     ):
         result = recipe("sft_then_dpo", *started_from(model), "--output_dir", tmp_path / "out")
