@@ -199,6 +199,8 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             theirs[name].data = parameter.data
         elif hollow:
             theirs[name].data = parameter.data.clone()
+        elif not isinstance(theirs[name], DTensor):  # a copy of its own, made before the policy was moved
+            theirs[name].data = theirs[name].data.to(parameter.device)
 
 
 def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, int]:
