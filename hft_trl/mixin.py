@@ -66,7 +66,7 @@ class HFTMixin(ResumableMixin):
         self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
         self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
-            backends.check_launch(given.get("args"))
+            backends.check_launch(given.get("args"), given.get("model"))
             check_choice(given.get("args"), self.hft_config)
         if given.get("args") is not None:
             check_settings(given["args"], self.hft_config)
