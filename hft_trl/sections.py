@@ -34,6 +34,7 @@ OTHER_NAMES = {
     "eval_split": "dataset_test_split",
 }
 OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
+OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and TRL's older one
 
@@ -153,7 +154,7 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file of keys and values."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise HFTError(f"config {str(path)!r} can't be read: {error.strerror}.") from error
     except yaml.YAMLError as error:

@@ -20,7 +20,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
 from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
-from hft_trl.folder import LOCK_FILE
+from hft_trl.locks import LOCK_FILE
 from hft_trl.manifest import MANIFEST_FILE, check_layout, set_aside
 
 

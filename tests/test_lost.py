@@ -343,3 +343,21 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(la
     first.wait()
     launch(output, "--overwrite").finish()
     assert_same(output, whole)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_with_overwrite_leaves_the_finished_stage_of_the_first_alone(launch, tmp_path):
+    """While the first one trains its second stage from it, and evaluates and reports both."""
+    output = tmp_path / "run"
+    first = launch(output, "--dpo.max_steps", 100000, "--dpo.save_steps", 100000)
+    record = output / "sft" / "stage.json"
+    while not record.exists() or json.loads(record.read_text())["record"] is None:
+        assert first.wait(0.05) is None
+    before = contents(output / "sft")
+    assert output / "sft" / "model.safetensors" in before
+    assert f"in use by process {first.processes[0].pid} on " in one_error(launch(output, "--overwrite"))
+    assert contents(output / "sft") == before
+    assert first.wait(0.05) is None

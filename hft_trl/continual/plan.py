@@ -22,8 +22,8 @@ Plan = Mapping[str, Any]
 
 def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "") -> Path:
     """
-    Where the rows of a round are written. What they are is part of the name: a run that is refused, since another one
-    works in the folder, has then not changed that one's rows.
+    Where the rows of a round are written. What they are is part of the name: a run that is refused because of other
+    settings has then not changed the rows of the earlier one.
 
     Args:
         output (`Path`):

@@ -18,6 +18,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.demo.claims import BASE, Run
 from hft_trl.errors import STOPPED, HFTError, Stopped
 from hft_trl.files import write_json, writing
+from hft_trl.redact import redact
 from hft_trl.report.machine import package_version
 
 SETTINGS_FILE = "settings.json"
@@ -207,7 +208,7 @@ def settle_settings(
     """
     names = ("torch", "transformers", "trl", *packages)
     versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings = {"flags": shlex.join(flags), "versions": versions, **(more or {})}
+    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
     path = output / SETTINGS_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))

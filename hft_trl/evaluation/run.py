@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from hft_trl import demo
 from hft_trl.backends import check_launch
 from hft_trl.chat import load_tokenizer
+from hft_trl.digests import model_digest
 from hft_trl.errors import HFTError
-from hft_trl.evaluation.models import model_digest
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
 from hft_trl.files import write_json

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json
+from hft_trl.redact import redact
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
@@ -136,7 +137,7 @@ class Report:
         base_model (`str`, *optional*):
             Hub id or folder of the model that the first stage started from.
         command (`list[str]`, *optional*):
-            The command line of the run.
+            The command line of the run. Secrets in it are hidden, as in the settings.
         settings (`dict[str, Any]`, *optional*):
             The settings of the run after the command line has had its say, by section, or by stage and section.
         num_processes (`int`, *optional*, defaults to 1):
@@ -160,6 +161,9 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = REPORT_VERSION
+
+    def __post_init__(self) -> None:
+        self.command, self.settings = redact(self.command), redact(self.settings)
 
     def save(self, directory: str | Path) -> Path:
         """
