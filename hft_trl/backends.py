@@ -1,7 +1,9 @@
 """What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen, and what they can't do."""
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, ParallelismConfig, PartialState
@@ -15,6 +17,9 @@ from transformers import TrainingArguments
 
 from hft_trl.errors import HFTError
 from hft_trl.frozen import WRAPPERS
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 EMPTY = (
     "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
@@ -85,6 +90,29 @@ def check_launch(args: TrainingArguments | None = None, model: str | torch.nn.Mo
     # transformers writes it into the environment too where the trainer's arguments ask for FSDP
     if version == 2 and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise HFTError(EMPTY)
+
+
+def check_chain(stages: "Sequence[Stage]") -> None:
+    """
+    Refuse stages of which one could not load what the stage before it saves.
+
+    Args:
+        stages (`Sequence[Stage]`):
+            The stages in order, each of which starts from the model of the one before.
+
+    Raises:
+        [`HFTError`]: Naming the type that would round.
+    """
+    for first, then in itertools.pairwise(stages):
+        if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
+            continue
+        dtype = (then.args.model_init_kwargs or {}).get("dtype")
+        upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
+        if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
+            raise HFTError(
+                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with method fft in float32, "
+                f"which {then.name} with method hft would have to round: set model.dtype to float32, or method to hft in both."
+            )
 
 
 def _check_parallelism(config: ParallelismConfig | None) -> None:
