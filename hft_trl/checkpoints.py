@@ -13,14 +13,13 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import cached_file, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file, logging
 
-from hft_trl.delta import tensor_files
 from hft_trl.errors import HFTError, first_line
 from hft_trl.manifest import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
 from hft_trl.processes import by_first_process
 from hft_trl.selection import SELECTION_FILE, Selection
-from hft_trl.weights import check_readable
+from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -84,7 +83,7 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
         if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
             check_readable(checkpoint.glob("*.safetensors"))
         else:
-            check_readable(tensor_files(checkpoint).values())
+            check_readable(_tensor_files(checkpoint).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -124,11 +123,21 @@ def last_finite_checkpoint(folder: str | Path) -> str | None:
     return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
 
 
+def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, of an adapter alone or of a whole model."""
+    adapter = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+    if not adapter.is_file():
+        return weight_files(str(checkpoint))
+    check_readable([adapter])
+    with safe_open(adapter, framework="pt") as file:
+        return dict.fromkeys(file.keys(), adapter)
+
+
 def _is_finite(checkpoint: str) -> bool:
     if incomplete_because(checkpoint) is not None:
         return False
     try:
-        files = tensor_files(checkpoint)
+        files = _tensor_files(checkpoint)
     except (HFTError, OSError):
         return True  # shards
     for name, path in files.items():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hft_trl import backends, card, delta, reference, replicate, zero
+from hft_trl import backends, card, reference, replicate, zero
 from hft_trl.backends import check_backend
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
@@ -86,7 +86,6 @@ class HFTMixin(ResumableMixin):
             check_settings(self.args, self.hft_config)
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
-        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
@@ -249,11 +248,6 @@ class HFTMixin(ResumableMixin):
         with writing(output_dir or self.args.output_dir):
             if self.args.should_save:
                 self.hft_selection.save(output_dir or self.args.output_dir)
-            if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, no final model
-                if self.args.should_save:
-                    model = self.accelerator.unwrap_model(self.model)
-                    delta.save(model, self.processing_class, self.hft_selection, output_dir)
-                return
             if backends.saves_shards(self.accelerator) and not _internal_call:
                 # Shards are enough to resume from; what training ends with has to load anywhere.
                 self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
@@ -273,18 +267,6 @@ class HFTMixin(ResumableMixin):
         if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
             model.config.dtype = dtype
             model.config.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if delta.is_delta(resume_from_checkpoint):
-            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if delta.is_delta(self.state.best_model_checkpoint):
-            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load as the parent does, if the weights, which every backend has loaded by now, hold the start model's frozen half."""

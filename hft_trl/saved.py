@@ -14,7 +14,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import logging
 
 from hft_trl import demo
-from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
 from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
@@ -57,17 +56,13 @@ class SavedModel:
         places (`dict[str, Place]`): Where each of these tensors belongs, of those that belong to a parameter.
 
     Raises:
-        [`HFTError`]: If there is no such model, if it is quantised or a delta checkpoint, if its files are not whole, or if a
+        [`HFTError`]: If there is no such model, if it is quantised, if its files are not whole, or if a
             tensor holds several parameters.
     """
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
         self.name = name
         self.path = _cached(name) if "@" in name and not Path(name).is_dir() else demo.model_path(name)
-        if is_delta(self.path):
-            raise HFTError(
-                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
-            )
         self.skeleton = skeleton if skeleton is not None else build_on_meta(self.path)
         self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None

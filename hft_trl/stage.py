@@ -17,7 +17,6 @@ from hft_trl import chat, zero
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
-from hft_trl.delta import is_delta
 from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
@@ -52,10 +51,6 @@ def check_model(stage: Stage) -> None:
         check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
-        if is_delta(folder):
-            raise HFTError(
-                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
-            )
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
                 f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "

@@ -61,6 +61,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+PATIENCE = 1800
+"""Seconds after which a process of a test counts as hanging. A busy machine may need most of them."""
+
 QUIET = {
     "use_cpu": True,
     "bf16": False,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from matplotlib.container import BarContainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -406,7 +406,7 @@ def test_two_processes_share_the_items_and_find_what_one_finds(chatty, tmp_path)
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import started_from, tulu_row, ultrafeedback_row
+from conftest import PATIENCE, started_from, tulu_row, ultrafeedback_row
 from warm import ROOT, Run
 
 from hft_trl import demo
@@ -213,8 +213,8 @@ def test_a_recipe_saves_when_its_launcher_gets_the_sigterm(model, tmp_path):
         assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.1)
     launcher.terminate()
-    assert launcher.wait(60) == -signal.SIGTERM
-    deadline = time.monotonic() + 60
+    assert launcher.wait(PATIENCE) == -signal.SIGTERM
+    deadline = time.monotonic() + PATIENCE
     while "stopped: SIGTERM; saved checkpoint-" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -16,7 +16,6 @@ from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, reference
 from hft_trl.conflicts import check_settings
-from hft_trl.delta import DELTA_FILE
 from hft_trl.frozen import FrozenHalf
 from hft_trl.quantized_linear import QuantizedLinear, packed_away
 
@@ -159,10 +158,9 @@ def test_activation_checkpointing_changes_nothing(base, tulu, tmp_path, reentran
     assert runs[0] == pytest.approx(runs[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, delta):
-    """From whole checkpoints and deltas, to the last bit."""
-    hft = HFTConfig(frozen_quantization="nf4", delta_checkpoints=delta)
+def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
+    """To the last bit."""
+    hft = HFTConfig(frozen_quantization="nf4")
     for name, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-2")):
         trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / name, hft, save_strategy="steps", save_steps=2)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -170,16 +168,15 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, delta
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_the_best_model_is_put_back(base, ultrafeedback, tmp_path, delta):
-    hft = HFTConfig(frozen_quantization="int8", delta_checkpoints=delta)
+def test_the_best_model_is_put_back(base, ultrafeedback, tmp_path):
+    hft = HFTConfig(frozen_quantization="int8")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, hft, eval_rows=4, **every, **best)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     trainer.save_model()
-    checkpoint = load_file(tmp_path / "checkpoint-2" / (DELTA_FILE if delta else "model.safetensors"))
+    checkpoint = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     after = weights(tmp_path)
     assert all(torch.equal(after[name], checkpoint[name]) for name in trainer.hft_selection.trainable)
 

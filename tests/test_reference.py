@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from datasets import Dataset
 from test_trainers import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
 from transformers import AutoModelForCausalLM
@@ -72,7 +72,7 @@ def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -116,7 +116,7 @@ def test_no_two_whole_models_are_held_at_start(tmp_path, base, tokenizer):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

@@ -8,7 +8,6 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 
 from hft_trl import demo
-from hft_trl.delta import is_delta
 from hft_trl.digests import FILES
 from hft_trl.errors import HFTError, first_line
 
@@ -39,10 +38,6 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 def _find(name: str) -> Path:
     folder = Path(demo.model_path(name))
     if folder.is_dir():
-        if is_delta(folder):
-            raise HFTError(
-                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
-            )
         if not (folder / "config.json").is_file():
             raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
         return folder
