@@ -18,13 +18,13 @@ from transformers.utils import logging
 
 from hft_trl import backends, card, reference, replicate, zero
 from hft_trl.backends import check_backend
-from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings, refuse_adapters, refuse_frozen, refuse_own_optimizer
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.gradient_norms import measured_once
 from hft_trl.in_backward import update_in_backward
 from hft_trl.masked import FrozenElements
 from hft_trl.preemption import StopAtStepEnd
@@ -66,7 +66,7 @@ class HFTMixin(ResumableMixin):
         self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
         self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
-            backends.check_launch(given.get("args"))
+            backends.check_launch(given.get("args"), given.get("model"))
             check_choice(given.get("args"), self.hft_config)
         if given.get("args") is not None:
             check_settings(given["args"], self.hft_config)
@@ -106,7 +106,7 @@ class HFTMixin(ResumableMixin):
         config, previous = self.hft_config, selection_of(model)
         if previous is not None and previous.masks is not None:
             check_choice(self.args, config, after_elements=True)
-        gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
+        gradients = partial(measured_once, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:

@@ -31,7 +31,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     if zero.is_partitioned(tensor):
         return zero.gathered(tensor)
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        # Under CPU offload the shards lie in main memory, where NCCL gathers nothing.
+        return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor
 
 
 # Elements converted, compared or written at a time, so that the memory needed does not grow with the tensors.

@@ -77,6 +77,16 @@ def test_code_that_looks_at_the_matrix_sees_it_in_its_own_type(kind):
     assert not list(module.buffers())
 
 
+@KINDS
+def test_casting_a_model_leaves_what_it_holds_quantised_as_it_is(kind):
+    """Both the numbers and their scales, whatever the model is cast to, so that it computes what it did."""
+    linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    module = QuantizedLinear(linear, kind)
+    before = module.whole(torch.float32)
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda model: model.to(torch.float64)):
+        assert torch.equal(cast(torch.nn.Sequential(module))[0].whole(torch.float32), before)
+
+
 def test_a_row_of_zeros_stays_one_and_a_value_that_int8_can_not_take_is_told():
     linear = torch.nn.Linear(64, 4, bias=False).requires_grad_(False)
     linear.weight[1] = 0

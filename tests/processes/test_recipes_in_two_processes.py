@@ -42,6 +42,9 @@ def check_run(output, start, stages) -> list[dict]:
         assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in frozen)
         assert any((before[name] != after[name]).any() for name in before)
         AutoModelForCausalLM.from_pretrained(folder)
+        # Each process has compared its share of the units
+        assert {name for name in frozen if name.endswith("weight")} < {unit["name"] for unit in record["moved"]}
+        assert all((unit["relative_change_from_start"] > 0) == unit["trainable"] for unit in record["moved"])
         if record["name"] == "dpo":
             assert record["first_loss"] == pytest.approx(0.6931, abs=1e-3)
         start = folder
