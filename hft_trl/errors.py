@@ -13,7 +13,10 @@ from typing import NoReturn
 
 from jinja2 import TemplateError
 
+from hft_trl.redact import redact_text
+
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
+INTERRUPTED = 128 + signal.SIGINT  # 130, likewise
 LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
@@ -44,8 +47,10 @@ class Stopped(SystemExit):
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """
-    Turn an [`HFTError`] into one line on the standard error stream and exit code 2, and a SIGTERM into one line and exit
-    code 143, without a traceback. Of several processes the first one speaks for all. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint first.
+    Turn an [`HFTError`] into one line on the standard error stream and exit code 2, without a traceback.
+
+    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Of several processes the first one speaks for all.
+    While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint at a SIGTERM first.
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None
@@ -55,12 +60,18 @@ def exit_on_user_error() -> Iterator[None]:
     except HFTError as error:
         if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
             time.sleep(LATER)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {redact_text(' '.join(str(error).split()))}\n")
         sys.exit(2)
     except Stopped as stop:
         if stop.message:
             sys.stderr.write(f"stopped: {stop.message}\n")
         raise
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(
+                "stopped: Ctrl-C; the same command resumes from the last whole checkpoint, if there is one.\n"
+            )
+        sys.exit(INTERRUPTED)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)

@@ -18,6 +18,7 @@ from hft_trl.arguments import (
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
+from hft_trl.hub_token import tokens_to_environment
 from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
@@ -265,6 +266,7 @@ def make_stage(
     if data.dataset == "demo":
         data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if name == "sft" else demo.DPO_DATA))
     args.trust_remote_code = model.trust_remote_code
+    tokens_to_environment(args)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,

@@ -37,6 +37,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import zero
 from hft_trl.arguments import ModelArguments
+from hft_trl.backends import check_chain
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
@@ -85,6 +86,7 @@ def rehearse(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, D
     Raises:
         [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
     """
+    check_chain([stage for stage, _, _ in stages])
     by_first_process(partial(_rehearse_all, tokenizer, stages))
 
 

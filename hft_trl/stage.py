@@ -17,10 +17,10 @@ from hft_trl import chat, zero
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
-from hft_trl.delta import is_delta
+from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
-from hft_trl.folder import mark_finished
+from hft_trl.folder import mark_finished, mark_started
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import DTYPES
@@ -51,19 +51,12 @@ def check_model(stage: Stage) -> None:
         check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
-        if is_delta(folder):
-            raise HFTError(
-                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
-            )
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
                 f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "
                 "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give that folder."
             )
-        if any(folder.glob("*.safetensors*")):
-            check_readable(weight_files(str(folder)).values())
-        elif not any(folder.glob("*.bin")):
-            raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
+        check_readable(weight_files(str(folder)).values())
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     if stage.hft is not None:
         find_units(structure, stage.hft.exclude if stage.hft.method == "hft" else ())
@@ -218,6 +211,8 @@ def train_and_save(
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
+    mark_started(stage)
+    settle_generation(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.train_dataset)
     checkpoint = last_whole_checkpoint(stage.folder)
     # Read now: training may rotate the checkpoint away
     resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
@@ -230,13 +225,10 @@ def train_and_save(
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card(dataset_name=stage.data.dataset)
+        PartialState().wait_for_everyone()  # for what the first process saves
+        if trainer.hft_selection is not None:
+            record.moved = movements(stage, trainer.hft_selection, base_model)
         if PartialState().is_main_process:
-            start, selection = stage.model.model_name_or_path, trainer.hft_selection
-            if selection is not None:
-                model = trainer.model
-                if stage.hft.frozen_quantization:  # units are found in a model whose matrices are whole
-                    model = build_on_meta(start, stage.model.model_revision, stage.model.trust_remote_code)
-                record.moved = movements(model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record
