@@ -10,6 +10,7 @@ from transformers.training_args import OptimizerNames
 from hft_trl.backends import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters
 
 # Optimizers that treat each parameter apart from all others, each of them tested inside of the backward pass.
 APART = (
@@ -264,7 +265,7 @@ def refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> N
         [`HFTError`]: Naming one of the parameters.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in held]
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
     if frozen:
         raise HFTError(
             f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "

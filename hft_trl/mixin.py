@@ -27,6 +27,7 @@ from hft_trl.frozen import FrozenHalf
 from hft_trl.gradient_norms import measured_once
 from hft_trl.in_backward import update_in_backward
 from hft_trl.masked import FrozenElements
+from hft_trl.names import named_parameters
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
@@ -117,9 +118,9 @@ class HFTMixin(ResumableMixin):
         if cast is not None:
             zero.cast(model, cast)
         if self.hft_config.method == "hft":
-            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            dtypes = {name: p.dtype for name, p in named_parameters(model) if not p.is_meta}
             check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
-        parameters = fingerprints(model.named_parameters())
+        parameters = fingerprints(named_parameters(model))
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
@@ -134,7 +135,7 @@ class HFTMixin(ResumableMixin):
         own = vars(self).get("ref_model")  # also of trainers that always load it themselves
         reason = reference.why_not_shared(self.args, self.hft_config)
         if own is not None:
-            own = self.accelerator.unwrap_model(own)
+            own = self.accelerator.unwrap_model(own, keep_torch_compile=False)
             if reason is None and reference.is_wholly_sharded(own):
                 reason = "FSDP has sharded all of it"
             reference.freeze(own)
@@ -235,7 +236,7 @@ class HFTMixin(ResumableMixin):
             return super().prediction_step(*args, **kwargs)
 
     def _warn_of_parts_without_gradient(self) -> None:
-        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        idle = [name for name, p in named_parameters(self.model) if p.requires_grad and p.grad is None]
         if idle:
             logger.warning(
                 f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they never "
