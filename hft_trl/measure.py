@@ -75,7 +75,9 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     )
     own_reference = vars(trainer).get("ref_model")
     beside, shared = (
-        reference.memory(model, trainer.accelerator.unwrap_model(own_reference)) if own_reference else (None, None)
+        reference.memory(model, trainer.accelerator.unwrap_model(own_reference))
+        if own_reference is not None
+        else (None, None)
     )
     optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
     if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
