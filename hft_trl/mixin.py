@@ -43,7 +43,8 @@ class HFTMixin(ResumableMixin):
 
     Every argument of the parent stays as it is. The selection is drawn and applied as soon as the parent has loaded
     the model, before anything wraps it, so the optimizer and every backend see the trainable half only. The frozen
-    half is fingerprinted then, and checked whenever the model is saved and when training ends.
+    half is fingerprinted then, and checked whenever the model is saved and when training ends. With method `"fft"` training is the
+    parent's bit for bit; what [`ResumableMixin`] gives stays (sealed checkpoints, the stops at a loss that is NaN and at SIGTERM).
 
     Args:
         hft_config ([`HFTConfig`], *optional*):

@@ -19,7 +19,7 @@ from hft_trl.selection import Selection
 class ResumableMixin:
     """
     Gives a [`~transformers.Trainer`] checkpoints that are whole or refused, a stop at SIGTERM, and one at a loss that is
-    no number. Put it before the trainer; at the end of its own `__init__` a class sets `_preemption` to what
+    no number, whatever the method. A reference that moves (`sync_ref_model`) is in the checkpoints. Put it before the trainer; at the end of its own `__init__` a class sets `_preemption` to what
     [`StopAtStepEnd.install`] returns.
 
     Attributes:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 TRAININGS = {
     "ddp": [
         *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),
-        *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed"),
+        *("dpo", "dpo-resumed", "dpo-mixed", "dpo-precomputed", "dpo-compiled"),
     ],
     "fsdp2": [
         *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),
@@ -25,6 +25,7 @@ TRAININGS = {
         *("sft-sharded-replicated", "sft-sharded-replicated-resumed"),
         *("sft-accumulated-mixed", "sft-accumulated-synced"),
         *("dpo-replicated", "dpo-replicated-resumed", "dpo-mixed-replicated"),
+        *("sft-wrapped", "dpo-wrapped", "dpo-wrapped-resumed"),
     ],
     "machines": ["sft", "sft-resumed", "sft-mixed", "dpo", "dpo-resumed", "dpo-precomputed"],
 }

@@ -25,6 +25,7 @@ from conftest import tulu_row, ultrafeedback_row
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.config import STORAGE
+from hft_trl.names import named_parameters
 from hft_trl.reference import memory
 from hft_trl.rows import preference_dataset, sft_dataset
 
@@ -78,6 +79,13 @@ TRAININGS = {
         "gradient_accumulation_steps": 4,
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
     },
+    # names of parameters get parts of their own from FSDP's wrappers and from torch.compile
+    "sft-wrapped": {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+    "dpo-wrapped": {"FSDP_ACTIVATION_CHECKPOINTING": "true", "torch_compile": True, "torch_compile_backend": "eager"},
+    "dpo-wrapped-resumed": {
+        **{"FSDP_ACTIVATION_CHECKPOINTING": "true", "torch_compile": True, "torch_compile_backend": "eager"},
+    },
+    "dpo-compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "dpo-precomputed": {"precompute_ref_log_probs": True},  # the rows are in memory: in no file that processes share
 }
 
@@ -101,7 +109,7 @@ class Witness(TrainerCallback):
         self.waiting_sharded = max(self.waiting_sharded, sum(sharded))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.with_gradient |= {name for name, p in model.named_parameters() if p.grad is not None}
+        self.with_gradient |= {name for name, p in named_parameters(model) if p.grad is not None}
 
     def listen(self, reference: torch.nn.Module | None) -> None:
         gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
@@ -132,9 +140,10 @@ def train(name: str, base: Path, output: Path) -> dict:
     stage, *variant = name.split("-")
     settings = dict(TRAININGS[name])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    state_dicts = settings.pop("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    if dist.is_initialized():  # the test's own process keeps its environment
-        os.environ["FSDP_STATE_DICT_TYPE"] = state_dicts
+    for key, default in (("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"), ("FSDP_ACTIVATION_CHECKPOINTING", "false")):
+        value = settings.pop(key, default)
+        if dist.is_initialized():  # the test's own process keeps its environment
+            os.environ[key] = value
     hft_config = HFTConfig(**{key: settings.pop(key) for key in STORAGE if key in settings})
     settings["per_device_train_batch_size"] = (
         GLOBAL_BATCH // processes // settings.get("gradient_accumulation_steps", 1)
@@ -162,7 +171,7 @@ def train(name: str, base: Path, output: Path) -> dict:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
 
-    named = dict(trainer.model.named_parameters())
+    named = dict(named_parameters(trainer.model))
     held = {id(p) for p in trainer.optimizer.state}
     ddp = trainer.model_wrapped._get_ddp_logging_data() if processes > 1 and not trainer.is_fsdp_enabled else {}
     return {
@@ -183,7 +192,10 @@ def train(name: str, base: Path, output: Path) -> dict:
         "gathered_by_reference": witness.gathered_by_reference,
         "largest_layer": max(sum(p.nbytes for p in layer.parameters()) for layer in trainer.model.model.layers),
         "embedding": trainer.model.get_input_embeddings().weight.nbytes,
-        "parts": [sum(isinstance(m, FSDPModule) for m in x.modules()) if x else 0 for x in (trainer.model, reference)],
+        "parts": [
+            sum(isinstance(m, FSDPModule) for m in x.modules()) if x is not None else 0
+            for x in (trainer.model, reference)
+        ],
         "shared_reference_bytes": shared_with_policy(trainer) if reference is not None else None,
         "frozen_bytes": sum(p.nbytes for p in named.values() if not p.requires_grad),
         "frozen_parameters": sum(not p.requires_grad for p in named.values()),
