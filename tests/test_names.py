@@ -5,10 +5,13 @@ import torch
 from conftest import tiny_llama
 from test_trainers import dpo_trainer, losses, sft_trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, select
 from hft_trl.masked import FrozenElements
+from hft_trl.measure import measure
 from hft_trl.names import named_modules, named_parameters, plain_name
+from hft_trl.recipe import parse_stage
 from hft_trl.reference import first_difference, hollow_copy, memory, tie
 from hft_trl.selection import find_units
 
@@ -88,6 +91,11 @@ def test_a_compiled_dpo_trains_with_the_same_losses_and_shares_the_frozen_half(b
     assert memory(under_compile.model, under_compile.ref_model) == memory(plain.model, plain.ref_model)
     files = [tmp_path / name / "model.safetensors" for name in ("plain", "compiled")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    flags = ["--model_name_or_path", str(base), "--dataset_name", "demo", "--output_dir", str(tmp_path / "stage")]
+    stage, _ = parse_stage("dpo", DPOConfig, [*flags, "--method", method])
+    reports = [measure(stage, trainer, None) for trainer in trainers]
+    for field in ("trainable_params", "total_params", "reference_memory_bytes", "shared_reference_bytes"):
+        assert getattr(reports[0], field) == getattr(reports[1], field), field
     again = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "again", HFTConfig(method=method), **COMPILED)
     again.train(resume_from_checkpoint=tmp_path / "compiled" / "checkpoint-2")
     again.save_model()
