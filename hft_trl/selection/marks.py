@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from hft_trl.names import named_parameters
 from hft_trl.selection.units import made_frozen
 
 if TYPE_CHECKING:
@@ -45,6 +46,6 @@ def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
     Returns:
         `frozenset[str]`: What has `requires_grad=False`, and was frozen neither by a selection nor by the model's class.
     """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     return frozenset(unexplained - made_frozen(model)) if unexplained else frozenset()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json
+from hft_trl.names import named_parameters
 from hft_trl.selection.choose import choose
 from hft_trl.selection.elements import Masks, draw_masks
 from hft_trl.selection.importance import Squares, unit_scores
@@ -96,7 +97,7 @@ class Selection:
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
         """
-        parameters, before = dict(model.named_parameters()), frozen_by_hft(model)
+        parameters, before = dict(named_parameters(model)), frozen_by_hft(model)
         if self.config.method == "fft":
             for name in before:
                 parameters[name].requires_grad_(True)
@@ -277,7 +278,7 @@ def _selection(
 
 
 def _sizes(model: "PreTrainedModel") -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: parameter.numel() for name, parameter in named_parameters(model)}
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
@@ -295,7 +296,7 @@ def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
 def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool) -> set[Unit]:
     """The units in layers that learned in the start model's own stage, or those that did not."""
     trainable, frozen = set(previous.trainable), set(previous.frozen)
-    present = {name for name, _ in model.named_parameters()}
+    present = {name for name, _ in named_parameters(model)}
     unknown = sorted((trainable | frozen) - present)
     unknown += [
         unit.names[0] for unit in units if unit.layer is not None and not set(unit.names) <= trainable | frozen

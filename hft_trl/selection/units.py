@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
+from hft_trl.names import named_modules, named_parameters
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
             layers, or if a pattern of `exclude` matches nothing.
     """
     _check_model(model)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     towers = _find_towers(model, modules)
     layers = _find_layers(model, modules, towers)
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     sizes = _selectable_sizes(model, parameters, towers, exclude)
     sizes = {name: size for name, size in sizes.items() if name not in without}
     classes = own_class_names(modules)
