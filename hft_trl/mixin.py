@@ -32,6 +32,7 @@ from hft_trl.names import named_parameters
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.selection.marks import frozen_by_user, remember
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
 logger = logging.get_logger(__name__)
@@ -114,6 +115,10 @@ class HFTMixin(ResumableMixin):
             check_choice(self.args, config, after_elements=True)
         gradients = partial(measured_once, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
+        if config.method == "hft" and (kept := frozen_by_user(model)):
+            self.accelerator.print(
+                f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
+            )
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
             raise HFTError(
@@ -210,6 +215,7 @@ class HFTMixin(ResumableMixin):
             while self._updates:
                 self._updates.pop().remove()
         self.check_frozen()
+        remember(self.accelerator.unwrap_model(self.model), self.hft_selection)
         return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:

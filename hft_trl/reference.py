@@ -20,6 +20,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.names import named_parameters
 from hft_trl.quantized_linear import QuantizedLinear
+from hft_trl.selection import marks
 from hft_trl.weights import full
 
 logger = logging.get_logger(__name__)
@@ -157,7 +158,10 @@ def alias_copy(policy: torch.nn.Module) -> torch.nn.Module:
 def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch.Tensor]) -> torch.nn.Module:
     # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
     memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
-    return copy.deepcopy(policy, memo).eval()
+    copied = copy.deepcopy(policy, memo).eval()
+    # A half that is drawn on the copy has to be that of the policy
+    marks.mark_frozen(copied, {name for name, _ in named_parameters(copied)} - marks.frozen_by_user(policy))
+    return copied
 
 
 def is_hollow(reference: torch.nn.Module) -> bool:
@@ -248,8 +252,7 @@ def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
 
 def freeze(reference: torch.nn.Module) -> None:
     """Put the reference into eval mode and take every parameter of it out of training."""
-    reference.eval()
-    reference.requires_grad_(False)
+    reference.eval().requires_grad_(False)
 
 
 def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str | None:

@@ -2,13 +2,12 @@
 
 import copy
 import io
-import json
 import logging
 import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
@@ -38,12 +37,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from hft_trl import zero
 from hft_trl.arguments import ModelArguments
 from hft_trl.backends import check_chain
+from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
+from hft_trl.rendering import check_rendered
 
-CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
-PATTERNS, ROWS, LONGEST = 256, 8, 32  # patterns of roles, rows to train on, characters or tokens of a text
+ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
 
 # What tells a process of its launcher and its backend
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
@@ -95,10 +95,10 @@ def _rehearse_all(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Sta
     own = copy.deepcopy(tokenizer)  # trainers write into it, and the next stage starts from what the last one saves
     for stage, train, evaluation in stages:
         _check_fills_a_batch(stage, len(train))
-        samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
-        if evaluation is not None:
-            samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
+            samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
+            if evaluation is not None:
+                samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
             _rehearse(stage, start, own, folder, *samples)
 
 
@@ -143,6 +143,7 @@ def _rehearse(
         trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
     with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
         config.save_pretrained(folder)
+        settle_generation(trainer.model, tokenizer, trainer.train_dataset)
         align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
@@ -221,52 +222,12 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
 
 
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A few rows of different patterns, cut short. Each pattern is rendered before."""
-    columns = [column for column in CONVERSATIONS if column in dataset.column_names]
-    if columns and not isinstance(dataset[0][columns[0]], list):
-        columns = []  # plain text
-    rows = _distinct(dataset, columns) if columns else {0: dataset[0]}
-    for number, row in rows.items():
-        for turns in _conversations(row):
-            _check_rendered(turns, row, f"row {number} of {name}", tokenizer)
-    fewest_turns = sorted(rows.values(), key=lambda row: sum(len(row[column]) for column in columns))[:ROWS]
-    few = [{column: _short(value) for column, value in row.items()} for row in fewest_turns]
-    return Dataset.from_list(few, features=dataset.features)
-
-
-def _distinct(dataset: Dataset, columns: list[str]) -> dict[int, dict[str, Any]]:
-    """The first row of each pattern of roles, by its number."""
-    found: dict[tuple, int] = {}
-    number = 0
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
-        for values in zip(*(batch[column] for column in columns), strict=True):
-            found.setdefault(tuple(tuple(turn["role"] for turn in turns) for turns in values), number)
-            number += 1
-        if len(found) >= PATTERNS:
-            break
-    return {number: dataset[number] for number in found.values()}
-
-
-def _conversations(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """What a trainer renders of a row."""
-    prompt = row.get("prompt", [])
-    answers = [row[side] for side in ("messages", "completion", "chosen", "rejected") if side in row]
-    return [prompt + answer for answer in answers if isinstance(answer, list)]
-
-
-def _check_rendered(
-    turns: list[dict[str, Any]], row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    try:
-        tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **(row.get("chat_template_kwargs") or {}))
-    except MISTAKES as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise HFTError(
-            f"{where} ({roles}): the chat template of {tokenizer.name_or_path!r} refuses it: {explained(error)}: change such rows, "
-            "or set chat_template, such as to 'tulu', which takes any order of turns."
-        ) from error
+    """A few rows, cut short. Before, a row of each pattern is rendered as it is."""
+    check_rendered(tokenizer, dataset, name)
+    few = dataset.select(range(min(ROWS, len(dataset))))
+    return Dataset.from_list(
+        [{column: _short(value) for column, value in row.items()} for row in few], features=dataset.features
+    )
 
 
 def _short(value: Any) -> Any:

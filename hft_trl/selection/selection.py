@@ -15,6 +15,7 @@ from hft_trl.names import named_parameters
 from hft_trl.selection.choose import choose
 from hft_trl.selection.elements import Masks, draw_masks
 from hft_trl.selection.importance import Squares, unit_scores
+from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
 from hft_trl.selection.shares import share_of
 from hft_trl.selection.units import Unit, find_units
 
@@ -84,8 +85,9 @@ class Selection:
 
     def apply(self, model: "PreTrainedModel") -> None:
         """
-        Lets the trainable parameters of a model learn and freezes all others. With method `"fft"` nothing changes.
+        Lets the trainable parameters of a model learn and freezes all others.
 
+        With method `"fft"` what an earlier selection froze on the same model object learns again, and nothing else changes.
         Single elements are not frozen here, but by the trainers.
 
         Args:
@@ -95,9 +97,12 @@ class Selection:
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
         """
+        parameters, before = dict(named_parameters(model)), frozen_by_hft(model)
         if self.config.method == "fft":
+            for name in before:
+                parameters[name].requires_grad_(True)
+            mark_frozen(model, ())
             return
-        parameters = dict(named_parameters(model))
         missing = [name for name in (*self.trainable, *self.frozen) if name not in parameters]
         if missing:
             raise HFTError(
@@ -105,8 +110,10 @@ class Selection:
                 "have: select anew for this model."
             )
         trainable = set(self.trainable)
+        others = {name for name, p in parameters.items() if not p.requires_grad} - before
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trainable)
+        mark_frozen(model, parameters.keys() - trainable - others)
 
     def save(self, directory: str | Path) -> Path:
         """
@@ -195,6 +202,7 @@ def select(
     """
     Draws the parameters of a model that learn in a stage.
 
+    What has `requires_grad=False` before, and was not frozen by a selection, stays frozen and does not count in the shares.
     Embedding, output head and final norm follow their own settings; other parameters outside of the layers (projections
     of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
 
@@ -223,7 +231,7 @@ def select(
     if config.method == "fft":
         units = find_units(model)
         return _selection(config, config.seed, units, set(units))
-    units = find_units(model, config.exclude)
+    units = find_units(model, config.exclude, frozen_by_user(model))
     seed, masks = config.seed, None
     if previous is not None and previous.config.method == "fft":
         previous = None
