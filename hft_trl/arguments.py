@@ -116,8 +116,9 @@ class DataArguments:
     What a stage adds to TRL's config.
 
     Args:
-        dataset (`str`):
-            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data.
+        dataset (`str`, *optional*):
+            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data. Without it a stage
+            takes `datasets`, TRL's mixture of data sets.
         dataset_config (`str`, *optional*):
             Configuration on the hub.
         split (`str`, *optional*, defaults to `"train"`):
@@ -132,7 +133,9 @@ class DataArguments:
             Hold the reference in `"8bit"` or `"4bit"` through bitsandbytes. Its log-probabilities are then rounded.
     """
 
-    dataset: str = field(metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
     split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for eval_strategy."})

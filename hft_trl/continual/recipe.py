@@ -28,7 +28,7 @@ from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import (
     OF_THE_RUN,
-    WITHOUT,
+    RUN_LEVEL,
     Adapter,
     Stage,
     check_defaults_model,
@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 KEYS = {
     "": keys((ContinualArguments,)),
     "model": keys((ModelArguments,)),
-    "hft": keys((HFTConfig,), WITHOUT["hft"]),
+    "hft": keys((HFTConfig,), RUN_LEVEL),
     "lora": keys((LoRAArguments,)),
     "sft": keys((SFTConfig,), OF_THE_RUN),
 }
@@ -200,7 +200,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=WITHOUT["hft"])
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     if run.approach in ADAPTERS:
         if run.method == "hft" and _given("method", values[""], flags[""]):
