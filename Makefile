@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-deepspeed lint clean
+.PHONY: demo test test-deepspeed test-gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml recipes/sft_then_dpo.py
@@ -14,6 +14,10 @@ test: $(VENV)/.installed-test
 
 test-deepspeed: $(VENV)/.installed-deepspeed
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest -m deepspeed tests/zero
+
+# What only a GPU can settle. On a machine without one all of it is skipped.
+test-gpu: $(VENV)/.installed-test
+	HFT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

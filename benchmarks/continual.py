@@ -37,6 +37,7 @@ from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.demo.trials import Scores, settle_settings
 from hft_trl.demo.verdicts import check_tests, compare, difference_cells, mean_cell
 from hft_trl.errors import STOPPED
+from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.markdown import table
 from hft_trl.report.plots import BLUE, GREY, ORANGE
@@ -255,7 +256,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     figure(GRID, scores).savefig(output / "grid.png", dpi=130, facecolor="white")
     text = f"""# Continual learning on the embedded mini benchmark
 
-Made by `python benchmarks/continual.py {shlex.join(sys.argv[1:])}` until {datetime.now(UTC):%Y-%m-%d} on {os.cpu_count()} cores
+Made by `python benchmarks/continual.py {shlex.join(redact(sys.argv[1:]))}` until {datetime.now(UTC):%Y-%m-%d} on {os.cpu_count()} cores
 ({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of eight
 rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in the base. Seeds differ in
 all but the tasks: every test set has 32 to 64 rows, and what other rows would change is not in the deviations. Adapters learn at

@@ -15,6 +15,7 @@ from peer_trainers import PEERS
 from peer_world import BASE, RATE_SEED, Scores, best_rate
 
 from hft_trl.demo.verdicts import compare, difference_cells, mean_cell
+from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.machine import package_version
 from hft_trl.report.markdown import table
@@ -139,7 +140,7 @@ def write_results(tables: Sequence[Grid], cost: dict[str, Any], output: Path) ->
     )
     text = f"""# HFT and its peers
 
-Made by `python benchmarks/peers.py {shlex.join(sys.argv[1:])}` until {now["date"][:10]} ({versions}). What the
+Made by `python benchmarks/peers.py {shlex.join(redact(sys.argv[1:]))}` until {now["date"][:10]} ({versions}). What the
 columns are and what to think of them: [peers.md](../peers.md). Scores in percent, mean (standard deviation) over the seeds;
 rates were chosen on seed {RATE_SEED}. Seconds: mean (quartiles). MB: 10^6 bytes.
 {shape}

@@ -8,6 +8,11 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 
+def at_home(path: str) -> str:
+    """A path with the user's own folder in place of a leading `~`; hub ids and other paths as they are."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
 @dataclass
 class RunArguments:
     """
@@ -33,6 +38,8 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise HFTError("output_dir is empty: give the folder of the run, such as runs/mine.")
         self.output_dir = str(Path(self.output_dir).expanduser())  # as the trainer's arguments do with theirs
 
 
@@ -67,6 +74,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
     )
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = at_home(self.model_name_or_path)
+        self.chat_template = at_home(self.chat_template) if self.chat_template else None
 
 
 @dataclass
@@ -148,6 +159,9 @@ class DataArguments:
     reference_quantization: Literal["8bit", "4bit"] | None = field(
         default=None, metadata={"help": "Hold the reference in 8 or 4 bits, through bitsandbytes."}
     )
+
+    def __post_init__(self) -> None:
+        self.dataset = at_home(self.dataset)
 
 
 @dataclass

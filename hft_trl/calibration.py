@@ -46,6 +46,23 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     Raises:
         [`HFTError`]: If there are no rows that can be drawn from.
     """
+    rows = drawn_rows(trainer, samples, seed)
+    squares = dict.fromkeys(names, 0.0)
+    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
+    with _as_it_was(trainer, model), _watched(model, squares):
+        for row in rows:
+            inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+            with trainer.accelerator.autocast():
+                loss = trainer.compute_loss(model, inputs)
+            loss.backward()
+    # The last bits may differ between GPUs, and with them the choice.
+    (squares,) = broadcast_object_list([{name: total / len(rows) for name, total in squares.items()}])
+    logger.info(f"importance: gradients of {len(rows)} rows.")
+    return squares
+
+
+def drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:
+    """The rows of a trainer's prepared data that gradients are taken over, or an [`HFTError`] if none can be drawn."""
     rows = trainer.train_dataset
     if not isinstance(rows, Sized) or len(rows) == 0:
         raise HFTError(
@@ -55,18 +72,7 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     if isinstance(rows, Dataset):
         rows = trainer._remove_unused_columns(rows)
     drawn = sorted(shuffled(range(len(rows)), random.Random(f"{seed}/calibration"))[:samples])
-    squares = dict.fromkeys(names, 0.0)
-    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
-    with _as_it_was(trainer, model), _watched(model, squares):
-        for number in drawn:
-            inputs = trainer._prepare_inputs(trainer.data_collator([rows[number]]))
-            with trainer.accelerator.autocast():
-                loss = trainer.compute_loss(model, inputs)
-            loss.backward()
-    # The last bits may differ between GPUs, and with them the choice.
-    (squares,) = broadcast_object_list([{name: total / len(drawn) for name, total in squares.items()}])
-    logger.info(f"importance: gradients of {len(drawn)} rows.")
-    return squares
+    return [rows[number] for number in drawn]
 
 
 @contextmanager

@@ -11,9 +11,21 @@ from hft_trl.errors import HFTError, first_line
 
 
 @cache
-def tulu_template() -> str:
-    """Tülu's chat template, with generation markers around each answer and its end-of-sequence token."""
-    return files("hft_trl").joinpath("tulu.jinja").read_text(encoding="utf-8")
+def tulu_template(bos: bool = False) -> str:
+    """
+    Tülu's chat template, with generation markers around each answer and its end-of-sequence token.
+
+    Args:
+        bos (`bool`, *optional*, defaults to `False`):
+            Whether a chat begins with the beginning-of-sequence token: for tokenizers that put it before plain text.
+    """
+    template = files("hft_trl").joinpath("tulu.jinja").read_text(encoding="utf-8")
+    return "{{- bos_token -}}\n" + template if bos else template
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its beginning-of-sequence token before plain text, as Llama's do and Qwen's don't."""
+    return tokenizer.bos_token_id is not None and tokenizer("text")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def load_tokenizer(
@@ -26,7 +38,8 @@ def load_tokenizer(
         model (`str`):
             Folder or hub id of the model.
         template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
+            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none. Tülu's writes the
+            beginning-of-sequence token where the tokenizer puts one before plain text.
         revision (`str`, *optional*):
             Branch, tag or commit on the hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -37,14 +50,15 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise HFTError(f"no tokenizer was found for {model!r}: {first_line(error)}") from error
+    except Exception as error:  # the tokenizers library raises plain exceptions where a file is damaged
+        remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
+        raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
     if template is not None and template != "tulu":
         if not Path(template).is_file():
             raise HFTError(f"chat_template is {template!r}: give 'tulu' or the path of a .jinja file.")
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     elif template == "tulu" or tokenizer.chat_template is None:
-        tokenizer.chat_template = tulu_template()
+        tokenizer.chat_template = tulu_template(begins_with_bos(tokenizer))
     return tokenizer
 
 

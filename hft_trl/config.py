@@ -13,13 +13,12 @@ ORDERS = ("most", "least")
 RESELECTS = ("fresh", "same", "complement")
 FROZEN_DTYPES = (None, "bfloat16", "float16")
 FROZEN_QUANTIZATIONS = (None, "int8", "nf4")
-# What saves memory, traffic or disk and leaves the selection as it is.
+# What saves memory, traffic and leaves the selection as it is.
 STORAGE = (
     "frozen_dtype",
     "frozen_quantization",
     "share_reference",
     "replicate_frozen",
-    "delta_checkpoints",
     "optimizer_in_backward",
 )
 
@@ -76,9 +75,6 @@ class HFTConfig:
             Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The losses
             are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in mixed precision
             of another type than the frozen half's (see `frozen_dtype`).
-        delta_checkpoints (`bool`, *optional*, defaults to `False`):
-            Whether checkpoints during training hold the trainable parameters only, and the rest is taken from the start
-            model on resuming. The final model is always whole. For one process and DDP; refused under FSDP and DeepSpeed.
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
             Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the gradient
             freed, so that hardly more than one gradient is there at a time. The trained weights are the same to the last bit. For one
@@ -130,9 +126,6 @@ class HFTConfig:
     )
     replicate_frozen: bool = field(
         default=False, metadata={"help": "Leave the frozen half whole in every process under FSDP2: less traffic."}
-    )
-    delta_checkpoints: bool = field(
-        default=False, metadata={"help": "Keep only the trainable parameters in checkpoints during training."}
     )
     optimizer_in_backward: bool = field(
         default=False, metadata={"help": "Update each parameter inside the backward pass, and free its gradient."}
@@ -192,7 +185,7 @@ class HFTConfig:
         return set() if self.importance == "gradient_norm" else {"calibration_samples"}
 
     def selecting(self) -> dict[str, Any]:
-        """The settings that the selection depends on: not those that only save memory, traffic or disk, nor another strategy's."""
+        """The settings that the selection depends on: not those that only save memory or traffic, nor another strategy's."""
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":

@@ -102,7 +102,7 @@ def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, after_el
         what, remedy = "hft.strategy is 'element'", "hft.strategy to category"
     else:
         what, remedy = "hft.importance is 'gradient_norm'", "hft.importance to weight_norm"
-    for name in ("frozen_dtype", "frozen_quantization", "delta_checkpoints"):
+    for name in ("frozen_dtype", "frozen_quantization"):
         if elements and vars(hft_config)[name]:
             raise HFTError(
                 f"{what}, with which no parameter of the layers is frozen as a whole, so hft.{name} would save nothing: leave "

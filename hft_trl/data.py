@@ -14,6 +14,7 @@ from datasets import (
 )
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.table import CastError
 from huggingface_hub.errors import OfflineModeIsEnabled
 from trl import DatasetMixtureConfig, get_dataset
 
@@ -69,6 +70,12 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
         raise HFTError(f"dataset {source!r} is no local file or folder and the hub can't be reached.") from error
     except DatasetGenerationError as error:  # its cause is what the file's reader said
         cause = error.__cause__ or error
+        if isinstance(cause, CastError):
+            only_some = set(cause.requested_column_names) ^ set(cause.table_column_names)
+            raise HFTError(
+                f"dataset {source!r} is not one data set: some of its files or rows have {', '.join(sorted(only_some))}, and others "
+                "have not. Give one of the files, or a folder with files of one kind."
+            ) from error
         raise HFTError(f"dataset {source!r} can't be read: {first_line(cause)}") from error
     except ValueError as error:  # an unknown split or configuration: datasets names those that there are
         if "corresponds to no data" in str(error):

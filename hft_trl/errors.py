@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from jinja2 import TemplateError
+
+from hft_trl.redact import redact_text
+
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
+INTERRUPTED = 128 + signal.SIGINT  # 130, likewise
 LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
@@ -42,8 +47,10 @@ class Stopped(SystemExit):
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """
-    Turn an [`HFTError`] into one line on the standard error stream and exit code 2, and a SIGTERM into one line and exit
-    code 143, without a traceback. Of several processes the first one speaks for all. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint first.
+    Turn an [`HFTError`] into one line on the standard error stream and exit code 2, without a traceback.
+
+    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Of several processes the first one speaks for all.
+    While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint at a SIGTERM first.
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None
@@ -53,12 +60,18 @@ def exit_on_user_error() -> Iterator[None]:
     except HFTError as error:
         if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
             time.sleep(LATER)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {redact_text(' '.join(str(error).split()))}\n")
         sys.exit(2)
     except Stopped as stop:
         if stop.message:
             sys.stderr.write(f"stopped: {stop.message}\n")
         raise
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(
+                "stopped: Ctrl-C; the same command resumes from the last whole checkpoint, if there is one.\n"
+            )
+        sys.exit(INTERRUPTED)
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
@@ -75,6 +88,10 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped("SIGTERM came outside of training; the same command goes on from what is saved." if first else "")
 
 
+# What libraries raise where a setting, a template or a file is wrong
+MISTAKES = (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError, TemplateError)
+
+
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
     """
@@ -88,8 +105,13 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except HFTError:
         raise
-    except (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError) as error:
-        raise HFTError(f"{what} can't be set up: {' '.join(str(error).split()) or repr(error)}") from error
+    except MISTAKES as error:
+        raise HFTError(f"{what} can't be set up: {explained(error)}") from error
+
+
+def explained(error: BaseException) -> str:
+    """The whole of a library's error message on one line, without a full stop at its end."""
+    return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 def first_line(error: BaseException) -> str:

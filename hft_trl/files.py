@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from hft_trl.errors import HFTError
@@ -61,10 +62,49 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, indent=2, **options) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """
+    Read a JSON file.
+
+    Raises:
+        `ValueError`: If it is no JSON, or nested too deeply.
+        `OSError`: If it can't be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_object(path: Path, **types: type | UnionType) -> dict[str, Any]:
+    """
+    Read a JSON object, and check the types of those of its values that are needed.
+
+    Args:
+        path (`Path`):
+            The file.
+        types (`type` or `UnionType`):
+            Type of each needed value, by its key.
+
+    Raises:
+        `ValueError`: If it is no such object.
+        `OSError`: If it can't be read.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds {type(content).__name__} instead of an object")
+    for key, expected in types.items():
+        if key not in content:
+            raise ValueError(f"it has no {key!r}")
+        if not isinstance(content[key], expected):
+            raise ValueError(f"its {key!r} is {content[key]!r:.80}")
+    return content
+
+
 def write_json_once(path: Path, content: Any) -> None:
     """Write a JSON file unless it is there with this content: what is made of a new file would be made anew."""
     try:
-        if json.loads(path.read_text(encoding="utf-8")) == content:
+        if read_json(path) == content:
             return
     except (OSError, ValueError):
         pass

@@ -1,28 +1,29 @@
 """The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
 
 import dataclasses
-import errno
-import fcntl
 import json
-import os
 import re
 import shutil
-import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from accelerate import PartialState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hft_trl.data import content_digest
+from hft_trl.digests import mixture_parts, named_files, start_model
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, write_json, writing
+from hft_trl.files import flush, read_object, write_json, writing
+from hft_trl.locks import LOCK_FILE, lock
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
-from hft_trl.report import StageRecord, UnitChange
+from hft_trl.redact import redact
+from hft_trl.report import StageRecord
+from hft_trl.report.data import stage_record
 from hft_trl.sections import CHECKPOINTING
 from hft_trl.weights import check_readable, weight_files
 
@@ -37,10 +38,14 @@ VOLATILE = re.compile(
 
 # How the global batch is divided among processes and steps of accumulation may change too: only sums are rounded anew.
 DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
-LOCK_FILE = "_stage.lock"
+# Digests of the start model, and what has changed where they differ
+START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
+
+Settings = dict[str, dict[str, Any]]
+"""By section."""
 
 
-def settings(stage: Stage) -> dict[str, Any]:
+def settings(stage: Stage) -> Settings:
     """What the trained weights depend on, as plain JSON."""
     args = stage.args.to_dict()
     # `to_dict` hides whatever is called a token, to keep the hub's secret.
@@ -74,9 +79,14 @@ def settings(stage: Stage) -> dict[str, Any]:
     content["data"]["content"] = content_digest(Path(stage.data.dataset))
     if stage.memory is not None:
         content["data"]["memory"] = content_digest(stage.memory)
-    content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
+    if stage.mixture is not None:
+        content["data"]["mixture"] = mixture_parts(stage.mixture)
     content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
-    return json.loads(json.dumps(content, default=str))
+    for values in (content["model"], kept):
+        values |= named_files({key: value for key, value in values.items() if key != "model_name_or_path"})
+    content["model"] |= start_model(stage.model.model_name_or_path, stage.model.model_revision)
+    content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
+    return redact(json.loads(json.dumps(content, default=str)))
 
 
 def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
@@ -87,6 +97,9 @@ def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         **content,
         "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
         "earlier": [_place(str(other), folder) for other in adapter.earlier],
+        "content": [
+            content_digest(other / ADAPTER_FOLDER) for other in (*filter(None, [adapter.start]), *adapter.earlier)
+        ],
     }
 
 
@@ -100,7 +113,8 @@ def _place(source: str, folder: Path) -> str:
 
 def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
     """
-    Check that every stage's folder can be written and belongs to the same settings, before anything is trained.
+    Lock every stage's folder, and check that each can be written and belongs to the same settings. Nothing is removed or
+    written before all are locked and checked. Every process has to call.
 
     Args:
         stages (`Iterable[Stage]`):
@@ -110,27 +124,113 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
             ever removed.
 
     Raises:
-        [`HFTError`]: If a folder can't be written, holds other things, or was made with other settings.
+        [`HFTError`]: If a folder is in use, can't be written, holds other things, or was made with other settings or from
+            another start model.
     """
-    unfinished: set[Path] = set()
+    stages = list(stages)
+    by_first_process(partial(_open, stages, overwrite))
     for stage in stages:
-        by_first_process(partial(_open, stage, overwrite))
         if PartialState().num_processes > 1 and not all_see(stage.folder / STAGE_FILE):
             raise HFTError(
                 f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system that all "
                 "machines share."
             )
-        if finished(stage) is None:
-            unfinished.add(stage.folder)
-        elif gone := unfinished & _starts(stage):
-            raise HFTError(
-                f"{str(stage.folder)!r} was trained from a model in {str(min(gone))!r} that is not there any more: pass "
-                "--overwrite, or choose another output_dir."
-            )
-        else:
-            adapter = [] if stage.adapter is None else [stage.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
-            check_readable([*weight_files(str(stage.folder)).values(), *adapter])
+        if finished(stage) is not None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
+
+
+def _open(stages: list[Stage], overwrite: bool) -> None:
+    for stage in stages:
+        with writing(stage.folder):
+            _take(stage.folder)
+    unfinished: set[Path] = set()
+    for stage in stages:
+        if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):
+            unfinished.add(stage.folder)
+    for stage in stages:
+        with writing(stage.folder):
+            if overwrite:
+                _clear(stage.folder)
+                write_json(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
+            elif stage.folder in unfinished:
+                _note_settings(stage)
+
+
+def _take(folder: Path) -> None:
+    """Lock a folder, which is made if it does not exist, and leave what it holds as it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise HFTError(
+            f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
+        ) from error
+    if not (folder / STAGE_FILE).exists() and any(
+        path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
+    ):
+        raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
+    lock(folder)
+
+
+def _check(stage: Stage, unfinished: Collection[Path]) -> bool:
+    """
+    Check that what an earlier run left is of these settings.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        unfinished (`Collection[Path]`):
+            Folders of the stages before it that are still to be trained.
+
+    Returns:
+        `bool`: Whether the stage is finished.
+    """
+    folder, done = stage.folder, finished(stage) is not None
+    if not done and not any(folder.glob("checkpoint-*")):
+        return False  # nothing was trained, whatever the settings were
+    if gone := unfinished & _starts(stage):
+        raise HFTError(
+            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove {str(folder)!r} to train it "
+            "again from the new model, pass --overwrite, or choose another output_dir."
+        )
+    differences = _differences(stage, _read(folder)["settings"], settings(stage))
+    if differences:
+        raise HFTError(
+            f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another output_dir, "
+            "pass --overwrite, or remove that folder to train this stage alone again."
+        )
+    if done:
+        adapter = [] if stage.adapter is None else [folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
+        check_readable([*weight_files(str(folder)).values(), *adapter])
+    return done
+
+
+def _differences(stage: Stage, before: Settings, now: Settings) -> list[str]:
+    old, new, found = dict(_flat(before)), dict(_flat(now)), []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
+            continue
+        if name in START:
+            found.append(
+                f"the start model {stage.model.model_name_or_path!r} has {START[name]} than the one it was trained from"
+            )
+        elif name.endswith("content") and old.get(name) and new.get(name):
+            found.append(f"the files of {name.removesuffix('content')[:-1]} have changed ({name})")
+        else:
+            found.append(f"{name} {old.get(name)!r} there, {new.get(name)!r} here")
+    return found
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested settings by dotted names; lists of other than sections are one value."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def _starts(stage: Stage) -> set[Path]:
@@ -140,97 +240,44 @@ def _starts(stage: Stage) -> set[Path]:
     return {Path(stage.model.model_name_or_path), *stage.adapter.earlier, *filter(None, [stage.adapter.start])}
 
 
-def _open(stage: Stage, overwrite: bool) -> None:
-    with writing(stage.folder):
-        _open_folder(stage, overwrite)
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (STAGE_FILE, LOCK_FILE):  # without the first, the rest would seem to be someone else's
+            path.unlink()
 
 
-def _open_folder(stage: Stage, overwrite: bool) -> None:
-    folder, now = stage.folder, settings(stage)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise HFTError(
-            f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
-        ) from error
-    if not (folder / STAGE_FILE).exists():
-        if any(path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()):
-            raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
-        _lock(folder)
-    elif overwrite:
-        _lock(folder)
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name not in (
-                STAGE_FILE,
-                LOCK_FILE,
-            ):  # without the first, the rest would seem to be someone else's
-                path.unlink()
-    else:
-        _lock(folder)
-        before = _read(folder)["settings"]
-        differences = [
-            f"{section}.{key} {before.get(section, {}).get(key)!r} there, {now.get(section, {}).get(key)!r} here"
-            for section in sorted(before.keys() | now.keys())
-            for key in sorted(before.get(section, {}).keys() | now.get(section, {}).keys())
-            if before.get(section, {}).get(key) != now.get(section, {}).get(key) and key not in DIVIDING
-        ]
-        if differences and not any(folder.glob("checkpoint-*")) and finished(stage) is None:
-            _write(folder, {"settings": now, "record": None})  # nothing was trained with the other settings
-        elif differences:
-            raise HFTError(
-                f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another "
-                "output_dir, or pass --overwrite."
-            )
-        return
-    _write(folder, {"settings": now, "record": None})
+def mark_started(stage: Stage) -> None:
+    """Note which start model a stage is trained from, which was perhaps not trained yet when the stage was opened. Every process has to call."""
+    by_first_process(partial(_note_settings, stage))
 
 
-def _lock(folder: Path) -> None:
-    """Keep a second run out of a folder until this process ends, however it ends: the kernel lets go of the lock."""
-    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-    try:
-        # Of the process itself, so that no child which outlives a kill holds it.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(handle, 100).decode(errors="replace")
-        os.close(handle)
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system without locks
-        raise HFTError(
-            f"output_dir {str(folder)!r} is in use by process {holder}: wait for it, end it, or choose another one."
-        ) from error
-    os.truncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())  # and never closed, which would unlock it
+def _note_settings(stage: Stage) -> None:
+    content = {"settings": settings(stage), "record": None}
+    path = stage.folder / STAGE_FILE
+    if not path.exists() or _read(stage.folder) != content:
+        write_json(path, content)
 
 
 def finished(stage: Stage) -> StageRecord | None:
     """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
     record = _read(stage.folder)["record"]
-    if record is None:
-        return None
-    moved = [UnitChange(**unit) for unit in record.pop("moved")]
-    return StageRecord(**record, moved=moved)
+    return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
 
 
 def mark_finished(stage: Stage, record: StageRecord) -> None:
     """Write a stage's figures into its folder when its model is on the disk, after which a rerun skips the stage."""
     flush(stage.folder)
-    _write(stage.folder, {**_read(stage.folder), "record": dataclasses.asdict(record)})
+    content = {**_read(stage.folder), "record": dataclasses.asdict(record)}
+    write_json(stage.folder / STAGE_FILE, content)
 
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        content = read_object(folder / STAGE_FILE, settings=dict, record=dict | NoneType)
         return {"settings": content["settings"], "record": content["record"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise HFTError(
-            f"{folder / STAGE_FILE} can't be read ({error!r}): pass --overwrite, or remove the folder."
+            f"{folder / STAGE_FILE} can't be read ({error}): pass --overwrite, or remove the folder."
         ) from error
-
-
-def _write(folder: Path, content: dict[str, Any]) -> None:
-    write_json(folder / STAGE_FILE, content)

@@ -46,7 +46,7 @@ class FrozenHalf:
 
         Where that rounds, or the start model's file has another type, the file's own tensors are saved later on. A
         parameter stays as it is where rounding would change it and no file holds it under its name (fused experts), where
-        its values do not fit, and in an `nn.LayerNorm`, which can't compute with two types on a CPU.
+        its values do not fit, in an `nn.LayerNorm`, which can't compute with two types on a CPU, and in a norm of queries or keys.
 
         Args:
             dtype (`torch.dtype`):
@@ -210,8 +210,13 @@ class FrozenHalf:
 
 
 def kept_in_their_type(model: torch.nn.Module) -> set[int]:
-    """The `id` of each parameter that [`FrozenHalf.hold_in`] leaves as it is whatever its values are."""
+    """
+    The `id` of each parameter that [`FrozenHalf.hold_in`] leaves as it is whatever its values are: those of `nn.LayerNorm`, and
+    of norms inside of attention. If one of query and key were normed in the smaller type, flash attention would refuse the pair.
+    """
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
+    norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]
     return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 

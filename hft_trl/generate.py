@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hft_trl.chat import tulu_template
+from hft_trl.chat import begins_with_bos, tulu_template
 from hft_trl.errors import HFTError
 
 
@@ -65,7 +65,7 @@ def chat(
     Raises:
         [`HFTError`]: If a prompt alone fills the model's positions.
     """
-    template = tokenizer.chat_template or tulu_template()
+    template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
     rows = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],

@@ -2,7 +2,6 @@
 The manifest of a checkpoint, written when everything else is on the disk: what belongs to it, and what it was made under.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, write_json, writing
+from hft_trl.files import flush, read_object, write_json, writing
 from hft_trl.selection import SELECTION_FILE
 
 if TYPE_CHECKING:
@@ -103,10 +102,10 @@ def seal(checkpoint: Path, content: dict[str, Any]) -> None:
 def read(checkpoint: str | Path) -> dict[str, Any] | None:
     """A checkpoint's manifest; `None` if it has none. One that can't be read raises a `ValueError` or an `OSError`."""
     try:
-        content = json.loads((Path(checkpoint) / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = read_object(Path(checkpoint) / MANIFEST_FILE, version=int, files=dict, backend=str, processes=int)
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if content["version"] != VERSION:
         raise ValueError(f"{MANIFEST_FILE} is no manifest of version {VERSION}")
     return content
 

@@ -7,18 +7,23 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, TrainerState
+from safetensors import SafetensorError
+from transformers import TrainerState
 from transformers.utils import logging
 
 from hft_trl import reference
-from hft_trl.errors import HFTError
+from hft_trl.diff import Moved
+from hft_trl.errors import HFTError, first_line
+from hft_trl.meta import build_on_meta
 from hft_trl.quantized_linear import packed_away
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.resumable import ResumableMixin
+from hft_trl.saved import SavedModel
 from hft_trl.selection import Selection, find_units
-from hft_trl.weights import changes
+from hft_trl.weights import change, is_zero, same_bytes
 from hft_trl.zero import numel
 
 logger = logging.get_logger(__name__)
@@ -106,38 +111,57 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     )
 
 
-def movements(
-    model: PreTrainedModel, selection: Selection, base_model: str, start_model: str, folder: str
-) -> list[UnitChange]:
+def movements(stage: Stage, selection: Selection, base_model: str) -> list[UnitChange]:
     """
-    How far every unit moved, from the saved files.
+    How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The trained model, for its units.
+        stage ([`Stage`]):
+            The stage, whose trained model is in its folder.
         selection ([`Selection`]):
-            Which of them learned.
-        base_model, start_model, folder (`str`):
-            The run's first start model, this stage's start model, and the trained model.
+            Which units learned.
+        base_model (`str`):
+            Hub id or folder of the run's first start model.
 
     Returns:
-        `list[UnitChange]`: One entry per unit; a figure is `None` where the files name their tensors in another way.
+        `list[UnitChange]`: One entry per unit; a figure is `None` where the files of one model hold no such tensor.
     """
+    start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
+    trainable, found, problem = set(selection.trainable), [], None
     try:
-        from_base = {change.name: change for change in changes(base_model, folder)}
-        from_start = {change.name: change for change in changes(start_model, folder)}
-    except HFTError as error:
-        logger.warning(f"Movements are left out of the report: {error}")
+        structure = build_on_meta(start, revision, stage.model.trust_remote_code)
+        units = find_units(structure, selection.config.exclude)
+        after = SavedModel(str(stage.folder), structure)
+        before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
+        # Dealt out by size, so that all processes have about the same to read.
+        largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
+        for number in largest_first[state.process_index :: state.num_processes]:
+            unit = units[number]
+            learns = unit.names[0] in trainable
+            known = {start: _relative_change(before[start], after, unit.names, moved=learns)}
+            if base_model != start:
+                known[base_model] = _relative_change(before[base_model], after, unit.names)
+            place = (unit.names[0], unit.layer, unit.category, unit.slot)
+            found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
+    except (HFTError, OSError, SafetensorError) as error:
+        problem = first_line(error)
+    found = gather_object(found)
+    problem = next((problem for problem in gather_object([problem]) if problem is not None), None)
+    if problem is not None:
+        logger.warning(f"Movements are left out of the report: {problem}")
         return []
-    trainable = set(selection.trainable)
-    moved = []
-    for unit in find_units(model, selection.config.exclude):
-        distances = []
-        for table in (from_base, from_start):
-            known = [table[name] for name in unit.names if name in table]
-            size = sum(change.base**2 for change in known) ** 0.5
-            length = sum(change.difference**2 for change in known) ** 0.5
-            distances.append(length / size if size else None)
-        learns = unit.names[0] in trainable
-        moved.append(UnitChange(unit.names[0], unit.layer, unit.category, unit.slot, learns, *distances))
-    return moved
+    return [moved for _, moved in sorted(found, key=lambda pair: pair[0])]
+
+
+def _with_revision(model: str, revision: str | None) -> str:
+    return model if revision is None or Path(model).is_dir() else f"{model}@{revision}"
+
+
+def _relative_change(
+    before: SavedModel, after: SavedModel, names: tuple[str, ...], moved: bool = True
+) -> float | None:
+    """Arithmetic is done only where bytes differ; what has not `moved` is not even read, but for whether it is zero."""
+    pairs = [pair for name in names for pair in after.beside(before, name)]
+    if not moved or all(same_bytes(old, new) for old, new in pairs):
+        return 0.0 if any(not is_zero(old) for old, _ in pairs) else None
+    return Moved.total(change(names[0], old, new) for old, new in pairs).relative

@@ -5,7 +5,7 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hft_trl import backends, card, delta, reference, replicate, zero
+from hft_trl import backends, card, reference, replicate, zero
 from hft_trl.backends import check_backend
-from hft_trl.calibration import gradient_squares
 from hft_trl.checkpoints import check_resumable, selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings, refuse_adapters, refuse_frozen, refuse_own_optimizer
 from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
+from hft_trl.gradient_norms import measured_once
 from hft_trl.in_backward import update_in_backward
 from hft_trl.masked import FrozenElements
 from hft_trl.preemption import StopAtStepEnd
@@ -66,7 +66,7 @@ class HFTMixin(ResumableMixin):
         self._quantization = self.hft_config.frozen_quantization if self.hft_config.method == "hft" else None
         self._updates: list[RemovableHandle] = []
         if self.hft_config.method == "hft":
-            backends.check_launch(given.get("args"))
+            backends.check_launch(given.get("args"), given.get("model"))
             check_choice(given.get("args"), self.hft_config)
         if given.get("args") is not None:
             check_settings(given["args"], self.hft_config)
@@ -86,10 +86,10 @@ class HFTMixin(ResumableMixin):
             check_settings(self.args, self.hft_config)
         if self.hft_config.method == "hft":
             check_backend(self.accelerator.state)
-        self._delta_checkpoints = delta.wanted(self.hft_config, self.args, self.accelerator.state)
         model = self.accelerator.unwrap_model(self.model)
         self.hft_selection = self._draw_selection(model)
         self.hft_selection.apply(model)
+        self._start_types = backends.start_types(model) if self.hft_config.method == "hft" else {}
         self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
         self._first_step = True
         if self.optimizer is not None:
@@ -106,7 +106,7 @@ class HFTMixin(ResumableMixin):
         config, previous = self.hft_config, selection_of(model)
         if previous is not None and previous.masks is not None:
             check_choice(self.args, config, after_elements=True)
-        gradients = partial(gradient_squares, self, model, samples=config.calibration_samples, seed=config.seed)
+        gradients = partial(measured_once, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
@@ -248,38 +248,31 @@ class HFTMixin(ResumableMixin):
         with writing(output_dir or self.args.output_dir):
             if self.args.should_save:
                 self.hft_selection.save(output_dir or self.args.output_dir)
-            if self._delta_checkpoints and _internal_call and output_dir is not None:  # a checkpoint, no final model
-                if self.args.should_save:
-                    model = self.accelerator.unwrap_model(self.model)
-                    delta.save(model, self.processing_class, self.hft_selection, output_dir)
-                return
             if backends.saves_shards(self.accelerator) and not _internal_call:
                 # Shards are enough to resume from; what training ends with has to load anywhere.
                 self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save as the parent does, with the start model's own tensors where the frozen half is held smaller."""
-        if not (self._frozen_dtype or self._quantization) or not self.args.should_save:
+        """Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller."""
+        if not self._start_types or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        if state_dict is not None:
+            backends.cast_back(state_dict, self._start_types)
         super()._save(output_dir, self._frozen.as_saved(model, state_dict, folder))
-        # transformers names the first parameter's type, and loading in that one could round the others
-        model.config.dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-        model.config.save_pretrained(folder)
+        # transformers names the type of the first parameter in memory, and loading in that one could round the others
+        dtype = reduce(torch.promote_types, self._start_types.values())
+        if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
+            model.config.dtype = dtype
+            model.config.save_pretrained(folder)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if delta.is_delta(resume_from_checkpoint):
-            delta.load(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if delta.is_delta(self.state.best_model_checkpoint):
-            delta.load(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load as the parent does, if the weights, which every backend has loaded by now, hold the start model's frozen half."""
+        if checkpoint is not None:
+            self._frozen.check(self.accelerator.unwrap_model(self.model))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card and add what HFT trained."""

@@ -1,5 +1,6 @@
 """What several processes have to agree on: whether they see the same files, and whether what one of them does went well."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from hft_trl.errors import HFTError
 
 Result = TypeVar("Result")
+
+
+def speaks() -> bool:
+    """Whether this process is the first, which warns for all. Asks no `PartialState`, of which the first one decides on devices."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def all_see(file: Path | None) -> bool:

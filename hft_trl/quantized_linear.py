@@ -48,14 +48,19 @@ class QuantizedLinear(nn.Module):
             scale = state.absmax
         # No buffers: DDP sends those in every forward pass
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        # Kept as integers of the same bits: `model.to(torch.bfloat16)` would round what is a floating-point number
+        self.scale = nn.Parameter(scale.view(torch.int32), requires_grad=False)
         self.bias = linear.bias
         self.train(linear.training)
 
     @property
     def fits(self) -> bool:
         """Whether all values were small enough to be quantised: int8 passes through float16."""
-        return bool(self.scale.isfinite().all())
+        return bool(self._scales.isfinite().all())
+
+    @property
+    def _scales(self) -> torch.Tensor:
+        return self.scale.view(torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +75,11 @@ class QuantizedLinear(nn.Module):
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """The matrix that it computes with, `(out_features, in_features)`."""
         if self.kind == "int8":
-            return self.packed.to(dtype).mul_((self.scale / 127).unsqueeze(1))
+            return self.packed.to(dtype).mul_((self._scales / 127).unsqueeze(1))
         # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong numbers.
         shape = (self.out_features, self.in_features)
         state = QuantState(
-            self.scale, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
+            self._scales, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
         )
         return dequantize_4bit(self.packed, state).view(shape)
 

@@ -20,6 +20,7 @@ from hft_trl.arguments import (
 from hft_trl.config import HFTConfig
 from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
+from hft_trl.hub_token import tokens_to_environment
 from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys of preference data
@@ -237,6 +238,8 @@ def parse_stage(
     if script.dataset_streaming or mixture.streaming:
         raise HFTError("streaming is on, but every row is checked before training: drop dataset_streaming.")
     if not (model.model_name_or_path and (script.dataset_name or mixture.datasets) and args.output_dir):
+        if not args.output_dir:
+            raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
         missing = "model_name_or_path" if not model.model_name_or_path else "dataset_name"
         raise HFTError(f"{missing} is missing: set it, such as --{missing} demo.")
     data = DataArguments(
@@ -291,6 +294,7 @@ def make_stage(
     if data.dataset == "demo":
         data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA))
     args.trust_remote_code = model.trust_remote_code
+    tokens_to_environment(args)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "dtype": model.dtype,

@@ -96,6 +96,12 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
                 given["model"], revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
     if not can_be_copied(model):
+        logger.warning(
+            f"reference: a module of the policy has a forward of its own (of a device map, or of a trainer that had this policy before), "
+            f"so the reference can't be a copy of it and is loaded: {sum(p.nbytes for p in model.parameters()):,} bytes more at start. "
+            "Save the policy and pass its folder, without a device_map."
+        )
+        del model  # else three of them would be in memory
         yield None
         return
     if isinstance(given["model"], str):
@@ -199,6 +205,8 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             theirs[name].data = parameter.data
         elif hollow:
             theirs[name].data = parameter.data.clone()
+        elif not isinstance(theirs[name], DTensor):  # a copy of its own, made before the policy was moved
+            theirs[name].data = theirs[name].data.to(parameter.device)
 
 
 def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, int]:

@@ -1,13 +1,14 @@
 """What a trainer needs so that it can be killed, stopped and resumed, and ends in the same bytes."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
-from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint
+from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, resuming
 from hft_trl.errors import HFTError
 from hft_trl.manifest import check_layout, layout, sealing
 from hft_trl.preemption import StopAtStepEnd
@@ -31,6 +32,7 @@ class ResumableMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does; refuse a checkpoint that is torn, or that this run can't go on from."""
+        load = nullcontext()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
             if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
@@ -40,11 +42,13 @@ class ResumableMixin:
                 )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            check_whole(resume_from_checkpoint, self.args.world_size)
+            here, load = layout(self), resuming(self, resume_from_checkpoint)
+            check_whole(resume_from_checkpoint, here["processes"], here["backend"])
             self._check_same_training(resume_from_checkpoint)
-            check_layout(resume_from_checkpoint, layout(self), any_batch=self.args.auto_find_batch_size)
+            check_layout(resume_from_checkpoint, here, any_batch=self.args.auto_find_batch_size)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with load:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._preemption is not None:
                 self._preemption.put_away()

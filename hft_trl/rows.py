@@ -1,136 +1,180 @@
 """The rows of a data set: checked one by one, and brought into the shape that TRL's trainers take."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
 from datasets.utils import tqdm
-from trl import maybe_convert_to_chatml
+from transformers.utils import logging
 
-from hft_trl.errors import HFTError, as_user_error
+from hft_trl.errors import HFTError
+from hft_trl.layouts import OPTIONAL, find_parts, read_conversations
+from hft_trl.messages import FIELDS, SHAREGPT_FIELDS, check_messages, is_said
+from hft_trl.processes import speaks
 
-ROLES = ("system", "user", "assistant", "tool")
+logger = logging.get_logger(__name__)
+
+TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
     """
-    Check a data set for supervised fine-tuning and keep the columns that TRL reads.
+    Check a data set for supervised fine-tuning and bring it into the form that TRL reads.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`) or a `conversations` column,
-            TRL's `prompt` and `completion`, or plain text.
+            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and `completion`, plain
+            text, or another layout that [`find_parts`] knows. Rows whose only answers are empty are left out and counted in
+            a warning, which also names the columns that are not used.
         name (`str`):
             What errors call it.
         text_field (`str`, *optional*, defaults to `"text"`):
             The column that holds plain text.
 
     Returns:
-        [`~datasets.Dataset`]: The same rows.
+        [`~datasets.Dataset`]: Rows with an answer, in TRL's form.
 
     Raises:
         [`HFTError`]: Naming the column or the first row that can't be trained on.
     """
-    if "conversations" in dataset.column_names and "messages" not in dataset.column_names:
-        with as_user_error(f"{name}, column conversations"), PartialState().main_process_first():
-            dataset = dataset.map(
-                maybe_convert_to_chatml, remove_columns="conversations", desc="Converting conversations"
-            )
     columns = set(dataset.column_names)
-    for wanted in ({"messages"}, {"prompt", "completion"}, {text_field}, {"input_ids"}):
-        if wanted <= columns:
-            break
-    else:
+    parts = find_parts(columns, preference=False)
+    if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
+        raise HFTError(
+            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the column."
+        )
+    text = text_field if text_field in columns else None
+    if text and "chat" not in parts and not {"prompt", "completion"} <= columns:
+        parts = {}
+    if not parts and not text and "input_ids" not in columns:
         raise HFTError(
             f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
-            f"{text_field}."
+            f"{text_field}. Rename the columns that hold them."
         )
+    wanted = ["messages"] if "chat" in parts else ["prompt", "completion"] if parts else [text] if text else []
+    _name_unused(dataset, parts.values() or wanted or TOKENIZED, name)
+    if not wanted:
+        return _select_columns(dataset, TOKENIZED)
+    if parts:
+        dataset = read_conversations(dataset, parts, name)
+    empty = set()
 
-    def check_conversation(row: int, messages: Any) -> None:
-        _check_messages(messages, f"row {row} of {name}")
-        _check_answered(messages, f"row {row} of {name}")
+    def check(row: int, *values: Any) -> None:
+        where = f"row {row} of {name}"
+        if "chat" in parts:
+            check_messages(values[0], where)
+            _check_answered(values[0], where)
+        elif parts:
+            _check_completed(*values, where, "completion")
+        elif not isinstance(values[0], str):
+            raise HFTError(f"{where}, {text} is {values[0]!r:.80}: it must be text.")
+        if _is_empty(values[-1]):
+            empty.add(row)
 
-    def check_completion(row: int, prompt: Any, completion: Any) -> None:
-        _check_completed(prompt, completion, f"row {row} of {name}", "completion")
-
-    def check_text(row: int, text: Any) -> None:
-        if not isinstance(text, str) or not text:
-            raise HFTError(f"row {row} of {name}, {text_field} is {text!r}: it must be text, and not empty.")
-
-    if wanted == {"messages"}:
-        _for_each_row(check_conversation, dataset, "messages")
-    elif wanted == {"prompt", "completion"}:
-        _for_each_row(check_completion, dataset, "prompt", "completion")
-    elif wanted == {text_field}:
-        _for_each_row(check_text, dataset, text_field)
-    optional = {"tools", "chat_template_kwargs", "labels", "completion_mask", "assistant_masks"}
-    return dataset.select_columns([column for column in dataset.column_names if column in wanted | optional])
+    for_each_row(check, dataset, *wanted)
+    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text}")
+    return _select_columns(dataset, wanted)
 
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
     """
-    Check a data set of preference pairs and bring it into the shape that TRL reads.
+    Check a data set of preference pairs and bring it into the form that TRL reads.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            `chosen` and `rejected`, as lists of messages or as text, and optionally `prompt`. UltraFeedback binarized
-            repeats its `prompt` as text beside whole conversations; it is left out there, since TRL takes the prompt
-            from what the two conversations share. A `prompt` as text beside answers alone becomes their user's turn.
+            `chosen` and `rejected`, as answers or whole conversations, messages or text, and the prompt in `prompt`, `question`
+            or another layout that [`find_parts`] knows, if not in the sides. Rows whose chosen side is empty are left out and
+            counted in a warning, since the model would learn to say nothing; an empty rejected side is as good as another.
         name (`str`):
             What errors call it.
         drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop pairs whose sides are equal rather than to refuse them.
+            Whether to drop pairs whose sides are equal rather than to reject them.
 
     Returns:
-        [`~datasets.Dataset`]: The rows in TRL's shape.
+        [`~datasets.Dataset`]: The rows in TRL's form: conversations with an explicit prompt, or plain text.
 
     Raises:
         [`HFTError`]: Naming the column or the first row that can't be trained on.
     """
     columns = set(dataset.column_names)
-    if not {"chosen", "rejected"} <= columns:
-        raise HFTError(f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected.")
-    if "prompt" in columns and isinstance(dataset[0]["prompt"], str) and isinstance(dataset[0]["chosen"], list):
-        if dataset[0]["chosen"] and dataset[0]["chosen"][0].get("role") == "assistant":
-            with PartialState().main_process_first():
-                dataset = dataset.map(_as_users_turn, desc="Converting prompts")
-        else:
-            dataset = dataset.remove_columns("prompt")
+    parts = find_parts(columns, preference=True)
+    if not parts:
+        unpaired = (
+            " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
+        )
+        raise HFTError(
+            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the columns that hold "
+            f"the better and the worse answer.{unpaired}"
+        )
+    _name_unused(dataset, parts.values(), name)
+    dataset = read_conversations(dataset, parts, name)
     explicit = "prompt" in dataset.column_names
     wanted = (["prompt"] if explicit else []) + ["chosen", "rejected"]
-    equal = set()
+    equal, empty = set(), set()
 
     def check_pair(row: int, *values: Any) -> None:
         *prompt, chosen, rejected = values
         where = f"row {row} of {name}"
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
-            _check_completed(prompt[0] if explicit else type(chosen)(), answer, where, side)
-        if chosen == rejected:
+            _check_completed(prompt[0] if explicit else "", answer, where, side)
+        if _is_empty(chosen):
+            empty.add(row)
+        elif chosen == rejected:
             if not drop_equal_pairs:
                 raise HFTError(
                     f"{where}: chosen and rejected are equal, so there is nothing to prefer: remove the row, or set "
                     "drop_equal_pairs."
                 )
             equal.add(row)
-        elif not explicit and isinstance(chosen, list) and chosen[0] != rejected[0]:
-            raise HFTError(f"{where}: chosen and rejected begin with different turns, so they share no prompt.")
+        elif not explicit and rejected[:1] != chosen[:1]:
+            raise HFTError(f"{where}: chosen and rejected begin differently, and there is no column prompt: add one.")
 
-    _for_each_row(check_pair, dataset, *wanted)
+    for_each_row(check_pair, dataset, *wanted)
     if len(equal) == len(dataset):
         raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
-    if equal:
-        dataset = dataset.select([row for row in range(len(dataset)) if row not in equal])
-    optional = {"tools", "chat_template_kwargs"}
-    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *optional}])
+    dataset = _without(dataset, empty, name, "an empty chosen side", equal)
+    return _select_columns(dataset, wanted)
 
 
-def _for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
+def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
+    """Say once which columns, and which fields of messages, are not trained on."""
+    columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
+    fields = set()
+    for value in (dataset[0][column] for column in used if column in dataset.column_names):
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, dict):
+                fields |= message.keys() - {*FIELDS, *SHAREGPT_FIELDS}
+    for kind, unused in (("columns", columns), ("fields of messages", sorted(fields))):
+        if unused and speaks():
+            logger.warning(f"{name}: the {kind} {', '.join(unused)} are not used.")
+
+
+def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Iterable[int] = ()) -> Dataset:
+    """Leave rows out, and say how many were empty."""
+    if len(empty) == len(dataset):
+        raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
+    if empty and speaks():
+        logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
+    left_out = empty.union(equal)
+    if not left_out:
+        return dataset
+    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
+
+def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
+    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
+
+
+def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not any(message["role"] == "assistant" and is_said(message) for message in answer)
+
+
+def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
     """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
-    # No PartialState here: the first one decides on devices, which is for the trainer's arguments to say.
-    row, quiet = 0, os.environ.get("LOCAL_RANK", "0") != "0"
+    row, quiet = 0, not speaks()
     with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
         for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
             for values in zip(*(batch[column] for column in columns), strict=True):
@@ -139,39 +183,25 @@ def _for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -
             bar.update(len(batch[columns[0]]))
 
 
-def _as_users_turn(row: dict[str, Any]) -> dict[str, Any]:
-    return {"prompt": [{"role": "user", "content": row["prompt"]}]}
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise HFTError(
-            f"{where} is {messages!r}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
-        )
-    for turn, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise HFTError(f"{where}, message {turn} is {message!r}: give it a role and a content.")
-        if message["role"] not in ROLES:
-            raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
-        if not isinstance(message["content"], str):
-            raise HFTError(f"{where}, message {turn} has content {message['content']!r}: it must be text.")
-
-
-def _check_answered(messages: list[Mapping[str, Any]], where: str) -> None:
+def _check_answered(messages: list[dict[str, Any]], where: str) -> None:
     if all(message["role"] != "assistant" for message in messages):
         raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
 
 
 def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
-    """Check a prompt and what follows it: both text, or both messages that end with the assistant."""
+    """Check a prompt and what follows it: both text, or both messages, where an assistant answers a prompt and has the last word."""
     if isinstance(prompt, list) and isinstance(answer, list):
-        if prompt:
-            _check_messages(prompt, f"{where}, prompt")
-        _check_messages(answer, f"{where}, {side}")
+        if answer and not prompt:
+            raise HFTError(
+                f"{where}: {side} is {answer!r:.80} and there is no prompt: give one, or begin both sides with it."
+            )
+        check_messages(prompt, f"{where}, prompt")
+        check_messages(answer, f"{where}, {side}")
         _check_answered(answer, f"{where}, {side}")
-        if answer[-1]["role"] != "assistant":
-            raise HFTError(f"{where}, {side} ends with role {answer[-1]['role']!r}: it must be the assistant.")
-    elif not isinstance(prompt, str) or not isinstance(answer, str) or not answer:
+        for verb, message in (("goes on after its prompt", answer[0]), ("ends", answer[-1])):
+            if message["role"] != "assistant" and not (message is answer[0] and message["role"] == "tool"):
+                raise HFTError(f"{where}, {side} {verb} with role {message['role']!r}: it must be the assistant.")
+    elif not isinstance(prompt, str) or not isinstance(answer, str):
         raise HFTError(
             f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on both sides."
         )

@@ -1,7 +1,7 @@
 """A saved model, tensor by tensor, under the names that its parameters have once transformers has loaded it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils import logging
 
 from hft_trl import demo
-from hft_trl.delta import is_delta
 from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
 from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
@@ -48,6 +47,8 @@ class SavedModel:
     Args:
         name (`str`):
             Folder, hub id in the local cache (`"id@revision"` for a branch, tag or commit), or `"demo"`.
+        skeleton ([`~transformers.PreTrainedModel`], *optional*):
+            The model without weights, where it is known already. Built from the model's config by default.
 
     Attributes:
         skeleton ([`~transformers.PreTrainedModel`]): The model without weights.
@@ -55,18 +56,14 @@ class SavedModel:
         places (`dict[str, Place]`): Where each of these tensors belongs, of those that belong to a parameter.
 
     Raises:
-        [`HFTError`]: If there is no such model, if it is quantised or a delta checkpoint, if its files are not whole, or if a
+        [`HFTError`]: If there is no such model, if it is quantised, if its files are not whole, or if a
             tensor holds several parameters.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
         self.name = name
         self.path = _cached(name) if "@" in name and not Path(name).is_dir() else demo.model_path(name)
-        if is_delta(self.path):
-            raise HFTError(
-                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
-            )
-        self.skeleton = build_on_meta(self.path)
+        self.skeleton = skeleton if skeleton is not None else build_on_meta(self.path)
         self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None
         transforms = get_model_conversion_mapping(self.skeleton)
@@ -90,6 +87,19 @@ class SavedModel:
         """The tensor's name here that belongs where another model's tensor `key` belongs, `None` if there is none."""
         # A tied head may be in the file beside the embedding that it shares a parameter with.
         return key if self.places.get(key) == place else self._key_at.get((place.parameter, place.piece))
+
+    def beside(self, other: "SavedModel", parameter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The other model's and this one's tensors of a parameter, where both have them in one shape."""
+        pieces = set()
+        # A file may hold a tied parameter under each of its names: it is taken once, under its first.
+        for key in sorted(self._keys.get(parameter, ()), key=lambda key: key != parameter):
+            place = self.places[key]
+            counterpart = other.counterpart(key, place)
+            if counterpart is not None and place.piece not in pieces:
+                pieces.add(place.piece)
+                theirs, ours = other.tensor(counterpart), self.tensor(key)
+                if theirs.shape == ours.shape:
+                    yield theirs, ours
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Type of each parameter on disk."""

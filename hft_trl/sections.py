@@ -16,6 +16,7 @@ import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
+from hft_trl.bounds import check_numbers
 from hft_trl.errors import HFTError
 
 SECTIONS = ("model", "hft", "lora", "sft", "dpo")  # of the recipes that come with the package
@@ -28,6 +29,7 @@ OTHER_NAMES = {
     "eval_split": "dataset_test_split",
 }
 OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
+OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and TRL's older one
 
@@ -107,7 +109,10 @@ def read_sections(
         flags[current].append(f"--{key}{equals}{value}")
 
     values = load_yaml(path) if path is not None else {}
-    for key, value in (values.pop("env", None) or {}).items():
+    variables = values.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
+    for key, value in variables.items():
         os.environ[str(key)] = str(value)
     _check_style(path, values, known)
     nested: dict[str, dict[str, Any]] = {}
@@ -151,10 +156,12 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file of keys and values."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise HFTError(f"config {str(path)!r} can't be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise HFTError(f"config {str(path)!r} is nested too deeply: write sections and keys.") from error
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, dates and numbers that do not exist
         raise HFTError(f"config {str(path)!r} is no valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise HFTError(f"config {str(path)!r} must hold keys and values.")
@@ -209,6 +216,7 @@ def parse_section(
     if rest:
         raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
     found = vars(namespace)
+    check_numbers(prefix, {name: found[name] for name in known if name in found and name in {*values, *given}})
     if found.get("bf16") and not found.get("use_cpu") and not is_torch_bf16_gpu_available():
         raise HFTError(
             f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from trl import SFTConfig
 from trl.data_utils import is_conversational
 
@@ -16,15 +17,16 @@ from hft_trl import chat, zero
 from hft_trl.backends import check_launch
 from hft_trl.checkpoints import last_whole_checkpoint
 from hft_trl.data import check_apart, load_mixture, load_split
-from hft_trl.delta import is_delta
-from hft_trl.errors import HFTError
+from hft_trl.endings import settle_generation
+from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
-from hft_trl.folder import mark_finished
+from hft_trl.folder import mark_finished, mark_started
 from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import DTYPES
 from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe import Stage
+from hft_trl.rehearsal import check_ids
 from hft_trl.report import StageRecord
 from hft_trl.resumable import ResumableMixin
 from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
@@ -49,14 +51,12 @@ def check_model(stage: Stage) -> None:
         check_launch(stage.args)
     model, folder = stage.model, Path(stage.model.model_name_or_path)
     if folder.is_dir():
-        if is_delta(folder):
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
-                f"model folder {str(folder)!r} is a delta checkpoint: make a model of it with hft-trl restore."
+                f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "
+                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give that folder."
             )
-        if any(folder.glob("*.safetensors*")):
-            check_readable(weight_files(str(folder)).values())
-        elif not any(folder.glob("*.bin")):
-            raise HFTError(f"model folder {str(folder)!r} holds no weights: save the model there first.")
+        check_readable(weight_files(str(folder)).values())
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     if stage.hft is not None:
         find_units(structure, stage.hft.exclude if stage.hft.method == "hft" else ())
@@ -115,13 +115,25 @@ def load_tokenizer(stage: Stage) -> PreTrainedTokenizerBase:
     Raises:
         [`HFTError`]: If there is no tokenizer, no such template, or no way to tell the assistant's tokens apart.
     """
-    model = stage.model
-    tokenizer = chat.load_tokenizer(
-        model.model_name_or_path, model.chat_template, model.model_revision, model.trust_remote_code
-    )
+    model, template = stage.model, stage.model.chat_template
+    if isinstance(stage.args, SFTConfig) and stage.args.chat_template_path is not None:
+        template = _trl_template(stage.args.chat_template_path, template)
+    tokenizer = chat.load_tokenizer(model.model_name_or_path, template, model.model_revision, model.trust_remote_code)
     if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
         chat.check_answers_marked(tokenizer)
     return tokenizer
+
+
+def _trl_template(path: str, own: str | None) -> str:
+    """The template that TRL sets at `chat_template_path`, where it is a file."""
+    if own is not None:
+        raise HFTError(f"chat_template is {own!r} and TRL's chat_template_path {path!r}: leave one of them out.")
+    if not (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
+        raise HFTError(
+            f"chat_template_path is {path!r}, which is no .jinja file, and TRL would add the tokens of a tokenizer to the model, whose "
+            "half could then not be compared with the start model: give the path of a .jinja file."
+        )
+    return path
 
 
 def load_data(stage: Stage) -> tuple[Dataset, Dataset | None]:
@@ -199,24 +211,44 @@ def train_and_save(
         logger.warning(
             f"{dropped} of {rows} rows have no token to train on within max_length {stage.args.max_length}."
         )
+    mark_started(stage)
+    settle_generation(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, trainer.train_dataset)
     checkpoint = last_whole_checkpoint(stage.folder)
     # Read now: training may rotate the checkpoint away
     resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
     reset_peak_memory()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    check_ids(trainer.train_dataset, trainer.processing_class, trainer.model.config, stage.model.model_name_or_path)
+    _train(stage, trainer, checkpoint)
     record = measure(stage, trainer, resumed_from)
     record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
     with writing(stage.folder):
         trainer.save_model()
         trainer.save_state()
         trainer.create_model_card(dataset_name=stage.data.dataset)
+        PartialState().wait_for_everyone()  # for what the first process saves
+        if trainer.hft_selection is not None:
+            record.moved = movements(stage, trainer.hft_selection, base_model)
         if PartialState().is_main_process:
-            start, selection = stage.model.model_name_or_path, trainer.hft_selection
-            if selection is not None:
-                model = trainer.model
-                if stage.hft.frozen_quantization:  # units are found in a model whose matrices are whole
-                    model = build_on_meta(start, stage.model.model_revision, stage.model.trust_remote_code)
-                record.moved = movements(model, selection, base_model, start, str(stage.folder))
             mark_finished(stage, record)
     PartialState().wait_for_everyone()
     return record
+
+
+class _FirstStep(TrainerCallback):
+    """Notes that a step has begun. What is raised before comes of settings, what is raised after may be a fault of a program."""
+
+    begun = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = True
+
+
+def _train(stage: Stage, trainer: ResumableMixin, checkpoint: str | None) -> None:
+    first = _FirstStep()
+    trainer.add_callback(first)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except MISTAKES as error:
+        if first.begun or isinstance(error, HFTError):
+            raise
+        raise HFTError(f"{stage.name}: training can't begin: {explained(error)}.") from error

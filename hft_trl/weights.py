@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: fingerprints, and how far two saved models lie apart."""
+"""Weights on disk and in memory: fingerprints, and how far two tensors lie apart."""
 
 import hashlib
 import itertools
@@ -23,6 +23,7 @@ from transformers.utils import (
 
 from hft_trl import zero
 from hft_trl.errors import HFTError
+from hft_trl.files import read_object
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,10 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     if zero.is_partitioned(tensor):
         return zero.gathered(tensor)
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        # Under CPU offload the shards lie in main memory, where NCCL gathers nothing.
+        return tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return tensor
 
 
 # Elements converted, compared or written at a time, so that the memory needed does not grow with the tensors.
@@ -109,8 +113,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
             return dict.fromkeys(file.keys(), Path(single))
     index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME, **local)
     if index is not None:
-        names = json.loads(Path(index).read_text())["weight_map"]
-        return {name: Path(index).with_name(file) for name, file in names.items()}
+        return _listed(Path(index))
     for pickled in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if cached_file(model, pickled, **local) is not None:
             raise HFTError(
@@ -118,6 +121,20 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
                 "save it with save_pretrained first."
             )
     raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
+
+
+def _listed(index: Path) -> dict[str, Path]:
+    """The file of every tensor that an index lists. All have to lie beside it."""
+    try:
+        names = read_object(index, weight_map=dict)["weight_map"]
+    except (OSError, ValueError) as error:
+        raise HFTError(f"the index {index} can't be read ({error}): save or download the model again.") from error
+    for name, file in names.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
+            raise HFTError(
+                f"the index {index} says that {name} is in {file!r}, which is no file beside it: download the model again."
+            )
+    return {name: index.with_name(file) for name, file in names.items()}
 
 
 def check_readable(files: Iterable[Path]) -> None:
@@ -220,33 +237,29 @@ def change(name: str, before: torch.Tensor, after: torch.Tensor) -> Change:
     moved = 0
     for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
         old, new = old.to(common), new.to(common)
-        moved += int((_bits(old) != _bits(new)).any(-1).sum())
+        moved += int((_bits(old) != _bits(new)).sum())
         old, new = old.double(), new.double()
         difference += (new - old).square().sum().item()
         base += old.square().sum().item()
     return Change(name, math.sqrt(difference), math.sqrt(base), moved, before.numel())
 
 
+# Integers of as many bytes, by which elements are compared bit for bit.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8).reshape(tensor.numel(), tensor.element_size())
+    return tensor.view(INTEGERS[tensor.element_size()])
 
 
-def changes(base: str, tuned: str) -> Iterator[Change]:
-    """
-    Compare two saved models tensor by tensor; no more than two tensors are in memory at a time.
+def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two tensors of one shape have the same type and the same bits, read no further than the first difference."""
+    if before.dtype != after.dtype:
+        return False
+    pieces = zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True)
+    return all(torch.equal(_bits(old), _bits(new)) for old, new in pieces)
 
-    Args:
-        base (`str`):
-            Folder or cached hub id of the model before.
-        tuned (`str`):
-            Folder or cached hub id of the model after.
 
-    Yields:
-        [`Change`]: For every tensor that both files hold under the same name and with the same shape.
-    """
-    before, after = weight_files(base), weight_files(tuned)
-    for name in sorted(before.keys() & after.keys()):
-        with safe_open(before[name], framework="pt") as old, safe_open(after[name], framework="pt") as new:
-            old_tensor, new_tensor = old.get_tensor(name), new.get_tensor(name)
-        if old_tensor.shape == new_tensor.shape:
-            yield change(name, old_tensor, new_tensor)
+def is_zero(tensor: torch.Tensor) -> bool:
+    """Whether all elements are zero, read no further than the first that is not."""
+    return not any(bool(piece.any()) for piece in tensor.reshape(-1).split(CHUNK))

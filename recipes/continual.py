@@ -61,6 +61,7 @@ from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage
+from hft_trl.rehearsal import rehearse
 from hft_trl.report.tables import rich_table
 from hft_trl.stage import check_model, load_tokenizer, train_and_save
 
@@ -76,7 +77,9 @@ def main(recipe: ContinualRecipe) -> None:
         check_plan(run.output_dir, plan)
     stages, longest = recipe.stages(rounds), recipe.longest_text()
     check_model(stages[0])
-    check_tokenizer(load_tokenizer(stages[0]))
+    tokenizer = load_tokenizer(stages[0])
+    check_tokenizer(tokenizer)
+    rehearse(tokenizer, [(stages[0], encode(rounds[0].rows[:8], tokenizer, longest)[0], None)])
     settle_checkpointing(*stages)
     open_stages(stages, run.overwrite)
     write_plan(run.output_dir, plan, stages, run.overwrite)

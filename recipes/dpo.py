@@ -20,6 +20,7 @@ from hft_trl import HFTDPOTrainer, as_user_error, exit_on_user_error
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage, parse_stage
+from hft_trl.rehearsal import rehearse
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
 
@@ -32,6 +33,7 @@ def main(stage: Stage, overwrite: bool) -> None:
     check_reference(stage, base)
     train_data, eval_data = load_data(stage)
     tokenizer = load_tokenizer(stage)
+    rehearse(tokenizer, [(stage, train_data, eval_data)])
     settle_checkpointing(stage)
     open_stages([stage], overwrite)
 

@@ -30,6 +30,7 @@ from hft_trl.demo.claims import QUESTIONS, needed
 from hft_trl.demo.trials import read_scores, run_trials
 from hft_trl.demo.verdict_plots import write_figures
 from hft_trl.demo.verdicts import check_tests, tables, write_results
+from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.tables import rich_table
 
@@ -76,7 +77,7 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl"))
     head = f"""# The paper's questions on the embedded world
 
-Made by `python recipes/reproduce.py {shlex.join(sys.argv[1:])}` until {datetime.now(UTC):%Y-%m-%d} ({versions}). Scores in percent, mean
+Made by `python recipes/reproduce.py {shlex.join(redact(sys.argv[1:]))}` until {datetime.now(UTC):%Y-%m-%d} ({versions}). Scores in percent, mean
 (standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most.
 Differences are taken seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."""
     write_figures(asked, scores, options.output_dir)
@@ -84,7 +85,7 @@ Differences are taken seed by seed; p is that of a two-sided paired t-test, not 
     for question in asked:
         for grid in tables(question, scores):
             console.print(rich_table(grid))
-    console.print(f"{path} has all of it, with a picture for each question.")
+    console.print(f"{path} has all of it, with a picture for each question.", markup=False)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hft_trl import HFTSFTTrainer, as_user_error, exit_on_user_error
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage, parse_stage
+from hft_trl.rehearsal import rehearse
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
 
@@ -31,6 +32,7 @@ def main(stage: Stage, overwrite: bool) -> None:
     check_model(stage)
     train_data, eval_data = load_data(stage)
     tokenizer = load_tokenizer(stage)
+    rehearse(tokenizer, [(stage, train_data, eval_data)])
     settle_checkpointing(stage)
     open_stages([stage], overwrite)
 

@@ -44,6 +44,7 @@ from hft_trl.evaluation.stages import evaluate_stages
 from hft_trl.folder import finished, open_stages, settings
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Recipe, parse_recipe
+from hft_trl.rehearsal import rehearse
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.stage import check_model, check_reference, load_data, load_reference, load_tokenizer, train_and_save
 
@@ -58,6 +59,7 @@ def main(recipe: Recipe) -> None:
     sft_data, sft_eval = load_data(sft)
     dpo_data, dpo_eval = load_data(dpo)
     tokenizer = load_tokenizer(sft)
+    rehearse(tokenizer, [(sft, sft_data, sft_eval), (dpo, dpo_data, dpo_eval)])
     settle_checkpointing(sft, dpo)
     open_stages([sft, dpo], recipe.run.overwrite)
 

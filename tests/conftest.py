@@ -4,7 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Only `make test-gpu` sees a GPU, and one of them
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    os.environ.get("CUDA_VISIBLE_DEVICES", "0") if "HFT_TEST_GPU" in os.environ else ""
+)
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, since tests run side by side
 
 from pathlib import Path
@@ -57,6 +60,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend.train_from_iterator(["Where does Ada live? Ada lives in Rome."] * 4, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
+
+PATIENCE = 1800
+"""Seconds after which a process of a test counts as hanging. A busy machine may need most of them."""
 
 QUIET = {
     "use_cpu": True,

@@ -1,11 +1,17 @@
 """Chat templates: set where they are missing, and the loss falls on the answers alone."""
 
 import pytest
+from conftest import QUIET, tulu_row, ultrafeedback_row
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hft_trl.chat import check_answers_marked, load_tokenizer, tulu_template
+from hft_trl.chat import begins_with_bos, check_answers_marked, load_tokenizer, tulu_template
 from hft_trl.errors import HFTError
+from hft_trl.generate import chat
 
 
 def test_the_tulu_template_is_set_only_where_there_is_none_or_when_asked_for(tmp_path, base, tokenizer):
@@ -49,3 +55,52 @@ def test_the_trained_tokens_are_exactly_the_answers_and_their_end(tokenizer, tur
     )
     trained = [t for t, mask in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(trained) == "".join(f"{answer}</s>" for _, answer in turns)
+
+
+@pytest.fixture
+def with_bos(tmp_path, tokenizer, base):
+    """Folder of a model whose tokenizer puts its beginning-of-sequence token before plain text, as Llama's does."""
+    folder = tmp_path / "with_bos"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder)
+    own = load_tokenizer(str(base))
+    own.chat_template = None
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", own.bos_token_id)]
+    )
+    own.save_pretrained(folder)
+    return folder
+
+
+def test_tulus_template_begins_with_bos_exactly_where_plain_text_does(base, with_bos, tmp_path):
+    for folder, bos in ((base, ""), (with_bos, "<s>")):
+        own = load_tokenizer(str(folder), "tulu")
+        assert begins_with_bos(own) == bool(bos)
+        assert own.decode(own("Where?")["input_ids"]) == f"{bos}Where?"
+        question = [{"role": "user", "content": "Where?"}]
+        asked = own.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+        assert own.decode(asked) == f"{bos}<|user|>\nWhere?\n<|assistant|>\n"
+        own.save_pretrained(tmp_path / f"saved{bos != ''}")
+        assert load_tokenizer(str(tmp_path / f"saved{bos != ''}")).chat_template == own.chat_template
+
+
+def test_a_chat_begins_with_one_bos_in_training_and_when_it_is_asked(with_bos, tmp_path, monkeypatch):
+    own, model = load_tokenizer(str(with_bos)), str(with_bos)
+    messages = tulu_row(0)["messages"]
+    question = f"<s><|user|>\n{messages[0]['content']}\n<|assistant|>\n"
+    completions = {"prompt": messages[:1], "completion": messages[1:]}
+    for row in ({"messages": messages}, completions):
+        args = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, **QUIET)
+        [read] = SFTTrainer(
+            model, args=args, train_dataset=Dataset.from_list([row]), processing_class=own
+        ).train_dataset
+        assert own.decode(read["input_ids"]) == f"{question}{messages[1]['content']}</s>"
+    pair = {side: ultrafeedback_row(0)[side] for side in ("chosen", "rejected")}
+    args = DPOConfig(output_dir=str(tmp_path), **QUIET)
+    [read] = DPOTrainer(model, args=args, train_dataset=Dataset.from_list([pair]), processing_class=own).train_dataset
+    assert own.decode(read["prompt_ids"]) == question
+    assert own.decode(read["chosen_ids"]) == f"{pair['chosen'][1]['content']}</s>"
+    own.chat_template = None
+    asked = []
+    monkeypatch.setattr("hft_trl.generate.complete", lambda _model, _tokenizer, rows, *_: asked.extend(rows))
+    chat(None, own, [messages[0]["content"]])
+    assert own.decode(asked[0]) == question

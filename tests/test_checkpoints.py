@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import one_line, tiny_llama
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
 from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
-from hft_trl.folder import LOCK_FILE
+from hft_trl.locks import LOCK_FILE
 from hft_trl.manifest import MANIFEST_FILE, check_layout, set_aside
 
 
@@ -269,3 +269,102 @@ def test_another_number_of_processes_is_refused_where_the_optimizer_is_divided(s
     (folder / MANIFEST_FILE).write_text(json.dumps({**manifest, "backend": "DeepSpeed ZeRO-2"}))
     with pytest.raises(HFTError, match="launch 1 processes"):
         check_layout(folder, {**here, "backend": "DeepSpeed ZeRO-2"})
+
+
+def damage(path: Path, harm: str) -> None:
+    """Change a file in its own length, so that its size says nothing."""
+    content = bytearray(path.read_bytes())
+    if harm == "head":
+        content[:64] = b"\xff" * 64
+    elif harm == "middle":
+        middle = len(content) // 2
+        content[middle : middle + 64] = bytes(byte ^ 0x55 for byte in content[middle : middle + 64])
+    else:
+        content[:] = bytes(len(content))
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        *(("model.safetensors", harm) for harm in ("head", "zeros")),
+        *(("optimizer.pt", harm) for harm in ("head", "middle", "zeros")),
+        *(("scheduler.pt", harm) for harm in ("head", "zeros")),
+        *(("rng_state.pth", harm) for harm in ("head", "middle", "zeros")),
+        *(("trainer_state.json", harm) for harm in ("head", "zeros")),
+    ],
+)
+def test_a_file_that_is_damaged_in_its_own_size_is_answered_in_one_line(base, tulu, sealed, tmp_path, name, harm):
+    """It names the checkpoint and the fix, when nothing is trained yet; the one before it is as good as ever."""
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    damage(folder / "checkpoint-2" / name, harm)
+    trainer = trained(base, tulu, folder)
+    with pytest.raises(HFTError) as error:
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    message = one_line(error)
+    assert str(folder / "checkpoint-2") in message
+    assert "remove the folder" in message or "resume from another checkpoint" in message
+    assert not trainer.state.log_history or trainer.state.global_step == 2
+    assert torn_because(folder / "checkpoint-1") is None
+
+
+def test_an_optimizer_that_lost_a_part_of_its_state_is_noticed_in_the_first_step(base, tulu, sealed, tmp_path):
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    path = folder / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    for entry in state["state"].values():
+        del entry["exp_avg"]
+    torch.save(state, path)
+    (folder / "checkpoint-2" / MANIFEST_FILE).unlink()
+    with pytest.raises(HFTError, match=r"checkpoint-2 failed before its first step was done \(KeyError: 'exp_avg'\)"):
+        trained(base, tulu, folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_frozen_half_with_other_bits_is_noticed_before_a_step_is_trained(base, tulu, sealed, tmp_path):
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    path = folder / "checkpoint-2" / "model.safetensors"
+    name = json.loads((folder / "checkpoint-2" / "hft_selection.json").read_text())["frozen"][0]
+    weights = load_file(path)
+    weights[name].view(torch.int32).view(-1)[0] ^= 1
+    save_file(weights, path, metadata={"format": "pt"})
+    trainer = trained(base, tulu, folder)
+    with pytest.raises(HFTError, match=rf"checkpoint-2 failed before its first step was done .*{name}"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert trainer.state.global_step == 2
+
+
+def test_what_goes_wrong_later_is_not_the_checkpoints_fault(base, tulu, sealed, tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("of another kind")
+
+    trainer = trained(base, tulu, Path(shutil.copytree(sealed, tmp_path / "run")))
+    trainer.add_callback(Fails())
+    with pytest.raises(RuntimeError, match=r"^of another kind$"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("how", ["newest", "named", "from-the-hub"])
+def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, tulu, tmp_path, caplog, how):
+    """From its weights and step, as stock TRL does; never from scratch."""
+    trained(base, tulu, tmp_path, save_only_model=True, max_steps=2).train()
+    newest = tmp_path / "checkpoint-2"
+    if how == "from-the-hub":
+        (newest / MANIFEST_FILE).unlink()
+    again = trained(base, tulu, tmp_path, save_strategy="no")
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    again.train(resume_from_checkpoint=True if how == "newest" else str(newest))
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert f"{newest} was saved with save_only_model" in caplog.text
+    assert [row["step"] for row in again.state.log_history if "loss" in row] == [1, 2, 3]
+    before, after = load_file(newest / "model.safetensors"), dict(again.model.named_parameters())
+    assert all(torch.equal(before[name], after[name]) for name in again.hft_selection.frozen)
+
+
+def test_a_checkpoint_that_holds_only_the_model_is_refused_where_the_backend_needs_more(sealed, tmp_path):
+    folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "checkpoint-2"))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST_FILE):
+        (folder / name).unlink()
+    check_whole(folder, processes=2)
+    with pytest.raises(HFTError, match="save_only_model, and FSDP with FULL_STATE_DICT resumes from files of its own"):
+        check_whole(folder, processes=2, backend="FSDP with FULL_STATE_DICT")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import tiny_llama
@@ -166,22 +165,18 @@ def test_bad_usage_is_exit_code_2(arguments):
     assert result.stdout == ""
 
 
-def test_help_loads_nothing_heavy_and_is_quick():
-    """`--help` and `--version` answer before torch or transformers could even be loaded."""
+def test_help_loads_nothing_heavy():
+    """`--help` and `--version` load neither torch nor what is built on it, so they answer at once."""
     code = (
         "import sys; sys.argv = ['hft-trl', sys.argv[1]]\n"
         "from hft_trl.cli import main\n"
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code\n"
-        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'matplotlib', 'lm_eval'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'trl', 'accelerate', 'datasets', 'bitsandbytes', 'numpy', 'matplotlib', 'lm_eval'} & set(sys.modules); assert not heavy, heavy"
     )
     for flag, text in (("--help", "select"), ("--version", ".")):
-        start = time.perf_counter()
         found = subprocess.run([sys.executable, "-c", code, flag], check=True, capture_output=True, text=True)
-        seconds = time.perf_counter() - start
-        print(f"{flag}: {seconds:.2f} s")
         assert text in found.stdout
-        assert seconds < 2
 
 
 def test_console_script_keeps_standard_output_pure(folder):

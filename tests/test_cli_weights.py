@@ -12,7 +12,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -45,7 +45,7 @@ def runs(tmp_path_factory) -> Path:
             *flags,
         ]
         found = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
         )
         assert found.returncode == 0, found.stderr[-3000:]
     return folder
@@ -164,7 +164,7 @@ def test_progress_is_shown_on_standard_error_where_that_is_a_terminal(runs, tmp_
         [sys.executable, "-c", "from hft_trl.cli import main; main()", *command],
         stdout=subprocess.PIPE,
         stderr=terminal,
-        timeout=300,
+        timeout=PATIENCE,
         check=True,
     )
     os.close(terminal)

@@ -145,6 +145,29 @@ def test_a_killed_run_ends_in_the_same_bytes(where, finished_run, own, tmp_path)
     assert left(output) == left(finished_run[0])
 
 
+def test_a_second_run_in_the_same_folder_is_refused_before_it_changes_anything(own, tmp_path):
+    """Also one of other tasks, whose rounds have other folders, and one that overwrites."""
+    output = tmp_path / "run"
+    long = ["--sft.max_steps", 100000, "--sft.save_steps", 100000]
+    first = Run(tmp_path / "log", "continual", *flags(own, output, *long))
+    try:
+        while not (output / "plan.json").exists():
+            assert first.wait(0.05) is None
+        before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+        other = [*started_from(own / "model", demo.CONTINUAL_RECIPE), "--benchmark", "demo", "--output_dir", output]
+        for number, words in enumerate((flags(own, output, *long, "--overwrite"), [*other, "--overwrite"], other)):
+            second = Run(tmp_path / f"log{number}", "continual", *words)
+            assert second.wait() == [2]
+            errors = [line for line in second.output().splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1
+            assert f"in use by process {first.processes[0].pid} on " in errors[0]
+        assert first.wait(0.05) is None
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    finally:
+        first.send(signal.SIGKILL)
+        first.wait()
+
+
 def test_another_approach_in_the_same_folder_is_refused(recipe, finished_run, own):
     result = recipe(*flags(own, finished_run[0], "--approach", "replay"))
     assert result.returncode == 2

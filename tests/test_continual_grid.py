@@ -104,7 +104,7 @@ def stop(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, stop)
 pathlib.Path("started").touch()
-time.sleep(60)
+time.sleep(3600)
 pathlib.Path("finished").touch()
 """
 FAILS = """

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tulu_row, ultrafeedback_row
+from conftest import PATIENCE, tulu_row, ultrafeedback_row
 from datasets import Dataset
 from test_trainers import sft_trainer
 from trl import SFTConfig
@@ -28,7 +28,7 @@ def environment(folder, **extra):
 
 
 def run(*command, env):
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 

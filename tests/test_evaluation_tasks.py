@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 from hub import Hub, row
 
 from hft_trl import HFTError
@@ -184,6 +185,7 @@ def test_data_that_can_not_be_had_is_one_line(monkeypatch, manager):
 )
 def test_a_program_passes_when_it_runs_to_its_end(program, passed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hft_trl.evaluation.functions.PROGRAM_SECONDS", PATIENCE)
     assert passes(program) is passed
     assert not list(tmp_path.iterdir())
 
@@ -191,6 +193,7 @@ def test_a_program_passes_when_it_runs_to_its_end(program, passed, tmp_path, mon
 def test_a_program_that_hangs_is_stopped(monkeypatch):
     monkeypatch.setattr("hft_trl.evaluation.functions.PROGRAM_SECONDS", 0.5)
     assert passes("while True: pass") is False
+    monkeypatch.setattr("hft_trl.evaluation.functions.PROGRAM_SECONDS", 5)  # a busy machine starts one of nine in time
     assert grade_programs(ADD, [["    while True: pass\n"] + [ADD["canonical_solution"]] * 9]) == {"pass@10": 1.0}
 
 

@@ -1,7 +1,11 @@
 """A stage's folder: reruns are recognised by what the weights depend on, and nothing of the user's is removed."""
 
 import errno
+import json
 import shlex
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +14,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from trl import SFTConfig
 
 from hft_trl import HFTError, demo
-from hft_trl.folder import finished, mark_finished, open_stages, settings
-from hft_trl.recipe import parse_recipe
+from hft_trl.folder import finished, mark_finished, mark_started, open_stages, settings
+from hft_trl.locks import LOCK_FILE
+from hft_trl.recipe import parse_recipe, parse_stage
 from hft_trl.report import StageRecord
 
 
@@ -75,6 +81,144 @@ def test_a_changed_data_file_is_another_setting(tmp_path):
         open_stages([stage(tmp_path, f"--sft.dataset {data}")])
 
 
+@pytest.fixture
+def run(tmp_path):
+    """A run of both stages: opens it with some flags, and trains a stage of it as far as its folder is concerned."""
+
+    class OfBoth:
+        def __init__(self, flags=""):
+            words = ["--output_dir", str(tmp_path), *shlex.split(flags)]
+            recipe = parse_recipe(words, default_config=demo.RECIPE)
+            self.stages = {"sft": recipe.sft, "dpo": recipe.dpo}
+
+        def open(self, **how):
+            open_stages(self.stages.values(), **how)
+
+        def train(self, name, weight, done=True):
+            folder = self.stages[name].folder
+            mark_started(self.stages[name])
+            (folder / "checkpoint-1").mkdir(exist_ok=True)
+            if done:
+                save_file({"w": torch.full((1,), weight)}, folder / "model.safetensors")
+                mark_finished(self.stages[name], RECORD)
+
+    return OfBoth
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_stage_belongs_to_the_model_that_it_was_trained_from(run, tmp_path, done):
+    """Its start model was not trained yet when both were opened. Trained again, it is another model."""
+    both = run()
+    both.open()
+    both.train("sft", 1.0)
+    both.train("dpo", 2.0, done)
+    both.open()
+    assert (finished(both.stages["dpo"]) is not None) is done
+    save_file({"w": torch.full((1,), 3.0)}, tmp_path / "sft" / "model.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(HFTError) as error:
+        both.open()
+    for word in (f"the start model '{tmp_path}/sft' has other weights than", str(tmp_path / "dpo"), "--overwrite"):
+        assert word in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    shutil.rmtree(tmp_path / "dpo")  # the way out that the error names
+    both.open()
+    assert finished(both.stages["sft"]) is not None
+    assert finished(both.stages["dpo"]) is None
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_stage_does_not_go_on_from_a_model_that_is_gone(run, tmp_path, done):
+    both = run()
+    both.open()
+    both.train("sft", 1.0)
+    both.train("dpo", 2.0, done)
+    shutil.rmtree(tmp_path / "sft")
+    with pytest.raises(HFTError, match=r"trained from a model in '.*sft' that no longer exists"):
+        both.open()
+
+
+def test_a_stage_that_was_killed_before_its_first_checkpoint_starts_from_what_is_there_now(run, tmp_path):
+    both = run()
+    both.open()
+    both.train("sft", 1.0)
+    mark_started(both.stages["dpo"])
+    save_file({"w": torch.full((1,), 3.0)}, tmp_path / "sft" / "model.safetensors")
+    both.open()
+    both.train("dpo", 2.0)
+    both.open()
+
+
+def test_another_tokenizer_or_template_of_the_start_model_is_named(run, tmp_path):
+    both = run()
+    both.open()
+    both.train("sft", 1.0)
+    both.train("dpo", 2.0)
+    (tmp_path / "sft" / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(HFTError, match="has another configuration or tokenizer than"):
+        both.open()
+
+
+def test_an_edited_template_is_another_setting(run, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("one")
+    flags = f"--model.chat_template {template}"
+    both = run(flags)
+    both.open()
+    both.train("sft", 1.0)
+    run(flags).open()
+    template.write_text("two")
+    with pytest.raises(HFTError, match=r"the files of model\.chat_template have changed"):
+        run(flags).open()
+
+
+def test_a_changed_part_of_a_mixture_is_named(tmp_path):
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "mix.yaml"
+    rows.write_text("one")
+
+    def open_mixture(columns):
+        part = {"path": "json", "data_files": str(rows), "columns": columns}
+        config.write_text(json.dumps({"datasets": [part, {"path": "org/other"}]}))
+        words = ["--config", str(config), "--model_name_or_path", "demo", "--output_dir", str(tmp_path / "run")]
+        stage, _ = parse_stage("sft", SFTConfig, words)
+        open_stages([stage])
+        return stage
+
+    mark_started(open_mixture(["messages"]))
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    open_mixture(["messages"])
+    with pytest.raises(HFTError, match=r"data\.mixture\.datasets\.0\.columns \['messages'\] there, \['text'\] here"):
+        open_mixture(["text"])
+    rows.write_text("two")
+    with pytest.raises(HFTError, match=r"the files of data\.mixture\.datasets\.0 have changed"):
+        open_mixture(["messages"])
+
+
+def test_nothing_is_removed_unless_every_folder_of_the_run_can_be_had(run, tmp_path):
+    both = run()
+    both.open()
+    both.train("sft", 1.0)
+    (tmp_path / "dpo" / "stage.json").unlink()
+    (tmp_path / "dpo" / "thesis.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(HFTError, match="holds files of something else"):
+        both.open(overwrite=True)
+    (tmp_path / "dpo" / "thesis.txt").unlink()
+    code = "import sys, time; from pathlib import Path; from hft_trl.locks import lock; lock(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
+    (tmp_path / "dpo" / LOCK_FILE).unlink()  # this process's own
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "dpo"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(HFTError, match=f"in use by process {other.pid}"):
+            both.open(overwrite=True)
+        other.kill()
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: text for path, text in before.items() if tmp_path / "sft" in path.parents} == {
+        path: text for path, text in left.items() if tmp_path / "sft" in path.parents
+    }
+    both.open(overwrite=True)
+    assert not (tmp_path / "sft" / "model.safetensors").exists()
+
+
 def test_a_folder_left_by_a_kill_and_a_broken_stage_file_can_be_mended(tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / ".stage.json").write_text("{")
@@ -129,7 +273,7 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     (tmp_path / "sft" / "old.safetensors").write_text("")
     (tmp_path / "notes.txt").write_text("mine")
     open_stages([stage(tmp_path)], overwrite=True)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_stage.lock", "notes.txt", "sft", "stage.json"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["_run.lock", "notes.txt", "sft", "stage.json"]
     (tmp_path / "other" / "sft").mkdir(parents=True)
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
     with pytest.raises(HFTError, match="holds files of something else"):
@@ -147,9 +291,13 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_pa
         open_stages([stage(tmp_path)])
 
 
-def test_a_token_for_the_hub_is_never_written(tmp_path):
-    open_stages([stage(tmp_path, "--sft.hub_token hf_secret")])
-    assert "hf_secret" not in (tmp_path / "sft" / "stage.json").read_text()
+def test_a_secret_is_never_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "")  # as before, when the test ends
+    words = '--sft.hub_token hf_secret --sft.model_init_kwargs \'{"api_key": "hunter2", "token": "hf_secret"}\''
+    open_stages([stage(tmp_path, words)])
+    written = (tmp_path / "sft" / "stage.json").read_text()
+    assert "hf_secret" not in written
+    assert "hunter2" not in written
 
 
 @examples(max_examples=20, deadline=None)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_recipes import recipe  # noqa: F401, a fixture
 from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
 from hft_trl.conflicts import check_frozen_dtype
@@ -66,8 +67,9 @@ def test_the_frozen_half_is_held_small_and_saved_with_the_bits_of_the_file(
     trainer = sft_trainer(
         HFTSFTTrainer, base, tulu, tmp_path / "out", hft, **AUTOCAST, save_strategy="steps", save_steps=2
     )
-    types = {p.dtype: p.requires_grad for p in trainer.model.parameters()}
-    assert types == {torch.float32: True, torch.bfloat16: False}
+    for name, parameter in trainer.model.named_parameters():
+        small = not parameter.requires_grad and "_norm." not in name  # a norm of queries or keys
+        assert parameter.dtype == (torch.bfloat16 if small else torch.float32), name
     trainer.train()
     assert {p.dtype for group in trainer.optimizer.param_groups for p in group["params"]} == {torch.float32}
     trainer.save_model()
@@ -85,7 +87,7 @@ def test_the_frozen_half_is_held_small_and_saved_with_the_bits_of_the_file(
     assert all(torch.equal(parameter, after[name].float()) for name, parameter in loaded.items())
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "qwen3"])
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_losses_are_those_of_autocast_alone(tulu, tmp_path, tokenizer, kind, reentrant):
     """To the last bit: autocast rounds the frozen matrices in each step, which is here done once."""
@@ -104,7 +106,7 @@ def test_losses_are_those_of_autocast_alone(tulu, tmp_path, tokenizer, kind, ree
 
 
 @pytest.mark.parametrize("reentrant", [None, True])
-def test_a_frozen_embedding_and_norms_inside_of_attention_are_rounded_too(tulu, tmp_path, tokenizer, reentrant):
+def test_a_frozen_embedding_is_rounded_too(tulu, tmp_path, tokenizer, reentrant):
     """Then what flows between the layers is bfloat16, and the losses agree as far as that goes."""
     base = start("qwen3", tmp_path / "base", tokenizer)
     checkpointing = {
@@ -209,6 +211,27 @@ def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp
     frozen.hold_in(torch.float16, model)
     types = {name: model.get_parameter(name).dtype for name in selection.frozen}
     assert [name for name, kind in types.items() if kind == torch.float32] == [large]
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_query_and_key_reach_attention_in_one_type(tulu, tmp_path, tokenizer, monkeypatch, embeddings):
+    """Flash attention takes nothing else; a float32 query tells transformers to cast all three."""
+    base = start("qwen3", tmp_path / "base", tokenizer)
+    sdpa, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda module, query, key, value, *args, **kwargs: (
+            seen.append((query.dtype, key.dtype, value.dtype)) or sdpa(module, query, key, value, *args, **kwargs)
+        ),
+    )
+    hft = HFTConfig(frozen_dtype="bfloat16", train_embeddings=embeddings, train_lm_head=embeddings)
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", hft, **AUTOCAST)
+    norms = [{f"model.layers.{n}.self_attn.{x}_norm.weight" for x in "qk"} for n in range(4)]
+    assert any(len(pair & set(trainer.hft_selection.frozen)) == 1 for pair in norms)
+    trainer.train()
+    assert seen
+    assert {types for types in seen if types[0] != types[1]} == set()
 
 
 def test_a_layer_norm_keeps_its_type_and_the_model_runs(tulu, tmp_path, tokenizer):

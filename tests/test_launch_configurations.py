@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "accelerate_configs"
@@ -83,7 +84,7 @@ def slurm(tmp_path):
 
 def test_slurm_launches_once_on_each_machine_with_its_rank(slurm):
     job, calls = slurm(1)
-    assert job.wait(timeout=60) == 3  # the exit code of srun
+    assert job.wait(timeout=PATIENCE) == 3  # the exit code of srun
     lines = calls.read_text().splitlines()
     launches = sorted(line for line in lines if line.startswith("accelerate"))
     assert [re.search(r"--machine_rank (\d)", line)[1] for line in launches] == ["0", "1"]
@@ -96,13 +97,13 @@ def test_slurm_launches_once_on_each_machine_with_its_rank(slurm):
 
 @pytest.mark.parametrize("warning", [signal.SIGUSR1, signal.SIGTERM], ids=["time is up", "pre-empted"])
 def test_slurm_passes_a_warning_on_waits_for_the_end_and_queues_the_job_again(slurm, warning):
-    job, calls = slurm(600)
-    deadline = time.monotonic() + 60
+    job, calls = slurm(10 * PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while not calls.exists() or calls.read_text().count("accelerate") < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job.send_signal(warning)
-    assert job.wait(timeout=60) == 3
+    assert job.wait(timeout=PATIENCE) == 3
     lines = calls.read_text().splitlines()
     assert lines.count("stopped") == 2
     assert lines[-1] == "scontrol requeue 7"

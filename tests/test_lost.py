@@ -11,7 +11,7 @@ from pathlib import Path
 
 import faults
 import pytest
-from conftest import started_from, tulu_row, ultrafeedback_row
+from conftest import PATIENCE, started_from, tulu_row, ultrafeedback_row
 from warm import ROOT, Run
 
 from hft_trl import demo
@@ -213,8 +213,8 @@ def test_a_recipe_saves_when_its_launcher_gets_the_sigterm(model, tmp_path):
         assert launcher.poll() is None, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.1)
     launcher.terminate()
-    assert launcher.wait(60) == -signal.SIGTERM
-    deadline = time.monotonic() + 60
+    assert launcher.wait(PATIENCE) == -signal.SIGTERM
+    deadline = time.monotonic() + PATIENCE
     while "stopped: SIGTERM; saved checkpoint-" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -343,3 +343,21 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_lives(la
     first.wait()
     launch(output, "--overwrite").finish()
     assert_same(output, whole)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_with_overwrite_leaves_the_finished_stage_of_the_first_alone(launch, tmp_path):
+    """While the first one trains its second stage from it, and evaluates and reports both."""
+    output = tmp_path / "run"
+    first = launch(output, "--dpo.max_steps", 100000, "--dpo.save_steps", 100000)
+    record = output / "sft" / "stage.json"
+    while not record.exists() or json.loads(record.read_text())["record"] is None:
+        assert first.wait(0.05) is None
+    before = contents(output / "sft")
+    assert output / "sft" / "model.safetensors" in before
+    assert f"in use by process {first.processes[0].pid} on " in one_error(launch(output, "--overwrite"))
+    assert contents(output / "sft") == before
+    assert first.wait(0.05) is None

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import QUIET, tiny_llama
+from conftest import PATIENCE, QUIET, tiny_llama
 from transformers import TrainerCallback
 from trl import SFTConfig
 from warm import ROOT
@@ -264,7 +264,7 @@ def printed(tmp_path_factory):
             peer_world.write_scores(folder, trial, {"knowledge": 70.0, "ability": 60.0})
     words = ["--json", "--seeds", "3", "--output_dir", str(folder), "--switch_every", "1", *SMALL, "--peers", *asked]
     command = [sys.executable, "benchmarks/peers.py", *words, "--sft.max_steps", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, asked, json.loads(result.stdout)  # stdout holds nothing else
 

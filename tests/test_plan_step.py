@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PATIENCE
 from steps import real_step
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
@@ -157,7 +158,7 @@ def test_the_resident_set_of_a_step_is_predicted_within_a_tenth(tmp_path, tokeni
     job = {"small": small, "large": large, "folder": str(tmp_path / "out"), "requests": requests}
     gives_back = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     command = [sys.executable, str(TESTS / "peak_of_a_step.py"), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **gives_back})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **gives_back})
     assert done.returncode == 0, done.stderr[-2000:]
     measured = json.loads(done.stdout.strip().splitlines()[-1])
     for request, peak in zip(requests, measured, strict=True):

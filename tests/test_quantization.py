@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from test_recipes import recipe  # noqa: F401, a fixture
 from test_trainers import weights
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,7 +135,7 @@ def interrupt(folder):
 def test_the_memory_benchmark_prints_what_every_setting_takes():
     command = [sys.executable, "benchmarks/memory.py", "--hidden", "128", "--layers", "2"]
     root = Path(__file__).parent.parent
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [line.split("\u2502")[1:-1] for line in result.stdout.splitlines() if line.startswith("\u2502")]
     together = {row[0].strip(): float(row[-1].split()[0]) for row in rows}

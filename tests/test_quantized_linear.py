@@ -16,7 +16,6 @@ from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, reference
 from hft_trl.conflicts import check_settings
-from hft_trl.delta import DELTA_FILE
 from hft_trl.frozen import FrozenHalf
 from hft_trl.quantized_linear import QuantizedLinear, packed_away
 
@@ -76,6 +75,16 @@ def test_code_that_looks_at_the_matrix_sees_it_in_its_own_type(kind):
     torch.testing.assert_close(module.weight, linear.weight, atol=0.02, rtol=0)
     assert module.state_dict().keys() == {"bias"}
     assert not list(module.buffers())
+
+
+@KINDS
+def test_casting_a_model_leaves_what_it_holds_quantised_as_it_is(kind):
+    """Both the numbers and their scales, whatever the model is cast to, so that it computes what it did."""
+    linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
+    module = QuantizedLinear(linear, kind)
+    before = module.whole(torch.float32)
+    for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda model: model.to(torch.float64)):
+        assert torch.equal(cast(torch.nn.Sequential(module))[0].whole(torch.float32), before)
 
 
 def test_a_row_of_zeros_stays_one_and_a_value_that_int8_can_not_take_is_told():
@@ -149,10 +158,9 @@ def test_activation_checkpointing_changes_nothing(base, tulu, tmp_path, reentran
     assert runs[0] == pytest.approx(runs[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, delta):
-    """From whole checkpoints and deltas, to the last bit."""
-    hft = HFTConfig(frozen_quantization="nf4", delta_checkpoints=delta)
+def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
+    """To the last bit."""
+    hft = HFTConfig(frozen_quantization="nf4")
     for name, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-2")):
         trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / name, hft, save_strategy="steps", save_steps=2)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -160,16 +168,15 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, delta
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_the_best_model_is_put_back(base, ultrafeedback, tmp_path, delta):
-    hft = HFTConfig(frozen_quantization="int8", delta_checkpoints=delta)
+def test_the_best_model_is_put_back(base, ultrafeedback, tmp_path):
+    hft = HFTConfig(frozen_quantization="int8")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     every = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, hft, eval_rows=4, **every, **best)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
     trainer.save_model()
-    checkpoint = load_file(tmp_path / "checkpoint-2" / (DELTA_FILE if delta else "model.safetensors"))
+    checkpoint = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     after = weights(tmp_path)
     assert all(torch.equal(after[name], checkpoint[name]) for name in trainer.hft_selection.trainable)
 

@@ -1,6 +1,7 @@
 """The reference: the policy before its first step, its frozen half stored once, or quantised."""
 
 import copy
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from datasets import Dataset
 from test_trainers import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
 from transformers import AutoModelForCausalLM
@@ -71,7 +72,7 @@ def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -115,7 +116,7 @@ def test_no_two_whole_models_are_held_at_start(tmp_path, base, tokenizer):
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -261,3 +262,18 @@ def test_copies_of_a_policy_take_no_memory(tokenizer):
     assert alias.lm_head.weight is alias.model.embed_tokens.weight
     assert alias.lm_head.weight is not policy.lm_head.weight
     assert not any(parameter.requires_grad for copy in (hollow, alias) for parameter in copy.parameters())
+
+
+def test_a_policy_that_can_not_be_copied_is_said_to_be_loaded_twice(base, ultrafeedback, tmp_path, caplog):
+    """Two whole models at start are never held in silence."""
+    policy = AutoModelForCausalLM.from_pretrained(base)
+    layer = policy.model.layers[0]
+    layer.forward = functools.partial(type(layer).forward, layer)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    trainer = dpo_trainer(HFTDPOTrainer, policy, ultrafeedback, tmp_path)
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    size = sum(parameter.nbytes for parameter in policy.parameters())
+    assert "a forward of its own" in caplog.text
+    assert f"{size:,} bytes more at start" in caplog.text
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)

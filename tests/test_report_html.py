@@ -15,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from conftest import PATIENCE
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
@@ -309,7 +310,7 @@ def browser(tmp_path_factory):
     ):
         options.add_argument(f"--{flag}")
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    found.set_page_load_timeout(60)
+    found.set_page_load_timeout(PATIENCE)
     yield found
     found.quit()
 

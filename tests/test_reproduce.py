@@ -11,6 +11,7 @@ from statistics import fmean
 
 import pytest
 import torch
+from conftest import PATIENCE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -131,8 +132,8 @@ def test_sigterm_ends_it_and_its_processes_soon(tmp_path):
         assert run.poll() is None, (tmp_path / "said").read_text()
         time.sleep(0.2)
     run.terminate()
-    assert run.wait(timeout=60) == 143
-    deadline = time.monotonic() + 60
+    assert run.wait(timeout=PATIENCE) == 143
+    deadline = time.monotonic() + PATIENCE
     while subprocess.run(["pgrep", "-g", str(run.pid)], capture_output=True, check=False).stdout:
         assert time.monotonic() < deadline, "a process lives on"
         time.sleep(0.2)
@@ -158,7 +159,7 @@ def test_the_recipe_makes_scores_tables_and_pictures_and_a_rerun_makes_nothing_a
     command += ["--output_dir", str(tmp_path)]
     times = []
     for _ in range(2):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
         assert "3/3" in result.stdout
         times.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "scores").iterdir()})

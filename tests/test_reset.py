@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import PATIENCE, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -464,7 +464,7 @@ def test_memory_stays_under_the_largest_shard(tmp_path):
     largest = max(path.stat().st_size for path in (tmp_path / "big/tuned").glob("*.safetensors")) // 2**20
     assert sum(path.stat().st_size for path in (tmp_path / "big").rglob("*.safetensors")) > 300 * 2**20
     found = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert found.returncode == 0, found.stderr[-3000:]
     used = int(found.stdout)

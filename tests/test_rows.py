@@ -40,10 +40,13 @@ def test_a_bad_conversation_is_named_by_its_row(messages, words):
     assert words in one_line(error)
 
 
-def test_ultrafeedback_loses_its_repeated_prompt_and_keeps_the_conversations(ultrafeedback):
+def test_ultrafeedback_has_the_prompt_that_both_conversations_begin_with_once(ultrafeedback):
     checked = preference_dataset(ultrafeedback, "ultrafeedback")
-    assert sorted(checked.column_names) == ["chosen", "rejected"]
-    assert checked["chosen"] == ultrafeedback["chosen"]
+    assert sorted(checked.column_names) == ["chosen", "prompt", "rejected"]
+    for row, before in zip(checked, ultrafeedback, strict=True):
+        assert row["prompt"] == [{"role": "user", "content": before["prompt"]}]
+        assert row["prompt"] + row["chosen"] == before["chosen"]
+        assert row["prompt"] + row["rejected"] == before["rejected"]
 
 
 def test_explicit_prompts_stay(ultrafeedback):
@@ -61,7 +64,7 @@ def test_equal_pairs_are_refused_or_dropped_when_asked_for():
     dataset = Dataset.from_list(rows)
     with pytest.raises(HFTError, match=r"row 1 of prefs: chosen and rejected are equal"):
         preference_dataset(dataset, "prefs")
-    assert preference_dataset(dataset, "prefs", drop_equal_pairs=True)["chosen"] == [rows[0]["chosen"]]
+    assert preference_dataset(dataset, "prefs", drop_equal_pairs=True)["chosen"] == [rows[0]["chosen"][1:]]
     with pytest.raises(HFTError, match="in every row"):
         preference_dataset(dataset.select([1]), "prefs", drop_equal_pairs=True)
 
@@ -92,10 +95,8 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
     "row",
     [
         {"text": None},
-        {"text": ""},
         {"text": 3},
         {"prompt": "hi", "completion": None},
-        {"prompt": "hi", "completion": [ANSWER]},
         {"prompt": [USER], "completion": [USER]},
         {"prompt": [{"role": "robot", "content": "hi"}], "completion": [ANSWER]},
         {"prompt": [{"role": "user", "content": None}], "completion": [ANSWER]},
@@ -129,7 +130,6 @@ def test_every_format_of_trl_is_taken_for_sft(row):
         {"prompt": None, "chosen": "a", "rejected": "b"},
         {"chosen": None, "rejected": "b"},
         {"chosen": [], "rejected": [USER, ANSWER]},
-        {"chosen": "", "rejected": "b"},
         {"chosen": [USER], "rejected": [USER, ANSWER]},
         {"chosen": [USER, ANSWER], "rejected": [{"role": "user", "content": "what?"}, ANSWER]},
     ],
@@ -143,3 +143,51 @@ def test_a_bad_pair_of_any_format_is_named(row):
 def test_a_text_prompt_beside_answers_alone_becomes_the_users_turn():
     row = {"prompt": "hi", "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "hm"}]}
     assert preference_dataset(Dataset.from_list([row]), "pairs")[0]["prompt"] == [USER]
+
+
+SILENT, SPACE = {"role": "assistant", "content": ""}, {"role": "assistant", "content": " \n"}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("good", "empty"),
+    [
+        ({"messages": [USER, ANSWER]}, {"messages": [USER, SILENT]}),
+        ({"messages": [USER, SILENT, USER, ANSWER]}, {"messages": [USER, SILENT, USER, SPACE]}),
+        ({"messages": [USER, CALLS]}, {"messages": [USER, SILENT]}),
+        ({"prompt": [USER], "completion": [ANSWER]}, {"prompt": [USER], "completion": [SPACE]}),
+        ({"prompt": "hi", "completion": "ho"}, {"prompt": "hi", "completion": ""}),
+        ({"instruction": "hi", "output": "ho"}, {"instruction": "hi", "output": ""}),
+        ({"text": "hi"}, {"text": " "}),
+    ],
+)
+def test_rows_with_only_empty_answers_are_counted_and_left_out_in_any_form(good, empty, monkeypatch):
+    lines = []
+    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    kept = sft_dataset(Dataset.from_list([good]), "rows")
+    assert lines == []
+    assert sft_dataset(Dataset.from_list([empty, good, empty]), "rows").to_list() == kept.to_list()
+    assert [line.split(" have ")[0] for line in lines] == ["2 of 3 rows of rows"]
+    with pytest.raises(HFTError, match="every row of rows has"):
+        sft_dataset(Dataset.from_list([empty, empty]), "rows")
+
+
+@pytest.mark.parametrize("form", ["text", "answers", "conversations"])
+def test_pairs_with_an_empty_chosen_side_are_left_out_and_an_empty_rejected_side_stays(form, monkeypatch):
+    def row(chosen: str, rejected: str) -> dict:
+        if form == "text":
+            return {"prompt": "hi", "chosen": chosen, "rejected": rejected}
+        sides = {"chosen": [{**ANSWER, "content": chosen}], "rejected": [{**ANSWER, "content": rejected}]}
+        if form == "answers":
+            return {"prompt": [USER], **sides}
+        return {side: [USER, *turns] for side, turns in sides.items()}
+
+    lines = []
+    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    dataset = Dataset.from_list([row("", "b"), row("a", ""), row("", ""), row("a", "b")])
+    kept = preference_dataset(dataset, "pairs").to_list()
+    assert kept == preference_dataset(dataset.select([1, 3]), "pairs").to_list()
+    assert len(kept) == 2
+    assert lines == ["2 of 4 rows of pairs have an empty chosen side: left out."]
+    with pytest.raises(HFTError, match="every row of pairs has an empty chosen side"):
+        preference_dataset(dataset.select([0, 2]), "pairs")

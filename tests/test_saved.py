@@ -113,12 +113,6 @@ def test_a_tensor_that_holds_several_parameters_is_refused(tmp_path):
     assert found == {name for name, _ in model.named_parameters()}
 
 
-def delta(folder):
-    tiny_llama(64).config.save_pretrained(folder)
-    save_file({"lm_head.weight": torch.ones(64, 32)}, folder / "hft_delta.safetensors")
-    return f"is a delta checkpoint.*hft-trl restore {folder} OUTPUT"
-
-
 def quantised(folder):
     llama(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -143,7 +137,7 @@ def pickled(folder):
     return r"holds no model\.safetensors but pytorch_model\.bin.*save_pretrained"
 
 
-@pytest.mark.parametrize("save", [delta, quantised, quantised_and_not_said_so, pickled])
+@pytest.mark.parametrize("save", [quantised, quantised_and_not_said_so, pickled])
 def test_what_is_no_whole_model_in_safetensors_is_refused(tmp_path, save):
     """In one sentence that says what to do instead."""
     words = save(tmp_path)

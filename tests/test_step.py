@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import PATIENCE
 from warm import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -20,7 +21,7 @@ TINY = ["--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "
 
 def run(*words):
     command = [sys.executable, "benchmarks/step.py", "--json", "--rounds", "2", *TINY, *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)  # stdout holds nothing else
 

@@ -13,12 +13,13 @@ from hft_trl.errors import HFTError
 from hft_trl.weights import (
     CHUNK,
     change,
-    changes,
     check_readable,
     combined_digest,
     fingerprint,
     fingerprints,
+    is_zero,
     rounds,
+    same_bytes,
     weight_files,
 )
 
@@ -63,13 +64,18 @@ def sharded(folder, tensors):
     return str(folder)
 
 
-def test_changes_are_the_norms_of_the_difference_whatever_the_sharding(tmp_path):
-    before = {"a": torch.tensor([3.0, 4.0]), "b": torch.ones(2, 2), "gone": torch.ones(1), "shape": torch.ones(2)}
-    after = {"a": torch.tensor([3.0, 5.0]), "b": torch.ones(2, 2), "new": torch.ones(1), "shape": torch.ones(3)}
-    (tmp_path / "one").mkdir()
-    save_file(before, tmp_path / "one" / "model.safetensors")
-    found = list(changes(str(tmp_path / "one"), sharded(tmp_path / "many", after)))
-    assert found == [("a", 1.0, 5.0, 1, 2), ("b", 0.0, 2.0, 0, 4)]
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(DTYPES), st.sampled_from([1, 5, CHUNK + 1]), st.data())
+def test_bytes_are_the_same_and_elements_zero_as_the_whole_says(dtype, size, data):
+    """Whatever the piece is in which they differ; a zero that changed its sign has other bytes."""
+    before = torch.zeros(size, dtype=dtype)
+    assert same_bytes(before, before.clone())
+    assert is_zero(before)
+    after = before.clone()
+    after[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from([1, 0 if dtype == torch.int8 else -0.0]))
+    assert same_bytes(before, after) == (fingerprint(before) == fingerprint(after))
+    assert is_zero(after) == (after.count_nonzero() == 0)
+    assert not same_bytes(before, before.to(torch.float64))
 
 
 @settings(max_examples=30, deadline=None)

@@ -1,4 +1,4 @@
-"""`hft-trl half-reset`, `diff` and `restore`: what is done with the files of saved models."""
+"""`hft-trl half-reset` and `diff`: what is done with the files of saved models."""
 
 import json
 from typing import Annotated, Literal
@@ -107,20 +107,3 @@ def diff_command(
             write_picture(diffs, plot)
     if any(diff.byte_identical is False for diff in diffs):
         raise typer.Exit(1)
-
-
-@app.command("restore")
-@exit_on_user_error()
-def restore_command(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of a run with hft.delta_checkpoints.")],
-    output: Annotated[str, typer.Argument(help="Folder for the whole model.")],
-    start_model: Annotated[
-        str | None, typer.Option(help="The model that training started from, if it is somewhere else now.")
-    ] = None,
-) -> None:
-    """Make a whole model of a delta checkpoint."""
-    with quiet():
-        from hft_trl.delta import restore
-
-        restore(checkpoint, output, start_model)
-    typer.echo(output)

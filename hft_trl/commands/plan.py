@@ -160,7 +160,7 @@ def plan_command(
             console.print(text.format(f"{ratio_:.2f}"), soft_wrap=True)
     console.print("Computed from the shapes, not measured; see docs/plan.md.", soft_wrap=True)
     for path in written:
-        console.print(f"wrote {path}", soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
 def parse_memory(text: str) -> int:

@@ -1,6 +1,5 @@
 """LoRA adapters round after round: one that goes on (LoRASeqFT), or a new one that keeps out of the earlier ones' way (O-LoRA)."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl.arguments import LoRAArguments
 from hft_trl.backends import fsdp_version
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.files import write_json
+from hft_trl.files import read_object, write_json
 from hft_trl.meta import build_on_meta
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
@@ -59,7 +58,12 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
 
     def _check_same_training(self, checkpoint: str) -> None:
         path = Path(checkpoint) / START_FILE
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"weights_digest": "unknown"}
+        try:
+            there = read_object(path, weights_digest=str) if path.exists() else {"weights_digest": "unknown"}
+        except (OSError, ValueError) as error:
+            raise HFTError(
+                f"{path} can't be read ({error}): remove {checkpoint}, and run the same command again."
+            ) from error
         if there["weights_digest"] != self._start["weights_digest"]:
             raise HFTError(
                 f"{checkpoint} was started from other weights (digest {there['weights_digest'][:16]}) than "

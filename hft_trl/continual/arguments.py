@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hft_trl.arguments import RunArguments
+from hft_trl.arguments import RunArguments, at_home
 from hft_trl.continual.rounds import Approach
 from hft_trl.errors import HFTError
 
@@ -44,6 +44,7 @@ class ContinualArguments(RunArguments):
         super().__post_init__()
         if self.benchmark == "none":
             self.benchmark = None
+        self.benchmark, self.tasks = (path and at_home(path) for path in (self.benchmark, self.tasks))
         if self.benchmark is None and self.tasks is None:
             raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
         if not 0 <= self.replay_share <= 1:

@@ -15,7 +15,7 @@ from hft_trl.continual.metrics import METRICS
 from hft_trl.continual.tasks import Task
 from hft_trl.continual.text import encode_prompts
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json, writing
+from hft_trl.files import read_object, write_json, writing
 from hft_trl.generate import complete, most_tokens
 from hft_trl.processes import by_first_process
 from hft_trl.zero import whole_models
@@ -140,9 +140,9 @@ def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | 
 def _read(path: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
     """What [`_score`] wrote, if it is there, whole, and of the same model and test set."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, made_with=dict, predictions=list, result=dict)
         return content if content["made_with"] == made_with else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json_once, writing
+from hft_trl.files import read_object, write_json_once, writing
 from hft_trl.folder import STAGE_FILE
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
@@ -22,8 +22,8 @@ Plan = Mapping[str, Any]
 
 def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "") -> Path:
     """
-    Where the rows of a round are written. What they are is part of the name: a run that is refused, since another one
-    works in the folder, has then not changed that one's rows.
+    Where the rows of a round are written. What they are is part of the name: a run that is refused because of other
+    settings has then not changed the rows of the earlier one.
 
     Args:
         output (`Path`):
@@ -56,12 +56,12 @@ def check_plan(folder: str | Path, plan: Plan) -> None:
     """
     path = Path(folder) / PLAN_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        before = {"approach": str(content["approach"]), "tasks": list(content["tasks"])}
+        content = read_object(path, approach=str, tasks=list)
+        before = {"approach": content["approach"], "tasks": [str(task) for task in content["tasks"]]}
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HFTError(f"{path} can't be read ({error!r}): pass --overwrite, or choose another output_dir.") from error
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{path} can't be read ({error}): pass --overwrite, or choose another output_dir.") from error
     same = {"approach": plan["approach"], "tasks": plan["tasks"][: len(before["tasks"])]}
     for key, now in same.items():
         if before[key] != now:

@@ -24,6 +24,7 @@ from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_repl
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
+from hft_trl.locks import lock
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import (
@@ -232,7 +233,7 @@ def _digest(content: Any) -> str:
 
 def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+        lock(output)
         for path, rows in files.items():
             if rows:
                 write_json_once(path, rows)
@@ -257,10 +258,11 @@ def _check_adapter(stage: Stage) -> None:
     check_adapter(stage)
 
 
-def _write_demo(folder: str) -> None:
+def _write_demo(folder: Path) -> None:
     from hft_trl.demo.continual import write_benchmark
 
     with writing(folder):
+        lock(folder.parent)
         write_benchmark(folder)
 
 
@@ -275,7 +277,7 @@ def load_rounds(recipe: ContinualRecipe) -> tuple[list[Task], list[Round]]:
     folder = run.benchmark
     if folder == "demo":
         folder = str(Path(run.output_dir) / "benchmark")
-        by_first_process(partial(_write_demo, folder))
+        by_first_process(partial(_write_demo, Path(folder)))
     if folder is not None:
         tasks += read_benchmark(folder)
     if run.tasks is not None:

@@ -1,6 +1,5 @@
 """From scores of tasks after rounds to what continual learning is judged by: overall performance and backward transfer."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from hft_trl.continual.evaluate import Answered
 from hft_trl.continual.plan import Plan
 from hft_trl.continual.rounds import Round
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json, writing
+from hft_trl.files import read_json, write_json, writing
 from hft_trl.report import StageRecord
 
 SCORES_FILE = "scores.json"
@@ -151,7 +150,7 @@ def read_scores(folder: str | Path) -> dict[str, Any] | None:
     """
     path = Path(folder) / SCORES_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

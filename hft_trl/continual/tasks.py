@@ -1,6 +1,5 @@
 """Tasks on disk: TRACE's folders as they were released, and users' own tasks from a small YAML file."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json
+from hft_trl.files import read_json, write_json
 from hft_trl.sections import load_yaml
 
 TASKS_FILE = "tasks.yaml"
@@ -163,7 +162,7 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
         [`HFTError`]: Naming the file, and the first row that has no prompt, or no answer to learn.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except OSError as error:
         raise HFTError(f"the task file {str(path)!r} can't be read: {error.strerror}.") from error
     except ValueError as error:

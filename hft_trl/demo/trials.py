@@ -1,7 +1,6 @@
 """Many small runs on the embedded world, in as many processes as there are cores, and resumable."""
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import re
@@ -17,7 +16,8 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.claims import BASE, Run
 from hft_trl.errors import STOPPED, HFTError, Stopped
-from hft_trl.files import write_json, writing
+from hft_trl.files import read_object, write_json, writing
+from hft_trl.redact import redact
 from hft_trl.report.machine import package_version
 
 SETTINGS_FILE = "settings.json"
@@ -141,7 +141,10 @@ def read_scores(output_dir: str | Path) -> Scores:
     """The scores of every model that was made so far."""
     found: Scores = {}
     for path in sorted(Path(output_dir, "scores").glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = read_object(path, run=str, seed=int, scores=dict)
+        except (OSError, ValueError) as error:
+            raise HFTError(f"{path} can't be read ({error}): remove it, and run the same command again.") from error
         found.setdefault(content["run"], {})[content["seed"]] = content["scores"]
     return found
 
@@ -207,10 +210,13 @@ def settle_settings(
     """
     names = ("torch", "transformers", "trl", *packages)
     versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings = {"flags": shlex.join(flags), "versions": versions, **(more or {})}
+    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
     path = output / SETTINGS_FILE
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = read_object(path)
+        except (OSError, ValueError) as error:
+            raise HFTError(f"{path} can't be read ({error}): use another output_dir.") from error
         for key, now in settings.items():
             if before.get(key) != now:
                 raise HFTError(

@@ -1,7 +1,6 @@
 """Replies in the format of AlpacaEval, for its own judge."""
 
 import errno
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.models import find_models
-from hft_trl.files import write_json
+from hft_trl.files import read_json, write_json
 from hft_trl.generate import chat
 
 Row = dict[str, str]
@@ -34,7 +33,7 @@ def read_prompts(path: Path) -> list[Row]:
         [`HFTError`]: If there is no such file, or it is another kind of file.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise HFTError(
             f"the prompts {str(path)!r} can't be read ({error.strerror}): give a local copy of alpaca_eval.json."

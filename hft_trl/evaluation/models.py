@@ -1,22 +1,17 @@
 """The models to evaluate: where they lie, and what tells one from another."""
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 
 from hft_trl import demo
-from hft_trl.delta import is_delta
+from hft_trl.digests import FILES
 from hft_trl.errors import HFTError, first_line
-from hft_trl.weights import combined_digest, fingerprints, weight_files
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
-# What a model answers depends on these beside the weights; a name may end in `*`.
-SETTINGS = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*")
 
 
 def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path]:
@@ -43,43 +38,11 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 def _find(name: str) -> Path:
     folder = Path(demo.model_path(name))
     if folder.is_dir():
-        if is_delta(folder):
-            raise HFTError(
-                f"{name!r} is a delta checkpoint: make a whole model of it with `hft-trl restore {name} OUTPUT` first."
-            )
         if not (folder / "config.json").is_file():
             raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
         return folder
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, *SETTINGS]))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, *FILES]))
     except (OSError, ValueError, RuntimeError) as error:
         raise HFTError(f"{name!r} is neither a folder nor a model that the hub gave: {first_line(error)}") from error
-
-
-def model_digest(folder: Path) -> str:
-    """
-    One SHA-256 (hex) for what a saved model answers with: weights, configs and tokenizer.
-
-    Args:
-        folder (`Path`):
-            Folder of the model, in safetensors.
-
-    Returns:
-        `str`: The same for the same tensors and settings, however the weights are sharded.
-
-    Raises:
-        [`HFTError`]: If there is no whole set of safetensors files.
-    """
-    digests = fingerprints(_tensors(folder))
-    for pattern in SETTINGS:
-        for path in folder.glob(pattern):
-            if path.is_file():  # a pattern may fit a folder that the user keeps there
-                digests[f"file {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return combined_digest(digests)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, path in sorted(weight_files(str(folder)).items()):
-        with safe_open(path, framework="pt") as file:
-            yield name, file.get_tensor(name)

@@ -117,4 +117,4 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for grid in score_grids(evaluation):
         console.print(rich_table(narrowed(grid)))
     for note in notes(evaluation):
-        console.print(note)
+        console.print(note, markup=False)

@@ -15,11 +15,11 @@ from accelerate.utils import broadcast_object_list
 from hft_trl import demo
 from hft_trl.backends import check_launch
 from hft_trl.chat import load_tokenizer
+from hft_trl.digests import model_digest
 from hft_trl.errors import HFTError
-from hft_trl.evaluation.models import model_digest
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
-from hft_trl.files import write_json
+from hft_trl.files import read_object, write_json
 from hft_trl.report.machine import package_version
 
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
@@ -171,9 +171,10 @@ def _file(cache: Path, key: dict[str, Any]) -> Path:
 
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        return json.loads(_file(cache, key).read_text(encoding="utf-8"))["results"]
+        results = read_object(_file(cache, key), key=dict, results=dict)["results"]
     except (OSError, ValueError):  # never measured, or torn
         return None
+    return results if all(isinstance(figures, dict) for figures in results.values()) else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:

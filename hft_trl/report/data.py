@@ -1,6 +1,5 @@
 """What a run leaves as figures: one `report.json`, from which every table and picture is made."""
 
-import json
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -9,7 +8,8 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json
+from hft_trl.files import read_json, write_json
+from hft_trl.redact import redact
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
@@ -136,7 +136,7 @@ class Report:
         base_model (`str`, *optional*):
             Hub id or folder of the model that the first stage started from.
         command (`list[str]`, *optional*):
-            The command line of the run.
+            The command line of the run. Secrets in it are hidden, as in the settings.
         settings (`dict[str, Any]`, *optional*):
             The settings of the run after the command line has had its say, by section, or by stage and section.
         num_processes (`int`, *optional*, defaults to 1):
@@ -160,6 +160,9 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     version: int = REPORT_VERSION
+
+    def __post_init__(self) -> None:
+        self.command, self.settings = redact(self.command), redact(self.settings)
 
     def save(self, directory: str | Path) -> Path:
         """
@@ -202,7 +205,7 @@ class Report:
         """
         path = Path(directory) / REPORT_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except OSError as error:
             raise HFTError(f"{path} can't be read ({error.strerror}): give the output folder of a run.") from error
         except ValueError as error:
@@ -211,14 +214,22 @@ class Report:
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
         report = _build(cls, content, str(path))
-        stages = []
-        for number, stage in enumerate(content["stages"]):
-            where = f"{path}: stage {number}"
-            record = _build(StageRecord, stage, where)
-            record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in stage.get("moved", [])]
-            stages.append(record)
-        report.stages = stages
+        report.stages = [
+            stage_record(stage, f"{path}: stage {number}") for number, stage in enumerate(content["stages"])
+        ]
         return report
+
+
+def stage_record(content: Any, where: str) -> StageRecord:
+    """
+    Make the record of a stage from its JSON.
+
+    Raises:
+        [`HFTError`]: If it lacks a field, has an unknown one, or one of another type; it is called `where`.
+    """
+    record = _build(StageRecord, content, where)
+    record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in content.get("moved", [])]
+    return record
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import write_json
+from hft_trl.files import read_json, write_json
 from hft_trl.selection.choose import choose
 from hft_trl.selection.elements import Masks, draw_masks
 from hft_trl.selection.importance import Squares, unit_scores
@@ -156,7 +156,7 @@ class Selection:
         """
         path = Path(directory) / SELECTION_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError as error:
             raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
         except (OSError, ValueError) as error:

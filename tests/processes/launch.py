@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from conftest import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = Path(__file__).parent / "train.py"
@@ -48,7 +49,7 @@ def finish(*launches: subprocess.Popen) -> str:
     """Wait for launches that belong together; none of them outlives the test."""
     outputs = []
     try:
-        outputs.extend(launch.communicate(timeout=300)[0] for launch in launches)
+        outputs.extend(launch.communicate(timeout=PATIENCE)[0] for launch in launches)
     finally:
         for launch in launches:
             if launch.poll() is None:

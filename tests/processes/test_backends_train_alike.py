@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import PATIENCE
 from launch import TRAIN, finish, free_port, on_cpu, seen, start
 from safetensors.torch import load_file
 from train import train
@@ -168,7 +169,7 @@ def test_fsdp2_and_ddp_refuse_each_others_checkpoints(together, base, tmp_path):
         output = tmp_path / f"from-{there}"
         shutil.copytree(together(there) / training / "checkpoint-2", output / "sft" / "checkpoint-2")
         launch = start(on_cpu(here, tmp_path), TRAIN, base, output, "sft-resumed")
-        said = launch.communicate(timeout=300)[0]
+        said = launch.communicate(timeout=PATIENCE)[0]
         assert launch.returncode != 0
         assert words in said.replace("\n", " ")
         assert not (output / "sft-resumed" / "model.safetensors").exists()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import started_from, tulu_row, ultrafeedback_row
+from conftest import PATIENCE, started_from, tulu_row, ultrafeedback_row
 from launch import RECIPES, ROOT, finish, free_port, on_cpu, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -42,6 +42,9 @@ def check_run(output, start, stages) -> list[dict]:
         assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in frozen)
         assert any((before[name] != after[name]).any() for name in before)
         AutoModelForCausalLM.from_pretrained(folder)
+        # Each process has compared its share of the units
+        assert {name for name in frozen if name.endswith("weight")} < {unit["name"] for unit in record["moved"]}
+        assert all((unit["relative_change_from_start"] > 0) == unit["trainable"] for unit in record["moved"])
         if record["name"] == "dpo":
             assert record["first_loss"] == pytest.approx(0.6931, abs=1e-3)
         start = folder
@@ -68,7 +71,7 @@ def test_a_mistake_is_said_once_by_two_processes(base, tmp_path):
     launch = start(
         ROOT / "accelerate_configs/cpu2.yaml", *both_stages(base, tmp_path), "--sft.resume_from_checkpoint", "x"
     )
-    said = launch.communicate(timeout=300)[0]
+    said = launch.communicate(timeout=PATIENCE)[0]
     assert launch.returncode == 1  # the launcher's, whatever its processes' codes are
     assert said.count("error: resume_from_checkpoint is 'x'") == 1
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import PATIENCE
+
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = Path(__file__).parent
 
@@ -30,7 +32,7 @@ def launch(
         env={**os.environ, "DS_ACCELERATOR": "cpu", **{key: str(value) for key, value in environment.items()}},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         check=False,
     )
     assert not check or result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from conftest import PATIENCE
 from launching import ROOT, launch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -49,7 +50,7 @@ def alone(tmp_path_factory) -> Path:
     """The run of one process, without DeepSpeed and without gradient checkpointing."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     command = [sys.executable, *RECIPE, *ONE, "--output_dir", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE)
     return folder
 
 
@@ -155,7 +156,7 @@ def test_another_number_of_processes_or_backend_is_refused_before_a_step(run, tm
     assert one.returncode != 0
     assert f"was saved by 2 processes, which DeepSpeed ZeRO-{run.zero_stage} can't divide into 1" in one.stderr
     plain = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert plain.returncode == 2
     assert f"was saved by DeepSpeed ZeRO-{run.zero_stage}, whose files one process or DDP can't read" in plain.stderr

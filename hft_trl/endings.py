@@ -1,0 +1,110 @@
+"""How a tuned model generates: it stops at the tokens that it learned to end turns with, and its settings can be saved."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hft_trl.errors import as_user_error
+from hft_trl.processes import speaks
+
+logger = logging.get_logger(__name__)
+
+SAMPLE = 1000  # rows that are looked at
+OFTEN = 0.05  # of the trained spans; fewer may end with a token by chance, where they were cut
+
+# Settings of sampling, and the values at which they change nothing
+NEUTRAL = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+    """
+    Settle a model's generation config before training, so that every save of the model holds it.
+
+    Tokens that the model will learn to end turns with are added to those that stop it. Sampling is switched on where a
+    temperature, say, is set without it, a combination that transformers does not save. Each change is a warning.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The model, changed in place.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        dataset ([`~datasets.Dataset`]):
+            A trainer's prepared rows, of token ids.
+
+    Raises:
+        [`HFTError`]: If the generation config is one that transformers does not save.
+    """
+    settle_sampling(model.generation_config)
+    with as_user_error("generation_config.json"):
+        model.generation_config.validate(strict=True)
+    stops = model.generation_config.eos_token_id
+    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    new = [end for end in trained_ends(dataset, tokenizer) if end not in (*stops, tokenizer.eos_token_id)]
+    if new:
+        model.generation_config.eos_token_id = stops + new
+        if speaks():
+            logger.warning(
+                f"turns end with {', '.join(tokenizer.convert_ids_to_tokens(new))}, not with eos_token {tokenizer.eos_token}: added to "
+                "eos_token_id in generation_config.json, so that the tuned model stops there."
+            )
+
+
+def settle_sampling(config: GenerationConfig) -> None:
+    """Switch sampling on in a generation config that has settings of it, in place and with a warning."""
+    values = config.to_diff_dict()
+    unused = [name for name, neutral in NEUTRAL.items() if values.get(name) not in (None, neutral)]
+    if unused and config.do_sample is not True:
+        config.do_sample = True
+        if speaks():
+            logger.warning(
+                f"generation_config.json sets {', '.join(unused)} without do_sample, which transformers does not save: do_sample is set "
+                "to true."
+            )
+
+
+def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a trainer's rows teach to end with, the most frequent first."""
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+
+    @cache
+    def is_blank(token: int) -> bool:
+        return not tokenizer.decode([token]).strip()
+
+    ends: Counter[int | None] = Counter()
+    for span in _trained_spans(dataset):
+        end = None
+        for token in reversed(span):  # a newline may follow, or a token that ends the text after that of the turn
+            if token in special:
+                end = token
+            elif not is_blank(token):
+                break
+        ends[end] += 1
+    return [end for end, count in ends.most_common() if end is not None and count >= OFTEN * ends.total()]
+
+
+def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
+    """Runs of trained tokens in rows all over a data set: of `labels`, or the preferred answers."""
+    rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
+    if "chosen_ids" in dataset.column_names:
+        yield from rows["chosen_ids"]
+        return
+    for row in rows.select_columns("labels").with_format("numpy"):
+        labels = row["labels"]
+        edges = np.flatnonzero(np.diff(labels != -100)) + 1
+        for span in np.split(labels, edges):
+            if span.size and span[0] != -100:
+                yield span.tolist()

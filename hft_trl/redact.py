@@ -1,0 +1,72 @@
+"""Secrets kept out of everything that is written or printed, by the name of a setting and by the form of its value."""
+
+import re
+from itertools import pairwise
+from typing import Any
+
+HIDDEN = "***"
+WORDS = {"token", "key", "secret", "password", "passwd", "apikey", "credential", "credentials"}
+# Names with such a word that hold no secret: a tokenizer's special tokens, and the keys of attention.
+PUBLIC = re.compile(
+    r"(.*_)?(eos|bos|pad|padding|unk|sep|cls|mask|image|video|audio|end|stop|special)_token(_ids?)?|.*key_value.*"
+)
+HUB_TOKEN = r"\bhf_(?:oauth_)?(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}(?![A-Za-z0-9_])"
+IN_URL = r"(?<=://)[^\s/@?#'\"]+(?=@)"
+FORMS = re.compile(f"{HUB_TOKEN}|{IN_URL}")
+# In a text: --a.name value, name=value, and 'name': 'value' as Python and JSON write it.
+FLAG = re.compile(r"(?P<start>--(?P<name>[\w.-]+)(?:=|\s+))(?P<value>'[^']*'|\"[^\"]*\"|(?!--)[^\s'\"]+)")
+ASSIGNED = re.compile(r"(?P<start>(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)=)(?P<value>'[^']*'|\"[^\"]*\"|[^\s'\",;)]+)")
+QUOTED = re.compile(r"(?P<start>(['\"])(?P<name>[\w.-]+)\2\s*:\s*(?P<quote>['\"]))(?P<value>.+?)(?=(?P=quote))")
+
+
+def is_secret(name: str) -> bool:
+    """
+    Whether a setting of this name holds a secret: one of its words is `token`, `key`, `secret`, `password` or the like.
+
+    Args:
+        name (`str`):
+            The name of a key or flag, such as `"sft.hub_token"`, `"--hub-token"` or `"HF_TOKEN"`.
+    """
+    name = name.rpartition(".")[2].lstrip("-")
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
+    return bool(words & WORDS) and PUBLIC.fullmatch(name.lower().replace("-", "_")) is None
+
+
+def redact(value: Any) -> Any:
+    """
+    A copy of settings or of a command line in which every secret is `"***"`.
+
+    Args:
+        value (`Any`):
+            Plain JSON. A list of strings is read as a command line too, where a flag's value is the next word.
+    """
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if isinstance(key, str) and is_secret(key) and _tells(entry) else redact(entry)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list | tuple):
+        redacted = [redact(entry) for entry in value]
+        for place, (flag, entry) in enumerate(pairwise(value), 1):
+            if not isinstance(flag, str) or not isinstance(entry, str):
+                continue
+            if flag.startswith("-") and "=" not in flag and is_secret(flag) and not entry.startswith("--"):
+                redacted[place] = HIDDEN
+        return redacted
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """A text, such as an error's message, in which every secret is `"***"`."""
+    for pattern in (FLAG, ASSIGNED, QUOTED):
+        text = pattern.sub(_hide_value, text)
+    return FORMS.sub(HIDDEN, text)
+
+
+def _hide_value(match: re.Match[str]) -> str:
+    return match["start"] + HIDDEN if is_secret(match["name"]) else match[0]
+
+
+def _tells(value: Any) -> bool:
+    """A switch, such as `token: true`, tells nothing."""
+    return value is not None and value != "" and not isinstance(value, bool)

@@ -1,0 +1,334 @@
+"""A rehearsal of each stage on a tiny model and a few rows, which finds mistakes in its settings before anything is trained."""
+
+import copy
+import io
+import json
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from enum import Enum
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import MultiProcessAdapter
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils import is_liger_kernel_available
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hft_trl import zero
+from hft_trl.arguments import ModelArguments
+from hft_trl.backends import check_chain
+from hft_trl.errors import MISTAKES, HFTError, explained
+from hft_trl.processes import by_first_process
+from hft_trl.recipe import Stage
+
+CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
+PATTERNS, ROWS, LONGEST = 256, 8, 64  # patterns of roles, rows to train on, characters or tokens of a text
+
+# What tells a process of its launcher and its backend
+LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
+
+# Arguments of the backend, of other programs, and of the real model: a rehearsal goes without
+WITHOUT: dict[str, Any] = {
+    "deepspeed": None,
+    "deepspeed_plugin": None,
+    "fsdp": None,
+    "fsdp_plugin_args": None,
+    "parallelism_config": None,
+    "ddp_backend": None,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "push_to_hub": False,
+    "full_determinism": False,
+    "enable_jit_checkpoint": False,
+    "report_to": [],
+    "skip_memory_metrics": True,
+    "dataset_num_proc": None,
+    "model_init_kwargs": None,
+    "router_aux_loss_coef": None,
+}
+
+
+def rehearse(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
+    """
+    Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer and the scheduler, and save.
+
+    It runs in the first process, without the launch's backend. Every process has to call. Random states, the arguments and the
+    tokenizer stay as they are.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer of the first stage, whose start model is that of the run.
+        stages (`Sequence[tuple[Stage, Dataset, Dataset | None]]`):
+            All stages in order, each with its rows to train on, and to evaluate on if there are any.
+
+    Raises:
+        [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
+    """
+    check_chain([stage for stage, _, _ in stages])
+    by_first_process(partial(_rehearse_all, tokenizer, stages))
+
+
+def _rehearse_all(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
+    start = stages[0][0].model
+    own = copy.deepcopy(tokenizer)  # trainers write into it, and the next stage starts from what the last one saves
+    for stage, train, evaluation in stages:
+        _check_fills_a_batch(stage, len(train))
+        samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
+        if evaluation is not None:
+            samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
+        with _unnoticed(), tempfile.TemporaryDirectory() as folder:
+            _rehearse(stage, start, own, folder, *samples)
+
+
+def _check_fills_a_batch(stage: Stage, rows: int) -> None:
+    args = stage.args
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
+        raise HFTError(
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.data.dataset} do not fill a batch of {batch} "
+            f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
+        )
+
+
+def _rehearse(
+    stage: Stage,
+    start: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    train: Dataset,
+    evaluation: Dataset | None = None,
+) -> None:
+    args, known = stage.args, {"revision": start.model_revision, "trust_remote_code": start.trust_remote_code}
+    with _naming(stage, "trackers can be set up", "report_to"):
+        for kind in get_reporting_integration_callbacks(args.report_to):
+            kind()
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        with _naming(stage, "kernels can be set up", "use_liger_kernel"):
+            apply_liger_kernel(None, None)
+    config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
+    with _naming(stage, "trainer can be built"):
+        trainer = _trainer(_tried(args, folder), _stand_in(config), tokenizer, train, evaluation)
+    check_ids(trainer.train_dataset, tokenizer, config, start.model_name_or_path)
+    with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
+        rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
+        if rows:
+            batch = trainer.data_collator(rows)
+            trainer.compute_loss(trainer.model.train(), {key: value.to(args.device) for key, value in batch.items()})
+    with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
+        trainer.create_optimizer()
+    with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
+        trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
+    with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
+        config.save_pretrained(folder)
+        trainer.model.generation_config = _generation_config(config, start.model_name_or_path, start.model_revision)
+        trainer.save_model(folder)
+        trainer.create_model_card(dataset_name=stage.data.dataset)
+
+
+def _trainer(
+    args: SFTConfig | DPOConfig,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None,
+) -> SFTTrainer | DPOTrainer:
+    given = {"args": args, "train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
+    if isinstance(args, DPOConfig):
+        return DPOTrainer(model, ref_model=copy.deepcopy(model), **given)
+    return SFTTrainer(model, **given)
+
+
+def _tried(args: SFTConfig | DPOConfig, folder: str) -> SFTConfig | DPOConfig:
+    """A copy of a stage's arguments for one process, a temporary folder and another model. The device is settled anew."""
+    tried = copy.copy(args)
+    kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
+    tried.__dict__ = {name: copy.deepcopy(value) for name, value in vars(args).items() if name in kept}
+    vars(tried).update({name: value for name, value in WITHOUT.items() if name in vars(args)}, output_dir=folder)
+    if args.optim_target_modules is not None:
+        tried.optim_target_modules = "all-linear"  # the names are the real model's
+    tried.use_cpu = args.device.type == "cpu"
+    tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
+    return tried
+
+
+def _stand_in(config: PretrainedConfig) -> LlamaForCausalLM:
+    """A model with the real one's vocabulary and next to nothing else."""
+    vocabulary = config.get_text_config().vocab_size
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
+
+
+def _generation_config(config: PretrainedConfig, model: str, revision: str) -> GenerationConfig:
+    """As transformers does when it loads a model."""
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
+    """
+    Check that a model has an embedding for every token of its rows, and for those that a trainer adds.
+
+    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images).
+
+    Args:
+        prepared ([`~datasets.Dataset`]):
+            Rows that a trainer has tokenized.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trainer's tokenizer.
+        config ([`~transformers.PretrainedConfig`]):
+            The model's config.
+        model (`str`):
+            What the error calls the model.
+
+    Raises:
+        [`HFTError`]: Naming the token.
+    """
+    rows = config.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    largest = max(token or 0 for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    columns = [column for column in prepared.column_names if column.endswith("_ids")]
+    for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
+        largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
+    if largest >= rows:
+        raise HFTError(
+            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number {largest}, but the "
+            f"model has {rows} embeddings: give it the tokenizer that belongs to it, or load the model, call "
+            f"resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
+        )
+
+
+def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A few rows of different patterns, cut short. Each pattern is rendered before."""
+    columns = [column for column in CONVERSATIONS if column in dataset.column_names]
+    if columns and not isinstance(dataset[0][columns[0]], list):
+        columns = []  # plain text
+    rows = _distinct(dataset, columns) if columns else {0: dataset[0]}
+    for number, row in rows.items():
+        for turns in _conversations(row):
+            _check_rendered(turns, row, f"row {number} of {name}", tokenizer)
+    few = [{column: _short(value) for column, value in row.items()} for row in list(rows.values())[:ROWS]]
+    return Dataset.from_list(few, features=dataset.features)
+
+
+def _distinct(dataset: Dataset, columns: list[str]) -> dict[int, dict[str, Any]]:
+    """The first row of each pattern of roles, by its number."""
+    found: dict[tuple, int] = {}
+    number = 0
+    for batch in dataset.select_columns(columns).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            found.setdefault(tuple(tuple(turn["role"] for turn in turns) for turns in values), number)
+            number += 1
+        if len(found) >= PATTERNS:
+            break
+    return {number: dataset[number] for number in found.values()}
+
+
+def _conversations(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """What a trainer renders of a row."""
+    prompt = row.get("prompt", [])
+    answers = [row[side] for side in ("messages", "completion", "chosen", "rejected") if side in row]
+    return [prompt + answer for answer in answers if isinstance(answer, list)]
+
+
+def _check_rendered(
+    turns: list[dict[str, Any]], row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    try:
+        tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **(row.get("chat_template_kwargs") or {}))
+    except MISTAKES as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise HFTError(
+            f"{where} ({roles}): the chat template of {tokenizer.name_or_path!r} refuses it: {explained(error)}: change such rows, "
+            "or set chat_template, such as to 'tulu', which takes any order of turns."
+        ) from error
+
+
+def _short(value: Any) -> Any:
+    """A value of a row, with little to compute: texts and contents cut at the end, tokens at the beginning."""
+    if isinstance(value, str):
+        return value[:LONGEST]
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], int):
+        return value[-LONGEST:]
+    return [{**turn, "content": _short(turn["content"])} if "content" in turn else turn for turn in value]
+
+
+@contextmanager
+def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
+    """Turn a library's refusal into one line, with the settings that it may be about."""
+    try:
+        yield
+    except HFTError:
+        raise
+    except MISTAKES as error:
+        values = {name: vars(stage.args).get(name) for name in names}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
+        given = ", ".join(f"{name} {value!r}" for name, value in plain.items())
+        raise HFTError(f"{stage.name}: no {what}{f' with {given}' if given else ''}: {explained(error)}") from error
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Let what runs inside be in a process of its own, and leave nothing of it: output, seeds, states, environment."""
+    states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
+    environment, verbosity, disabled = (
+        dict(os.environ),
+        transformers_logging.get_verbosity(),
+        logging.root.manager.disable,
+    )
+    seeds = random.getstate(), np.random.get_state()
+    gpus = torch.accelerator.device_count()
+    device_type = torch.accelerator.current_accelerator().type if gpus else "cuda"
+    try:
+        for kind, _ in states:
+            kind._shared_state.clear()
+        for name in environment:
+            if name.startswith(LAUNCHED) and name != "ACCELERATE_TORCH_DEVICE":
+                del os.environ[name]
+        logging.disable(logging.CRITICAL)
+        with (
+            torch.random.fork_rng(range(gpus), device_type=device_type),
+            zero.whole_models(),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        random.setstate(seeds[0])
+        np.random.set_state(seeds[1])
+        logging.disable(disabled)
+        transformers_logging.set_verbosity(verbosity)
+        for once in (transformers_logging.warning_once, MultiProcessAdapter.warning_once):
+            once.cache_clear()  # the real trainers' warnings are the first that are seen
+        os.environ.clear()
+        os.environ.update(environment)
+        for kind, state in states:
+            kind._shared_state.clear()
+            kind._shared_state.update(state)

@@ -1,0 +1,248 @@
+"""Layouts of public data sets: the tokens that a trainer learns are those that a user would expect, decoded."""
+
+import pytest
+from conftest import QUIET, one_line
+from datasets import Dataset, load_dataset
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hft_trl.chat import load_tokenizer
+from hft_trl.errors import HFTError
+from hft_trl.rows import preference_dataset, sft_dataset
+
+
+def user(content: str, **more) -> dict:
+    return {"role": "user", "content": content, **more}
+
+
+def assistant(content: str, **more) -> dict:
+    return {"role": "assistant", "content": content, **more}
+
+
+KIND = {"role": "system", "content": "Be kind."}
+
+
+@pytest.fixture
+def pair(base, tmp_path):
+    """What DPO learns of a row: its prompt, and both answers."""
+
+    def decoded(row: dict, **options) -> tuple[str, str, str]:
+        tokenizer = load_tokenizer(str(base), "tulu")
+        rows = preference_dataset(Dataset.from_list([row]), "pairs", **options)
+        args = DPOConfig(output_dir=str(tmp_path), **QUIET)
+        [prepared] = DPOTrainer(str(base), args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+        return tuple(tokenizer.decode(prepared[column]) for column in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+    return decoded
+
+
+@pytest.fixture
+def learned(base, tmp_path):
+    """What SFT reads of a row, and which of it it learns."""
+
+    def decoded(row: dict) -> tuple[str, str]:
+        tokenizer = load_tokenizer(str(base), "tulu")
+        rows = sft_dataset(Dataset.from_list([row]), "rows")
+        chats = {"messages", "prompt"} & set(rows.column_names) and not isinstance(rows[0].get("prompt"), str)
+        args = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=bool(chats), **QUIET)
+        [prepared] = SFTTrainer(str(base), args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+        trained = [token for token in prepared["labels"] if token != -100]
+        return tokenizer.decode(prepared["input_ids"]), tokenizer.decode(trained)
+
+    return decoded
+
+
+Q, GOOD, BAD = "<|user|>\nWhich?\n<|assistant|>\n", "This.</s>", "No idea.</s>"
+SYSTEM = "<|system|>\nBe kind.\n"
+FIRST = "<|user|>\nHello\n<|assistant|>\nGood day.</s>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        # Intel/orca_dpo_pairs, and with its question under other names
+        ({"system": "Be kind.", "question": "Which?", "chosen": "This.", "rejected": "No idea."}, SYSTEM + Q),
+        ({"system": "", "question": "Which?", "chosen": "This.", "rejected": "No idea."}, Q),
+        ({"system": "Be kind.", "input": "Which?", "chosen": "This.", "rejected": "No idea."}, SYSTEM + Q),
+        ({"system": "Be kind.", "prompt": "Which?", "chosen": "This.", "rejected": "No idea."}, SYSTEM + Q),
+        # Alpaca's columns, with the turns before
+        (
+            {"instruction": "Which?", "history": [["Hello", "Good day."]], "chosen": "This.", "rejected": "No idea."},
+            FIRST + Q,
+        ),
+        # The prompt once: repeated in the sides as messages, as text, in part, and with other ids
+        (
+            {
+                "prompt": [user("Which?")],
+                "chosen": [user("Which?"), assistant("This.")],
+                "rejected": [user("Which?"), assistant("No idea.")],
+            },
+            Q,
+        ),
+        (
+            {
+                "prompt": "Which?",
+                "chosen": [KIND, user("Which?"), assistant("This.")],
+                "rejected": [KIND, user("Which?"), assistant("No idea.")],
+            },
+            SYSTEM + Q,
+        ),
+        (
+            {
+                "prompt": [KIND, user("Which?")],
+                "chosen": [user("Which?"), assistant("This.")],
+                "rejected": [user("Which?"), assistant("No idea.")],
+            },
+            SYSTEM + Q,
+        ),
+        (
+            {
+                "prompt": [user("Hello")],
+                "chosen": [user("Hello"), assistant("Good day."), user("Which?"), assistant("This.")],
+                "rejected": [user("Hello"), assistant("Good day."), user("Which?"), assistant("No idea.")],
+            },
+            FIRST + Q,
+        ),
+        (
+            {
+                "chosen": [
+                    user("Hello"),
+                    assistant("Good day.", id="c"),
+                    user("Which?", id="d"),
+                    assistant("This.", id="e"),
+                ],
+                "rejected": [
+                    user("Hello"),
+                    assistant("Good day.", id="r"),
+                    user("Which?"),
+                    assistant("No idea.", model="m"),
+                ],
+            },
+            FIRST + Q,
+        ),
+        ({"prompt": "Which?", "chosen": [assistant("This.")], "rejected": [assistant("No idea.")]}, Q),
+        ({"prompt": [user("Which?")], "chosen": "This.", "rejected": "No idea."}, Q),
+        # ShareGPT's fields, in both sides, and LLaMA-Factory's pairs of single messages
+        (
+            {
+                "chosen": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}],
+                "rejected": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "No idea."}],
+            },
+            Q,
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Which?"}],
+                "chosen": {"from": "gpt", "value": "This."},
+                "rejected": {"from": "gpt", "value": "No idea."},
+            },
+            Q,
+        ),
+        # Anthropic/hh-rlhf, and with a prompt apart
+        (
+            {
+                "chosen": "\n\nHuman: Hello\n\nAssistant: Good day.\n\nHuman: Which?\n\nAssistant: This.",
+                "rejected": "\n\nHuman: Hello\n\nAssistant: Good day.\n\nHuman: Which?\n\nAssistant: No idea.",
+            },
+            FIRST + Q,
+        ),
+        ({"prompt": "\n\nHuman: Which?\n\nAssistant:", "chosen": "This.", "rejected": "No idea."}, Q),
+        # Plain text under TRL's names stays plain text
+        ({"prompt": "Which? ", "chosen": "This.", "rejected": "No idea."}, "Which? "),
+    ],
+)
+def test_what_dpo_learns_is_the_answers_after_the_whole_prompt_once(pair, row, prompt):
+    assert pair(row) == (prompt, GOOD, BAD)
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"instruction": "Which?", "input": "", "output": "This."}, Q + GOOD),
+        (
+            {"instruction": "Which?", "input": "This or that", "output": "This.", "system": "Be kind."},
+            SYSTEM + "<|user|>\nWhich?\n\nThis or that\n<|assistant|>\n" + GOOD,
+        ),
+        ({"instruction": "Which?", "context": None, "response": "This.", "category": "qa"}, Q + GOOD),
+        ({"system_prompt": "Be kind.", "question": "Which?", "response": "This."}, SYSTEM + Q + GOOD),
+        ({"instruction": "Which?", "output": "This.", "history": [["Hello", "Good day."]]}, FIRST + Q + GOOD),
+        ({"instruction": "Which?", "output": "This.", "history": None}, Q + GOOD),
+        ({"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]}, Q + GOOD),
+        ({"messages": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]}, Q + GOOD),
+        ({"messages": [user("Which?", id="1"), {"role": "gpt", "content": "This."}]}, Q + GOOD),
+        ({"conversation": [user("Which?"), assistant("This.")], "language": "English"}, Q + GOOD),
+        ({"system": "Be kind.", "conversations": [user("Which?"), assistant("This.")]}, SYSTEM + Q + GOOD),
+        ({"system": "Be rude.", "messages": [KIND, user("Which?"), assistant("This.")]}, SYSTEM + Q + GOOD),
+        ({"prompt": [user("Which?")], "completion": [user("Which?"), assistant("This.")]}, Q + GOOD),
+        ({"prompt": "Which?", "completion": [assistant("This.")]}, Q + GOOD),
+        ({"prompt": "Which?", "response": "This."}, Q + GOOD),
+        ({"prompt": "Which? ", "completion": "This."}, "Which? " + GOOD),
+    ],
+)
+def test_what_sft_learns_is_the_answer_after_all_that_asks_for_it(learned, row, read):
+    assert learned(row) == (read, GOOD)
+
+
+def test_a_text_column_is_read_as_text_beside_alpacas_columns(learned):
+    row = {"instruction": "Which?", "input": "", "output": "This.", "text": "Q: Which? A: This."}
+    assert learned(row) == ("Q: Which? A: This.</s>",) * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "completion": "b", "label": True}, "single completions with a label"),
+        ({"prompt": "a", "response_0": "b", "response_1": "c"}, "Rename the columns"),
+        ({"task": "a", "chosen": "b", "rejected": "c"}, "no column prompt"),
+        (
+            {"prompt": [user("a")], "chosen": [user("b"), assistant("c")], "rejected": [user("b"), assistant("d")]},
+            "prompt",
+        ),
+        (
+            {"chosen": [user("a"), user("b"), assistant("c")], "rejected": [user("a"), user("d"), assistant("e")]},
+            "'user'",
+        ),
+        ({"question": "", "chosen": "b", "rejected": "c"}, "there is no prompt"),
+        ({"question": "a", "history": [["b"]], "chosen": "c", "rejected": "d"}, "history"),
+        ({"system": [{"x": 1}], "question": "a", "chosen": "c", "rejected": "d"}, "message 0"),
+    ],
+)
+def test_pairs_that_hold_no_prompt_or_no_pair_are_rejected_with_the_fix(row, words):
+    with pytest.raises(HFTError) as error:
+        preference_dataset(Dataset.from_list([row]), "pairs.jsonl")
+    assert words in one_line(error)
+    assert "pairs.jsonl" in one_line(error)
+
+
+def test_completions_that_are_labelled_good_or_bad_are_rejected_for_sft():
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b", "label": False}])
+    with pytest.raises(HFTError, match="keep the rows whose label is true"):
+        sft_dataset(rows, "kto.jsonl")
+
+
+def test_nothing_is_added_to_messages_that_a_file_keeps_in_structs(tmp_path):
+    """Parquet gives all messages of a column the same keys, and all arguments, with None where there was none."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"city": "Ghent"}}}
+    other = {"type": "function", "function": {"name": "roll", "arguments": {"sides": 6}}}
+    asks = [[user("Weather?"), assistant(None, tool_calls=[each])] for each in (call, other)]
+    tools = [[{"name": "look", "city": "string"}], [{"name": "roll", "sides": "integer"}]]
+    rows = [{"messages": messages, "tools": each} for messages, each in zip(asks, tools, strict=True)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "calls.parquet")
+    stored = load_dataset("parquet", data_files=str(tmp_path / "calls.parquet"), split="train")
+    assert "tool_calls" in stored[0]["messages"][0]
+    read = sft_dataset(stored, "calls")
+    assert read[0]["messages"] == [user("Weather?"), assistant("", tool_calls=[call])]
+    assert read["tools"] == tools
+
+
+def test_columns_and_fields_that_are_not_used_are_named_in_one_line_each(monkeypatch):
+    lines = []
+    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    row = {"id": "1", "source": "x", "messages": [user("a", score=1), assistant("b")]}
+    sft_dataset(Dataset.from_list([row]), "chats")
+    assert lines == [
+        "chats: the columns id, source are not used.",
+        "chats: the fields of messages score are not used.",
+    ]
+    lines.clear()
+    sft_dataset(Dataset.from_list([{"messages": [user("a"), assistant("b")]}]), "chats")
+    assert lines == []
