@@ -9,7 +9,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.logging import MultiProcessAdapter
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import align_special_tokens
 from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -41,7 +43,7 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 
 CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
-PATTERNS, ROWS, LONGEST = 256, 8, 64  # patterns of roles, rows to train on, characters or tokens of a text
+PATTERNS, ROWS, LONGEST = 256, 8, 32  # patterns of roles, rows to train on, characters or tokens of a text
 
 # What tells a process of its launcher and its backend
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
@@ -127,20 +129,21 @@ def _rehearse(
             apply_liger_kernel(None, None)
     config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
     with _naming(stage, "trainer can be built"):
-        trainer = _trainer(_tried(args, folder), _stand_in(config), tokenizer, train, evaluation)
+        model = _stand_in(config, start.model_name_or_path, start.model_revision)
+        trainer = _trainer(_tried(args, folder), model, tokenizer, train, evaluation)
     check_ids(trainer.train_dataset, tokenizer, config, start.model_name_or_path)
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
         rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
         if rows:
-            batch = trainer.data_collator(rows)
-            trainer.compute_loss(trainer.model.train(), {key: value.to(args.device) for key, value in batch.items()})
+            batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
+            trainer.compute_loss(trainer.model.train(), batch)
     with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
         trainer.create_optimizer()
     with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
         trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
     with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
         config.save_pretrained(folder)
-        trainer.model.generation_config = _generation_config(config, start.model_name_or_path, start.model_revision)
+        align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
 
@@ -166,24 +169,21 @@ def _tried(args: SFTConfig | DPOConfig, folder: str) -> SFTConfig | DPOConfig:
     vars(tried).update({name: value for name, value in WITHOUT.items() if name in vars(args)}, output_dir=folder)
     if args.optim_target_modules is not None:
         tried.optim_target_modules = "all-linear"  # the names are the real model's
+    if args.max_length is not None and args.max_length > 0:
+        tried.max_length = max(args.max_length, 1024)  # trainers drop rows of which nothing to train on is left
     tried.use_cpu = args.device.type == "cpu"
     tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
     return tried
 
 
-def _stand_in(config: PretrainedConfig) -> LlamaForCausalLM:
-    """A model with the real one's vocabulary and next to nothing else."""
+def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCausalLM:
+    """A model with the start model's vocabulary and generation config, and next to nothing else."""
     vocabulary = config.get_text_config().vocab_size
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
-
-
-def _generation_config(config: PretrainedConfig, model: str, revision: str) -> GenerationConfig:
-    """As transformers does when it loads a model."""
-    try:
-        return GenerationConfig.from_pretrained(model, revision=revision)
-    except OSError:
-        return GenerationConfig.from_model_config(config)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
+    with suppress(OSError):  # there need not be one
+        model.generation_config = GenerationConfig.from_pretrained(start, revision=revision)
+    return model
 
 
 def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
@@ -229,7 +229,8 @@ def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> 
     for number, row in rows.items():
         for turns in _conversations(row):
             _check_rendered(turns, row, f"row {number} of {name}", tokenizer)
-    few = [{column: _short(value) for column, value in row.items()} for row in list(rows.values())[:ROWS]]
+    fewest_turns = sorted(rows.values(), key=lambda row: sum(len(row[column]) for column in columns))[:ROWS]
+    few = [{column: _short(value) for column, value in row.items()} for row in fewest_turns]
     return Dataset.from_list(few, features=dataset.features)
 
 
@@ -286,7 +287,7 @@ def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
         yield
     except HFTError:
         raise
-    except MISTAKES as error:
+    except (*MISTAKES, AttributeError) as error:
         values = {name: vars(stage.args).get(name) for name in names}
         plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
         given = ", ".join(f"{name} {value!r}" for name, value in plain.items())

@@ -137,3 +137,10 @@ def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_pat
         load_data(parse_stage("sft", SFTConfig, flags)[0])
     flags += ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
     assert [len(part) for part in load_data(parse_stage("sft", SFTConfig, flags)[0])] == [30, 2]
+
+
+def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_have(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": "x"}\n')
+    (tmp_path / "b.jsonl").write_text('{"chosen": "x", "rejected": "y"}\n')
+    with pytest.raises(HFTError, match="some of its files or rows have chosen, rejected, and others have not"):
+        load_split(str(tmp_path))

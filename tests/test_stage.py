@@ -1,15 +1,17 @@
 """What is found wrong with a stage before its data are prepared."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from conftest import one_line
 
-from hft_trl import HFTError, stage
+from hft_trl import HFTError, HFTSFTTrainer, demo, stage
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.shapes import shape_of
 from hft_trl.recipe import parse_recipe
-from hft_trl.stage import check_model
+from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
 
 
 @pytest.fixture
@@ -57,3 +59,59 @@ def test_a_config_that_tells_no_type_is_no_reason_to_refuse(stage_of, published,
     skeleton.config.dtype = None
     monkeypatch.setattr(stage, "build_on_meta", lambda *_: skeleton)
     check_model(stage_of(published, "--model.dtype", "bfloat16"))
+
+
+def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):
+    adapter = shutil.copytree(demo.MODEL, tmp_path / "adapter")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(HFTError, match=r"is an adapter.*merge_and_unload") as error:
+        check_model(stage_of(adapter))
+    one_line(error)
+
+
+def test_a_folder_without_a_tokenizer_says_so(stage_of, base, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, bare / name)
+    with pytest.raises(HFTError, match=r"no tokenizer was found for .*bare': save the one that belongs to the model"):
+        load_tokenizer(stage_of(bare))
+
+
+def test_trl_s_chat_template_path_is_the_template_whose_marks_are_looked_for(stage_of, tmp_path):
+    """TRL sets it in the trainer, in place of the tokenizer's own, which may have no marks."""
+    model = shutil.copytree(demo.MODEL, tmp_path / "model")
+    marked = tmp_path / "marked.jinja"
+    marked.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(HFTError, match="generation"):
+        load_tokenizer(stage_of(model))
+    path = ("--sft.chat_template_path", str(marked))
+    assert load_tokenizer(stage_of(model, *path)).chat_template == marked.read_text()
+    with pytest.raises(HFTError, match="leave one of them out"):
+        load_tokenizer(stage_of(model, *path, "--model.chat_template", "tulu"))
+    with pytest.raises(HFTError, match=r"give the path of a .jinja file"):
+        load_tokenizer(stage_of(model, "--sft.chat_template_path", str(model)))
+
+
+def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage_of, monkeypatch):
+    """What stops training before it begins comes of settings; a fault in the middle keeps its traceback."""
+    sft = stage_of(demo.MODEL, "--sft.max_steps", "2", "--sft.split", "train[:8]", "--sft.report_to", "none")
+    rows, _ = load_data(sft)
+    made = {"args": sft.args, "train_dataset": rows, "processing_class": load_tokenizer(sft), "hft_config": sft.hft}
+    trainer = HFTSFTTrainer(model=str(demo.MODEL), **made)
+
+    def fails(*_, **__):
+        raise ValueError("nothing works\nat all.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "get_train_dataloader", fails)
+        with pytest.raises(HFTError, match="sft: training can't begin: nothing works at all") as error:
+            train_and_save(sft, trainer, len(rows), str(demo.MODEL))
+        one_line(error)
+    trainer = HFTSFTTrainer(model=str(demo.MODEL), **made)
+    monkeypatch.setattr(trainer, "compute_loss", fails)
+    with pytest.raises(ValueError, match="nothing works\nat all") as error:
+        train_and_save(sft, trainer, len(rows), str(demo.MODEL))
+    assert not isinstance(error.value, HFTError)
