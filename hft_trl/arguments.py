@@ -121,6 +121,26 @@ class LoRAArguments:
                 raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
 
 
+ADAPTER_FOLDER = "adapter"
+"""Folder in that of a stage, with its adapter alone."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    An adapter that a stage learns instead of the model's own weights.
+
+    Attributes:
+        lora ([`LoRAArguments`]): Its settings.
+        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
+        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
+    """
+
+    lora: LoRAArguments
+    start: Path | None = None
+    earlier: tuple[Path, ...] = ()
+
+
 @dataclass
 class DataArguments:
     """

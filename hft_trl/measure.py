@@ -5,6 +5,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -18,13 +19,15 @@ from hft_trl.diff import Moved
 from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
 from hft_trl.quantized_linear import packed_away
-from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.resumable import ResumableMixin
 from hft_trl.saved import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.weights import change, is_zero, same_bytes
 from hft_trl.zero import numel
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +51,7 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
+def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
     What a trainer that has trained knows of its own run.
 
@@ -111,7 +114,7 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     )
 
 
-def movements(stage: Stage, selection: Selection, base_model: str) -> list[UnitChange]:
+def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
     """
     How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
 

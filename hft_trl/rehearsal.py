@@ -2,17 +2,16 @@
 
 import copy
 import io
-import json
 import logging
 import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,7 +39,10 @@ from hft_trl.arguments import ModelArguments
 from hft_trl.backends import check_chain
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Stage
+from hft_trl.rendering import check_rendered
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
 PATTERNS, ROWS, LONGEST = 256, 8, 32  # patterns of roles, rows to train on, characters or tokens of a text
@@ -70,7 +72,7 @@ WITHOUT: dict[str, Any] = {
 }
 
 
-def rehearse(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
+def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """
     Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer and the scheduler, and save.
 
@@ -78,42 +80,45 @@ def rehearse(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, D
     tokenizer stay as they are.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the first stage, whose start model is that of the run.
-        stages (`Sequence[tuple[Stage, Dataset, Dataset | None]]`):
-            All stages in order, each with its rows to train on, and to evaluate on if there are any.
+        stages (`Sequence[Stage]`):
+            All stages in order, with their data.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of all stages, by default each stage's own for the model that the run starts from.
 
     Raises:
         [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
     """
-    check_chain([stage for stage, _, _ in stages])
-    by_first_process(partial(_rehearse_all, tokenizer, stages))
+    check_chain(stages)
+    by_first_process(partial(_rehearse_all, stages, tokenizer))
 
 
-def _rehearse_all(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
-    start = stages[0][0].model
-    own = copy.deepcopy(tokenizer)  # trainers write into it, and the next stage starts from what the last one saves
-    for stage, train, evaluation in stages:
-        _check_fills_a_batch(stage, len(train))
-        samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
-        if evaluation is not None:
-            samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
+def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    start = stages[0].model
+    # Trainers write into it, and the next stage starts from what the last one saves
+    own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
+    for stage in stages:
+        if tokenizer is None and stage.base is not None:
+            stage.load_tokenizer(of_base=True)  # for what it checks
+        _check_fills_a_batch(stage, len(stage.train_dataset))
+        samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
+        if stage.eval_dataset is not None:
+            samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             _rehearse(stage, start, own, folder, *samples)
 
 
-def _check_fills_a_batch(stage: Stage, rows: int) -> None:
+def _check_fills_a_batch(stage: "Stage", rows: int) -> None:
     args = stage.args
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
         raise HFTError(
-            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.data.dataset} do not fill a batch of {batch} "
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch of {batch} "
             f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
         )
 
 
 def _rehearse(
-    stage: Stage,
+    stage: "Stage",
     start: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
@@ -221,14 +226,12 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
 
 
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A few rows of different patterns, cut short. Each pattern is rendered before."""
+    """A few rows of different patterns, cut short. That the template takes all patterns is checked before."""
+    check_rendered(tokenizer, dataset, name)
     columns = [column for column in CONVERSATIONS if column in dataset.column_names]
     if columns and not isinstance(dataset[0][columns[0]], list):
         columns = []  # plain text
     rows = _distinct(dataset, columns) if columns else {0: dataset[0]}
-    for number, row in rows.items():
-        for turns in _conversations(row):
-            _check_rendered(turns, row, f"row {number} of {name}", tokenizer)
     fewest_turns = sorted(rows.values(), key=lambda row: sum(len(row[column]) for column in columns))[:ROWS]
     few = [{column: _short(value) for column, value in row.items()} for row in fewest_turns]
     return Dataset.from_list(few, features=dataset.features)
@@ -247,28 +250,6 @@ def _distinct(dataset: Dataset, columns: list[str]) -> dict[int, dict[str, Any]]
     return {number: dataset[number] for number in found.values()}
 
 
-def _conversations(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """What a trainer renders of a row."""
-    prompt = row.get("prompt", [])
-    answers = [row[side] for side in ("messages", "completion", "chosen", "rejected") if side in row]
-    return [prompt + answer for answer in answers if isinstance(answer, list)]
-
-
-def _check_rendered(
-    turns: list[dict[str, Any]], row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    try:
-        tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **(row.get("chat_template_kwargs") or {}))
-    except MISTAKES as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise HFTError(
-            f"{where} ({roles}): the chat template of {tokenizer.name_or_path!r} refuses it: {explained(error)}: change such rows, "
-            "or set chat_template, such as to 'tulu', which takes any order of turns."
-        ) from error
-
-
 def _short(value: Any) -> Any:
     """A value of a row, with little to compute: texts and contents cut at the end, tokens at the beginning."""
     if isinstance(value, str):
@@ -281,7 +262,7 @@ def _short(value: Any) -> Any:
 
 
 @contextmanager
-def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
+def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
     """Turn a library's refusal into one line, with the settings that it may be about."""
     try:
         yield

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import tiny_llama
+from conftest import parse_recipe, tiny_llama
 from typer.testing import CliRunner
 
 from hft_trl import HFTConfig, HFTError
@@ -22,7 +22,6 @@ from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, 
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
 from hft_trl.planning.task import Task
 from hft_trl.planning.write import write
-from hft_trl.recipe import parse_recipe
 from hft_trl.selection import select
 
 ROOT = Path(__file__).parent.parent
@@ -131,13 +130,13 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     assert args.gradient_accumulation_steps == plan["gradient_accumulation_steps"]
     assert args.gradient_checkpointing == (plan["activation_checkpointing"] != "none")
     assert (args.max_length, args.bf16) == (64, True)
-    for one in (recipe.sft, recipe.dpo):
+    for one in (recipe.stages["sft"], recipe.stages["dpo"]):
         assert one.hft.method == method
         assert one.hft.frozen_dtype == ("bfloat16" if "--frozen-dtype" in more else None)
         assert one.hft.frozen_quantization == ("nf4" if more is SMALLEST else None)
         assert one.hft.optimizer_in_backward == (more is SMALLEST)
         assert one.hft.train_embeddings == (more is not SMALLEST)
-    assert recipe.sft.model.model_name_or_path == str(folder)
+    assert recipe.stages["sft"].model.model_name_or_path == str(folder)
     assert recipe.run.output_dir == str(out / "run")
 
     script = (out / "launch.sh").read_text()

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import one_line
+from conftest import one_line, parse_recipe
 from datasets import Dataset
 from transformers import AutoConfig
 from transformers.utils import logging
 
 from hft_trl import HFTError, demo, rehearsal
-from hft_trl.recipe import parse_recipe
 from hft_trl.rehearsal import LONGEST, check_ids, rehearse
 from hft_trl.stage import load_data, load_tokenizer
 
@@ -32,7 +31,9 @@ def stages_of(tmp_path):
 
     def parse(*flags):
         recipe = parse_recipe(["--output_dir", str(tmp_path / "run"), *flags], default_config=demo.RECIPE)
-        return load_tokenizer(recipe.sft), [(stage, *load_data(stage)) for stage in (recipe.sft, recipe.dpo)]
+        return load_tokenizer(recipe.stages["sft"]), [
+            (stage, *load_data(stage)) for stage in (recipe.stages["sft"], recipe.stages["dpo"])
+        ]
 
     return parse
 

@@ -5,12 +5,11 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from conftest import one_line
+from conftest import one_line, parse_recipe
 
 from hft_trl import HFTError, HFTSFTTrainer, demo, stage
 from hft_trl.meta import build_on_meta
 from hft_trl.planning.shapes import shape_of
-from hft_trl.recipe import parse_recipe
 from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
 
 
@@ -20,7 +19,7 @@ def stage_of(tmp_path):
 
     def parse(model, *flags):
         data = ("--sft.dataset", "demo", "--dpo.dataset", "demo")
-        return parse_recipe(["--model", str(model), "--output_dir", str(tmp_path), *data, *flags]).sft
+        return parse_recipe(["--model", str(model), "--output_dir", str(tmp_path), *data, *flags]).stages["sft"]
 
     return parse
 

@@ -8,82 +8,23 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl import demo, replicate
+from hft_trl import demo
 from hft_trl.arguments import (
     DataArguments,
     HFTArguments,
-    LoRAArguments,
     ModelArguments,
     RunArguments,
     StageArguments,
 )
 from hft_trl.config import HFTConfig
-from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
-from hft_trl.hub_token import tokens_to_environment
+from hft_trl.evaluation import parse_suites
+from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys of preference data
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # keys of a trainer's arguments that all stages have in common
 RUN_LEVEL = ("method",)  # keys of HFTConfig that stand above the sections
-
-ADAPTER_FOLDER = "adapter"
-"""Folder in that of a stage, with its adapter alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """
-    An adapter that a stage learns instead of the model's own weights.
-
-    Attributes:
-        lora ([`LoRAArguments`]): Its settings.
-        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
-        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
-    """
-
-    lora: LoRAArguments
-    start: Path | None = None
-    earlier: tuple[Path, ...] = ()
-
-
-@dataclasses.dataclass
-class Stage:
-    """
-    One stage of training.
-
-    Attributes:
-        name (`str`): `"sft"`, `"dpo"` or the name of a round.
-        model ([`ModelArguments`]): What it starts from.
-        data ([`DataArguments`]): What it learns from.
-        args ([`~transformers.TrainingArguments`]): The trainer's arguments, such as [`~trl.SFTConfig`].
-        hft ([`HFTConfig`], *optional*): What to train; `None` where it is an adapter.
-        mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
-        memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
-        adapter ([`Adapter`], *optional*): The adapter to train.
-        auto_checkpointing (`bool`): Whether the recipe decides how much is computed again
-            ([`~hft_trl.planning.auto.settle_checkpointing`]).
-    """
-
-    name: str
-    model: ModelArguments
-    data: DataArguments
-    args: TrainingArguments
-    hft: HFTConfig | None
-    mixture: DatasetMixtureConfig | None = None
-    memory: Path | None = None
-    adapter: Adapter | None = None
-    auto_checkpointing: bool = False
-
-    @property
-    def section(self) -> str:
-        """The section that its arguments stand in: its name, and `"sft"` for a round of continual learning."""
-        return "sft" if isinstance(self.args, SFTConfig) else self.name
-
-    @property
-    def folder(self) -> Path:
-        """Where the stage's model is saved."""
-        return Path(self.args.output_dir)
 
 
 @dataclasses.dataclass
@@ -133,7 +74,8 @@ def parse_recipe(
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
-    parsed = {}
+    parsed: dict[str, Stage] = {}
+    first = model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     for name, config in stages.items():
         auto_checkpointing = leaves_checkpointing(values[name], flags[name])
         mixture, data, args = parse_section(
@@ -148,7 +90,8 @@ def parse_recipe(
         own = f"{name}.hft"
         (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
-        stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None)
+        base = first if model is not first else None
+        stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
         parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
@@ -196,8 +139,10 @@ def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
     Check that what a run is to be evaluated with can be run on its models.
 
     Raises:
-        [`HFTError`]: If the models need code of their repository.
+        [`HFTError`]: If there is no such suite, its harness is missing, or the models need code of their repository.
     """
+    if run.evaluate:
+        parse_suites(run.evaluate)
     if run.evaluate and model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
@@ -261,47 +206,3 @@ def parse_stage(
     stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
     stage.auto_checkpointing = auto_checkpointing
     return stage, extra.overwrite
-
-
-def make_stage(
-    name: str,
-    model: ModelArguments,
-    data: DataArguments,
-    args: TrainingArguments,
-    hft: HFTConfig | None,
-    mixture: DatasetMixtureConfig | None = None,
-    adapter: Adapter | None = None,
-) -> Stage:
-    """
-    A stage whose parts fit together: `"demo"` becomes the embedded files, and the trainer loads the model as it says.
-
-    Raises:
-        [`HFTError`]: If the arguments ask for what a recipe decides itself.
-    """
-    if hft is not None:  # here, so that a later stage's mistake is found before the first trains
-        check_settings(args, hft)
-        check_choice(args, hft)
-        replicate.wanted(hft, args)
-    if args.resume_from_checkpoint is not None:
-        raise HFTError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
-            "its output_dir by itself: drop it. To go on from an older one, move the newer ones away."
-        )
-    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    if (data.dataset is None) is (mixture is None):
-        seen = "dataset and datasets are both set" if mixture is not None else "dataset is missing"
-        raise HFTError(f"{name}: {seen}: set dataset, such as demo, or datasets, TRL's mixture, and not both.")
-    if data.dataset == "demo":
-        data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA))
-    args.trust_remote_code = model.trust_remote_code
-    tokens_to_environment(args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    # Counted by the trainer itself and kept over a resume.
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, adapter=adapter)
