@@ -37,6 +37,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from hft_trl import zero
 from hft_trl.arguments import ModelArguments
 from hft_trl.backends import check_chain
+from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.rendering import check_rendered
@@ -44,8 +45,7 @@ from hft_trl.rendering import check_rendered
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
 
-CONVERSATIONS = ("messages", "prompt", "completion", "chosen", "rejected")
-PATTERNS, ROWS, LONGEST = 256, 8, 32  # patterns of roles, rows to train on, characters or tokens of a text
+ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
 
 # What tells a process of its launcher and its backend
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
@@ -100,10 +100,10 @@ def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase 
         if tokenizer is None and stage.base is not None:
             stage.load_tokenizer(of_base=True)  # for what it checks
         _check_fills_a_batch(stage, len(stage.train_dataset))
-        samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
-        if stage.eval_dataset is not None:
-            samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
+            samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
+            if stage.eval_dataset is not None:
+                samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
             _rehearse(stage, start, own, folder, *samples)
 
 
@@ -148,6 +148,7 @@ def _rehearse(
         trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
     with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
         config.save_pretrained(folder)
+        settle_generation(trainer.model, tokenizer, trainer.train_dataset)
         align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
@@ -226,28 +227,12 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
 
 
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A few rows of different patterns, cut short. That the template takes all patterns is checked before."""
+    """A few rows, cut short. Before, a row of each pattern is rendered as it is."""
     check_rendered(tokenizer, dataset, name)
-    columns = [column for column in CONVERSATIONS if column in dataset.column_names]
-    if columns and not isinstance(dataset[0][columns[0]], list):
-        columns = []  # plain text
-    rows = _distinct(dataset, columns) if columns else {0: dataset[0]}
-    fewest_turns = sorted(rows.values(), key=lambda row: sum(len(row[column]) for column in columns))[:ROWS]
-    few = [{column: _short(value) for column, value in row.items()} for row in fewest_turns]
-    return Dataset.from_list(few, features=dataset.features)
-
-
-def _distinct(dataset: Dataset, columns: list[str]) -> dict[int, dict[str, Any]]:
-    """The first row of each pattern of roles, by its number."""
-    found: dict[tuple, int] = {}
-    number = 0
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
-        for values in zip(*(batch[column] for column in columns), strict=True):
-            found.setdefault(tuple(tuple(turn["role"] for turn in turns) for turns in values), number)
-            number += 1
-        if len(found) >= PATTERNS:
-            break
-    return {number: dataset[number] for number in found.values()}
+    few = dataset.select(range(min(ROWS, len(dataset))))
+    return Dataset.from_list(
+        [{column: _short(value) for column, value in row.items()} for row in few], features=dataset.features
+    )
 
 
 def _short(value: Any) -> Any:

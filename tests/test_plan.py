@@ -159,9 +159,9 @@ def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
     plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1, n > 0)) for name, n in (("sft", 2), ("dpo", 0))}
     recipe, _ = write(str(tmp_path), "demo", HFTConfig(), plans)
     stages = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
-    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in (stages.sft, stages.dpo)]
+    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in stages.stages.values()]
     assert kwargs == [{"sync_each_batch": True}, None]
-    args = stages.sft.args
+    args = stages.stages["sft"].args
     assert args.activation_checkpointing is True
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2}
 

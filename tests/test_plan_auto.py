@@ -7,7 +7,7 @@ from conftest import QUIET, parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
-from hft_trl.arguments import LoRAArguments
+from hft_trl.arguments import Adapter, LoRAArguments
 from hft_trl.chat import load_tokenizer
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.folder import settings
@@ -15,7 +15,7 @@ from hft_trl.meta import build_on_meta
 from hft_trl.planning import auto
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
-from hft_trl.recipe import Adapter, parse_stage
+from hft_trl.recipe import parse_stage
 from hft_trl.rows import sft_dataset
 from hft_trl.sections import leaves_checkpointing
 from hft_trl.selection import select
@@ -81,7 +81,7 @@ def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(st
 def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeypatch):
     """Its own start model is not there yet."""
     flags = ("--sft.activation_checkpointing", "false", "--dpo.activation_checkpointing", "auto")
-    recipe = parse_recipe(["--output_dir", str(tmp_path), *flags], "hft_trl/demo/assets/recipe.yaml")
+    recipe = parse_recipe(["--output_dir", str(tmp_path), *flags], default_config="hft_trl/demo/assets/recipe.yaml")
     settle_checkpointing(recipe.stages["sft"], recipe.stages["dpo"])
     assert recipe.stages["sft"].args.activation_checkpointing is False
     assert (recipe.stages["sft"].auto_checkpointing, recipe.stages["dpo"].auto_checkpointing) == (False, True)

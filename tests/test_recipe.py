@@ -176,7 +176,7 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
         assert "--config recipes/configs/qwen3-4b.yaml" in str(error.value)
         with pytest.raises(HFTError, match="but without --config"):
             demo_recipe(f"--model.model-name-or-path={model}")
-        assert demo_recipe(*started_from(model)).sft.model.model_name_or_path == model
+        assert demo_recipe(*started_from(model)).stages["sft"].model.model_name_or_path == model
     assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").sft.data.dataset == "mine.jsonl"
     sections = {"model": "org/mine", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
     recipe = parse_recipe(["--model", "org/other"], default_config=write(tmp_path, **sections))
