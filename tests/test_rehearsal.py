@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from hft_trl import HFTError, demo, rehearsal
-from hft_trl.rehearsal import LONGEST, check_ids, rehearse
+from hft_trl.chat import check_ids
+from hft_trl.rehearsal import LONGEST, rehearse
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"

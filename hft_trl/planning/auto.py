@@ -116,6 +116,8 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
 def _check_known(stage: "Stage") -> None:
     args, section = stage.args, stage.section
     asked = f"{section}.activation_checkpointing is auto"
+    if section not in CHECKPOINTING:
+        raise HFTError(f"{asked}, which is planned for the stages sft and dpo only: set it to true or false.")
     if stage.hft is None:
         raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
     if stage.memory is not None:

@@ -27,7 +27,6 @@ from hft_trl.measure import measure, movements, reset_peak_memory
 from hft_trl.meta import build_on_meta
 from hft_trl.quantization import check_quantizable, load_quantized
 from hft_trl.recipe.start_model import check_model
-from hft_trl.rehearsal import check_ids
 from hft_trl.report import StageRecord
 from hft_trl.resumable import ResumableMixin
 from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
@@ -192,16 +191,18 @@ class Stage:
         args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
         rows = len(self.train_dataset) if rows is None else rows
         packing = isinstance(args, SFTConfig) and args.packing
-        dropped = untrained_rows(rows, trainer.train_dataset, self.source, args.max_length, packing)
+        longest = vars(args).get("max_length")  # not every trainer's arguments have one
+        # KTO makes two rows of each pair
+        dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
         if dropped:
-            logger.warning(f"{dropped} of {rows} rows have no token to train on within max_length {args.max_length}.")
+            logger.warning(f"{dropped} of {rows} rows have no token to train on within max_length {longest}.")
         folder.mark_started(self)
         settle_generation(model, trainer.processing_class, trainer.train_dataset)
         checkpoint = last_whole_checkpoint(self.folder)
         # Read now: training may rotate the checkpoint away
         resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         reset_peak_memory()
-        check_ids(trainer.train_dataset, trainer.processing_class, model.config, self.model.model_name_or_path)
+        chat.check_ids(trainer.train_dataset, trainer.processing_class, model.config, self.model.model_name_or_path)
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
