@@ -16,7 +16,7 @@ from accelerate.utils import (
 from transformers import TrainingArguments
 
 from hft_trl.errors import HFTError
-from hft_trl.frozen import WRAPPERS
+from hft_trl.names import named_parameters, plain_name
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -163,7 +163,7 @@ def saves_shards(accelerator: Accelerator) -> bool:
 
 def start_types(model: torch.nn.Module) -> dict[str, torch.dtype]:
     """Types of the parameters that learn, by name, before accelerate's FSDP2 makes all of them float32 in mixed precision."""
-    return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.dtype for name, parameter in named_parameters(model) if parameter.requires_grad}
 
 
 def cast_back(state_dict: dict[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> None:
@@ -177,7 +177,7 @@ def cast_back(state_dict: dict[str, torch.Tensor], types: Mapping[str, torch.dty
             Types by parameter name, as [`start_types`] gives them. Other tensors stay as they are.
     """
     for name, tensor in state_dict.items():
-        state_dict[name] = tensor.to(types.get(WRAPPERS.sub("", name), tensor.dtype))
+        state_dict[name] = tensor.to(types.get(plain_name(name), tensor.dtype))
 
 
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:

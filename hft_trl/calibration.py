@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters
 from hft_trl.selection import Squares
 from hft_trl.selection.counts import shuffled
 
@@ -111,7 +112,7 @@ def _watched(model: PreTrainedModel, squares: dict[str, float]) -> Iterator[None
         return square
 
     handles = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         parameter.grad = None
         parameter.requires_grad_(name in squares)
         if name in squares:

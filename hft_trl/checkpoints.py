@@ -19,13 +19,16 @@ from hft_trl.errors import HFTError, first_line
 from hft_trl.manifest import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
 from hft_trl.processes import by_first_process
 from hft_trl.selection import SELECTION_FILE, Selection
+from hft_trl.selection.marks import remembered
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
 
 def selection_of(model: PreTrainedModel) -> Selection | None:
-    """The selection that a loaded model was trained with, from its folder or hub repository; `None` if it has none."""
+    """The selection that a model was trained with: of this object, or from its folder or hub repository; `None` if it has none."""
+    if (selection := remembered(model)) is not None:
+        return selection
     source = model.config._name_or_path
     if Path(source).is_dir():
         return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None

@@ -7,9 +7,11 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hft_trl import moving
 from hft_trl.backends import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters
 
 # Optimizers that treat each parameter apart from all others, each of them tested inside of the backward pass.
 APART = (
@@ -37,12 +39,34 @@ def check_settings(args: TrainingArguments, hft_config: HFTConfig) -> None:
     Raises:
         [`HFTError`]: Naming the setting to change.
     """
+    moving.check(args)
+    if hft_config.method == "hft":
+        check_never_cast(args)
     if hft_config.frozen_dtype and hft_config.method == "hft":
         check_frozen_dtype(args, hft_config.frozen_dtype)
     if hft_config.frozen_quantization and hft_config.method == "hft":
         check_frozen_quantization(args, hft_config)
     if hft_config.optimizer_in_backward:
         check_optimizer_in_backward(args)
+
+
+def check_never_cast(args: TrainingArguments) -> None:
+    """
+    Reject an evaluation that casts the model itself, after which the frozen half would not hold its bits any more.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+
+    Raises:
+        [`HFTError`]: Naming the setting to change.
+    """
+    for full_eval, autocast in (("bf16_full_eval", "bf16"), ("fp16_full_eval", "fp16")):
+        if vars(args).get(full_eval):
+            raise HFTError(
+                f"{full_eval} is true, which casts the whole model when it is evaluated, the frozen half included: set it to false. "
+                f"With {autocast} evaluation computes in that type anyway, and the weights stay as they are."
+            )
 
 
 def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
@@ -264,7 +288,7 @@ def refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> N
         [`HFTError`]: Naming one of the parameters.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and id(p) in held]
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
     if frozen:
         raise HFTError(
             f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "

@@ -1,6 +1,5 @@
 """The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +10,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters, plain_name
 from hft_trl.quantized_linear import QuantizedLinear, frozen_matrices
 from hft_trl.weights import fingerprints, tensors, weight_files
 
 logger = logging.get_logger(__name__)
-
-# What torch.compile and FSDP's activation checkpointing put into parameter names.
-WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class FrozenHalf:
@@ -59,8 +56,8 @@ class FrozenHalf:
                 A reference with weights of its own, which is rounded likewise, so that it stays the start model.
         """
         kept = kept_in_their_type(model)
-        parameters = {name: p for name, p in model.named_parameters() if name in self.digests}
-        others = dict(reference.named_parameters()) if reference is not None else {}
+        parameters = {name: p for name, p in named_parameters(model) if name in self.digests}
+        others = dict(named_parameters(reference)) if reference is not None else {}
         files = _start_files(model, revision)
         on_disk = _on_disk(files, parameters)
         left = []
@@ -139,7 +136,7 @@ class FrozenHalf:
     def _note_names(self, model: torch.nn.Module) -> None:
         """Note the first of each tied parameter's names, under which the files may hold it."""
         by_id: dict[int, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in named_parameters(model, remove_duplicate=False):
             self._first_name[name] = by_id.setdefault(id(parameter), name)
 
     def as_saved(
@@ -179,7 +176,7 @@ class FrozenHalf:
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
         saved, named = {}, set()
         for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-            plain = WRAPPERS.sub("", name)
+            plain = plain_name(name)
             first = self._first_name.get(plain, plain)
             saved[name] = start.get(first, tensor)
             named.add(first)
@@ -198,8 +195,7 @@ class FrozenHalf:
         """
         if not self.digests:
             return
-        named = ((WRAPPERS.sub("", name), tensor) for name, tensor in model.named_parameters())
-        found = fingerprints((name, tensor) for name, tensor in named if name in self.digests)
+        found = fingerprints((name, tensor) for name, tensor in named_parameters(model) if name in self.digests)
         for name in self.digests.keys() - found.keys():
             raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
         for name, digest in found.items():

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hft_trl.calibration import drawn_rows, gradient_squares
 from hft_trl.files import write_json, writing
+from hft_trl.names import named_parameters
 from hft_trl.selection import Squares
 from hft_trl.weights import combined_digest, fingerprints
 
@@ -41,7 +42,7 @@ def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: in
     others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
-    weights = combined_digest(fingerprints(model.named_parameters()))
+    weights = combined_digest(fingerprints(named_parameters(model)))
     content = [type(trainer).__name__, weights, names, seed, drawn_rows(trainer, samples, seed), settings]
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 

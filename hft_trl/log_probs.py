@@ -9,6 +9,7 @@ from datasets import Dataset, is_caching_enabled, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME
 
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters
 from hft_trl.processes import all_see
 from hft_trl.weights import combined_digest, fingerprint, fingerprints, full
 
@@ -27,7 +28,7 @@ def digest(model: torch.nn.Module) -> str:
     Returns:
         `str`: SHA-256 in hex.
     """
-    return combined_digest(fingerprints(model.named_parameters()))
+    return combined_digest(fingerprints(named_parameters(model)))
 
 
 def make_hashable(reference: torch.nn.Module) -> None:

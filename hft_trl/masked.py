@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from hft_trl.names import named_parameters
 from hft_trl.selection import Masks
 from hft_trl.weights import fingerprint
 
@@ -35,7 +36,7 @@ class FrozenElements:
     def __init__(self, model: torch.nn.Module, masks: Masks) -> None:
         self._parts: dict[str, _Part] = {}
         self._handles: list[RemovableHandle] = []
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model):
             if name in masks.learning:
                 frozen = ~masks.draw(name, parameter.shape).to(parameter.device)
                 values = parameter.detach()[frozen]

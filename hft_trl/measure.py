@@ -18,6 +18,7 @@ from hft_trl import reference
 from hft_trl.diff import Moved
 from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
+from hft_trl.names import named_parameters
 from hft_trl.quantized_linear import packed_away
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.resumable import ResumableMixin
@@ -77,7 +78,9 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     )
     own_reference = vars(trainer).get("ref_model")
     beside, shared = (
-        reference.memory(model, trainer.accelerator.unwrap_model(own_reference)) if own_reference else (None, None)
+        reference.memory(model, trainer.accelerator.unwrap_model(own_reference))
+        if own_reference is not None
+        else (None, None)
     )
     optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
     if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
@@ -87,7 +90,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     total = sum(size for size, _ in sizes) + packed_away(model)
     method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
     if selection is not None and selection.masks is not None:
-        masked = {name: numel(p) for name, p in model.named_parameters() if name in selection.masked}
+        masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
         trained -= sum(masked.values()) - sum(selection.masked.values())
     return StageRecord(
         name=stage.name,

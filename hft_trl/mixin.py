@@ -25,11 +25,14 @@ from hft_trl.errors import HFTError
 from hft_trl.files import writing
 from hft_trl.frozen import FrozenHalf
 from hft_trl.gradient_norms import measured_once
+from hft_trl.idle import WarnOfIdleParameters
 from hft_trl.in_backward import update_in_backward
 from hft_trl.masked import FrozenElements
+from hft_trl.names import named_parameters
 from hft_trl.preemption import StopAtStepEnd
 from hft_trl.resumable import ResumableMixin
 from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.selection.marks import frozen_by_user, remember
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
 
 logger = logging.get_logger(__name__)
@@ -91,14 +94,17 @@ class HFTMixin(ResumableMixin):
         self.hft_selection.apply(model)
         self._start_types = backends.start_types(model) if self.hft_config.method == "hft" else {}
         self._frozen_elements = FrozenElements(model, self.hft_selection.masks) if self.hft_selection.masks else None
-        self._first_step = True
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.hft_config.method == "hft":
             refuse_frozen(self.optimizer, model)
         self._settle_halves(model, reference_given)
         # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then
         # pass none on to the layers.
         if self.hft_config.method == "hft" and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
+        if self.hft_config.method == "hft" and not (
+            self.hft_config.optimizer_in_backward or self.is_deepspeed_enabled
+        ):
+            self.add_callback(WarnOfIdleParameters())
         self._preemption = StopAtStepEnd.install(self)
 
     def _draw_selection(self, model: PreTrainedModel) -> Selection:
@@ -108,18 +114,22 @@ class HFTMixin(ResumableMixin):
             check_choice(self.args, config, after_elements=True)
         gradients = partial(measured_once, self, model, samples=config.calibration_samples, seed=config.seed)
         selection = select(model, config, previous, gradients)
+        if config.method == "hft" and (kept := frozen_by_user(model)):
+            self.accelerator.print(
+                f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
+            )
         digests = gather_object([selection.digest])
         if len(set(digests)) > 1:
             raise HFTError(
                 f"the processes drew different selections ({', '.join(sorted(set(digests)))}): report a bug."
             )
-        cast = zero.training_dtype(self.accelerator.state)
+        cast = zero.training_dtype(self.accelerator.state) if config.method == "hft" else None
         if cast is not None:
             zero.cast(model, cast)
         if self.hft_config.method == "hft":
-            dtypes = {name: p.dtype for name, p in model.named_parameters() if not p.is_meta}
+            dtypes = {name: p.dtype for name, p in named_parameters(model) if not p.is_meta}
             check_not_rounded(start, dtypes, remedy=zero.UNCAST if cast is not None else None)
-        parameters = fingerprints(model.named_parameters())
+        parameters = fingerprints(named_parameters(model))
         learns = set(selection.trainable) if self.hft_config.method == "hft" else parameters.keys()
         self._frozen = FrozenHalf({name: digest for name, digest in parameters.items() if name not in learns})
         start_model = {"name_or_path": start, "weights_digest": combined_digest(parameters)}
@@ -131,10 +141,11 @@ class HFTMixin(ResumableMixin):
 
     def _settle_halves(self, policy: PreTrainedModel, reference_given: bool) -> None:
         """Check the reference against the policy, hold the frozen half in its type, and store it once where that can be."""
-        own = vars(self).get("ref_model")  # also of trainers that always load it themselves
+        # Also of trainers that always load it themselves. With method fft it is the parent's business.
+        own = vars(self).get("ref_model") if self.hft_config.method == "hft" else None
         reason = reference.why_not_shared(self.args, self.hft_config)
         if own is not None:
-            own = self.accelerator.unwrap_model(own)
+            own = self.accelerator.unwrap_model(own, keep_torch_compile=False)
             if reason is None and reference.is_wholly_sharded(own):
                 reason = "FSDP has sharded all of it"
             reference.freeze(own)
@@ -163,7 +174,7 @@ class HFTMixin(ResumableMixin):
                     f"hft.frozen_quantization leaves the reference whole, since {reason}: the policy starts beside it, and the "
                     "first rewards are not zero."
                 )
-        if own is not None and self.hft_config.method == "hft":
+        if own is not None:
             reference.report_memory(policy, own, reason)
             if self.is_deepspeed_enabled:
                 zero.log_reference(self.accelerator.state.deepspeed_plugin)
@@ -203,6 +214,7 @@ class HFTMixin(ResumableMixin):
             while self._updates:
                 self._updates.pop().remove()
         self.check_frozen()
+        remember(self.accelerator.unwrap_model(self.model), self.hft_selection)
         return output
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
@@ -220,27 +232,10 @@ class HFTMixin(ResumableMixin):
         if self.hft_config.method == "hft" or (Path(checkpoint) / SELECTION_FILE).exists():
             check_resumable(self.hft_selection, checkpoint)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step; after the first one, name what learns and got no gradient."""
-        loss = super().training_step(*args, **kwargs)
-        if self._first_step and self.hft_config.method == "hft" and not self.is_deepspeed_enabled:
-            self._first_step = False
-            if not self._updates:  # else the gradients are gone
-                self._warn_of_parts_without_gradient()
-        return loss
-
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """Run the parent's step, under autocast before `train` too where the halves are held in two types."""
         with self.accelerator.autocast() if self._frozen_dtype else nullcontext():
             return super().prediction_step(*args, **kwargs)
-
-    def _warn_of_parts_without_gradient(self) -> None:
-        idle = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-        if idle:
-            logger.warning(
-                f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they never "
-                "do, keep them out of the selection with HFTConfig(exclude=[...])."
-            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""

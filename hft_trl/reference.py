@@ -18,8 +18,9 @@ from hft_trl import replicate
 from hft_trl.backends import fsdp_version, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.frozen import WRAPPERS
+from hft_trl.names import named_parameters
 from hft_trl.quantized_linear import QuantizedLinear
+from hft_trl.selection import marks
 from hft_trl.weights import full
 
 logger = logging.get_logger(__name__)
@@ -157,7 +158,10 @@ def alias_copy(policy: torch.nn.Module) -> torch.nn.Module:
 def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch.Tensor]) -> torch.nn.Module:
     # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
     memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
-    return copy.deepcopy(policy, memo).eval()
+    copied = copy.deepcopy(policy, memo).eval()
+    # A half that is drawn on the copy has to be that of the policy
+    marks.mark_frozen(copied, {name for name, _ in named_parameters(copied)} - marks.frozen_by_user(policy))
+    return copied
 
 
 def is_hollow(reference: torch.nn.Module) -> bool:
@@ -176,10 +180,10 @@ def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator
     if reference is None or not is_hollow(reference):
         yield
         return
-    theirs = dict(reference.named_parameters())
+    theirs = dict(named_parameters(reference))
     empty = {name: parameter.data for name, parameter in theirs.items()}
     try:
-        for name, parameter in policy.named_parameters():
+        for name, parameter in named_parameters(policy):
             theirs[name].data = parameter.data
         yield
     finally:
@@ -198,9 +202,8 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             A hollow copy, whose other parameters become copies of the policy's, or a reference that was found equal. What
             FSDP2 has sharded stays as it is.
     """
-    hollow, theirs = is_hollow(reference), dict(reference.named_parameters())
-    for wrapped, parameter in policy.named_parameters():
-        name = WRAPPERS.sub("", wrapped)
+    hollow, theirs = is_hollow(reference), dict(named_parameters(reference))
+    for name, parameter in named_parameters(policy):
         if not parameter.requires_grad and not isinstance(theirs[name], DTensor):
             theirs[name].data = parameter.data
         elif hollow:
@@ -255,7 +258,7 @@ def freeze(reference: torch.nn.Module) -> None:
 
 def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str | None:
     """Name and kind of the first difference between the two models' parameters, `None` if they are equal bit for bit."""
-    ours, theirs = dict(policy.named_parameters()), dict(reference.named_parameters())
+    ours, theirs = dict(named_parameters(policy)), dict(named_parameters(reference))
     if ours.keys() != theirs.keys():
         return f"only one of them has the parameter {min(ours.keys() ^ theirs.keys())}"
     for name, parameter in ours.items():

@@ -12,6 +12,7 @@ from hft_trl.backends import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen import kept_in_their_type
+from hft_trl.names import named_parameters
 from hft_trl.weights import combined_digest
 
 FFT = "hft.replicate_frozen changes nothing with method fft, which freezes nothing."
@@ -68,7 +69,7 @@ def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn
             what it gathers to the type that it computes in, and nothing else.
     """
     kept = kept_in_their_type(model)
-    return [parameter for name, parameter in model.named_parameters() if name in frozen and id(parameter) not in kept]
+    return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
 
 
 def check(
@@ -97,7 +98,7 @@ def check(
             "hft.replicate_frozen to false."
         )
     computes_in = plugin.mixed_precision_policy and plugin.mixed_precision_policy.param_dtype
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         if computes_in is not None and id(parameter) in ids and parameter.dtype != computes_in:
             ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (parameter.dtype, computes_in))
             raise HFTError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from hft_trl import moving
 from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, resuming
 from hft_trl.errors import HFTError
 from hft_trl.manifest import check_layout, layout, sealing
@@ -48,6 +49,8 @@ class ResumableMixin:
             check_layout(resume_from_checkpoint, here, any_batch=self.args.auto_find_batch_size)
         try:
             with load:
+                if resume_from_checkpoint and resume_from_checkpoint is not True:
+                    moving.load(self, resume_from_checkpoint)
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._preemption is not None:
@@ -68,7 +71,9 @@ class ResumableMixin:
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
         run = Path(self._get_output_dir(trial=trial))
-        with sealing(self, run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with sealing(self, checkpoint):
+            moving.save(self, checkpoint)  # before the parent's, which uploads it
             super()._save_checkpoint(model, trial)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from hft_trl import backends, log_probs, reference, replicate
 from hft_trl.checkpoints import selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.mixin import HFTMixin
+from hft_trl.names import named_parameters
 from hft_trl.selection import select
 
 
@@ -66,7 +67,7 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
             if self._replicates and shared and not self.args.precompute_ref_log_probs:
                 # The policy's own selection, which is drawn later. What is left whole here is tied to the policy's then.
                 drawn = select(self._to_shard, self.hft_config, previous=selection_of(self._to_shard))
-                names = {name for name, _ in self._to_shard.named_parameters()} - set(drawn.trainable)
+                names = {name for name, _ in named_parameters(self._to_shard)} - set(drawn.trainable)
                 whole = replicate.parameters(self._to_shard, names)
             with replicate.left_whole(self.accelerator, self._to_shard, whole, move=False):
                 backends.shard_reference(self.accelerator, self._to_shard)

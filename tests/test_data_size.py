@@ -62,8 +62,8 @@ def test_two_processes_prepare_the_data_once_and_a_rerun_not_at_all(tmp_path):
     ]  # fmt: skip
     first = run(*command, env=environment(tmp_path))
     assert json.loads((tmp_path / "out" / "report.json").read_text())["num_processes"] == 2
-    assert len(re.findall("Checking rows: 100%", first.stderr)) == 1
-    assert len(re.findall("Tokenizing train dataset: 100%", first.stderr)) == 1
+    assert len(re.findall(r"Checking rows: +0%", first.stderr)) == 1  # a busy bar may say 100% twice
+    assert len(re.findall(r"Tokenizing train dataset: +0%", first.stderr)) == 1
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.arrow")}
     assert len(files) >= 3
     again = run(*command, env=environment(tmp_path))

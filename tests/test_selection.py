@@ -133,7 +133,7 @@ def test_fft_selects_everything_and_changes_nothing():
 
 def test_apply_sets_every_parameter_of_the_model():
     model = tiny_llama(50)
-    model.requires_grad_(False)
+    select(model, HFTConfig(seed=1)).apply(model)
     selection = select(model, HFTConfig(exclude=["q_proj"]))
     selection.apply(model)
     assert sorted(name for name, p in model.named_parameters() if p.requires_grad) == list(selection.trainable)

@@ -25,9 +25,9 @@ QUIET = {**conftest.QUIET, "learning_rate": 1e-2}
 def sft_trainer(kind, model, tulu, folder, hft=None, **settings):
     args = SFTConfig(str(folder), **{**QUIET, "assistant_only_loss": True, **settings})
     extra = {"hft_config": hft} if hft is not None else {}
-    start = model if isinstance(model, str) else str(model)
-    tokenizer = load_tokenizer(start)
-    return kind(model=start, args=args, train_dataset=sft_dataset(tulu, "tulu"), processing_class=tokenizer, **extra)
+    tokenizer = load_tokenizer(str(model) if isinstance(model, str | Path) else model.config._name_or_path)
+    model = str(model) if isinstance(model, Path) else model
+    return kind(model=model, args=args, train_dataset=sft_dataset(tulu, "tulu"), processing_class=tokenizer, **extra)
 
 
 def dpo_trainer(kind, model, prefs, folder, hft=None, ref_model=None, eval_rows=None, **settings):
@@ -94,6 +94,28 @@ def test_fft_is_bit_identical_to_trls_sft_trainer(base, tulu, tmp_path, checkpoi
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a | b)
     assert ours.hft_selection.frozen == ()
+
+
+def test_fft_leaves_to_the_parent_what_hft_checks(base, ultrafeedback, tmp_path, caplog, monkeypatch):
+    """A policy that was edited in memory, an optimizer of frozen parameters, a full evaluation: no error, no word, the same bits."""
+    monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
+    runs = []
+    for kind, name, hft in ((HFTDPOTrainer, "a", HFTConfig(method="fft")), (DPOTrainer, "b", None)):
+        policy = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            policy.model.layers[1].mlp.up_proj.weight.add_(0.1)
+        policy.lm_head.requires_grad_(False)
+        trainer = dpo_trainer(kind, policy, ultrafeedback, tmp_path / name, hft, eval_rows=8, bf16_full_eval=True)
+        trainer.create_optimizer()
+        trainer.train()
+        evaluated = trainer.evaluate()["eval_loss"]
+        state = [
+            (n, p.requires_grad, p.dtype) for m in (trainer.model, trainer.ref_model) for n, p in m.named_parameters()
+        ]
+        runs.append((losses(trainer), evaluated, state, [type(c) for c in trainer.callback_handler.callbacks]))
+        assert losses(trainer)[0] != pytest.approx(0.693147, abs=1e-5)
+    assert runs[0] == runs[1]
+    assert not [record for record in caplog.records if record.name.startswith("hft_trl") and "rows" not in record.name]
 
 
 def test_fft_is_bit_identical_to_trls_dpo_trainer(base, ultrafeedback, tmp_path):
@@ -399,13 +421,3 @@ def test_the_same_seed_gives_the_same_bits(base, tulu, tmp_path):
         trainer.train()
         trainer.save_model()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
-
-
-def test_trainable_parts_without_a_gradient_are_named(base, tulu, tmp_path, caplog, monkeypatch):
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=1.0), max_steps=1)
-    unused = torch.nn.Parameter(torch.ones(1))
-    trainer.model.register_parameter("unused", unused)
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
-    trainer.train()
-    assert "1 trainable parameters got no gradient in the first step, such as unused" in caplog.text

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.names import named_parameters
 from hft_trl.selection.units import Unit
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _weight_squares(model: "PreTrainedModel", names: Iterable[str]) -> Squares:
 
     from hft_trl.weights import full
 
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     if any(parameters[name].is_meta for name in names):
         raise HFTError(
             "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, or use "

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json
+from hft_trl.names import named_parameters
 from hft_trl.selection.choose import choose
 from hft_trl.selection.elements import Masks, draw_masks
 from hft_trl.selection.importance import Squares, unit_scores
+from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
 from hft_trl.selection.shares import share_of
 from hft_trl.selection.units import Unit, find_units
 
@@ -83,8 +85,9 @@ class Selection:
 
     def apply(self, model: "PreTrainedModel") -> None:
         """
-        Lets the trainable parameters of a model learn and freezes all others. With method `"fft"` nothing changes.
+        Lets the trainable parameters of a model learn and freezes all others.
 
+        With method `"fft"` what an earlier selection froze on the same model object learns again, and nothing else changes.
         Single elements are not frozen here, but by the trainers.
 
         Args:
@@ -94,9 +97,12 @@ class Selection:
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
         """
+        parameters, before = dict(named_parameters(model)), frozen_by_hft(model)
         if self.config.method == "fft":
+            for name in before:
+                parameters[name].requires_grad_(True)
+            mark_frozen(model, ())
             return
-        parameters = dict(model.named_parameters())
         missing = [name for name in (*self.trainable, *self.frozen) if name not in parameters]
         if missing:
             raise HFTError(
@@ -104,8 +110,10 @@ class Selection:
                 "have: select anew for this model."
             )
         trainable = set(self.trainable)
+        others = {name for name, p in parameters.items() if not p.requires_grad} - before
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trainable)
+        mark_frozen(model, parameters.keys() - trainable - others)
 
     def save(self, directory: str | Path) -> Path:
         """
@@ -194,6 +202,7 @@ def select(
     """
     Draws the parameters of a model that learn in a stage.
 
+    What has `requires_grad=False` before, and was not frozen by a selection, stays frozen and does not count in the shares.
     Embedding, output head and final norm follow their own settings; other parameters outside of the layers (projections
     of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
 
@@ -222,7 +231,7 @@ def select(
     if config.method == "fft":
         units = find_units(model)
         return _selection(config, config.seed, units, set(units))
-    units = find_units(model, config.exclude)
+    units = find_units(model, config.exclude, frozen_by_user(model))
     seed, masks = config.seed, None
     if previous is not None and previous.config.method == "fft":
         previous = None
@@ -269,7 +278,7 @@ def _selection(
 
 
 def _sizes(model: "PreTrainedModel") -> dict[str, int]:
-    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return {name: parameter.numel() for name, parameter in named_parameters(model)}
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
@@ -287,7 +296,7 @@ def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
 def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool) -> set[Unit]:
     """The units in layers that learned in the start model's own stage, or those that did not."""
     trainable, frozen = set(previous.trainable), set(previous.frozen)
-    present = {name for name, _ in model.named_parameters()}
+    present = {name for name, _ in named_parameters(model)}
     unknown = sorted((trainable | frozen) - present)
     unknown += [
         unit.names[0] for unit in units if unit.layer is not None and not set(unit.names) <= trainable | frozen

@@ -7,11 +7,12 @@ categories by the names of the classes and attributes that lead from a layer to 
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
+from hft_trl.names import named_modules, named_parameters
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Unit:
     tied: bool = False
 
 
-def find_units(model: "PreTrainedModel", exclude: Sequence[str] = ()) -> list[Unit]:
+def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
     """
     Finds the units of a decoder-only causal language model, in the order of `model.named_parameters()`.
 
@@ -64,6 +65,8 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = ()) -> list[Un
             The model, on any device, the meta device included. Nothing on it changes.
         exclude (`Sequence[str]`, *optional*):
             Regular expressions, searched in parameter names. What matches is left out too.
+        without (`Collection[str]`, *optional*):
+            Names of parameters that are left out too.
 
     Returns:
         `list[Unit]`: The units in layers and those outside of them.
@@ -73,11 +76,12 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = ()) -> list[Un
             layers, or if a pattern of `exclude` matches nothing.
     """
     _check_model(model)
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     towers = _find_towers(model, modules)
     layers = _find_layers(model, modules, towers)
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     sizes = _selectable_sizes(model, parameters, towers, exclude)
+    sizes = {name: size for name, size in sizes.items() if name not in without}
     classes = own_class_names(modules)
     outer = OuterParts(model, modules, parameters)
 
@@ -104,6 +108,7 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = ()) -> list[Un
         units.append(Unit(tuple(names), size, category, number, slot))
     if not any(unit.layer is not None for unit in units):
         why = f"hft.exclude {list(exclude)!r} matches all that it has" if exclude else "none was found"
+        why = f"{len(without)} parameters had requires_grad=False before, such as {min(without)}" if without else why
         raise HFTError(
             f"The model {type(model).__name__} has no layers to select from ({why}): HFT needs a decoder whose layers "
             "hold parameters that can learn."
@@ -135,6 +140,11 @@ def _check_model(model: "nn.Module") -> None:
         raise HFTError(
             f"The model is a {kind}, which is no decoder-only causal language model: load it with AutoModelForCausalLM."
         )
+
+
+def made_frozen(model: "PreTrainedModel") -> set[str]:
+    """Names of the parameters that the model's class itself creates frozen, such as the biases that correct a router."""
+    return {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
 
 
 def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:

@@ -22,7 +22,7 @@ from conftest import QUIET, tiny_llama, tulu_row, ultrafeedback_row
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
-from hft_trl.frozen import WRAPPERS
+from hft_trl.names import plain_name
 from hft_trl.rows import preference_dataset, sft_dataset
 
 VOCABULARY = 300
@@ -88,7 +88,7 @@ def train(name: str, base: Path, output: Path, replicate: bool) -> dict:
     trainer = trainer_of(stage, str(start), base, output, {**hft, "replicate_frozen": replicate}, settings)
     trainer.train()
     trainer.save_model()
-    named = {WRAPPERS.sub("", name): parameter for name, parameter in trainer.model.named_parameters()}
+    named = {plain_name(name): parameter for name, parameter in trainer.model.named_parameters()}
     reference = dict(trainer.ref_model.named_parameters()) if stage == "dpo" else {}
     whole = sorted(name for name, parameter in named.items() if not isinstance(parameter, DTensor))
     return {

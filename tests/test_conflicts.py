@@ -1,0 +1,35 @@
+"""What would undo a half that is frozen is rejected before a model is loaded, naming the setting and the fix."""
+
+import pytest
+from conftest import one_line
+from test_trainers import sft_trainer
+from trl import SFTConfig
+
+from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
+from hft_trl.recipe import parse_stage
+
+
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_casts_the_model_is_rejected_with_hft_only(base, tulu, tmp_path, setting):
+    """With method fft it casts the model, as the parent does."""
+    with pytest.raises(HFTError, match=f"{setting} is true, which casts .* set it to false") as error:
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), **{setting: True})
+    one_line(error)
+    full = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft"), **{setting: True})
+    full.evaluate(full.train_dataset)
+    assert {str(p.dtype) for p in full.model.parameters()} == {
+        "torch.bfloat16" if "bf" in setting else "torch.float16"
+    }
+    full.save_model()
+    flags = [
+        "--model_name_or_path",
+        "demo",
+        "--dataset_name",
+        "demo",
+        "--output_dir",
+        str(tmp_path),
+        f"--{setting}",
+        "true",
+    ]
+    with pytest.raises(HFTError, match=setting):
+        parse_stage("sft", SFTConfig, flags)
