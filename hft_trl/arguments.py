@@ -181,7 +181,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.dataset = at_home(self.dataset)
+        self.dataset = at_home(self.dataset) if self.dataset else None
 
 
 @dataclass

@@ -79,12 +79,13 @@ def settings(stage: "Stage") -> Settings:
         content["lora"] = _adapter(stage.adapter, stage.folder)
     if not best:
         content["data"].pop("eval_split")
-    content["data"]["content"] = content_digest(Path(stage.data.dataset))
     if stage.memory is not None:
         content["data"]["memory"] = content_digest(stage.memory)
     if stage.mixture is not None:
         content["data"]["mixture"] = mixture_parts(stage.mixture)
-    content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
+    else:
+        content["data"]["content"] = content_digest(Path(stage.data.dataset))
+        content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     for values in (content["model"], kept):
         values |= named_files({key: value for key, value in values.items() if key != "model_name_or_path"})
     content["model"] |= start_model(stage.model.model_name_or_path, stage.model.model_revision)

@@ -109,7 +109,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if method == "hft" else None,  # `train` raises where it is not
         start_model=stage.model.model_name_or_path,
-        dataset=stage.data.dataset,
+        dataset=stage.source,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
         reference_memory_bytes=beside,

@@ -125,7 +125,7 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     found = as_json(*arguments)
     recipe = parse_recipe(["--config", str(out / "recipe.yaml"), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
     method = "fft" if "fft" in more else "hft"
-    plan, args = found["plans"][method], vars(recipe)[stage].args
+    plan, args = found["plans"][method], recipe.stages[stage].args
     assert args.per_device_train_batch_size == plan["per_device_train_batch_size"]
     assert args.gradient_accumulation_steps == plan["gradient_accumulation_steps"]
     assert args.gradient_checkpointing == (plan["activation_checkpointing"] != "none")

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import one_line, parse_recipe, started_from
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from hft_trl import HFTConfig, demo
+from hft_trl import recipe as trl_recipe
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.recipe import parse_stage
 
@@ -177,7 +178,7 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
         with pytest.raises(HFTError, match="but without --config"):
             demo_recipe(f"--model.model-name-or-path={model}")
         assert demo_recipe(*started_from(model)).stages["sft"].model.model_name_or_path == model
-    assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").sft.data.dataset == "mine.jsonl"
+    assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").stages["sft"].data.dataset == "mine.jsonl"
     sections = {"model": "org/mine", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
     recipe = parse_recipe(["--model", "org/other"], default_config=write(tmp_path, **sections))
     assert recipe.stages["sft"].model.model_name_or_path == "org/other"
@@ -321,3 +322,33 @@ def test_help_is_printed_and_nothing_else_happens(flag, capsys):
             parse()
         assert stop.value.code == 0
         assert capsys.readouterr().out == "How to run it.\n"
+
+
+def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_its_own(tmp_path):
+    """In their order, each from the model before; a mixture in place of a data set, and HFT's settings for one stage alone."""
+    file = write(
+        tmp_path,
+        model="demo",
+        output_dir="o",
+        hft={"ratio": 0.4, "exclude": ["norm"]},
+        first={"dataset": "demo", "method": "fft"},
+        second={"datasets": [{"path": "demo", "split": "train"}], "hft": {"ratio": 0.3}, "beta": 0.2},
+        third={"dataset": "demo", "loss_type": "kto"},
+    )
+    stages = {"first": SFTConfig, "second": DPOConfig, "third": KTOConfig}
+    flags = ["--config", file, "--second.hft.seed", "7", "--third.hft.ratio=0.2"]
+    recipe = trl_recipe.parse_recipe(flags, stages)
+    first, second, third = recipe.stages.values()
+    assert [type(stage.args) for stage in (first, second, third)] == [*stages.values()]
+    assert [stage.model.model_name_or_path for stage in (second, third)] == ["o/first", "o/second"]
+    assert [stage.base and stage.base.model_name_or_path for stage in (first, second)] == [None, str(demo.MODEL)]
+    assert [stage.hft.method for stage in (first, second, third)] == ["fft", "hft", "hft"]
+    assert [stage.hft.ratio for stage in (first, second, third)] == [0.4, 0.3, 0.2]
+    assert [stage.hft.seed for stage in (second, third)] == [7, 42]
+    assert all(stage.hft.exclude == ["norm"] for stage in (first, second, third))
+    assert second.mixture.datasets[0].path == "demo"
+    assert (second.args.beta, third.args.loss_type) == (0.2, "kto")
+    with pytest.raises(HFTError, match=r"unknown key second\.hft\.ratoi .*did you mean second\.hft\.ratio"):
+        trl_recipe.parse_recipe([*flags, "--second.hft.ratoi", "0.1"], stages)
+    with pytest.raises(HFTError, match=r"first has a dataset, .*, and datasets, a mixture"):
+        trl_recipe.parse_recipe(["--config", write(tmp_path, model="demo", output_dir="o", first={"dataset": "demo", "datasets": [{"path": "x"}]})], {"first": SFTConfig})  # fmt: skip

@@ -169,5 +169,5 @@ def test_long_texts_are_cut_for_the_trainer_and_not_for_the_template(stages_of, 
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"messages": long}) + "\n")
     stages, tokenizer = stages_of("--sft.dataset", str(data))
-    sample = rehearsal._sample(stages[0][1], "long", tokenizer)
+    sample = rehearsal._sample(stages[0].train_dataset, "long", tokenizer)
     assert [len(turn["content"]) for turn in sample[0]["messages"]] == [LONGEST, LONGEST]

@@ -277,8 +277,9 @@ def make_stage(
         )
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     if (data.dataset is None) is (mixture is None):
-        seen = "dataset and datasets are both set" if mixture is not None else "dataset is missing"
-        raise HFTError(f"{name}: {seen}: set dataset, such as demo, or datasets, TRL's mixture, and not both.")
+        if mixture is None:
+            raise HFTError(f"{name}.dataset is missing: set it in the file, or with --{name}.dataset.")
+        raise HFTError(f"{name} has a dataset, {data.dataset!r}, and datasets, a mixture: leave one of them out.")
     if data.dataset == "demo":
         data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA))
     args.trust_remote_code = model.trust_remote_code
