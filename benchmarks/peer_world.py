@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from peer_trainers import make_trainer, number_of_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from trl import DPOConfig, SFTConfig
 
 from hft_trl import demo
 from hft_trl.demo.probes import evaluate
 from hft_trl.demo.trials import settle_process
 from hft_trl.files import write_json
 from hft_trl.recipe import parse_recipe
-from hft_trl.stage import load_data, load_tokenizer
 
 FIRST_RATE = {"lora": 4e-3, "badam": 4e-3, "badam_all": 2e-3}
 """Where the way to the best rate begins, for others than those that begin at the demo's."""
@@ -90,21 +90,23 @@ def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
     """SFT of the embedded model as the demo has it, but for the trial's learning rate and seed and the peer's trainer."""
     words = ["--output_dir", folder, "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
     words += ["--hft.seed", str(trial.seed), "--sft.save_strategy", "no", "--sft.disable_tqdm", "true", *flags]
-    stage = parse_recipe(words, default_config=demo.RECIPE).sft
+    stage = parse_recipe(words, {"sft": SFTConfig, "dpo": DPOConfig}, demo.RECIPE).stages["sft"]
     stage.args.model_init_kwargs = None  # the model is given as it is
-    rows, _ = load_data(stage)
+    stage.load_data()
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     batch = stage.args.per_device_train_batch_size * stage.args.gradient_accumulation_steps
     # As BAdam's README puts it: so many steps for a block that all blocks have had their turn after an epoch
-    badam = {"switch_block_every": max(1, round(len(rows) / (batch * number_of_blocks(trial.peer, model))))}
+    badam = {
+        "switch_block_every": max(1, round(len(stage.train_dataset) / (batch * number_of_blocks(trial.peer, model))))
+    }
     trainer = make_trainer(
         trial.peer,
         dataclasses.replace(stage.hft, seed=trial.seed),
         {**badam, "switch_mode": "random"},
         model=model,
         args=stage.args,
-        train_dataset=rows,
-        processing_class=load_tokenizer(stage),
+        train_dataset=stage.train_dataset,
+        processing_class=stage.load_tokenizer(),
     )
     trainer.train()
     return trainer.model.merge_and_unload() if trial.peer == "lora" else trainer.model

@@ -121,14 +121,35 @@ class LoRAArguments:
                 raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
 
 
+ADAPTER_FOLDER = "adapter"
+"""Folder in that of a stage, with its adapter alone."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    An adapter that a stage learns instead of the model's own weights.
+
+    Attributes:
+        lora ([`LoRAArguments`]): Its settings.
+        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
+        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
+    """
+
+    lora: LoRAArguments
+    start: Path | None = None
+    earlier: tuple[Path, ...] = ()
+
+
 @dataclass
 class DataArguments:
     """
     What a stage adds to TRL's config.
 
     Args:
-        dataset (`str`):
-            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data.
+        dataset (`str`, *optional*):
+            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data. Without it a stage
+            takes `datasets`, TRL's mixture of data sets.
         dataset_config (`str`, *optional*):
             Configuration on the hub.
         split (`str`, *optional*, defaults to `"train"`):
@@ -143,7 +164,9 @@ class DataArguments:
             Hold the reference in `"8bit"` or `"4bit"` through bitsandbytes. Its log-probabilities are then rounded.
     """
 
-    dataset: str = field(metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
     split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
     eval_split: str | None = field(default=None, metadata={"help": "Split for eval_strategy."})
@@ -158,7 +181,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.dataset = at_home(self.dataset)
+        self.dataset = at_home(self.dataset) if self.dataset else None
 
 
 @dataclass

@@ -1,10 +1,11 @@
-"""Chat templates: Tülu's where a tokenizer has none, and answers that can be told apart from the rest."""
+"""Tokenizers: their chat templates, Tülu's where one has none, and whether they fit the model."""
 
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hft_trl.errors import HFTError, first_line
@@ -78,3 +79,37 @@ def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, so the assistant's tokens "
             "can't be told apart: set chat_template to 'tulu', or assistant_only_loss to false."
         ) from error
+
+
+def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
+    """
+    Check that a model has an embedding for every token of its rows, and for those that a trainer adds.
+
+    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images).
+
+    Args:
+        prepared ([`~datasets.Dataset`]):
+            Rows that a trainer has tokenized.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The trainer's tokenizer.
+        config ([`~transformers.PretrainedConfig`]):
+            The model's config.
+        model (`str`):
+            What the error calls the model.
+
+    Raises:
+        [`HFTError`]: Naming the token.
+    """
+    rows = config.get_text_config().vocab_size
+    if max(tokenizer.get_vocab().values()) < rows:
+        return
+    largest = max(token or 0 for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    columns = [column for column in prepared.column_names if column.endswith("_ids")]
+    for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
+        largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
+    if largest >= rows:
+        raise HFTError(
+            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number {largest}, but the "
+            f"model has {rows} embeddings: give it the tokenizer that belongs to it, or load the model, call "
+            f"resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
+        )

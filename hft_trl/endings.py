@@ -99,8 +99,11 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
 def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
     """Runs of trained tokens in rows all over a data set: of `labels`, or the preferred answers."""
     rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
-    if "chosen_ids" in dataset.column_names:
-        yield from rows["chosen_ids"]
+    for column in ("chosen_ids", "completion_ids"):  # of DPO, of KTO
+        if column in dataset.column_names:
+            yield from rows[column]
+            return
+    if "labels" not in dataset.column_names:  # rows of a trainer of the user's own
         return
     for row in rows.select_columns("labels").with_format("numpy"):
         labels = row["labels"]

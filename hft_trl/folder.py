@@ -9,23 +9,26 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from hft_trl.arguments import ADAPTER_FOLDER, Adapter
 from hft_trl.data import content_digest
 from hft_trl.digests import mixture_parts, named_files, start_model
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, read_object, write_json, writing
 from hft_trl.locks import LOCK_FILE, lock
 from hft_trl.processes import all_see, by_first_process
-from hft_trl.recipe import ADAPTER_FOLDER, Adapter, Stage
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.data import stage_record
 from hft_trl.sections import CHECKPOINTING
 from hft_trl.weights import check_readable, weight_files
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 STAGE_FILE = "stage.json"
 
@@ -45,7 +48,7 @@ Settings = dict[str, dict[str, Any]]
 """By section."""
 
 
-def settings(stage: Stage) -> Settings:
+def settings(stage: "Stage") -> Settings:
     """What the trained weights depend on, as plain JSON."""
     args = stage.args.to_dict()
     # `to_dict` hides whatever is called a token, to keep the hub's secret.
@@ -76,12 +79,13 @@ def settings(stage: Stage) -> Settings:
         content["lora"] = _adapter(stage.adapter, stage.folder)
     if not best:
         content["data"].pop("eval_split")
-    content["data"]["content"] = content_digest(Path(stage.data.dataset))
     if stage.memory is not None:
         content["data"]["memory"] = content_digest(stage.memory)
     if stage.mixture is not None:
         content["data"]["mixture"] = mixture_parts(stage.mixture)
-    content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
+    else:
+        content["data"]["content"] = content_digest(Path(stage.data.dataset))
+        content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
     for values in (content["model"], kept):
         values |= named_files({key: value for key, value in values.items() if key != "model_name_or_path"})
     content["model"] |= start_model(stage.model.model_name_or_path, stage.model.model_revision)
@@ -111,13 +115,13 @@ def _place(source: str, folder: Path) -> str:
     return str(path) if path.exists() else source
 
 
-def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
+def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
     """
     Lock every stage's folder, and check that each can be written and belongs to the same settings. Nothing is removed or
     written before all are locked and checked. Every process has to call.
 
     Args:
-        stages (`Iterable[Stage]`):
+        stages (`Iterable["Stage"]`):
             All stages of the run.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to remove what earlier runs left in the stages' folders. Only folders that hold a `stage.json` are
@@ -139,7 +143,7 @@ def open_stages(stages: Iterable[Stage], overwrite: bool = False) -> None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
-def _open(stages: list[Stage], overwrite: bool) -> None:
+def _open(stages: list["Stage"], overwrite: bool) -> None:
     for stage in stages:
         with writing(stage.folder):
             _take(stage.folder)
@@ -173,7 +177,7 @@ def _take(folder: Path) -> None:
     lock(folder)
 
 
-def _check(stage: Stage, unfinished: Collection[Path]) -> bool:
+def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
     """
     Check that what an earlier run left is of these settings.
 
@@ -206,7 +210,7 @@ def _check(stage: Stage, unfinished: Collection[Path]) -> bool:
     return done
 
 
-def _differences(stage: Stage, before: Settings, now: Settings) -> list[str]:
+def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
     old, new, found = dict(_flat(before)), dict(_flat(now)), []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
@@ -233,7 +237,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _starts(stage: Stage) -> set[Path]:
+def _starts(stage: "Stage") -> set[Path]:
     """Folders of the stages that a stage needs."""
     if stage.adapter is None:
         return {Path(stage.model.model_name_or_path)}
@@ -248,25 +252,25 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def mark_started(stage: Stage) -> None:
+def mark_started(stage: "Stage") -> None:
     """Note which start model a stage is trained from, which was perhaps not trained yet when the stage was opened. Every process has to call."""
     by_first_process(partial(_note_settings, stage))
 
 
-def _note_settings(stage: Stage) -> None:
+def _note_settings(stage: "Stage") -> None:
     content = {"settings": settings(stage), "record": None}
     path = stage.folder / STAGE_FILE
     if not path.exists() or _read(stage.folder) != content:
         write_json(path, content)
 
 
-def finished(stage: Stage) -> StageRecord | None:
+def finished(stage: "Stage") -> StageRecord | None:
     """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
     record = _read(stage.folder)["record"]
     return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
 
 
-def mark_finished(stage: Stage, record: StageRecord) -> None:
+def mark_finished(stage: "Stage", record: StageRecord) -> None:
     """Write a stage's figures into its folder when its model is on the disk, after which a rerun skips the stage."""
     flush(stage.folder)
     content = {**_read(stage.folder), "record": dataclasses.asdict(record)}

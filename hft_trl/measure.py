@@ -5,6 +5,7 @@ import re
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
@@ -19,13 +20,15 @@ from hft_trl.errors import HFTError, first_line
 from hft_trl.meta import build_on_meta
 from hft_trl.names import named_parameters
 from hft_trl.quantized_linear import packed_away
-from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.resumable import ResumableMixin
 from hft_trl.saved import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.weights import change, is_zero, same_bytes
 from hft_trl.zero import numel
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +52,7 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
-def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
+def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
     What a trainer that has trained knows of its own run.
 
@@ -106,7 +109,7 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
         last_loss=losses[-1] if losses else None,
         frozen_unchanged=True if method == "hft" else None,  # `train` raises where it is not
         start_model=stage.model.model_name_or_path,
-        dataset=stage.data.dataset,
+        dataset=stage.source,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
         reference_memory_bytes=beside,
@@ -114,7 +117,7 @@ def measure(stage: Stage, trainer: ResumableMixin, resumed_from: TrainerState | 
     )
 
 
-def movements(stage: Stage, selection: Selection, base_model: str) -> list[UnitChange]:
+def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
     """
     How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
 

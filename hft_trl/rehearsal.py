@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,23 +26,29 @@ from transformers import (
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import align_special_tokens
 from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import zero
 from hft_trl.arguments import ModelArguments
 from hft_trl.backends import check_chain
+from hft_trl.chat import check_ids
 from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Stage
 from hft_trl.rendering import check_rendered
 
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
+
+TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
 ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
 
 # What tells a process of its launcher and its backend
@@ -70,50 +76,55 @@ WITHOUT: dict[str, Any] = {
 }
 
 
-def rehearse(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
+def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """
     Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer and the scheduler, and save.
+
+    A stage of another config than those of SFT, DPO and KTO has its rows and trackers checked only.
 
     It runs in the first process, without the launch's backend. Every process has to call. Random states, the arguments and the
     tokenizer stay as they are.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of the first stage, whose start model is that of the run.
-        stages (`Sequence[tuple[Stage, Dataset, Dataset | None]]`):
-            All stages in order, each with its rows to train on, and to evaluate on if there are any.
+        stages (`Sequence[Stage]`):
+            All stages in order, with their data.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of all stages, by default each stage's own for the model that the run starts from.
 
     Raises:
         [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
     """
-    check_chain([stage for stage, _, _ in stages])
-    by_first_process(partial(_rehearse_all, tokenizer, stages))
+    check_chain(stages)
+    by_first_process(partial(_rehearse_all, stages, tokenizer))
 
 
-def _rehearse_all(tokenizer: PreTrainedTokenizerBase, stages: Sequence[tuple[Stage, Dataset, Dataset | None]]) -> None:
-    start = stages[0][0].model
-    own = copy.deepcopy(tokenizer)  # trainers write into it, and the next stage starts from what the last one saves
-    for stage, train, evaluation in stages:
-        _check_fills_a_batch(stage, len(train))
+def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    start = stages[0].model
+    # Trainers write into it, and the next stage starts from what the last one saves
+    own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
+    for stage in stages:
+        if tokenizer is None and stage.base is not None:
+            stage.load_tokenizer(of_base=True)  # for what it checks
+        _check_fills_a_batch(stage, len(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
-            samples = [_sample(train, f"{stage.data.dataset}, split {stage.data.split}", own)]
-            if evaluation is not None:
-                samples.append(_sample(evaluation, f"{stage.data.dataset}, split {stage.data.eval_split}", own))
+            samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
+            if stage.eval_dataset is not None:
+                samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
             _rehearse(stage, start, own, folder, *samples)
 
 
-def _check_fills_a_batch(stage: Stage, rows: int) -> None:
+def _check_fills_a_batch(stage: "Stage", rows: int) -> None:
     args = stage.args
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
         raise HFTError(
-            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.data.dataset} do not fill a batch of {batch} "
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch of {batch} "
             f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
         )
 
 
 def _rehearse(
-    stage: Stage,
+    stage: "Stage",
     start: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
@@ -127,6 +138,8 @@ def _rehearse(
     if args.use_liger_kernel and not is_liger_kernel_available():
         with _naming(stage, "kernels can be set up", "use_liger_kernel"):
             apply_liger_kernel(None, None)
+    if type(args) not in TRAINERS:  # of a recipe of the user's own
+        return
     config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
     with _naming(stage, "trainer can be built"):
         model = _stand_in(config, start.model_name_or_path, start.model_revision)
@@ -150,19 +163,19 @@ def _rehearse(
 
 
 def _trainer(
-    args: SFTConfig | DPOConfig,
+    args: TrainingArguments,
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     evaluation: Dataset | None,
-) -> SFTTrainer | DPOTrainer:
+) -> Trainer:
     given = {"args": args, "train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
-    if isinstance(args, DPOConfig):
-        return DPOTrainer(model, ref_model=copy.deepcopy(model), **given)
-    return SFTTrainer(model, **given)
+    if isinstance(args, SFTConfig):
+        return SFTTrainer(model, **given)
+    return TRAINERS[type(args)](model, ref_model=copy.deepcopy(model), **given)
 
 
-def _tried(args: SFTConfig | DPOConfig, folder: str) -> SFTConfig | DPOConfig:
+def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
     """A copy of a stage's arguments for one process, a temporary folder and another model. The device is settled anew."""
     tried = copy.copy(args)
     kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
@@ -187,40 +200,6 @@ def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCa
     return model
 
 
-def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
-    """
-    Check that a model has an embedding for every token of its rows, and for those that a trainer adds.
-
-    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images).
-
-    Args:
-        prepared ([`~datasets.Dataset`]):
-            Rows that a trainer has tokenized.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The trainer's tokenizer.
-        config ([`~transformers.PretrainedConfig`]):
-            The model's config.
-        model (`str`):
-            What the error calls the model.
-
-    Raises:
-        [`HFTError`]: Naming the token.
-    """
-    rows = config.get_text_config().vocab_size
-    if max(tokenizer.get_vocab().values()) < rows:
-        return
-    largest = max(token or 0 for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
-    columns = [column for column in prepared.column_names if column.endswith("_ids")]
-    for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-        largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
-    if largest >= rows:
-        raise HFTError(
-            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number {largest}, but the "
-            f"model has {rows} embeddings: give it the tokenizer that belongs to it, or load the model, call "
-            f"resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
-        )
-
-
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """A few rows, cut short. Before, a row of each pattern is rendered as it is."""
     check_rendered(tokenizer, dataset, name)
@@ -242,7 +221,7 @@ def _short(value: Any) -> Any:
 
 
 @contextmanager
-def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
+def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
     """Turn a library's refusal into one line, with the settings that it may be about."""
     try:
         yield

@@ -19,13 +19,7 @@ from trl import TrlParser
 from hft_trl.bounds import check_numbers
 from hft_trl.errors import HFTError
 
-EXAMPLES = {
-    "model": "model_name_or_path",
-    "hft": "ratio",
-    "lora": "r",
-    "sft": "learning_rate",
-    "dpo": "beta",
-}  # a key of each section that a recipe may have
+SECTIONS = ("model", "hft", "lora", "sft", "dpo")  # of the recipes that come with the package
 
 # What a thing is called in the sections of a recipe and in TRL's flat style, both ways
 OTHER_NAMES = {
@@ -100,11 +94,12 @@ def read_sections(
             if path is None:
                 raise HFTError("--config is the last word: give it the path of a YAML file.")
             continue
-        current, dot, key = name.partition(".")
+        current, dot, key = name.rpartition(".")
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{EXAMPLES[name]}.")
+                example = "learning_rate" if "learning_rate" in known[name] else known[name][0]
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{example}.")
         elif not dot:
             current, key = "", name
         elif not sections:
@@ -120,12 +115,15 @@ def read_sections(
     for key, value in variables.items():
         os.environ[str(key)] = str(value)
     _check_style(path, values, known)
-    nested = {name: values.pop(name, None) or {} for name in sections}
-    if isinstance(nested.get("model"), str):
-        nested["model"] = {"model_name_or_path": nested["model"]}
-    for name, section in nested.items():
+    nested: dict[str, dict[str, Any]] = {}
+    for name in sections:  # a section before those in it, such as sft before sft.hft
+        place, _, key = name.rpartition(".")
+        section = (nested[place] if place else values).pop(key, None) or {}
+        if name == "model" and isinstance(section, str):
+            section = {"model_name_or_path": section}
         if not isinstance(section, dict):
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
+        nested[name] = dict(section)
     values = {"": values, **nested}
     _check_places({name: [*values[name], *_names(flags[name])] for name in known}, known)
     return values, flags
@@ -249,7 +247,7 @@ def _names(flags: list[str]) -> list[str]:
 
 def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping[str, Collection[str]]) -> None:
     """Refuse a file of another recipe, by its sections: each recipe has others, and those in TRL's flat style have none."""
-    found = [name for name in EXAMPLES if isinstance(values.get(name), dict)]
+    found = [name for name in SECTIONS if isinstance(values.get(name), dict)]
     foreign = [name for name in found if name not in known]
     if foreign:
         recipe = "sft_then_dpo" if "dpo" in found else "continual"
@@ -272,7 +270,7 @@ def _check_places(given: Mapping[str, Iterable[str]], known: Mapping[str, Collec
         other = OTHER_NAMES.get(key)
         places = [_dotted(section, other)] if other in known[section] else []
         for name in (key, other):
-            places = places or [_dotted(place, name) for place in known if name in known[place]]
+            places = places or [_dotted(place, name) for place in known if name in known[place] and "." not in place]
         if key not in known[section] and places:
             raise HFTError(f"unknown key {_dotted(section, key)}: did you mean {' or '.join(places)}?")
 

@@ -63,7 +63,6 @@ from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage
 from hft_trl.rehearsal import rehearse
 from hft_trl.report.tables import rich_table
-from hft_trl.stage import check_model, load_tokenizer, train_and_save
 
 
 def main(recipe: ContinualRecipe) -> None:
@@ -76,10 +75,11 @@ def main(recipe: ContinualRecipe) -> None:
     if not run.overwrite:
         check_plan(run.output_dir, plan)
     stages, longest = recipe.stages(rounds), recipe.longest_text()
-    check_model(stages[0])
-    tokenizer = load_tokenizer(stages[0])
+    stages[0].check()
+    tokenizer = stages[0].load_tokenizer()
     check_tokenizer(tokenizer)
-    rehearse(tokenizer, [(stages[0], encode(rounds[0].rows[:8], tokenizer, longest)[0], None)])
+    stages[0].train_dataset, _ = encode(rounds[0].rows, tokenizer, longest)
+    rehearse([stages[0]], tokenizer)
     settle_checkpointing(*stages)
     open_stages(stages, run.overwrite)
     write_plan(run.output_dir, plan, stages, run.overwrite)
@@ -87,9 +87,9 @@ def main(recipe: ContinualRecipe) -> None:
     # Round after round: learn, then answer the test sets of the tasks seen so far
     answered, probes = [], {}
     for number, (planned, stage) in enumerate(zip(rounds, stages, strict=True), 1):
-        new = not finished(stage)
+        new = not stage.finished()
         if new:
-            learn(stage, planned, longest, base.model_name_or_path)
+            learn(stage, planned, longest)
             clear_device_cache(garbage_collection=True)  # room for the model that answers
         asked = {tasks[task].name: task for task in planned.evaluated}
         found = evaluate_tasks(
@@ -114,9 +114,9 @@ def main(recipe: ContinualRecipe) -> None:
         Console().print(rich_table(score_grid(scores)))
 
 
-def learn(stage: Stage, planned: Round, longest: int | None, base: str) -> None:
+def learn(stage: Stage, planned: Round, longest: int | None) -> None:
     """Train a round: a half of the last round's model, or an adapter, learns the answers of a task."""
-    tokenizer = load_tokenizer(stage)
+    tokenizer = stage.load_tokenizer()
     rows, truncated = encode(planned.rows, tokenizer, longest, stage.args.dataset_num_proc)
     with as_user_error(f"the trainer of {stage.name}"):
         if stage.adapter is not None:
@@ -133,7 +133,7 @@ def learn(stage: Stage, planned: Round, longest: int | None, base: str) -> None:
                 processing_class=tokenizer,
                 hft_config=stage.hft,
             )
-    train_and_save(stage, trainer, len(rows), base, truncated)
+    stage.train(trainer, len(rows), truncated)
     trainer.accelerator.free_memory()
 
 

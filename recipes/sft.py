@@ -13,56 +13,30 @@ again continues where it stopped.
 
 import sys
 
-from accelerate import PartialState
 from trl import SFTConfig
 
 from hft_trl import HFTSFTTrainer, as_user_error, exit_on_user_error
-from hft_trl.folder import finished, open_stages, settings
-from hft_trl.planning.auto import settle_checkpointing
-from hft_trl.recipe import Stage, parse_stage
-from hft_trl.rehearsal import rehearse
-from hft_trl.report import Report, environment, print_report, write_views
-from hft_trl.stage import check_model, load_data, load_tokenizer, train_and_save
+from hft_trl.recipe import Stage, parse_stage, prepare, report
 
 
 def main(stage: Stage, overwrite: bool) -> None:
-    base = stage.model.model_name_or_path
-
     # Whatever can be wrong is found before anything is trained
-    check_model(stage)
-    train_data, eval_data = load_data(stage)
-    tokenizer = load_tokenizer(stage)
-    rehearse(tokenizer, [(stage, train_data, eval_data)])
-    settle_checkpointing(stage)
-    open_stages([stage], overwrite)
+    prepare([stage], overwrite)
 
     # Train a half of the model
-    if not finished(stage):
+    if not stage.finished():
         with as_user_error("the trainer"):
             trainer = HFTSFTTrainer(
-                model=base,
+                model=stage.model.model_name_or_path,
                 args=stage.args,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                processing_class=tokenizer,
+                train_dataset=stage.train_dataset,
+                eval_dataset=stage.eval_dataset,
+                processing_class=stage.load_tokenizer(),
                 hft_config=stage.hft,
             )
-        train_and_save(stage, trainer, len(train_data), base)
+        stage.train(trainer)
 
-    # Report
-    if PartialState().is_main_process:
-        report = Report(
-            stages=[finished(stage)],
-            base_model=base,
-            command=sys.argv,
-            settings=settings(stage),
-            num_processes=PartialState().num_processes,
-            environment=environment(),
-        )
-        report.save(stage.folder)
-        report = Report.load(stage.folder)  # every view shows what the file says
-        write_views(report, stage.folder)
-        print_report(report)
+    report([stage])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = (
 )
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start, since tests run side by side
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import torch
 from datasets import Dataset, are_progress_bars_disabled
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, SFTConfig
 
-from hft_trl import demo
+from hft_trl import demo, recipe
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -105,6 +107,10 @@ def base(tmp_path_factory, tokenizer) -> Path:
     tiny_llama(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+parse_recipe = partial(recipe.parse_recipe, stages={"sft": SFTConfig, "dpo": DPOConfig})
+"""The parser with the stages of `recipes/sft_then_dpo.py`."""
 
 
 def started_from(model: Path | str, config: Path = demo.RECIPE) -> list[str]:

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.backends import check_backend, check_chain, check_launch, fsdp_version
-from hft_trl.recipe import parse_recipe
-from hft_trl.stage import check_model
 
 
 @pytest.fixture
@@ -56,9 +55,9 @@ def test_recipes_refuse_fsdp1_first_of_all_unless_everything_learns(fsdp1, tmp_p
         "demo",
     ]
     with pytest.raises(HFTError, match="fsdp_version"):
-        check_model(parse_recipe(flags).sft)
+        parse_recipe(flags).stages["sft"].check()
     with pytest.raises(HFTError, match="no/such-model"):
-        check_model(parse_recipe([*flags, "--method", "fft"]).sft)
+        parse_recipe([*flags, "--method", "fft"]).stages["sft"].check()
 
 
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])

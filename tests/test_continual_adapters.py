@@ -19,7 +19,7 @@ from trl import SFTConfig
 from warm import ROOT, Run
 
 from hft_trl import demo
-from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments
+from hft_trl.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
 from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint
 from hft_trl.continual.adapters import (
     ADAPTER_FOLDER,
@@ -34,7 +34,7 @@ from hft_trl.continual.tables import comparison_grid
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
 from hft_trl.manifest import MANIFEST_FILE, seal
-from hft_trl.recipe import Adapter, make_stage
+from hft_trl.recipe.stage import make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
 WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"

@@ -11,7 +11,6 @@ from trl.scripts.utils import DatasetConfig
 from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
-from hft_trl.stage import load_data
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -126,17 +125,22 @@ def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu
     check_apart("org/hub", split, eval_split)
 
 
+def parts(flags):
+    stage, _ = parse_stage("sft", SFTConfig, flags)
+    stage.load_data()
+    return stage.train_dataset, stage.eval_dataset
+
+
 def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_path, tulu):
     path = tmp_path / "chats.jsonl"
     tulu.to_json(path)
     flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--dataset_name", str(path)]
-    rows, evaluation = load_data(parse_stage("sft", SFTConfig, flags)[0])
-    assert (len(rows), evaluation) == (len(tulu), None)
+    assert [len(part or ()) for part in parts(flags)] == [len(tulu), 0]
     flags += ["--eval_strategy", "epoch"]
     with pytest.raises(HFTError, match="is one file"):
-        load_data(parse_stage("sft", SFTConfig, flags)[0])
+        parts(flags)
     flags += ["--dataset_train_split", "train[:30]", "--dataset_test_split", "train[30:]"]
-    assert [len(part) for part in load_data(parse_stage("sft", SFTConfig, flags)[0])] == [30, 2]
+    assert [len(part) for part in parts(flags)] == [30, 2]
 
 
 def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_have(tmp_path):

@@ -17,7 +17,6 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTSFTTrainer, exit_on_user_error
 from hft_trl.recipe import parse_stage
 from hft_trl.rows import sft_dataset
-from hft_trl.stage import load_data
 
 ROOT = Path(__file__).parent.parent
 TRAINERS_PASSES = {"Tokenizing train dataset", "Building labels for train dataset", "Truncating train dataset"}
@@ -113,13 +112,13 @@ def test_loading_and_checking_hold_no_more_memory_for_more_rows(tmp_path):
 
 
 def test_large_data_are_prepared_by_several_processes_unless_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setattr("hft_trl.stage.LARGE", 20)
+    monkeypatch.setattr("hft_trl.recipe.stage.LARGE", 20)
     flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out")]
     for rows, given, expected in ((20, [], range(4, 17)), (19, [], [None]), (20, ["--dataset_num_proc", "1"], [1])):
         path = tmp_path / f"{rows}.jsonl"
         Dataset.from_list([tulu_row(number) for number in range(rows)]).to_json(path)
         stage, _ = parse_stage("sft", SFTConfig, [*flags, "--dataset_name", str(path), *given])
-        load_data(stage)
+        stage.load_data()
         assert stage.args.dataset_num_proc in expected
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 from typer.main import get_command
 
@@ -17,7 +18,7 @@ from hft_trl import demo
 from hft_trl.cli import app
 from hft_trl.commands.evaluation import evaluate_command
 from hft_trl.continual.recipe import parse_continual
-from hft_trl.recipe import parse_recipe, parse_stage
+from hft_trl.recipe import parse_stage
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import parse_recipe
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -19,12 +20,12 @@ from trl import SFTConfig
 from hft_trl import HFTError, demo
 from hft_trl.folder import finished, mark_finished, mark_started, open_stages, settings
 from hft_trl.locks import LOCK_FILE
-from hft_trl.recipe import parse_recipe, parse_stage
+from hft_trl.recipe import parse_stage
 from hft_trl.report import StageRecord
 
 
 def stage(folder, flags=""):
-    return parse_recipe(["--output_dir", str(folder), *shlex.split(flags)], default_config=demo.RECIPE).sft
+    return parse_recipe(["--output_dir", str(folder), *shlex.split(flags)], default_config=demo.RECIPE).stages["sft"]
 
 
 RECORD = StageRecord("sft", "hft", "d" * 64, {"layers": 0.5}, 1, 2, 3, 4, 5.0, 6.0, 7, 8, 1.5, 0.5, True)
@@ -89,7 +90,7 @@ def run(tmp_path):
         def __init__(self, flags=""):
             words = ["--output_dir", str(tmp_path), *shlex.split(flags)]
             recipe = parse_recipe(words, default_config=demo.RECIPE)
-            self.stages = {"sft": recipe.sft, "dpo": recipe.dpo}
+            self.stages = {"sft": recipe.stages["sft"], "dpo": recipe.stages["dpo"]}
 
         def open(self, **how):
             open_stages(self.stages.values(), **how)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import tiny_llama
+from conftest import parse_recipe, tiny_llama
 from typer.testing import CliRunner
 
 from hft_trl import HFTConfig, HFTError
@@ -22,7 +22,6 @@ from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, 
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
 from hft_trl.planning.task import Task
 from hft_trl.planning.write import write
-from hft_trl.recipe import parse_recipe
 from hft_trl.selection import select
 
 ROOT = Path(__file__).parent.parent
@@ -126,18 +125,18 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     found = as_json(*arguments)
     recipe = parse_recipe(["--config", str(out / "recipe.yaml"), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
     method = "fft" if "fft" in more else "hft"
-    plan, args = found["plans"][method], vars(recipe)[stage].args
+    plan, args = found["plans"][method], recipe.stages[stage].args
     assert args.per_device_train_batch_size == plan["per_device_train_batch_size"]
     assert args.gradient_accumulation_steps == plan["gradient_accumulation_steps"]
     assert args.gradient_checkpointing == (plan["activation_checkpointing"] != "none")
     assert (args.max_length, args.bf16) == (64, True)
-    for one in (recipe.sft, recipe.dpo):
+    for one in (recipe.stages["sft"], recipe.stages["dpo"]):
         assert one.hft.method == method
         assert one.hft.frozen_dtype == ("bfloat16" if "--frozen-dtype" in more else None)
         assert one.hft.frozen_quantization == ("nf4" if more is SMALLEST else None)
         assert one.hft.optimizer_in_backward == (more is SMALLEST)
         assert one.hft.train_embeddings == (more is not SMALLEST)
-    assert recipe.sft.model.model_name_or_path == str(folder)
+    assert recipe.stages["sft"].model.model_name_or_path == str(folder)
     assert recipe.run.output_dir == str(out / "run")
 
     script = (out / "launch.sh").read_text()
@@ -160,9 +159,9 @@ def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
     plans = {name: (task, Plan("hft", "single", 2, 4, n, {}, 0, 0, 1, n > 0)) for name, n in (("sft", 2), ("dpo", 0))}
     recipe, _ = write(str(tmp_path), "demo", HFTConfig(), plans)
     stages = parse_recipe(["--config", str(recipe), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
-    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in (stages.sft, stages.dpo)]
+    kwargs = [stage.args.accelerator_config.gradient_accumulation_kwargs for stage in stages.stages.values()]
     assert kwargs == [{"sync_each_batch": True}, None]
-    args = stages.sft.args
+    args = stages.stages["sft"].args
     assert args.activation_checkpointing is True
     assert args.activation_checkpointing_kwargs == {"every_n_layers": 2}
 

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-from conftest import QUIET
+from conftest import QUIET, parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
-from hft_trl.arguments import LoRAArguments
+from hft_trl.arguments import Adapter, LoRAArguments
 from hft_trl.chat import load_tokenizer
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.folder import settings
@@ -15,7 +15,7 @@ from hft_trl.meta import build_on_meta
 from hft_trl.planning import auto
 from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
-from hft_trl.recipe import Adapter, parse_recipe, parse_stage
+from hft_trl.recipe import parse_stage
 from hft_trl.rows import sft_dataset
 from hft_trl.sections import leaves_checkpointing
 from hft_trl.selection import select
@@ -81,10 +81,10 @@ def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(st
 def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeypatch):
     """Its own start model is not there yet."""
     flags = ("--sft.activation_checkpointing", "false", "--dpo.activation_checkpointing", "auto")
-    recipe = parse_recipe(["--output_dir", str(tmp_path), *flags], "hft_trl/demo/assets/recipe.yaml")
-    settle_checkpointing(recipe.sft, recipe.dpo)
-    assert recipe.sft.args.activation_checkpointing is False
-    assert (recipe.sft.auto_checkpointing, recipe.dpo.auto_checkpointing) == (False, True)
+    recipe = parse_recipe(["--output_dir", str(tmp_path), *flags], default_config="hft_trl/demo/assets/recipe.yaml")
+    settle_checkpointing(recipe.stages["sft"], recipe.stages["dpo"])
+    assert recipe.stages["sft"].args.activation_checkpointing is False
+    assert (recipe.stages["sft"].auto_checkpointing, recipe.stages["dpo"].auto_checkpointing) == (False, True)
 
 
 @pytest.mark.parametrize(("reselect", "shares"), [("complement", (0.25, 0.75, 0.25)), ("same", (0.25, 0.25, 0.25))])
@@ -156,9 +156,9 @@ def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
         "model: demo\noutput_dir: out\nsft:\n  dataset: demo\n  activation_checkpointing: auto\ndpo:\n  dataset: demo\n"
     )
     recipe = parse_recipe(["--config", str(path), "--sft.activation_checkpointing", flag])
-    assert not recipe.sft.auto_checkpointing
-    assert recipe.sft.args.activation_checkpointing is (flag == "true")
-    assert parse_recipe(["--config", str(path)]).sft.auto_checkpointing
+    assert not recipe.stages["sft"].auto_checkpointing
+    assert recipe.stages["sft"].args.activation_checkpointing is (flag == "true")
+    assert parse_recipe(["--config", str(path)]).stages["sft"].auto_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import one_line, started_from
-from trl import DPOConfig, SFTConfig
+from conftest import one_line, parse_recipe, started_from
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from hft_trl import HFTConfig, demo
+from hft_trl import recipe as trl_recipe
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.recipe import parse_recipe, parse_stage
+from hft_trl.recipe import parse_stage
 
 ROOT = Path(__file__).parent.parent
 ALL = set((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -32,11 +33,14 @@ def demo_recipe(*argv: str):
 
 def test_without_arguments_it_is_the_embedded_world_with_hft_in_both_stages():
     recipe = demo_recipe()
-    assert recipe.sft.model.model_name_or_path == str(demo.MODEL)
-    assert recipe.dpo.model.model_name_or_path == recipe.sft.args.output_dir
-    assert (recipe.sft.data.dataset, recipe.dpo.data.dataset) == (str(demo.SFT_DATA), str(demo.DPO_DATA))
-    assert (recipe.sft.hft.method, recipe.dpo.hft.method) == ("hft", "hft")
-    assert not recipe.sft.args.bf16
+    assert recipe.stages["sft"].model.model_name_or_path == str(demo.MODEL)
+    assert recipe.stages["dpo"].model.model_name_or_path == recipe.stages["sft"].args.output_dir
+    assert (recipe.stages["sft"].data.dataset, recipe.stages["dpo"].data.dataset) == (
+        str(demo.SFT_DATA),
+        str(demo.DPO_DATA),
+    )
+    assert (recipe.stages["sft"].hft.method, recipe.stages["dpo"].hft.method) == ("hft", "hft")
+    assert not recipe.stages["sft"].args.bf16
 
 
 def test_flags_win_over_the_file_and_keep_their_types(tmp_path):
@@ -56,22 +60,26 @@ def test_flags_win_over_the_file_and_keep_their_types(tmp_path):
     )
     flags = "--sft.learning_rate 1e-5 --dpo.beta=0.05 --hft.ratio 0.3 --hft.exclude embed lm_head --sft.packing"
     recipe = parse_recipe(["--config", config, *shlex.split(flags)])
-    assert isinstance(recipe.sft.args, SFTConfig)
-    assert isinstance(recipe.dpo.args, DPOConfig)
-    assert (recipe.sft.args.learning_rate, recipe.dpo.args.beta) == (1e-5, 0.05)
-    assert (recipe.sft.args.max_length, recipe.sft.args.logging_steps, recipe.sft.args.packing) == (None, 5, True)
-    assert recipe.sft.hft == HFTConfig(ratio=0.3, exclude=["embed", "lm_head"])
-    assert (recipe.sft.args.output_dir, recipe.dpo.args.output_dir) == ("runs/x/sft", "runs/x/dpo")
-    assert parse_recipe([f"--config={config}"]).sft.args.learning_rate == 2e-5
+    assert isinstance(recipe.stages["sft"].args, SFTConfig)
+    assert isinstance(recipe.stages["dpo"].args, DPOConfig)
+    assert (recipe.stages["sft"].args.learning_rate, recipe.stages["dpo"].args.beta) == (1e-5, 0.05)
+    assert (
+        recipe.stages["sft"].args.max_length,
+        recipe.stages["sft"].args.logging_steps,
+        recipe.stages["sft"].args.packing,
+    ) == (None, 5, True)
+    assert recipe.stages["sft"].hft == HFTConfig(ratio=0.3, exclude=["embed", "lm_head"])
+    assert (recipe.stages["sft"].args.output_dir, recipe.stages["dpo"].args.output_dir) == ("runs/x/sft", "runs/x/dpo")
+    assert parse_recipe([f"--config={config}"]).stages["sft"].args.learning_rate == 2e-5
 
 
 @pytest.mark.parametrize("sft", ["hft", "fft"])
 @pytest.mark.parametrize("dpo", ["hft", "fft"])
 def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
     recipe = demo_recipe("--sft.method", sft, "--dpo.method", dpo)
-    assert (recipe.sft.hft.method, recipe.dpo.hft.method) == (sft, dpo)
+    assert (recipe.stages["sft"].hft.method, recipe.stages["dpo"].hft.method) == (sft, dpo)
     recipe = demo_recipe("--method", sft)
-    assert (recipe.sft.hft.method, recipe.dpo.hft.method) == (sft, sft)
+    assert (recipe.stages["sft"].hft.method, recipe.stages["dpo"].hft.method) == (sft, sft)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +177,11 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
         assert "--config recipes/configs/qwen3-4b.yaml" in str(error.value)
         with pytest.raises(HFTError, match="but without --config"):
             demo_recipe(f"--model.model-name-or-path={model}")
-        assert demo_recipe(*started_from(model)).sft.model.model_name_or_path == model
-    assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").sft.data.dataset == "mine.jsonl"
+        assert demo_recipe(*started_from(model)).stages["sft"].model.model_name_or_path == model
+    assert demo_recipe("--model", "demo", "--sft.dataset", "mine.jsonl").stages["sft"].data.dataset == "mine.jsonl"
     sections = {"model": "org/mine", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
     recipe = parse_recipe(["--model", "org/other"], default_config=write(tmp_path, **sections))
-    assert recipe.sft.model.model_name_or_path == "org/other"
+    assert recipe.stages["sft"].model.model_name_or_path == "org/other"
 
 
 def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):
@@ -203,14 +211,14 @@ def test_every_config_parses_down_to_trl(config):
     assert (ROOT / launch[launch.index("--config_file") + 1]).is_file()
     assert (ROOT / launch[launch.index("--config") + 1]) == config
     raw = yaml.safe_load(config.read_text())
-    for stage in (recipe.sft, recipe.dpo):
+    for stage in (recipe.stages["sft"], recipe.stages["dpo"]):
         stated = raw[stage.name]
         for key, value in stated.items():
             place = stage.data if key in ("dataset", "split", "eval_split", "drop_equal_pairs") else stage.args
             found = getattr(place, key)
             assert found == value or str(getattr(found, "value", found)) == str(value), key
         assert stage.args.bf16
-    assert recipe.sft.args.assistant_only_loss
+    assert recipe.stages["sft"].args.assistant_only_loss
 
 
 def test_the_flat_config_for_one_small_gpu_parses_down_to_trl():
@@ -234,7 +242,7 @@ def test_the_papers_hyper_parameters(tmp_path):
     recipe = parse_recipe(
         ["--config", str(ROOT / "recipes/configs/llama2-7b.yaml"), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"]
     )
-    sft, dpo = recipe.sft.args, recipe.dpo.args
+    sft, dpo = recipe.stages["sft"].args, recipe.stages["dpo"].args
     assert (sft.learning_rate, sft.num_train_epochs, sft.max_length, sft.lr_scheduler_type) == (
         2e-5,
         2,
@@ -314,3 +322,33 @@ def test_help_is_printed_and_nothing_else_happens(flag, capsys):
             parse()
         assert stop.value.code == 0
         assert capsys.readouterr().out == "How to run it.\n"
+
+
+def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_its_own(tmp_path):
+    """In their order, each from the model before; a mixture in place of a data set, and HFT's settings for one stage alone."""
+    file = write(
+        tmp_path,
+        model="demo",
+        output_dir="o",
+        hft={"ratio": 0.4, "exclude": ["norm"]},
+        first={"dataset": "demo", "method": "fft"},
+        second={"datasets": [{"path": "demo", "split": "train"}], "hft": {"ratio": 0.3}, "beta": 0.2},
+        third={"dataset": "demo", "loss_type": "kto"},
+    )
+    stages = {"first": SFTConfig, "second": DPOConfig, "third": KTOConfig}
+    flags = ["--config", file, "--second.hft.seed", "7", "--third.hft.ratio=0.2"]
+    recipe = trl_recipe.parse_recipe(flags, stages)
+    first, second, third = recipe.stages.values()
+    assert [type(stage.args) for stage in (first, second, third)] == [*stages.values()]
+    assert [stage.model.model_name_or_path for stage in (second, third)] == ["o/first", "o/second"]
+    assert [stage.base and stage.base.model_name_or_path for stage in (first, second)] == [None, str(demo.MODEL)]
+    assert [stage.hft.method for stage in (first, second, third)] == ["fft", "hft", "hft"]
+    assert [stage.hft.ratio for stage in (first, second, third)] == [0.4, 0.3, 0.2]
+    assert [stage.hft.seed for stage in (second, third)] == [7, 42]
+    assert all(stage.hft.exclude == ["norm"] for stage in (first, second, third))
+    assert second.mixture.datasets[0].path == "demo"
+    assert (second.args.beta, third.args.loss_type) == (0.2, "kto")
+    with pytest.raises(HFTError, match=r"unknown key second\.hft\.ratoi .*did you mean second\.hft\.ratio"):
+        trl_recipe.parse_recipe([*flags, "--second.hft.ratoi", "0.1"], stages)
+    with pytest.raises(HFTError, match=r"first has a dataset, .*, and datasets, a mixture"):
+        trl_recipe.parse_recipe(["--config", write(tmp_path, model="demo", output_dir="o", first={"dataset": "demo", "datasets": [{"path": "x"}]})], {"first": SFTConfig})  # fmt: skip

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import one_line
+from conftest import one_line, parse_recipe
 from datasets import Dataset
 from transformers import AutoConfig
 from transformers.utils import logging
 
 from hft_trl import HFTError, demo, rehearsal
-from hft_trl.recipe import parse_recipe
-from hft_trl.rehearsal import LONGEST, check_ids, rehearse
-from hft_trl.stage import load_data, load_tokenizer
+from hft_trl.chat import check_ids
+from hft_trl.rehearsal import LONGEST, rehearse
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"
@@ -28,11 +27,14 @@ REFUSING = (
 
 @pytest.fixture
 def stages_of(tmp_path):
-    """The tokenizer and the stages of a demo run, as a recipe rehearses them."""
+    """The stages of a demo run with their data, and their tokenizer."""
 
     def parse(*flags):
         recipe = parse_recipe(["--output_dir", str(tmp_path / "run"), *flags], default_config=demo.RECIPE)
-        return load_tokenizer(recipe.sft), [(stage, *load_data(stage)) for stage in (recipe.sft, recipe.dpo)]
+        stages = list(recipe.stages.values())
+        for stage in stages:
+            stage.load_data()
+        return stages, stages[0].load_tokenizer()
 
     return parse
 
@@ -57,14 +59,14 @@ def state_of_the_process():
 
 def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
     """Seeds, environment, signals, states and arguments are as before, nothing is printed, and no folder is made."""
-    tokenizer, stages = stages_of("--sft.report_to", "tensorboard", "--dpo.loss_type", "ipo")
-    arguments = [str(vars(stage.args)) for stage, *_ in stages]
+    stages, tokenizer = stages_of("--sft.report_to", "tensorboard", "--dpo.loss_type", "ipo")
+    arguments = [str(vars(stage.args)) for stage in stages]
     template, pad = tokenizer.chat_template, tokenizer.pad_token
     before = state_of_the_process()
     capfd.readouterr()
-    rehearse(tokenizer, stages)
+    rehearse(stages, tokenizer)
     assert state_of_the_process() == before
-    assert [str(vars(stage.args)) for stage, *_ in stages] == arguments
+    assert [str(vars(stage.args)) for stage in stages] == arguments
     assert (tokenizer.chat_template, tokenizer.pad_token) == (template, pad)
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
@@ -109,7 +111,7 @@ def test_settings_that_are_the_real_model_s_or_the_backend_s_are_no_mistakes(sta
 
 
 def test_it_is_one_process_without_a_backend_whatever_launched_it(stages_of, monkeypatch):
-    tokenizer, stages = stages_of()
+    stages, tokenizer = stages_of()
     for name, value in (
         ("ACCELERATE_USE_FSDP", "true"),
         ("FSDP_VERSION", "2"),
@@ -118,7 +120,7 @@ def test_it_is_one_process_without_a_backend_whatever_launched_it(stages_of, mon
     ):
         monkeypatch.setenv(name, value)
     before = state_of_the_process()
-    rehearse(tokenizer, stages)
+    rehearse(stages, tokenizer)
     assert state_of_the_process() == before
 
 
@@ -129,32 +131,32 @@ def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, model, t
     rows = [{"messages": chat}] * 17 + [{"messages": [{"role": "system", "content": "Be brief."}, *chat]}]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer, stages = stages_of("--sft.dataset", str(data))
+    stages, tokenizer = stages_of("--sft.dataset", str(data))
     tokenizer.chat_template = REFUSING
     with pytest.raises(HFTError, match=r"row 17 of .*chats.jsonl.*no system turns"):
-        rehearse(tokenizer, stages)
+        rehearse(stages, tokenizer)
 
 
 def test_a_start_model_that_could_not_be_saved_is_found_before_training(stages_of, model):
     """The rehearsal saves the start model's generation config as training leaves it; `temperature` alone is put right."""
-    tokenizer, stages = stages_of()
-    stages[0][0].model.model_name_or_path = str(model)
+    stages, tokenizer = stages_of()
+    stages[0].model.model_name_or_path = str(model)
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.9}')
-    rehearse(tokenizer, stages)
+    rehearse(stages, tokenizer)
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "num_beams": 1, "num_return_sequences": 3}')
     with pytest.raises(HFTError, match=r"sft: .*num_return_sequences"):
-        rehearse(tokenizer, stages)
+        rehearse(stages, tokenizer)
 
 
 def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages_of):
     """Gemma 3 1B's tokenizer has a token more than its model, which no text brings about."""
-    tokenizer, stages = stages_of()
+    stages, tokenizer = stages_of()
     config = AutoConfig.from_pretrained(demo.MODEL)
     plain = Dataset.from_dict({"input_ids": [[1, 2, config.vocab_size - 1], []]})
     tokenizer.add_tokens(["<one more>"])
     added = tokenizer.convert_tokens_to_ids("<one more>")
     check_ids(plain, tokenizer, config, "m")
-    rehearse(tokenizer, stages)
+    rehearse(stages, tokenizer)
     with pytest.raises(HFTError, match=r"'<one more>' .*resize_token_embeddings"):
         check_ids(Dataset.from_dict({"chosen_ids": [[1], [added]]}), tokenizer, config, "m")
     tokenizer.pad_token = "<one more>"  # which trainers add to rows
@@ -166,6 +168,6 @@ def test_long_texts_are_cut_for_the_trainer_and_not_for_the_template(stages_of, 
     long = [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "yes " * 5000}]
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"messages": long}) + "\n")
-    tokenizer, stages = stages_of("--sft.dataset", str(data))
-    sample = rehearsal._sample(stages[0][1], "long", tokenizer)
+    stages, tokenizer = stages_of("--sft.dataset", str(data))
+    sample = rehearsal._sample(stages[0].train_dataset, "long", tokenizer)
     assert [len(turn["content"]) for turn in sample[0]["messages"]] == [LONGEST, LONGEST]

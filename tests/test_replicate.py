@@ -7,7 +7,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
 from hft_trl.arguments import DataArguments, ModelArguments
-from hft_trl.recipe import make_stage
+from hft_trl.recipe.stage import make_stage
 from hft_trl.replicate import wanted
 
 ON = HFTConfig(replicate_frozen=True)

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import DataArguments, LoRAArguments, ModelArguments
+from hft_trl.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
 from hft_trl.config import HFTConfig
 from hft_trl.continual.arguments import ContinualArguments
 from hft_trl.continual.evaluate import check_lengths
@@ -27,15 +27,8 @@ from hft_trl.generate import most_tokens
 from hft_trl.locks import lock
 from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import (
-    OF_THE_RUN,
-    WITHOUT,
-    Adapter,
-    Stage,
-    check_defaults_model,
-    check_evaluation,
-    make_stage,
-)
+from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
+from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 logger = logging.get_logger(__name__)
@@ -43,7 +36,7 @@ logger = logging.get_logger(__name__)
 KEYS = {
     "": keys((ContinualArguments,)),
     "model": keys((ModelArguments,)),
-    "hft": keys((HFTConfig,), WITHOUT["hft"]),
+    "hft": keys((HFTConfig,), RUN_LEVEL),
     "lora": keys((LoRAArguments,)),
     "sft": keys((SFTConfig,), OF_THE_RUN),
 }
@@ -121,7 +114,8 @@ class ContinualRecipe:
                 adapter, start = Adapter(self.lora, start), None
             if start is not None:  # the revision is the hub model's
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
-            stage = make_stage(planned.name, model, DataArguments(str(files[0])), args, hft, adapter=adapter)
+            data, base = DataArguments(str(files[0])), None if model is self.model else self.model
+            stage = make_stage(planned.name, model, data, args, hft, base=base, adapter=adapter)
             memory_file = files[1] if memory else None
             stages.append(dataclasses.replace(stage, memory=memory_file, auto_checkpointing=self.auto_checkpointing))
         by_first_process(partial(_write_rows, output, contents))
@@ -201,7 +195,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=WITHOUT["hft"])
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     if run.approach in ADAPTERS:
         if run.method == "hft" and _given("method", values[""], flags[""]):

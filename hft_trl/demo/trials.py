@@ -151,10 +151,11 @@ def read_scores(output_dir: str | Path) -> Scores:
 
 def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> Path:
     """Train one stage with the demo's settings, or go on with it, and return the folder of its model."""
+    from trl import DPOConfig, SFTConfig
+
     from hft_trl import HFTDPOTrainer, HFTSFTTrainer
-    from hft_trl.folder import finished, open_stages
+    from hft_trl.folder import open_stages
     from hft_trl.recipe import parse_recipe
-    from hft_trl.stage import load_data, load_tokenizer, train_and_save
 
     words = ["--config", str(demo.RECIPE), "--model", str(start), "--output_dir", str(folder)]
     words += ["--method", run.hft.get("method", "hft"), *flags]
@@ -164,29 +165,31 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
     words += [
         word for stage in ("sft", "dpo") for word in (f"--{stage}.seed", str(seed), f"--{stage}.disable_tqdm", "true")
     ]
-    recipe = parse_recipe(words)
-    stage = recipe.sft if run.how == "sft" else dataclasses.replace(recipe.dpo, model=recipe.sft.model)
+    sft, dpo = parse_recipe(words, {"sft": SFTConfig, "dpo": DPOConfig}).stages.values()
+    stage = sft if run.how == "sft" else dataclasses.replace(dpo, model=sft.model, base=None)
     open_stages([stage])
-    if not finished(stage):
-        rows, _ = load_data(stage)
+    if not stage.finished():
+        stage.load_data()
         trainer = (HFTSFTTrainer if run.how == "sft" else HFTDPOTrainer)(
             model=str(start),
             args=stage.args,
-            train_dataset=rows,
-            processing_class=load_tokenizer(stage),
+            train_dataset=stage.train_dataset,
+            processing_class=stage.load_tokenizer(),
             hft_config=stage.hft,
         )
-        train_and_save(stage, trainer, len(rows), str(demo.MODEL))
+        stage.train(trainer)
     return stage.folder
 
 
 def _check_flags(output: Path, flags: list[str]) -> None:
+    from trl import DPOConfig, SFTConfig
+
     from hft_trl.recipe import parse_recipe
 
     for flag in flags:
         if OWN.fullmatch(flag.partition("=")[0]):
             raise HFTError(f"{flag} is what the runs differ in, so it can't be the same for all: drop it.")
-    parse_recipe(["--output_dir", str(output), *flags], default_config=demo.RECIPE)
+    parse_recipe(["--output_dir", str(output), *flags], {"sft": SFTConfig, "dpo": DPOConfig}, demo.RECIPE)
 
 
 def settle_settings(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -23,7 +24,9 @@ from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.show import checkpointing
 from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
-from hft_trl.recipe import Stage
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +37,7 @@ LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.
 UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
 
 
-def settle_checkpointing(*stages: Stage) -> None:
+def settle_checkpointing(*stages: "Stage") -> None:
     """
     Decide how much the stages of a run compute again, where their settings leave it to the recipe: of the ways that fit the
     memory of one process, as `hft-trl plan` computes them, the one with the least recomputation. Every process has to call.
@@ -69,7 +72,7 @@ def settle_checkpointing(*stages: Stage) -> None:
             )
 
 
-def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
+def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
     """The way that each stage that leaves it open is to take."""
     plans = []
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
@@ -78,7 +81,7 @@ def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> l
     return plans
 
 
-def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planner | None]:
+def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
     """
     Of each stage a planner with as large a half as it will have; `None` of adapters and of masks, which are not planned.
 
@@ -110,9 +113,11 @@ def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planne
     return planners
 
 
-def _check_known(stage: Stage) -> None:
+def _check_known(stage: "Stage") -> None:
     args, section = stage.args, stage.section
     asked = f"{section}.activation_checkpointing is auto"
+    if section not in CHECKPOINTING:
+        raise HFTError(f"{asked}, which is planned for the stages sft and dpo only: set it to true or false.")
     if stage.hft is None:
         raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
     if stage.memory is not None:
@@ -143,7 +148,7 @@ def _check_known(stage: Stage) -> None:
         )
 
 
-def _layout(stage: Stage) -> str:
+def _layout(stage: "Stage") -> str:
     """The launch configuration, by its name in `accelerate_configs/`, before there is a trainer."""
     if stage.args.deepspeed_plugin is not None:
         return "zero3" if stage.args.deepspeed_plugin.zero_stage == 3 else "zero2"
@@ -167,7 +172,7 @@ def _limits() -> list[int]:
     return [int(limit) for limit in found if limit != "max"]
 
 
-def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
+def _task(stage: "Stage", skeleton: PreTrainedModel, memory: int) -> Task:
     args, dtype = stage.args, stage.model.dtype
     if dtype == "auto":
         dtype = str(skeleton.config.dtype or torch.float32).removeprefix("torch.")
@@ -191,7 +196,7 @@ def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
     )
 
 
-def _least(planner: Planner, stage: Stage, task: Task) -> Plan:
+def _least(planner: Planner, stage: "Stage", task: Task) -> Plan:
     """The plan with the least recomputation that fits, the one with the most if none does."""
     ways = CHECKPOINTING[stage.section]
     if _layout(stage) == "zero3":
@@ -203,13 +208,13 @@ def _least(planner: Planner, stage: Stage, task: Task) -> Plan:
     return plan
 
 
-def _syncs(stage: Stage) -> bool:
+def _syncs(stage: "Stage") -> bool:
     """Whether the stage's own settings divide gradients after each micro-batch."""
     kwargs = stage.args.accelerator_config.gradient_accumulation_kwargs or {}
     return bool(kwargs.get("sync_each_batch"))
 
 
-def _apply(plan: Plan, stage: Stage) -> None:
+def _apply(plan: Plan, stage: "Stage") -> None:
     args = stage.args
     # transformers reads the new names, TRL the old ones
     args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0

@@ -1,115 +1,63 @@
 """From a YAML file and the command line to the sections of a recipe: TRL's configs, HFT's settings, data sets."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl import demo, replicate
+from hft_trl import demo
 from hft_trl.arguments import (
     DataArguments,
     HFTArguments,
-    LoRAArguments,
     ModelArguments,
     RunArguments,
     StageArguments,
 )
 from hft_trl.config import HFTConfig
-from hft_trl.conflicts import check_choice, check_settings
 from hft_trl.errors import HFTError
-from hft_trl.hub_token import tokens_to_environment
+from hft_trl.evaluation import parse_suites
+from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
-PREFERENCE_ONLY = ("drop_equal_pairs", "reference_quantization")  # keys that a stage of SFT does not have
+SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys of preference data
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # keys of a trainer's arguments that all stages have in common
-WITHOUT = {"hft": ("method",), "sft": (*OF_THE_RUN, *PREFERENCE_ONLY), "dpo": OF_THE_RUN}
-"""Fields of each section's dataclasses that are no keys of it."""
-
-# Keys by section; those of "" stand above the sections
-KEYS = {
-    "": keys((RunArguments,)),
-    "model": keys((ModelArguments,)),
-    "hft": keys((HFTConfig,), WITHOUT["hft"]),
-    "sft": keys((DataArguments, SFTConfig), WITHOUT["sft"]),
-    "dpo": keys((DataArguments, DPOConfig), WITHOUT["dpo"]),
-}
-
-ADAPTER_FOLDER = "adapter"
-"""Folder in that of a stage, with its adapter alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """
-    An adapter that a stage learns instead of the model's own weights.
-
-    Attributes:
-        lora ([`LoRAArguments`]): Its settings.
-        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
-        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
-    """
-
-    lora: LoRAArguments
-    start: Path | None = None
-    earlier: tuple[Path, ...] = ()
-
-
-@dataclasses.dataclass
-class Stage:
-    """
-    One stage of training.
-
-    Attributes:
-        name (`str`): `"sft"`, `"dpo"` or the name of a round.
-        model ([`ModelArguments`]): What it starts from.
-        data ([`DataArguments`]): What it learns from.
-        args ([`~trl.SFTConfig`] or [`~trl.DPOConfig`]): The trainer's arguments.
-        hft ([`HFTConfig`], *optional*): What to train; `None` where it is an adapter.
-        mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
-        memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
-        adapter ([`Adapter`], *optional*): The adapter to train.
-        auto_checkpointing (`bool`): Whether the recipe decides how much is computed again
-            ([`~hft_trl.planning.auto.settle_checkpointing`]).
-    """
-
-    name: str
-    model: ModelArguments
-    data: DataArguments
-    args: SFTConfig | DPOConfig
-    hft: HFTConfig | None
-    mixture: DatasetMixtureConfig | None = None
-    memory: Path | None = None
-    adapter: Adapter | None = None
-    auto_checkpointing: bool = False
-
-    @property
-    def section(self) -> str:
-        """The section that its arguments stand in, `"sft"` or `"dpo"`."""
-        return "dpo" if isinstance(self.args, DPOConfig) else "sft"
-
-    @property
-    def folder(self) -> Path:
-        """Where the stage's model is saved."""
-        return Path(self.args.output_dir)
+RUN_LEVEL = ("method",)  # keys of HFTConfig that stand above the sections
 
 
 @dataclasses.dataclass
 class Recipe:
-    """A parsed run: its stages in order, each starting from the one before."""
+    """
+    A parsed run.
+
+    Attributes:
+        run ([`RunArguments`]): What belongs to the run as a whole.
+        stages (`dict[str, Stage]`): Its stages by name, in order, each starting from the model of the one before.
+    """
 
     run: RunArguments
-    sft: Stage
-    dpo: Stage
+    stages: dict[str, Stage]
 
 
-def parse_recipe(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> Recipe:
+def parse_recipe(
+    argv: list[str],
+    stages: Mapping[str, type[TrainingArguments]],
+    default_config: str | Path | None = None,
+    help_text: str = "",
+) -> Recipe:
     """
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5` into a recipe; flags win over the file.
 
     Args:
         argv (`list[str]`):
             The command line without the program's name.
+        stages (`Mapping[str, type[TrainingArguments]]`):
+            The config of the TRL trainer of each stage, by name and in order, such as
+            `{"sft": SFTConfig, "dpo": DPOConfig}`. Each name is a section of the file. Beside the fields of its config, a
+            section has those of [`DataArguments`], those of TRL's mixture of data sets, and `hft` for settings of HFT
+            that are this stage's own.
         default_config (`str` or `Path`, *optional*):
             The YAML file to use when there is no `--config`. The embedded demo's serves no other model.
         help_text (`str`, *optional*):
@@ -119,29 +67,49 @@ def parse_recipe(argv: list[str], default_config: str | Path | None = None, help
         [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
     """
     answer_help(argv, help_text)
-    values, flags = read_sections(argv, default_config, KEYS)
+    values, flags = read_sections(argv, default_config, section_keys(stages))
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/qwen3-4b.yaml")
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=WITHOUT["hft"])
-    stages = {}
-    for name, config in (("sft", SFTConfig), ("dpo", DPOConfig)):
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    parsed: dict[str, Stage] = {}
+    first = model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
+    for name, config in stages.items():
         auto_checkpointing = leaves_checkpointing(values[name], flags[name])
-        data, args = parse_section(
+        mixture, data, args = parse_section(
             name,
-            (DataArguments, config),
+            (DatasetMixtureConfig, DataArguments, config),
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without=WITHOUT[name],
+            without=_without(config),
         )
-        stages[name] = make_stage(name, model, data, args, dataclasses.replace(hft, method=data.method or run.method))
-        stages[name].auto_checkpointing = auto_checkpointing
+        general = {key: value for key, value in dataclasses.asdict(hft).items() if key not in RUN_LEVEL}
+        own = f"{name}.hft"
+        (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
+        stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
+        base = first if model is not first else None
+        stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
+        parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
         # The revision is the hub model's: the next stage starts from a folder.
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
-    return Recipe(run, **stages)
+    return Recipe(run, parsed)
+
+
+def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, list[str]]:
+    """The keys of each section of a recipe's file; those of `""` stand above the sections."""
+    hft = keys((HFTConfig,), RUN_LEVEL)
+    known = {"": keys((RunArguments,)), "model": keys((ModelArguments,)), "hft": hft}
+    for name, config in stages.items():
+        known[name] = keys((DatasetMixtureConfig, DataArguments, config), _without(config))
+        known[f"{name}.hft"] = hft
+    return known
+
+
+def _without(config: type[TrainingArguments]) -> tuple[str, ...]:
+    return (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
 
 
 def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
@@ -171,8 +139,10 @@ def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
     Check that what a run is to be evaluated with can be run on its models.
 
     Raises:
-        [`HFTError`]: If the models need code of their repository.
+        [`HFTError`]: If there is no such suite, its harness is missing, or the models need code of their repository.
     """
+    if run.evaluate:
+        parse_suites(run.evaluate)
     if run.evaluate and model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
@@ -218,7 +188,7 @@ def parse_stage(
         missing = "model_name_or_path" if not model.model_name_or_path else "dataset_name"
         raise HFTError(f"{missing} is missing: set it, such as --{missing} demo.")
     data = DataArguments(
-        dataset=script.dataset_name or "a mixture",
+        dataset=script.dataset_name,
         dataset_config=script.dataset_config,
         split=script.dataset_train_split,
         eval_split=script.dataset_test_split if args.eval_strategy != "no" else None,
@@ -236,44 +206,3 @@ def parse_stage(
     stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
     stage.auto_checkpointing = auto_checkpointing
     return stage, extra.overwrite
-
-
-def make_stage(
-    name: str,
-    model: ModelArguments,
-    data: DataArguments,
-    args: SFTConfig | DPOConfig,
-    hft: HFTConfig | None,
-    mixture: DatasetMixtureConfig | None = None,
-    adapter: Adapter | None = None,
-) -> Stage:
-    """
-    A stage whose parts fit together: `"demo"` becomes the embedded files, and the trainer loads the model as it says.
-
-    Raises:
-        [`HFTError`]: If the arguments ask for what a recipe decides itself.
-    """
-    if hft is not None:  # here, so that a later stage's mistake is found before the first trains
-        check_settings(args, hft)
-        check_choice(args, hft)
-        replicate.wanted(hft, args)
-    if args.resume_from_checkpoint is not None:
-        raise HFTError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
-            "its output_dir by itself: drop it. To go on from an older one, move the newer ones away."
-        )
-    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    if data.dataset == "demo":
-        data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if name == "sft" else demo.DPO_DATA))
-    args.trust_remote_code = model.trust_remote_code
-    tokens_to_environment(args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    # Counted by the trainer itself and kept over a resume.
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, adapter=adapter)

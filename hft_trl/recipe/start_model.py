@@ -1,0 +1,69 @@
+"""The start model of a stage, checked from its config and its files before anything is downloaded or trained."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import ADAPTER_CONFIG_NAME
+
+from hft_trl import zero
+from hft_trl.arguments import ModelArguments
+from hft_trl.backends import check_launch
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.meta import build_on_meta
+from hft_trl.planning.memory import DTYPES
+from hft_trl.selection import find_units
+from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_files
+
+
+def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig | None) -> None:
+    """
+    Check that a model can be trained as launched.
+
+    Args:
+        model ([`ModelArguments`]):
+            The model.
+        args ([`~transformers.TrainingArguments`]):
+            The trainer's arguments.
+        hft ([`HFTConfig`], *optional*):
+            What to train; `None` where it is an adapter.
+
+    Raises:
+        [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
+            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend or in the
+            type that the model is loaded in.
+    """
+    trains_half = hft is not None and hft.method == "hft"
+    if trains_half:
+        check_launch(args)
+    folder = Path(model.model_name_or_path)
+    if folder.is_dir():
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            raise HFTError(
+                f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "
+                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give that folder."
+            )
+        check_readable(weight_files(str(folder)).values())
+    structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    if hft is not None:
+        find_units(structure, hft.exclude if trains_half else ())
+    if trains_half:
+        _check_type(model.model_name_or_path, args, structure)
+
+
+def _check_type(model: str, args: TrainingArguments, structure: PreTrainedModel) -> None:
+    """As the trainer does when it has loaded the model; of a hub id, whose files may not be here yet, the config is believed."""
+    dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # none for "auto", which is the files' own
+    if args.deepspeed_plugin is not None and args.mixed_precision in ("bf16", "fp16"):
+        dtype, remedy = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16, zero.UNCAST
+    if dtype is None:
+        return
+    if Path(model).is_dir():
+        check_not_rounded(model, {name: dtype for name, _ in structure.named_parameters()}, remedy)
+    elif rounds(structure.config.dtype, dtype):
+        own, asked = (str(kind).removeprefix("torch.") for kind in (structure.config.dtype, dtype))
+        raise HFTError(
+            f"dtype {asked} rounds {model!r}, whose config says {own}, so the frozen half could not keep its bits: "
+            f"{remedy or 'load the model with dtype float32'}, or save it in that dtype first."
+        )
