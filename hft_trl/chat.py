@@ -51,16 +51,48 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        bos = begins_with_bos(tokenizer)
     except Exception as error:  # the tokenizers library raises plain exceptions where a file is damaged
         remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
         raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
     if template is not None and template != "tulu":
         if not Path(template).is_file():
             raise HFTError(f"chat_template is {template!r}: give 'tulu' or the path of a .jinja file.")
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise HFTError(f"chat_template {template!r} can't be read: {first_line(error)}.") from error
     elif template == "tulu" or tokenizer.chat_template is None:
-        tokenizer.chat_template = tulu_template(begins_with_bos(tokenizer))
+        tokenizer.chat_template = tulu_template(bos)
     return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """
+    A one-turn prompt as token ids, in the tokenizer's chat template, or in Tülu's where it has none.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        prompt (`str`):
+            What the user says.
+
+    Raises:
+        [`HFTError`]: If the template refuses it, or the sandbox stops the template.
+    """
+    template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise HFTError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses a prompt ({first_line(error)}): set chat_template to "
+            "another one, such as 'tulu'."
+        ) from error
 
 
 def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:

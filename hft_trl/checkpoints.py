@@ -80,7 +80,7 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
             return f"{name} is missing"
     try:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         return f"{TRAINER_STATE_NAME} can't be read ({first_line(error)})"
     try:
         if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():

@@ -118,6 +118,11 @@ def flush(folder: Path) -> None:
     sync(folder)
 
 
+def resolved(path: str | Path) -> Path:
+    """The absolute path with its links followed, as far as they lead somewhere: `Path.resolve` raises where they go in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def sync(path: Path) -> None:
     """Have a file, or a folder's list of files, reach the disk before the call returns."""
     handle = os.open(path, os.O_RDONLY)
@@ -157,7 +162,8 @@ def writing(folder: str | Path) -> Iterator[None]:
 
 
 def _refused(folder: str | Path, reason: str) -> HFTError:
-    here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    # os.path's function says no of a name that is too long, where Path's raises
+    here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
     return HFTError(
         f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make room, or mend the folder's permissions, and run the same command "
         "again; it goes on from the last whole checkpoint."

@@ -18,7 +18,7 @@ from hft_trl.arguments import ADAPTER_FOLDER, Adapter
 from hft_trl.data import content_digest
 from hft_trl.digests import mixture_parts, named_files, start_model
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, read_object, write_json, writing
+from hft_trl.files import flush, read_object, resolved, write_json, writing
 from hft_trl.locks import LOCK_FILE, lock
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.redact import redact
@@ -109,8 +109,8 @@ def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
 
 def _place(source: str, folder: Path) -> str:
     """A path that stays the same when the run is called from elsewhere, or moved as a whole; hub ids as they are."""
-    path = Path(source).resolve()
-    if path.parent == folder.resolve().parent:
+    path = resolved(source)
+    if path.parent == resolved(folder).parent:
         return f"../{path.name}"
     return str(path) if path.exists() else source
 
@@ -166,10 +166,8 @@ def _take(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise HFTError(
-            f"output_dir {str(folder)!r} can't be written ({error.strerror}): choose another one."
-        ) from error
+    except (OSError, ValueError) as error:  # the second for a name with a NUL
+        raise HFTError(f"output_dir {str(folder)!r} can't be written ({error}): choose another one.") from error
     if not (folder / STAGE_FILE).exists() and any(
         path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
     ):

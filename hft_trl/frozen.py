@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
+from hft_trl.files import resolved
 from hft_trl.names import named_parameters, plain_name
 from hft_trl.quantized_linear import QuantizedLinear, frozen_matrices
 from hft_trl.weights import fingerprints, tensors, weight_files
@@ -172,7 +173,7 @@ class FrozenHalf:
                     f"the frozen half is saved from the start model's files, but {name} has changed in {str(files[name])!r}: "
                     "restore the file."
                 )
-        if any(path.resolve().parent == Path(folder).resolve() for path in files.values()):
+        if any(resolved(path).parent == resolved(folder) for path in files.values()):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
         saved, named = {}, set()
         for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hft_trl.chat import begins_with_bos, tulu_template
+from hft_trl.chat import prompt_ids
 from hft_trl.errors import HFTError
 
 
@@ -63,18 +63,9 @@ def chat(
         `list[str]`: The replies, without special tokens.
 
     Raises:
-        [`HFTError`]: If a prompt alone fills the model's positions.
+        [`HFTError`]: If the template refuses a prompt, or a prompt alone fills the model's positions.
     """
-    template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
-    rows = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for prompt in prompts
-    ]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     return complete(model, tokenizer, rows, max_new_tokens, batch_size, progress)
 
 

@@ -34,7 +34,7 @@ from transformers.utils import (
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, sync
+from hft_trl.files import flush, resolved, sync, writing
 from hft_trl.saved import SavedModel, check_alike
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
@@ -134,15 +134,17 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
 def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
     """Both models and the folder to write, once all is checked that can be checked before a byte is written."""
     out = Path(out)
-    empty = out.is_dir() and not any(out.iterdir())
-    if not empty and (out.exists() or out.is_symlink()):
+    with writing(out):
+        empty = out.is_dir() and not any(out.iterdir())
+        taken = not empty and (out.exists() or out.is_symlink())
+    if taken:
         raise HFTError(f"out {str(out)!r} exists already: choose a new folder.")
     if out.is_mount():
         raise HFTError(f"out {str(out)!r} is a mount point, which can't be replaced: choose a new folder in it.")
     before, after = SavedModel(base), SavedModel(tuned)
     check_alike(before, after)
     _check_tokens(before, after)
-    out = out.resolve()  # a link to an empty folder can't be replaced by a folder
+    out = resolved(out)  # a link to an empty folder can't be replaced by a folder
     here = next(path for path in out.parents if path.exists())
     needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
     if free < needed:

@@ -1,8 +1,11 @@
 """Overall performance and backward transfer are the paper's formulas, and scores.json holds no more than its rounds."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_continual_report import scores_of
 
 from hft_trl.continual.evaluate import Answered
 from hft_trl.continual.rounds import Round
@@ -58,9 +61,10 @@ def test_a_row_holds_the_tasks_seen_by_then_and_a_model_of_its_own_keeps_its_sco
 
 def test_another_file_is_refused(tmp_path):
     assert read_scores(tmp_path) is None
-    (tmp_path / "scores.json").write_text("[]")
+    for text in ("[]", "{", '{"version": 1}'):
+        (tmp_path / "scores.json").write_text(text)
+        with pytest.raises(HFTError, match="can't be read"):
+            read_scores(tmp_path)
+    (tmp_path / "scores.json").write_text(json.dumps({**scores_of(), "version": 2}))
     with pytest.raises(HFTError, match="no scores of version 1"):
-        read_scores(tmp_path)
-    (tmp_path / "scores.json").write_text("{")
-    with pytest.raises(HFTError, match="can't be read"):
         read_scores(tmp_path)

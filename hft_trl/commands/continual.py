@@ -1,13 +1,13 @@
 """`hft-trl continual`: what is done with finished continual runs."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hft_trl.commands.shared import quiet
 from hft_trl.errors import exit_on_user_error
+from hft_trl.files import resolved
 from hft_trl.report.tables import rich_table
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -34,7 +34,7 @@ def compare_command(
         from hft_trl.continual.tables import comparison_grid, other_settings
 
         found = compare(runs)
-        written = write_comparison(found, out or Path(runs[0]).resolve().parent) if out or not as_json else None
+        written = write_comparison(found, out or resolved(runs[0]).parent) if out or not as_json else None
     if as_json:
         keys = ("approach", "method", "settings", "op", "bwt", "bwt_t_minus_1", "matrix")
         typer.echo(json.dumps({name: {key: run[key] for key in keys} for name, run in found.items()}, indent=2))

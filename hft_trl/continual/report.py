@@ -8,7 +8,7 @@ from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
 from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid, transfer
 from hft_trl.errors import HFTError
-from hft_trl.files import write_text, writing
+from hft_trl.files import resolved, write_text, writing
 from hft_trl.report.markdown import table
 from hft_trl.report.plots import save_figure
 
@@ -68,7 +68,7 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
             test sets than the first.
     """
     folders = [str(folder) for folder in folders]
-    places = [Path(folder).resolve() for folder in folders]
+    places = [resolved(folder) for folder in folders]
     twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise HFTError(f"{twice} is given twice: name each run once.")
@@ -89,7 +89,7 @@ def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
             raise HFTError(
                 f"{name} started from {scores['model']}, {first[0]} from {first[1]['model']}: compare runs of one base."
             )
-        if scores["settings"]["test_sets"] != first[1]["settings"]["test_sets"]:
+        if scores["settings"].get("test_sets") != first[1]["settings"].get("test_sets"):
             raise HFTError(f"{name} has other test sets than {first[0]}: compare runs of one benchmark.")
     return runs
 

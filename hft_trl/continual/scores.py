@@ -9,11 +9,17 @@ from hft_trl.continual.evaluate import Answered
 from hft_trl.continual.plan import Plan
 from hft_trl.continual.rounds import Round
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json, writing
+from hft_trl.files import read_object, write_json, writing
 from hft_trl.report import StageRecord
 
 SCORES_FILE = "scores.json"
 VERSION = 1
+FIELDS = {
+    **dict.fromkeys(("approach", "model"), str),
+    **dict.fromkeys(("tasks", "metrics", "matrix", "op", "bwt", "rounds"), list),
+    **dict.fromkeys(("settings", "probes"), dict),
+    "method": str | None,
+}
 
 Matrix = Sequence[Sequence[float]]
 """`matrix[t][i]` is the score, from 0 to 100, on task `i` after round `t`; a row is as long as tasks are seen by then."""
@@ -150,11 +156,18 @@ def read_scores(folder: str | Path) -> dict[str, Any] | None:
     """
     path = Path(folder) / SCORES_FILE
     try:
-        content = read_json(path)
+        content = read_object(path, version=int, **FIELDS)
+        rows = content["matrix"]
+        if not rows or not all(
+            isinstance(row, list) and all(isinstance(score, int | float) for score in row) for row in rows
+        ):
+            raise ValueError("its 'matrix' is no list of rounds' scores")
+        if not all(isinstance(name, str) for name in (*content["tasks"], *content["metrics"])):
+            raise ValueError("its 'tasks' and 'metrics' are no names")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise HFTError(f"{path} can't be read ({error}): remove it, and run the same command again.") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if content["version"] != VERSION:
         raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
     return content

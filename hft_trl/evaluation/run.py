@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 
 from hft_trl import demo
 from hft_trl.backends import check_launch
-from hft_trl.chat import load_tokenizer
+from hft_trl.chat import load_tokenizer, prompt_ids
 from hft_trl.digests import model_digest
 from hft_trl.errors import HFTError
 from hft_trl.evaluation.scores import Evaluation, Score
@@ -82,6 +82,9 @@ def evaluate_models(
     versions = {name: package_version(name) for name in MEASURED_WITH}
     digests = _shared({name: model_digest(folder) for name, folder in models.items()} if _is_main() else None)
     tokenizers = {name: load_tokenizer(str(folder), chat_template) for name, folder in models.items()}
+    if any(task.chat for task in tasks.values()):
+        for tokenizer in tokenizers.values():
+            prompt_ids(tokenizer, "a template that fails is found before a model is loaded")
 
     def key(model: str, task: Task) -> dict[str, Any]:
         return {
@@ -166,15 +169,19 @@ def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
 
 
 def _file(cache: Path, key: dict[str, Any]) -> Path:
-    return cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+    return cache / f"{_digest(key)}.json"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        results = read_object(_file(cache, key), key=dict, results=dict)["results"]
+        entry = read_object(_file(cache, key), results=dict, digest=str)
     except (OSError, ValueError):  # never measured, or torn
         return None
-    return results if all(isinstance(figures, dict) for figures in results.values()) else None
+    return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
@@ -184,7 +191,7 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
     }
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(_file(cache, key), {"key": key, "results": numbers})
+        write_json(_file(cache, key), {"key": key, "results": numbers, "digest": _digest(numbers)})
     except OSError as error:
         raise HFTError(
             f"the cache {cache} can't be written ({error.strerror}): choose another with --cache."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing, write_text, writing
+from hft_trl.files import replacing, resolved, write_text, writing
 from hft_trl.planning.fit import Plan
 from hft_trl.planning.show import checkpointing
 from hft_trl.planning.task import Task
@@ -72,7 +72,7 @@ def write(
                 f"--write: {name} does not fit, {(plan.total - plan.available) / 1e9:.1f} GB are missing on each GPU: see the plan "
                 f"with --stage {name} for what helps."
             )
-    place = Path(folder).resolve()
+    place = resolved(folder)
     recipe, launch = place / RECIPE, place / LAUNCH
     for path in (recipe, launch):
         if path.exists():
@@ -80,7 +80,7 @@ def write(
     task, plan = stages["sft"]
     line = launch_line(plan, task.gpus, str(recipe))
     storage = task.storage
-    start = model if model == "demo" or not Path(model).is_dir() else str(Path(model).resolve())
+    start = model if model == "demo" or not Path(model).is_dir() else str(resolved(model))
     source = f"  model_revision: {_scalar(revision)}\n" if revision else ""
     source += "  trust_remote_code: true\n" if trust_remote_code else ""
     text = f"""# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. Computed, not measured.
