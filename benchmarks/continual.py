@@ -34,9 +34,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
-from hft_trl.demo.trials import Scores, settle_settings
-from hft_trl.demo.verdicts import check_tests, compare, difference_cells, mean_cell
 from hft_trl.errors import STOPPED
+from hft_trl.experiments.paired_tests import check_tests, compare, difference_cells, mean_cell
+from hft_trl.experiments.trials import Scores, settle_settings
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.markdown import table

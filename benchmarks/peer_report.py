@@ -14,10 +14,10 @@ import torch
 from peer_trainers import PEERS
 from peer_world import BASE, RATE_SEED, Scores, best_rate
 
-from hft_trl.demo.verdicts import compare, difference_cells, mean_cell
+from hft_trl.environment import package_version
+from hft_trl.experiments.paired_tests import compare, difference_cells, mean_cell
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.machine import package_version
 from hft_trl.report.markdown import table
 from hft_trl.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
 from hft_trl.report.tables import Grid

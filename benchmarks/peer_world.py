@@ -16,7 +16,7 @@ from trl import DPOConfig, SFTConfig
 
 from hft_trl import demo
 from hft_trl.demo.probes import evaluate
-from hft_trl.demo.trials import settle_process
+from hft_trl.experiments.trials import settle_process
 from hft_trl.files import write_json
 from hft_trl.recipe import parse_recipe
 

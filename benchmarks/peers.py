@@ -44,8 +44,8 @@ from rich.console import Console
 from trl import SFTTrainer
 
 from hft_trl import HFTConfig, HFTError, exit_on_user_error
-from hft_trl.demo.trials import settle_settings
-from hft_trl.demo.verdicts import check_tests
+from hft_trl.experiments.paired_tests import check_tests
+from hft_trl.experiments.trials import settle_settings
 from hft_trl.files import write_json
 from hft_trl.report.tables import rich_table
 

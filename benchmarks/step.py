@@ -45,7 +45,7 @@ from rich.table import Table
 from step_run import BYTES, PARTS, SHAPES, STAGES, VARIANTS, Run, Setting
 
 from hft_trl import HFTConfig, exit_on_user_error
-from hft_trl.measure import peak_memory, reset_peak_memory
+from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.report import environment
 
 

@@ -16,9 +16,10 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, reference, select
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
 from hft_trl.chat import load_tokenizer
-from hft_trl.in_backward import update_in_backward
+from hft_trl.reference import sharing
+from hft_trl.trainers.optimizer_in_backward import update_in_backward
 
 # The head holds 2 to 5 % as many weights as the layers, as in models of several billion parameters.
 SHAPES = {
@@ -218,7 +219,7 @@ class Run:
         own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
         sizes = {
             "weight": sum(p.nbytes for p in parameters),
-            "reference": reference.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
+            "reference": sharing.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
             "trained": sum(p.nbytes for p in trained),
             "saved": saved,
             "gradient": sum(p.grad.nbytes for p in trained if p.grad is not None),

@@ -8,10 +8,10 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
-    from hft_trl.mixin import HFTMixin
-    from hft_trl.reset import half_reset
+    from hft_trl.saved_models.half_reset import half_reset
     from hft_trl.selection import Selection, select
     from hft_trl.trainers import HFTDPOTrainer, HFTSFTTrainer
+    from hft_trl.trainers.mixin import HFTMixin
 
 __all__ = [
     "HFTConfig",
@@ -33,9 +33,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _HOMES = {
     "Selection": "hft_trl.selection",
     "select": "hft_trl.selection",
-    "half_reset": "hft_trl.reset",
+    "half_reset": "hft_trl.saved_models.half_reset",
     "HFTDPOTrainer": "hft_trl.trainers",
-    "HFTMixin": "hft_trl.mixin",
+    "HFTMixin": "hft_trl.trainers.mixin",
     "HFTSFTTrainer": "hft_trl.trainers",
 }
 

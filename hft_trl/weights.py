@@ -21,7 +21,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from hft_trl import zero
+from hft_trl.backends import zero
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object
 

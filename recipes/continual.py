@@ -47,7 +47,7 @@ from accelerate.utils.memory import clear_device_cache
 from rich.console import Console
 
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
-from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.gem import GEMTrainer
 from hft_trl.continual.plan import check_plan, write_plan
 from hft_trl.continual.recipe import ContinualRecipe, load_rounds, parse_continual
@@ -57,11 +57,11 @@ from hft_trl.continual.scores import write_scores
 from hft_trl.continual.tables import score_grid
 from hft_trl.continual.text import check_tokenizer, encode
 from hft_trl.evaluation import parse_suites
-from hft_trl.evaluation.stages import evaluate_stages
-from hft_trl.folder import finished, open_stages
-from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.recipe import Stage
-from hft_trl.rehearsal import rehearse
+from hft_trl.recipe.activation_checkpointing import settle_checkpointing
+from hft_trl.recipe.evaluation import evaluate_stages
+from hft_trl.recipe.folder import finished, open_stages
+from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.report.tables import rich_table
 
 

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hft_trl import exit_on_user_error
-from hft_trl.demo.claims import QUESTIONS, needed
-from hft_trl.demo.trials import read_scores, run_trials
-from hft_trl.demo.verdict_plots import write_figures
-from hft_trl.demo.verdicts import check_tests, tables, write_results
+from hft_trl.experiments.paired_tests import check_tests, tables, write_results
+from hft_trl.experiments.plots import write_figures
+from hft_trl.experiments.questions import QUESTIONS, needed
+from hft_trl.experiments.trials import read_scores, run_trials
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.tables import rich_table

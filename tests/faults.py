@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers.modeling_utils
 
-from hft_trl.resumable import ResumableMixin
+from hft_trl.checkpoints.resumable import ResumableMixin
 
 
 def at_write(event: str, path: str, count: int = 1, number: int = signal.SIGKILL) -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from test_trainers import dpo_trainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer
-from hft_trl.measure import peak_memory, reset_peak_memory
+from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 
 
 def main(small: Path, big: Path) -> None:

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
-from hft_trl.measure import peak_memory, reset_peak_memory
 from hft_trl.planning.ledger import Ledger
+from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 
 
 class Probe:

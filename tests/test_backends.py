@@ -9,7 +9,7 @@ from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends import check_backend, check_chain, check_launch, fsdp_version
+from hft_trl.backends.fsdp import check_backend, check_chain, check_launch, fsdp_version
 
 
 @pytest.fixture

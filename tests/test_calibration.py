@@ -14,8 +14,8 @@ from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
-from hft_trl.calibration import gradient_squares
-from hft_trl.conflicts import check_choice
+from hft_trl.trainers.calibration import gradient_squares
+from hft_trl.trainers.compatibility import check_choice
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"]

@@ -19,9 +19,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
-from hft_trl.checkpoints import check_whole, last_finite_checkpoint, last_whole_checkpoint, selection_of, torn_because
-from hft_trl.locks import LOCK_FILE
-from hft_trl.manifest import MANIFEST_FILE, check_layout, set_aside
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, check_layout, set_aside
+from hft_trl.checkpoints.whole import (
+    check_whole,
+    last_finite_checkpoint,
+    last_whole_checkpoint,
+    selection_of,
+    torn_because,
+)
+from hft_trl.recipe.locks import LOCK_FILE
 
 
 def checkpoint(folder, step):
@@ -211,7 +217,7 @@ def test_a_whole_checkpoint_that_is_saved_over_stays_until_the_new_one_is_whole(
 ):
     folder = Path(shutil.copytree(sealed, tmp_path / "run"))
     trainer = trained(base, tulu, folder)
-    monkeypatch.setattr("hft_trl.manifest.seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("hft_trl.checkpoints.sealing.seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert torn_because(folder / "_replaced-checkpoint-1") is None

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from warm import ROOT, Run
 
 from hft_trl import HFTSFTTrainer, Selection, demo
-from hft_trl.continual.evaluate import evaluate_tasks
+from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.metrics import rouge_l
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tasks import Row, Task, read_benchmark, write_rows
@@ -35,7 +35,7 @@ tasks:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A model and three small tasks."""
-    from hft_trl.demo.continual import write_benchmark
+    from hft_trl.continual.demo_tasks import write_benchmark
 
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(demo.MODEL, folder / "model")  # under another name it isn't asked the demo's questions
@@ -227,7 +227,7 @@ def test_tasks_added_later_are_learned_after_the_others(recipe, own, tmp_path):
     tasks = yaml.safe_load(TASKS)["tasks"]
     output, model = tmp_path / "c", ["--model", own / "model", "--tasks", own / "tasks" / "first.yaml"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hft_trl.continual.evaluate.evaluate_tasks", evaluating)
+        patch.setattr("hft_trl.continual.answers.evaluate_tasks", evaluating)
         for count in (1, 2):
             (own / "tasks" / "first.yaml").write_text(yaml.safe_dump({"tasks": tasks[:count]}))
             (tmp_path / "own.yaml").write_text("sft: {max_steps: 1, max_length: 64, report_to: none}\n")
@@ -384,7 +384,7 @@ def test_a_changed_metric_scores_the_predictions_that_are_there(tokenizer, tmp_p
 
 def test_predictions_depend_neither_on_the_batch_nor_on_the_models_own_penalties(tmp_path):
     """In float32. Some chat models ship a repetition penalty in their generation config."""
-    from hft_trl.demo.continual import write_benchmark
+    from hft_trl.continual.demo_tasks import write_benchmark
 
     shutil.copytree(demo.MODEL, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0}))

@@ -19,8 +19,8 @@ from trl import SFTConfig
 from warm import ROOT, Run
 
 from hft_trl import demo
-from hft_trl.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
-from hft_trl.checkpoints import last_finite_checkpoint, last_whole_checkpoint
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, seal
+from hft_trl.checkpoints.whole import last_finite_checkpoint, last_whole_checkpoint
 from hft_trl.continual.adapters import (
     ADAPTER_FOLDER,
     AdapterTrainer,
@@ -33,7 +33,7 @@ from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tables import comparison_grid
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
-from hft_trl.manifest import MANIFEST_FILE, seal
+from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
 from hft_trl.recipe.stage import make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_continual_report import scores_of
 
-from hft_trl.continual.evaluate import Answered
+from hft_trl.continual.answers import Answered
 from hft_trl.continual.rounds import Round
 from hft_trl.continual.scores import curves, read_scores, score_rows
 from hft_trl.errors import HFTError

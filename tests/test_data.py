@@ -8,9 +8,9 @@ from datasets import Dataset, DatasetDict
 from trl import DatasetMixtureConfig, SFTConfig
 from trl.scripts.utils import DatasetConfig
 
-from hft_trl.data import check_apart, load_mixture, load_split
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
+from hft_trl.recipe.data import check_apart, load_mixture, load_split
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])

@@ -16,7 +16,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTSFTTrainer, exit_on_user_error
 from hft_trl.recipe import parse_stage
-from hft_trl.rows import sft_dataset
+from hft_trl.recipe.rows import sft_dataset
 
 ROOT = Path(__file__).parent.parent
 TRAINERS_PASSES = {"Tokenizing train dataset", "Building labels for train dataset", "Truncating train dataset"}
@@ -74,8 +74,8 @@ def test_two_processes_prepare_the_data_once_and_a_rerun_not_at_all(tmp_path):
 GROWTH = """
 import re, sys, threading, time
 from pathlib import Path
-from hft_trl.data import load_split
-from hft_trl.rows import sft_dataset
+from hft_trl.recipe.data import load_split
+from hft_trl.recipe.rows import sft_dataset
 
 def own():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import demo
 from hft_trl.demo.build import batches, documents, make_model, pretrain, train_tokenizer
-from hft_trl.demo.data import FAREWELLS, SKILLS, dpo_rows, instruction, sft_rows, without_farewell, write_data
+from hft_trl.demo.data import (
+    FAREWELLS,
+    SKILLS,
+    dpo_rows,
+    instruction,
+    sft_rows,
+    without_farewell,
+    write_data,
+)
 from hft_trl.demo.probe_data import is_right, write_probes
 from hft_trl.demo.probes import completes, evaluate, recall
 from hft_trl.demo.world import PHRASINGS, VALUES, make_world

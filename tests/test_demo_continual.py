@@ -4,8 +4,8 @@ import json
 import subprocess
 import sys
 
+from hft_trl.continual.demo_tasks import ROWS, TASKS, write_benchmark
 from hft_trl.continual.tasks import read_benchmark, read_replay, read_rows
-from hft_trl.demo.continual import ROWS, TASKS, write_benchmark
 from hft_trl.demo.world import make_world
 
 WORLD = make_world()
@@ -27,7 +27,7 @@ def test_it_has_traces_layout_and_mix_of_metrics(tmp_path):
 
 
 def test_the_files_depend_on_the_seed_alone(tmp_path):
-    code = "import sys; from hft_trl.demo.continual import write_benchmark; write_benchmark(sys.argv[1], 5)"
+    code = "import sys; from hft_trl.continual.demo_tasks import write_benchmark; write_benchmark(sys.argv[1], 5)"
     made = []
     for hash_seed in ("0", "1"):
         folder = tmp_path / hash_seed

@@ -13,8 +13,15 @@ from test_saved import tied_with_both_in_the_file, tiny_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, half_reset, select
-from hft_trl.diff import compare
-from hft_trl.report.diff import category_grid, check_picture, diff_json, layer_grid, verdict, write_picture
+from hft_trl.saved_models.diff import compare
+from hft_trl.saved_models.diff_view import (
+    category_grid,
+    check_picture,
+    diff_json,
+    layer_grid,
+    verdict,
+    write_picture,
+)
 from hft_trl.selection import LAYER_CATEGORIES
 
 YES = "frozen half byte-identical"

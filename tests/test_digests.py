@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from trl import DatasetMixtureConfig
 
 from hft_trl import demo
-from hft_trl.digests import mixture_parts, model_digest, named_files, start_model
+from hft_trl.saved_models.digests import mixture_parts, model_digest, named_files, start_model
 
 
 @pytest.fixture

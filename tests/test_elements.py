@@ -15,8 +15,8 @@ from test_trainers import QUIET, dpo_trainer, losses, sft_trainer, weights
 from trl import SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
-from hft_trl.diff import compare
-from hft_trl.report.diff import verdict
+from hft_trl.saved_models.diff import compare
+from hft_trl.saved_models.diff_view import verdict
 from hft_trl.selection.elements import draw_masks
 
 ELEMENT = HFTConfig(strategy="element")

@@ -7,8 +7,8 @@ from transformers import GenerationConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.chat import tulu_template
-from hft_trl.endings import settle_generation, settle_sampling, trained_ends
 from hft_trl.errors import HFTError
+from hft_trl.recipe.endings import settle_generation, settle_sampling, trained_ends
 
 CHATML = """{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' -}}
@@ -63,7 +63,7 @@ PAIRS = [{side: ultrafeedback_row(number)[side] for side in ("chosen", "rejected
 def test_the_token_that_ends_a_turn_joins_those_that_stop_the_model(prepared, chatml, settings, monkeypatch):
     trainer = prepared(chatml, **settings)
     lines = []
-    monkeypatch.setattr("hft_trl.endings.logger.warning", lines.append)
+    monkeypatch.setattr("hft_trl.recipe.endings.logger.warning", lines.append)
     end = chatml.convert_tokens_to_ids("<|im_end|>")
     trainer.model.generation_config.eos_token_id = 2
     settle_generation(trainer.model, chatml, trainer.train_dataset)
@@ -91,7 +91,7 @@ def test_nothing_is_said_or_changed_where_turns_end_with_the_eos_token(prepared,
     )
     own.chat_template = tulu_template()
     trainer = prepared(own, rows=CHATS)
-    monkeypatch.setattr("hft_trl.endings.logger.warning", pytest.fail)
+    monkeypatch.setattr("hft_trl.recipe.endings.logger.warning", pytest.fail)
     before = trainer.model.generation_config.to_dict()
     settle_generation(trainer.model, own, trainer.train_dataset)
     assert trainer.model.generation_config.to_dict() == before

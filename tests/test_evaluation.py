@@ -18,17 +18,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hft_trl import HFTError, demo
-from hft_trl.arguments import ModelArguments
 from hft_trl.chat import tulu_template
 from hft_trl.cli import app
 from hft_trl.demo import probes
 from hft_trl.demo.data import sft_rows
 from hft_trl.demo.world import make_world
-from hft_trl.evaluation import SUITES, Evaluation, Score, parse_suites, print_evaluation, score_grids, write_evaluation
+from hft_trl.evaluation import (
+    SUITES,
+    Evaluation,
+    Score,
+    parse_suites,
+    print_evaluation,
+    score_grids,
+    write_evaluation,
+)
 from hft_trl.evaluation.models import find_models
 from hft_trl.evaluation.plot import score_figure
 from hft_trl.evaluation.run import _score, evaluate_models
-from hft_trl.evaluation.stages import evaluate_stages
+from hft_trl.recipe.arguments import ModelArguments
+from hft_trl.recipe.evaluation import evaluate_stages
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -168,7 +176,7 @@ def test_a_recipe_gets_the_same_scores_with_and_without_the_harness(chatty, monk
     """Without suites the probes run in a loop of their own; with the suite `demo` the harness adds errors and an average."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     start, stages = ModelArguments(str(demo.MODEL), chat_template="tulu"), {"sft": str(chatty)}
-    monkeypatch.setattr("hft_trl.evaluation.stages.evaluate", lambda model, tokenizer: {"knowledge": 1.0})
+    monkeypatch.setattr("hft_trl.recipe.evaluation.evaluate", lambda model, tokenizer: {"knowledge": 1.0})
     assert evaluate_stages(start, stages) == ({"base": {"knowledge": 1.0}, "sft": {"knowledge": 1.0}}, {}, {})
     assert evaluate_stages(ModelArguments(str(chatty)), stages) == ({}, {}, {})
     seen = {}
@@ -177,7 +185,7 @@ def test_a_recipe_gets_the_same_scores_with_and_without_the_harness(chatty, monk
         seen.update(folders=folders, suites=suites, **options)
         return fake(["base", "sft"], ["HumanEval"])
 
-    monkeypatch.setattr("hft_trl.evaluation.stages.evaluate_models", asked)
+    monkeypatch.setattr("hft_trl.recipe.evaluation.evaluate_models", asked)
     scores, errors, shown = evaluate_stages(start, stages, ["general", "knowledge"])
     models = {"base": demo.MODEL, "sft": chatty}
     assert seen == {"folders": models, "suites": ["general", "knowledge"], "chat_template": "tulu"}
@@ -339,7 +347,7 @@ def test_a_revision_of_the_hub_is_asked_for_by_name(monkeypatch, tmp_path, base)
     assert list(find_models(["org/tuned@v2"], "org/base")) == ["org/base", "org/tuned@v2"]
     assert [(name, options["revision"]) for name, options in asked] == [("org/base", None), ("org/tuned", "v2")]
     seen = []
-    monkeypatch.setattr("hft_trl.evaluation.stages.find_models", lambda names: seen.extend(names) or pytest.skip())
+    monkeypatch.setattr("hft_trl.recipe.evaluation.find_models", lambda names: seen.extend(names) or pytest.skip())
     for start in (ModelArguments("org/base", model_revision="abc"), ModelArguments(str(base), model_revision="abc")):
         with pytest.raises(pytest.skip.Exception):
             evaluate_stages(start, {"sft": "runs/sft"}, ["demo"])
@@ -373,7 +381,7 @@ def test_the_command_prints_json_alone_and_compares_with_the_base(chatty, measur
 
 
 def test_the_harness_is_loaded_only_when_a_model_is_asked():
-    code = "import sys, hft_trl, hft_trl.cli, hft_trl.evaluation.run, hft_trl.evaluation.stages; print('lm_eval' in sys.modules)"
+    code = "import sys, hft_trl, hft_trl.cli, hft_trl.evaluation.run, hft_trl.recipe.evaluation; print('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

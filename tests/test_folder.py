@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from trl import SFTConfig
 
 from hft_trl import HFTError, demo
-from hft_trl.folder import finished, mark_finished, mark_started, open_stages, settings
-from hft_trl.locks import LOCK_FILE
 from hft_trl.recipe import parse_stage
+from hft_trl.recipe.folder import finished, mark_finished, mark_started, open_stages, settings
+from hft_trl.recipe.locks import LOCK_FILE
 from hft_trl.report import StageRecord
 
 
@@ -39,9 +39,11 @@ def train(folder):
 
 def test_a_folder_that_is_another_one_for_some_process_is_refused(tmp_path, monkeypatch):
     """As on two machines with a disk each: the second would find no checkpoint, and train something else."""
-    monkeypatch.setattr("hft_trl.folder.PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True))
+    monkeypatch.setattr(
+        "hft_trl.recipe.folder.PartialState", lambda: SimpleNamespace(num_processes=2, is_main_process=True)
+    )
     open_stages([stage(tmp_path)])
-    monkeypatch.setattr("hft_trl.folder.all_see", lambda _: False)
+    monkeypatch.setattr("hft_trl.recipe.folder.all_see", lambda _: False)
     with pytest.raises(HFTError, match="is not the same folder for every process"):
         open_stages([stage(tmp_path)])
 
@@ -205,7 +207,7 @@ def test_nothing_is_removed_unless_every_folder_of_the_run_can_be_had(run, tmp_p
     with pytest.raises(HFTError, match="holds files of something else"):
         both.open(overwrite=True)
     (tmp_path / "dpo" / "thesis.txt").unlink()
-    code = "import sys, time; from pathlib import Path; from hft_trl.locks import lock; lock(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from hft_trl.recipe.locks import lock; lock(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
     (tmp_path / "dpo" / LOCK_FILE).unlink()  # this process's own
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "dpo"], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -287,7 +289,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_pa
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("hft_trl.folder.tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("hft_trl.recipe.folder.tempfile.TemporaryFile", refuse)
     with pytest.raises(HFTError, match=r"can't be written \(Read-only file system\): choose another one"):
         open_stages([stage(tmp_path)])
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
-from hft_trl.conflicts import check_frozen_dtype
-from hft_trl.frozen import FrozenHalf
+from hft_trl.frozen.half import FrozenHalf
+from hft_trl.trainers.compatibility import check_frozen_dtype
 from hft_trl.weights import fingerprints
 
 AUTOCAST = {"bf16": True}

@@ -3,8 +3,9 @@
 import pytest
 from test_trainers import sft_trainer
 
-from hft_trl import HFTConfig, HFTSFTTrainer, gradient_norms
-from hft_trl.gradient_norms import FILE
+from hft_trl import HFTConfig, HFTSFTTrainer
+from hft_trl.trainers import gradient_norms
+from hft_trl.trainers.gradient_norms import FILE
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=2)
 

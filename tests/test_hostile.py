@@ -26,24 +26,24 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, demo, exit_on_user_error, select
 from hft_trl.chat import load_tokenizer
-from hft_trl.checkpoints import check_whole, last_whole_checkpoint
+from hft_trl.checkpoints.sealing import MANIFEST_FILE
+from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint
 from hft_trl.continual.plan import check_plan
 from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.report import compare
 from hft_trl.evaluation.run import _read, _score, _write
-from hft_trl.folder import finished, open_stages
-from hft_trl.folder import settings as stage_settings
 from hft_trl.generate import chat
-from hft_trl.locks import LOCK_FILE
-from hft_trl.manifest import MANIFEST_FILE
-from hft_trl.meta import build_on_meta
 from hft_trl.recipe import parse_stage
-from hft_trl.rendering import check_rendered
+from hft_trl.recipe.folder import finished, open_stages
+from hft_trl.recipe.folder import settings as stage_settings
+from hft_trl.recipe.locks import LOCK_FILE
+from hft_trl.recipe.rendering import check_rendered
 from hft_trl.report import Report, print_report
 from hft_trl.report.tables import Grid, rich_table
-from hft_trl.reset import half_reset
-from hft_trl.saved import SavedModel
+from hft_trl.saved_models.half_reset import half_reset
+from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection
+from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import check_readable, weight_files
 
 # The same examples in every run; each is quick, and the machine may be busy

@@ -14,9 +14,9 @@ from trl import SFTConfig
 from trl.trainer import sft_trainer as sft_module
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.conflicts import APART, check_settings
 from hft_trl.continual.gem import GEMTrainer
-from hft_trl.in_backward import update_in_backward
+from hft_trl.trainers.compatibility import APART, check_settings
+from hft_trl.trainers.optimizer_in_backward import update_in_backward
 
 TEXT = Dataset.from_dict({"text": ["Ada lives in Rome."] * 8})
 UNCLIPPED = {"max_grad_norm": 0, "weight_decay": 0.1}

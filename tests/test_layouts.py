@@ -7,7 +7,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError
-from hft_trl.rows import preference_dataset, sft_dataset
+from hft_trl.recipe.rows import preference_dataset, sft_dataset
 
 
 def user(content: str, **more) -> dict:
@@ -236,7 +236,7 @@ def test_nothing_is_added_to_messages_that_a_file_keeps_in_structs(tmp_path):
 
 def test_columns_and_fields_that_are_not_used_are_named_in_one_line_each(monkeypatch):
     lines = []
-    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    monkeypatch.setattr("hft_trl.recipe.rows.logger.warning", lines.append)
     row = {"id": "1", "source": "x", "messages": [user("a", score=1), assistant("b")]}
     sft_dataset(Dataset.from_list([row]), "chats")
     assert lines == [

@@ -11,9 +11,9 @@ import pytest
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush
-from hft_trl.locks import LOCK_FILE, lock
+from hft_trl.recipe.locks import LOCK_FILE, lock
 
-OTHER = "import sys; from pathlib import Path; from hft_trl.locks import lock; lock(Path(sys.argv[1]))"
+OTHER = "import sys; from pathlib import Path; from hft_trl.recipe.locks import lock; lock(Path(sys.argv[1]))"
 
 
 def by_another_process(folder) -> str:
@@ -73,6 +73,6 @@ def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("hft_trl.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("hft_trl.recipe.locks.fcntl.flock", refuse)
     lock(tmp_path)
     assert not (tmp_path / LOCK_FILE).read_text()

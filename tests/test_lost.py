@@ -15,7 +15,7 @@ from conftest import PATIENCE, started_from, tulu_row, ultrafeedback_row
 from warm import ROOT, Run
 
 from hft_trl import demo
-from hft_trl.checkpoints import last_whole_checkpoint, torn_because
+from hft_trl.checkpoints.whole import last_whole_checkpoint, torn_because
 
 QUICK = [
     "--sft.split", "train[:64]", "--sft.per_device_train_batch_size", 8, "--sft.max_steps", 6, "--sft.save_steps", 1,

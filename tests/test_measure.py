@@ -8,8 +8,9 @@ import torch
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
-from hft_trl import HFTConfig, measure
-from hft_trl.measure import movements
+from hft_trl import HFTConfig
+from hft_trl.recipe import measure
+from hft_trl.recipe.measure import movements
 from hft_trl.selection import find_units, select
 from hft_trl.weights import change
 

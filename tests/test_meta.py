@@ -7,7 +7,7 @@ from conftest import tiny_llama
 from transformers import BertConfig, GPT2Config, T5Config, WhisperConfig
 
 from hft_trl import HFTError
-from hft_trl.meta import build_on_meta
+from hft_trl.skeleton import build_on_meta
 
 
 def test_only_the_config_is_read(tmp_path):

@@ -8,11 +8,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, select
-from hft_trl.masked import FrozenElements
-from hft_trl.measure import measure
+from hft_trl.frozen.elements import FrozenElements
 from hft_trl.names import named_modules, named_parameters, plain_name
 from hft_trl.recipe import parse_stage
-from hft_trl.reference import first_difference, hollow_copy, memory, tie
+from hft_trl.recipe.measure import measure
+from hft_trl.reference.sharing import first_difference, hollow_copy, memory, tie
 from hft_trl.selection import find_units
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -15,14 +15,14 @@ from typer.testing import CliRunner
 
 from hft_trl import HFTConfig, HFTError
 from hft_trl.cli import app
-from hft_trl.commands.plan import parse_memory
-from hft_trl.meta import build_on_meta
+from hft_trl.cli.plan import parse_memory
 from hft_trl.planning.fit import Plan
 from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, sizes
 from hft_trl.planning.shapes import SHAPES, built_in, shape_of
 from hft_trl.planning.task import Task
 from hft_trl.planning.write import write
 from hft_trl.selection import select
+from hft_trl.skeleton import build_on_meta
 
 ROOT = Path(__file__).parent.parent
 # As published: bytes of the safetensors files on the hub by two

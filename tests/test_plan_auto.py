@@ -7,18 +7,17 @@ from conftest import QUIET, parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
-from hft_trl.arguments import Adapter, LoRAArguments
 from hft_trl.chat import load_tokenizer
 from hft_trl.continual.recipe import parse_continual
-from hft_trl.folder import settings
-from hft_trl.meta import build_on_meta
-from hft_trl.planning import auto
-from hft_trl.planning.auto import settle_checkpointing
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
-from hft_trl.recipe import parse_stage
-from hft_trl.rows import sft_dataset
-from hft_trl.sections import leaves_checkpointing
+from hft_trl.recipe import activation_checkpointing, parse_stage
+from hft_trl.recipe.activation_checkpointing import settle_checkpointing
+from hft_trl.recipe.arguments import Adapter, LoRAArguments
+from hft_trl.recipe.folder import settings
+from hft_trl.recipe.parsing import leaves_checkpointing
+from hft_trl.recipe.rows import sft_dataset
 from hft_trl.selection import select
+from hft_trl.skeleton import build_on_meta
 
 AUTO = "--activation_checkpointing"
 
@@ -39,7 +38,7 @@ def stage_of(base, tmp_path):
 def ways(stage, base):
     """What each way takes, from no recomputation to all."""
     skeleton = build_on_meta(str(base))
-    planner, task = Planner(skeleton, stage.hft), auto._task(stage, skeleton, 10**12)
+    planner, task = Planner(skeleton, stage.hft), activation_checkpointing._task(stage, skeleton, 10**12)
     rows = stage.args.per_device_train_batch_size
     return {way: planner.one(task, "single", rows, way).total for way in CHECKPOINTING[stage.section]}
 
@@ -49,7 +48,7 @@ def test_the_least_recomputation_that_fits_is_taken(stage_of, base, monkeypatch,
     """With exactly the memory that a way takes (none, every second layer, all), it or one with less recomputation is taken."""
     totals = ways(stage_of(name, *flags), base)
     for total in (totals[0], totals.get(2, totals[1]), totals[1]):
-        monkeypatch.setattr(auto, "_memory", lambda total=total: total + RESERVED)
+        monkeypatch.setattr(activation_checkpointing, "_memory", lambda total=total: total + RESERVED)
         stage = stage_of(name, *flags)
         settle_checkpointing(stage)
         expected = next(other for other, needed in totals.items() if needed <= total)
@@ -71,7 +70,7 @@ def test_the_stage_s_own_sync_each_batch_is_planned_with(stage_of, monkeypatch):
 
 
 def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(stage_of, monkeypatch, caplog):
-    monkeypatch.setattr(auto, "_memory", lambda: RESERVED + 1)
+    monkeypatch.setattr(activation_checkpointing, "_memory", lambda: RESERVED + 1)
     stage = stage_of("dpo")
     settle_checkpointing(stage)
     assert stage.args.activation_checkpointing
@@ -99,7 +98,7 @@ def test_each_stage_is_planned_with_the_half_that_it_will_have(stage_of, base, r
         if number and number < 3:
             stage.model = dataclasses.replace(stage.model, model_name_or_path=f"round-{number - 1}")
     skeleton = build_on_meta(str(base))
-    planners = auto._planners(stages, skeleton)
+    planners = activation_checkpointing._planners(stages, skeleton)
     assert [planner.selection.share["layers"] for planner in planners[:3]] == pytest.approx(shares, abs=0.03)
     assert planners[0] is planners[2] is planners[3]  # of the last one nothing says what it was trained with
     assert planners[1].selection.trainable == select(skeleton, stages[1].hft, planners[0].selection).trainable
@@ -116,7 +115,7 @@ def test_a_run_goes_on_where_there_is_more_memory(stage_of, monkeypatch):
     """The settings that a rerun is compared by say `auto`, whatever it came to; without it they say what was set."""
     found = []
     for memory in (RESERVED + 1, 10**12):
-        monkeypatch.setattr(auto, "_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(activation_checkpointing, "_memory", lambda memory=memory: memory)
         stage = stage_of("sft")
         before = settings(stage)
         settle_checkpointing(stage)
@@ -205,10 +204,10 @@ def test_adapters_and_gem_are_refused(stage_of, tmp_path):
 
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(auto, "LIMITS", ())
-    alone = auto._memory()
+    monkeypatch.setattr(activation_checkpointing, "LIMITS", ())
+    alone = activation_checkpointing._memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert auto._memory() == alone // 4
+    assert activation_checkpointing._memory() == alone // 4
 
 
 def test_recomputing_changes_no_bit(base, tulu, tmp_path):
@@ -233,8 +232,8 @@ def test_a_container_s_limit_counts_where_it_is_below_the_machine_s_memory(monke
     """Control groups of version 2 say `max` where there is none, those of version 1 a number beyond all memory."""
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     files = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(auto, "LIMITS", files)
-    machine = auto._memory()
+    monkeypatch.setattr(activation_checkpointing, "LIMITS", files)
+    machine = activation_checkpointing._memory()
     for file, content, expected in (
         (files[0], "max\n", machine),
         (files[1], f"{2**63 - 4096}\n", machine),
@@ -242,4 +241,4 @@ def test_a_container_s_limit_counts_where_it_is_below_the_machine_s_memory(monke
         (files[1], "536870912\n", 2**29),
     ):
         file.write_text(content)
-        assert auto._memory() == expected
+        assert activation_checkpointing._memory() == expected

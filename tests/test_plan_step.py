@@ -13,10 +13,10 @@ from steps import real_step
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from hft_trl import HFTConfig, HFTError, select
-from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import LAYOUTS, Storage, at_peak, held, sizes
-from hft_trl.planning.step import StepSettings, trace_step
-from hft_trl.reference import memory
+from hft_trl.planning.trace import StepSettings, trace_step
+from hft_trl.reference.sharing import memory
+from hft_trl.skeleton import build_on_meta
 
 TESTS = Path(__file__).parent
 SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -9,9 +9,9 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
-from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl.checkpoints.whole import last_whole_checkpoint
 from hft_trl.errors import Stopped, exit_on_user_error
-from hft_trl.rows import sft_dataset
+from hft_trl.recipe.rows import sft_dataset
 
 
 class Terminate(TrainerCallback):

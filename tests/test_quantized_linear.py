@@ -14,10 +14,11 @@ from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, reference
-from hft_trl.conflicts import check_settings
-from hft_trl.frozen import FrozenHalf
-from hft_trl.quantized_linear import QuantizedLinear, packed_away
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
+from hft_trl.frozen.half import FrozenHalf
+from hft_trl.frozen.quantized_linear import QuantizedLinear, packed_away
+from hft_trl.reference import sharing
+from hft_trl.trainers.compatibility import check_settings
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
 
@@ -187,7 +188,7 @@ def test_the_shared_reference_is_the_quantised_start_and_counts_once(base, ultra
         HFTDPOTrainer, base, ultrafeedback, tmp_path, HFTConfig(frozen_quantization=kind), eval_rows=4
     )
     trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    own, shared = reference.memory(trainer.model, trainer.ref_model)
+    own, shared = sharing.memory(trainer.model, trainer.ref_model)
     frozen = sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
     assert own == trained
     assert shared == frozen

@@ -124,7 +124,7 @@ def test_suites_run_on_the_base_and_every_stage(recipe, finished_run, tmp_path, 
     def briefly(folders, suites, **options):
         return evaluate_models(folders, suites, limit=3, cache=tmp_path / "cache", **options)
 
-    monkeypatch.setattr("hft_trl.evaluation.stages.evaluate_models", briefly)
+    monkeypatch.setattr("hft_trl.recipe.evaluation.evaluate_models", briefly)
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK, "--evaluate", "demo")
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads((output / "report.json").read_text())

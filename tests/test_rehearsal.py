@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from hft_trl import HFTError, demo, rehearsal
+from hft_trl import HFTError, demo
 from hft_trl.chat import check_ids
-from hft_trl.rehearsal import LONGEST, rehearse
+from hft_trl.recipe import rehearsal
+from hft_trl.recipe.rehearsal import LONGEST, rehearse
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"

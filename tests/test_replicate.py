@@ -6,9 +6,9 @@ from test_trainers import losses, sft_trainer
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
-from hft_trl.arguments import DataArguments, ModelArguments
+from hft_trl.frozen.replicated import wanted
+from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.stage import make_stage
-from hft_trl.replicate import wanted
 
 ON = HFTConfig(replicate_frozen=True)
 

@@ -20,8 +20,8 @@ from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
 from hft_trl.report.markdown import launch_command, report_markdown
-from hft_trl.report.page import report_page, selection_map, verdict
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
+from hft_trl.report.views import report_page, selection_map, verdict
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">&'\""
@@ -158,7 +158,7 @@ def test_same_report_gives_the_same_bytes(tmp_path):
     """Also in another process: two pages differ only if their reports do."""
     PAGES["everything"].save(tmp_path)
     code = (
-        "import sys; from hft_trl.report import Report; from hft_trl.report.page import report_page\n"
+        "import sys; from hft_trl.report import Report; from hft_trl.report.views import report_page\n"
         "sys.stdout.buffer.write(report_page(Report.load(sys.argv[1])).encode())"
     )
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, check=True).stdout

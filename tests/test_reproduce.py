@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hft_trl import HFTError, demo
-from hft_trl.demo import probes, trials
-from hft_trl.demo.claims import BASE, QUESTIONS, RUNS, Question, needed
-from hft_trl.demo.trials import make_and_score, read_scores, run_trials
-from hft_trl.demo.verdict_plots import question_figure, write_figures
-from hft_trl.demo.verdicts import compare, markdown, tables
+from hft_trl.demo import probes
+from hft_trl.experiments import trials
+from hft_trl.experiments.paired_tests import compare, markdown, tables
+from hft_trl.experiments.plots import question_figure, write_figures
+from hft_trl.experiments.questions import BASE, QUESTIONS, RUNS, Question, needed
+from hft_trl.experiments.trials import make_and_score, read_scores, run_trials
 from hft_trl.selection import Selection
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,10 @@ from test_saved import tiny_moe, without_prefix
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from hft_trl import HFTConfig, half_reset, reset, select
+from hft_trl import HFTConfig, half_reset, select
 from hft_trl.errors import HFTError
-from hft_trl.reset import blend
+from hft_trl.saved_models import half_reset as reset
+from hft_trl.saved_models.half_reset import blend
 from hft_trl.selection import Selection
 from hft_trl.weights import combined_digest, fingerprint, fingerprints
 
@@ -429,7 +430,7 @@ MEASURE = """
 import re, sys, threading, time
 from pathlib import Path
 from hft_trl import half_reset
-from hft_trl.diff import compare
+from hft_trl.saved_models.diff import compare
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024

@@ -5,7 +5,7 @@ from conftest import one_line, tulu_row, ultrafeedback_row
 from datasets import Dataset
 
 from hft_trl.errors import HFTError
-from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
+from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 
 
 def test_tulu_keeps_every_row_and_only_what_trl_reads(tulu):
@@ -163,7 +163,7 @@ CALLS = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name"
 )
 def test_rows_with_only_empty_answers_are_counted_and_left_out_in_any_form(good, empty, monkeypatch):
     lines = []
-    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    monkeypatch.setattr("hft_trl.recipe.rows.logger.warning", lines.append)
     kept = sft_dataset(Dataset.from_list([good]), "rows")
     assert lines == []
     assert sft_dataset(Dataset.from_list([empty, good, empty]), "rows").to_list() == kept.to_list()
@@ -183,7 +183,7 @@ def test_pairs_with_an_empty_chosen_side_are_left_out_and_an_empty_rejected_side
         return {side: [USER, *turns] for side, turns in sides.items()}
 
     lines = []
-    monkeypatch.setattr("hft_trl.rows.logger.warning", lines.append)
+    monkeypatch.setattr("hft_trl.recipe.rows.logger.warning", lines.append)
     dataset = Dataset.from_list([row("", "b"), row("a", ""), row("", ""), row("a", "b")])
     kept = preference_dataset(dataset, "pairs").to_list()
     assert kept == preference_dataset(dataset.select([1, 3]), "pairs").to_list()

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, select
 from hft_trl.chat import load_tokenizer
-from hft_trl.rows import preference_dataset, sft_dataset
+from hft_trl.recipe.rows import preference_dataset, sft_dataset
 
 QUIET = {**conftest.QUIET, "learning_rate": 1e-2}
 

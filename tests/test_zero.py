@@ -6,7 +6,8 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_llama
 from trl import SFTConfig
 
-from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, zero
+from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
+from hft_trl.backends import zero
 from hft_trl.selection import find_units
 
 

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from hft_trl.arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
-from hft_trl.backends import fsdp_version
+from hft_trl.backends.fsdp import fsdp_version
+from hft_trl.checkpoints.preemption import StopAtStepEnd
+from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import read_object, write_json
-from hft_trl.meta import build_on_meta
-from hft_trl.preemption import StopAtStepEnd
 from hft_trl.recipe import Stage
-from hft_trl.resumable import ResumableMixin
+from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
+from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest, fingerprints
 
 START_FILE = "hft_start.json"

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from hft_trl.arguments import RunArguments, at_home
 from hft_trl.continual.rounds import Approach
 from hft_trl.errors import HFTError
+from hft_trl.recipe.arguments import RunArguments, at_home
 
 
 @dataclass

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import SFTConfig
 
-from hft_trl.backends import fsdp_version
+from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer

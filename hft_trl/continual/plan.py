@@ -9,9 +9,9 @@ from typing import Any
 
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json_once, writing
-from hft_trl.folder import STAGE_FILE
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
+from hft_trl.recipe.folder import STAGE_FILE
 
 PLAN_FILE = "plan.json"
 RESULTS = ("scores.json", "report.md", "matrix.png", "curves.png")

@@ -12,10 +12,9 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
 from hft_trl.config import HFTConfig
+from hft_trl.continual.answers import check_lengths
 from hft_trl.continual.arguments import ContinualArguments
-from hft_trl.continual.evaluate import check_lengths
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
 from hft_trl.continual.plan import rows_file
@@ -24,12 +23,20 @@ from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_repl
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
-from hft_trl.locks import lock
-from hft_trl.meta import build_on_meta
 from hft_trl.processes import by_first_process
+from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
+from hft_trl.recipe.locks import lock
+from hft_trl.recipe.parsing import (
+    answer_help,
+    keys,
+    leaves_checkpointing,
+    names_config,
+    parse_section,
+    read_sections,
+)
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.stage import Stage, make_stage
-from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.skeleton import build_on_meta
 
 logger = logging.get_logger(__name__)
 
@@ -49,9 +56,9 @@ class ContinualRecipe:
 
     Attributes:
         run ([`ContinualArguments`]): What belongs to the run as a whole.
-        model ([`~hft_trl.arguments.ModelArguments`]): The base.
+        model ([`~hft_trl.recipe.arguments.ModelArguments`]): The base.
         hft ([`HFTConfig`]): What each round trains, unless that is an adapter.
-        lora ([`~hft_trl.arguments.LoRAArguments`]): The adapter that `lora` and `o_lora` train.
+        lora ([`~hft_trl.recipe.arguments.LoRAArguments`]): The adapter that `lora` and `o_lora` train.
         sft (`dict[str, Any]`), sft_flags (`list[str]`): The section `sft` of the file and of the command line.
         auto_checkpointing (`bool`): Whether the recipe decides how much the rounds compute again.
     """
@@ -253,7 +260,7 @@ def _check_adapter(stage: Stage) -> None:
 
 
 def _write_demo(folder: Path) -> None:
-    from hft_trl.demo.continual import write_benchmark
+    from hft_trl.continual.demo_tasks import write_benchmark
 
     with writing(folder):
         lock(folder.parent)

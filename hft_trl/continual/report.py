@@ -6,7 +6,14 @@ from typing import Any
 
 from hft_trl.continual.plots import curves_figure, matrix_figure
 from hft_trl.continual.scores import SCORES_FILE, read_scores
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, other_settings, run_name, score_grid, transfer
+from hft_trl.continual.tables import (
+    comparison_grid,
+    forgetting_grid,
+    other_settings,
+    run_name,
+    score_grid,
+    transfer,
+)
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
 from hft_trl.report.markdown import table

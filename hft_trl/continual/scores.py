@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hft_trl.continual.evaluate import Answered
+from hft_trl.continual.answers import Answered
 from hft_trl.continual.plan import Plan
 from hft_trl.continual.rounds import Round
 from hft_trl.errors import HFTError

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json
-from hft_trl.sections import load_yaml
+from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
 REPLAY_FOLDER = "Lima"

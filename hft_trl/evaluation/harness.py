@@ -15,9 +15,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.suites import TASKS, Task
-from hft_trl.zero import whole_models
 
 Results = dict[str, dict[str, Any]]
 

@@ -13,14 +13,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hft_trl import demo
-from hft_trl.backends import check_launch
+from hft_trl.backends.fsdp import check_launch
 from hft_trl.chat import load_tokenizer, prompt_ids
-from hft_trl.digests import model_digest
+from hft_trl.environment import package_version
 from hft_trl.errors import HFTError
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
 from hft_trl.files import read_object, write_json
-from hft_trl.report.machine import package_version
+from hft_trl.saved_models.digests import model_digest
 
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
 

@@ -19,8 +19,8 @@ from hft_trl.planning.memory import (
     sizes,
     while_stepping,
 )
-from hft_trl.planning.step import Step, StepSettings, trace_step
 from hft_trl.planning.task import Task
+from hft_trl.planning.trace import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
 from hft_trl.weights import rounds
 

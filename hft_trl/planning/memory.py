@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from hft_trl.config import FROZEN_QUANTIZATIONS
 from hft_trl.errors import HFTError
-from hft_trl.planning.step import Step
-from hft_trl.quantized_linear import frozen_matrices, quantized_bytes
+from hft_trl.frozen.quantized_linear import frozen_matrices, quantized_bytes
+from hft_trl.planning.trace import Step
 from hft_trl.selection import Selection, find_units
 
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit")

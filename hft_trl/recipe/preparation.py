@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from hft_trl.folder import open_stages
-from hft_trl.planning.auto import settle_checkpointing
+from hft_trl.recipe.activation_checkpointing import settle_checkpointing
+from hft_trl.recipe.folder import open_stages
+from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.stage import Stage
-from hft_trl.rehearsal import rehearse
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:

@@ -9,18 +9,25 @@ from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from hft_trl import demo
-from hft_trl.arguments import (
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.evaluation import parse_suites
+from hft_trl.recipe.arguments import (
     DataArguments,
     HFTArguments,
     ModelArguments,
     RunArguments,
     StageArguments,
 )
-from hft_trl.config import HFTConfig
-from hft_trl.errors import HFTError
-from hft_trl.evaluation import parse_suites
+from hft_trl.recipe.parsing import (
+    answer_help,
+    keys,
+    leaves_checkpointing,
+    names_config,
+    parse_section,
+    read_sections,
+)
 from hft_trl.recipe.stage import Stage, make_stage
-from hft_trl.sections import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys of preference data
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # keys of a trainer's arguments that all stages have in common

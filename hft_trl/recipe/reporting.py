@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
-from hft_trl.arguments import RunArguments
 from hft_trl.evaluation import parse_suites
-from hft_trl.evaluation.stages import evaluate_stages
-from hft_trl.folder import finished, settings
+from hft_trl.recipe.arguments import RunArguments
+from hft_trl.recipe.evaluation import evaluate_stages
+from hft_trl.recipe.folder import finished, settings
 from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 
@@ -20,7 +20,7 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     Args:
         stages (`Sequence[Stage]`):
             The finished stages in order. Every process has to call.
-        run ([`~hft_trl.arguments.RunArguments`], *optional*):
+        run ([`~hft_trl.recipe.arguments.RunArguments`], *optional*):
             The run that they belong to: its folder gets the report, and its suites are run on the base and every stage's model.
             Without it the report is that of the only stage, in the stage's folder.
     """

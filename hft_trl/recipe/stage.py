@@ -13,23 +13,25 @@ from transformers.utils import logging
 from trl import DatasetMixtureConfig, SFTConfig
 from trl.data_utils import is_conversational
 
-from hft_trl import chat, demo, folder, replicate
-from hft_trl.arguments import Adapter, DataArguments, ModelArguments
-from hft_trl.checkpoints import last_whole_checkpoint
+from hft_trl import chat, demo
+from hft_trl.checkpoints.resumable import ResumableMixin
+from hft_trl.checkpoints.whole import last_whole_checkpoint
 from hft_trl.config import HFTConfig
-from hft_trl.conflicts import check_choice, check_settings
-from hft_trl.data import check_apart, load_mixture, load_split
-from hft_trl.endings import settle_generation
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
-from hft_trl.hub_token import tokens_to_environment
-from hft_trl.measure import measure, movements, reset_peak_memory
-from hft_trl.meta import build_on_meta
-from hft_trl.quantization import check_quantizable, load_quantized
+from hft_trl.frozen import replicated
+from hft_trl.recipe import folder
+from hft_trl.recipe.arguments import Adapter, DataArguments, ModelArguments
+from hft_trl.recipe.data import check_apart, load_mixture, load_split
+from hft_trl.recipe.endings import settle_generation
+from hft_trl.recipe.hub_token import tokens_to_environment
+from hft_trl.recipe.measure import measure, movements, reset_peak_memory
+from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
+from hft_trl.reference.quantized import check_quantizable, load_quantized
 from hft_trl.report import StageRecord
-from hft_trl.resumable import ResumableMixin
-from hft_trl.rows import preference_dataset, sft_dataset, untrained_rows
+from hft_trl.skeleton import build_on_meta
+from hft_trl.trainers.compatibility import check_choice, check_settings
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +54,7 @@ class Stage:
         memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
         adapter ([`Adapter`], *optional*): The adapter to train.
         auto_checkpointing (`bool`): Whether the recipe decides how much is computed again
-            ([`~hft_trl.planning.auto.settle_checkpointing`]).
+            ([`~hft_trl.recipe.activation_checkpointing.settle_checkpointing`]).
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, once [`~Stage.load_data`] was called.
     """
 
@@ -90,7 +92,7 @@ class Stage:
 
         Raises:
             [`HFTError`]: See [`~hft_trl.recipe.start_model.check_model`] and
-                [`~hft_trl.quantization.check_quantizable`].
+                [`~hft_trl.reference.quantized.check_quantizable`].
         """
         start = self.base or self.model
         if self.base is None:
@@ -269,7 +271,7 @@ def make_stage(
     if hft is not None:  # here, so that a later stage's mistake is found before the first trains
         check_settings(args, hft)
         check_choice(args, hft)
-        replicate.wanted(hft, args)
+        replicated.wanted(hft, args)
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "

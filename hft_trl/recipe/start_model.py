@@ -6,14 +6,14 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from hft_trl import zero
-from hft_trl.arguments import ModelArguments
-from hft_trl.backends import check_launch
+from hft_trl.backends import zero
+from hft_trl.backends.fsdp import check_launch
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.meta import build_on_meta
 from hft_trl.planning.memory import DTYPES
+from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.selection import find_units
+from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_files
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hft_trl.environment import environment
 from hft_trl.errors import HFTError
 from hft_trl.files import write_text
-from hft_trl.report.data import Report, StageRecord, UnitChange
-from hft_trl.report.machine import environment
+from hft_trl.report.record import Report, StageRecord, UnitChange
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +33,8 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
         [`HFTError`]: If the folder can't be written.
     """
     from hft_trl.report.markdown import report_markdown
-    from hft_trl.report.page import PAGE_FILE, report_page
     from hft_trl.report.plots import write_plots
+    from hft_trl.report.views import PAGE_FILE, report_page
 
     folder = Path(directory)
     try:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import yaml
 
 from hft_trl.demo import shown
-from hft_trl.report.data import REPORT_FILE, Report, StageRecord
+from hft_trl.report.record import REPORT_FILE, Report, StageRecord
 from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid
 
 CAPTIONS = {

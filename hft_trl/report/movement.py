@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from hft_trl.report.data import UnitChange
-from hft_trl.report.slots import Column, columns_of
+from hft_trl.report.layer_map import Column, columns_of
+from hft_trl.report.record import UnitChange
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
 
 

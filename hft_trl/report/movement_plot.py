@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
-from hft_trl.report.data import Report, StageRecord, UnitChange
 from hft_trl.report.movement import CategoryMovement, MovementGrid, category_movement, movement_grid
+from hft_trl.report.record import Report, StageRecord, UnitChange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from string import ascii_lowercase
 
-from hft_trl.report.slots import Column, LayerMap, layer_map
+from hft_trl.report.layer_map import Column, LayerMap, layer_map
 from hft_trl.selection import OUTER_CATEGORIES, Unit
 
 SQUARES = "■□·"

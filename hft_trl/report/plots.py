@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from hft_trl.files import replacing
-from hft_trl.report.data import Report, StageRecord
 from hft_trl.report.movement_plot import movement_figure
+from hft_trl.report.record import Report, StageRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

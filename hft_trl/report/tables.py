@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hft_trl.report.data import Report, StageRecord
 from hft_trl.report.movement import category_movement
+from hft_trl.report.record import Report, StageRecord
 from hft_trl.report.shares import CategoryShare
 
 if TYPE_CHECKING:

@@ -232,7 +232,7 @@ def _find_layers(
     from torch import nn
     from transformers import GradientCheckpointingLayer
 
-    from hft_trl.zero import numel
+    from hft_trl.backends.zero import numel
 
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():

@@ -1,0 +1,1 @@
+"""What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen."""

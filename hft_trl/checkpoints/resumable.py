@@ -1,0 +1,91 @@
+"""What a trainer needs so that it can be killed, stopped and resumed, and ends in the same bytes."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+
+from hft_trl.checkpoints.preemption import StopAtStepEnd
+from hft_trl.checkpoints.sealing import check_layout, layout, sealing
+from hft_trl.checkpoints.whole import check_whole, last_finite_checkpoint, last_whole_checkpoint, resuming
+from hft_trl.errors import HFTError
+from hft_trl.reference import moving
+from hft_trl.selection import Selection
+
+
+class ResumableMixin:
+    """
+    Gives a [`~transformers.Trainer`] checkpoints that are whole or refused, a stop at SIGTERM, and one at a loss that is
+    no number, whatever the method. A reference that moves (`sync_ref_model`) is in the checkpoints. Put it before the trainer; at the end of its own `__init__` a class sets `_preemption` to what
+    [`StopAtStepEnd.install`] returns.
+
+    Attributes:
+        hft_selection ([`Selection`], *optional*): Which parameters learn; `None` where no half is drawn.
+    """
+
+    hft_selection: Selection | None = None
+    _preemption: StopAtStepEnd | None = None
+
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train as the parent does; refuse a checkpoint that is torn, or that this run can't go on from."""
+        load = nullcontext()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
+            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
+                raise HFTError(
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
+                    "resume_from_checkpoint."
+                )
+        if resume_from_checkpoint and resume_from_checkpoint is not True:
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            here, load = layout(self), resuming(self, resume_from_checkpoint)
+            check_whole(resume_from_checkpoint, here["processes"], here["backend"])
+            self._check_same_training(resume_from_checkpoint)
+            check_layout(resume_from_checkpoint, here, any_batch=self.args.auto_find_batch_size)
+        try:
+            with load:
+                if resume_from_checkpoint and resume_from_checkpoint is not True:
+                    moving.load(self, resume_from_checkpoint)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._preemption is not None:
+                self._preemption.put_away()
+
+    def _check_same_training(self, checkpoint: str) -> None:
+        """Refuse a whole checkpoint of a training that this trainer can't go on with. For classes that know of such."""
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+        if self._preemption is not None:
+            self._preemption.leave()
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
+        run = Path(self._get_output_dir(trial=trial))
+        checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with sealing(self, checkpoint):
+            moving.save(self, checkpoint)  # before the parent's, which uploads it
+            super()._save_checkpoint(model, trial)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
+        loss = super().training_step(*args, **kwargs)
+        self._check_finite(loss)
+        return loss
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        if not torch.isfinite(loss):
+            checkpoint = last_finite_checkpoint(self.args.output_dir)
+            raise HFTError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
+                f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
+            )

@@ -1,0 +1,279 @@
+"""Checkpoints: which one is whole, and whether a run may go on from it."""
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from safetensors import safe_open
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file, logging
+
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
+from hft_trl.errors import HFTError, first_line
+from hft_trl.processes import by_first_process
+from hft_trl.selection import SELECTION_FILE, Selection
+from hft_trl.selection.marks import remembered
+from hft_trl.weights import check_readable, weight_files
+
+logger = logging.get_logger(__name__)
+
+
+def selection_of(model: PreTrainedModel) -> Selection | None:
+    """The selection that a model was trained with: of this object, or from its folder or hub repository; `None` if it has none."""
+    if (selection := remembered(model)) is not None:
+        return selection
+    source = model.config._name_or_path
+    if Path(source).is_dir():
+        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
+    try:
+        file = cached_file(
+            source,
+            SELECTION_FILE,
+            revision=vars(model.config).get("_commit_hash"),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone by now, or a name that is no hub id
+        return None
+    return Selection.load(Path(file).parent) if file is not None else None
+
+
+def holds_only_model(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint was saved with `save_only_model`: it has nothing of the optimizer, the schedule and random states."""
+    kept = ("optimizer*", f"{SCHEDULER_NAME}*", "rng_state*", "latest")  # the last one is DeepSpeed's
+    return not any(any(Path(checkpoint).glob(pattern)) for pattern in kept)
+
+
+def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
+    """
+    Why a checkpoint can't be resumed from, or `None` if it is whole.
+
+    A checkpoint of HFT is whole if it has its manifest, which is written last, and every file is there in full. One of
+    stock TRL has none: there the state is written last, so a readable state beside readable weights means that the
+    process was not killed half-way.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder.
+        sealed (`bool`, *optional*, defaults to `True`):
+            Whether one of HFT has to have its manifest. One from the hub has none, since it is uploaded before.
+    """
+    checkpoint = Path(checkpoint)
+    has_manifest = (checkpoint / MANIFEST_FILE).exists()
+    reason = None if not sealed and not has_manifest else incomplete_because(checkpoint)
+    if reason is not None:
+        return reason
+    needed = {TRAINER_STATE_NAME: ()}
+    if not holds_only_model(checkpoint):
+        # FSDP whole, FSDP sharded, DeepSpeed
+        needed |= {OPTIMIZER_NAME: ("optimizer.bin", "optimizer_0", "latest"), SCHEDULER_NAME: ("latest",)}
+    for name, others in needed.items():
+        if not any((checkpoint / candidate).exists() for candidate in (name, *others)):
+            return f"{name} is missing"
+    try:
+        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
+        return f"{TRAINER_STATE_NAME} can't be read ({first_line(error)})"
+    try:
+        if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
+            check_readable(checkpoint.glob("*.safetensors"))
+        else:
+            check_readable(_tensor_files(checkpoint).values())
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def last_whole_checkpoint(folder: str | Path) -> str | None:
+    """
+    The newest checkpoint of a trainer's output folder that can be resumed from.
+
+    Args:
+        folder (`str` or `Path`):
+            The trainer's `output_dir`. Where there are several processes, all have to call, and get the first one's
+            answer.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder. Torn checkpoints are named in a warning and left where they are.
+    """
+    found: list[str | None] = [None]
+    if PartialState().is_main_process and Path(folder).is_dir():
+        put_back(Path(folder))
+        for checkpoint in reversed(sort_checkpoints(str(folder))):
+            reason = torn_because(checkpoint)
+            if reason is None:
+                found = [checkpoint]
+                break
+            logger.warning(f"Passing over the checkpoint {checkpoint}, which can't be resumed: {reason}.")
+    return broadcast_object_list(found)[0]
+
+
+def last_finite_checkpoint(folder: str | Path) -> str | None:
+    """
+    The newest checkpoint of a trainer's output folder that is whole and whose weights hold no NaN or infinity.
+
+    Values are read from safetensors only: shards of FSDP and DeepSpeed count as good when they are whole.
+    """
+    checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
+    return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
+
+
+def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, of an adapter alone or of a whole model."""
+    adapter = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
+    if not adapter.is_file():
+        return weight_files(str(checkpoint))
+    check_readable([adapter])
+    with safe_open(adapter, framework="pt") as file:
+        return dict.fromkeys(file.keys(), adapter)
+
+
+def _is_finite(checkpoint: str) -> bool:
+    if incomplete_because(checkpoint) is not None:
+        return False
+    try:
+        files = _tensor_files(checkpoint)
+    except (HFTError, OSError):
+        return True  # shards
+    for name, path in files.items():
+        with safe_open(path, framework="pt") as file:
+            if not torch.isfinite(file.get_tensor(name)).all():
+                return False
+    return True
+
+
+def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:
+    """
+    Refuse a checkpoint that is named by its path and has lost a part: without it training would start anew in that part.
+
+    One that was saved with `save_only_model` is resumed as transformers does, with a new optimizer, which is warned of.
+
+    Args:
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder, perhaps one that was downloaded, without a manifest.
+        processes (`int`):
+            Number of processes that want to resume.
+        backend (`str`, *optional*):
+            What reads it, as [`~hft_trl.checkpoints.sealing.backend_of`] calls it.
+
+    Raises:
+        [`HFTError`]: Naming what is missing.
+    """
+    only_model = holds_only_model(checkpoint)
+    reason = torn_because(checkpoint, sealed=False)
+    if reason is None and not only_model and not (Path(checkpoint) / MANIFEST_FILE).exists():
+        states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)
+    if reason is not None:
+        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
+    by_first_process(lambda: _check_sums(Path(checkpoint)))
+    if only_model and backend != REPLICATED:
+        raise HFTError(
+            f"{checkpoint} was saved with save_only_model, and {backend} resumes from files of its own, which it lacks: train "
+            "into another output_dir, starting from it as a model if you like."
+        )
+    if only_model:
+        logger.warning(
+            f"{checkpoint} was saved with save_only_model: training resumes from its weights and step, with a new optimizer, "
+            "learning rate schedule and random states, so it won't end in the same bits as a run without a stop."
+        )
+
+
+def _check_sums(checkpoint: Path) -> None:
+    """Compare what `torch.save` wrote with the checksums in its own files, which `torch.load` does not look at."""
+    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in {".pt", ".pth", ".bin"}):
+        if not zipfile.is_zipfile(path):
+            continue
+        try:
+            with zipfile.ZipFile(path) as file:
+                wrong = file.testzip()
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+            wrong = first_line(error)
+        if wrong is not None:
+            raise HFTError(
+                f"{path} is damaged ({wrong}): remove the folder, so that the checkpoint before it is taken, or resume from another "
+                "checkpoint."
+            )
+
+
+@contextmanager
+def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
+    """
+    Name the checkpoint in whatever goes wrong between loading it and the end of the first step.
+
+    Sizes don't tell that a file is damaged: the libraries find out when they read it, or when the optimizer first uses what
+    was in it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer that resumes inside.
+        checkpoint (`str`):
+            The checkpoint's folder, which is whole.
+
+    Raises:
+        [`HFTError`]: Naming the checkpoint, what was wrong, and the fix.
+    """
+    before, step = trainer.state, TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    try:
+        yield
+    except (HFTError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever torch, safetensors, accelerate or DeepSpeed raise
+        if trainer.state is not before and trainer.state.global_step > step:
+            raise
+        raise HFTError(
+            f"resuming from {checkpoint} failed before its first step was done ({type(error).__name__}: {first_line(error)}): if a "
+            "file of it is damaged, remove the folder, so that the checkpoint before it is taken, or name another one."
+        ) from error
+
+
+def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
+    """
+    Refuse to resume a checkpoint that was trained with another selection or from another start model.
+
+    With another mask the optimizer's states would be handed to the wrong parameters, silently where shapes agree.
+
+    Args:
+        selection ([`Selection`]):
+            The selection of the trainer that wants to resume.
+        checkpoint (`str` or `Path`):
+            The checkpoint's folder.
+
+    Raises:
+        [`HFTError`]: With both digests and the settings that differ.
+    """
+    if not (Path(checkpoint) / SELECTION_FILE).is_file():
+        raise HFTError(
+            f"{checkpoint} has no {SELECTION_FILE}: it was not trained with HFT, so HFT can't resume from it."
+        )
+    saved = Selection.load(checkpoint)
+    if saved.digest != selection.digest:
+        ours, theirs = selection.config.selecting(), saved.config.selecting()
+        settings = [
+            f"{key} {theirs.get(key, 'unused')!r} there, {ours.get(key, 'unused')!r} here"
+            for key in ours | theirs
+            if theirs.get(key) != ours.get(key)
+        ]
+        if saved.seed != selection.seed:
+            settings.append(f"effective seed {saved.seed} there, {selection.seed} here")
+        raise HFTError(
+            f"{checkpoint} was trained with selection {saved.digest[:16]}, this run has {selection.digest[:16]} "
+            f"({'; '.join(settings) or 'the parameter names or masks differ'}): resume with the checkpoint's settings, or train "
+            "into another output_dir."
+        )
+    if saved.start_model and selection.start_model and saved.start_model != selection.start_model:
+        start, here = saved.start_model, selection.start_model
+        if start["weights_digest"] != here["weights_digest"]:
+            raise HFTError(
+                f"{checkpoint} was started from {start['name_or_path']!r} (weights {start['weights_digest'][:16]}), this "
+                f"run from {here['name_or_path']!r} (weights {here['weights_digest'][:16]}): start from the same model, "
+                "or train into another output_dir."
+            )

@@ -1,0 +1,190 @@
+"""`hft-trl plan`: what training a model takes, and how it fits a machine."""
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from hft_trl.cli.shared import Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.report.tables import rich_table
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+app = typer.Typer()
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
+BATCH = {"sft": 128, "dpo": 32}  # the recipes' own
+
+
+@app.command(
+    "plan",
+    epilog="Built in, without a network: Llama-2-7b-hf, -7b-chat-hf, -13b-hf, -70b-hf, Llama-3.1-8B, -70B, Llama-3.2-1B "
+    "(meta-llama/) and Qwen3-0.6B-Base, -4B-Base, -8B-Base (Qwen/). Exit code 0 also where nothing fits.",
+)
+@exit_on_user_error()
+def plan_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, built-in shape or demo; only its config is read.")],
+    method: Annotated[Literal["hft", "fft"] | None, typer.Option(help="By default both, side by side.")] = None,
+    stage: Annotated[Literal["sft", "dpo"], typer.Option(help="Stage of training.")] = "sft",
+    gpus: Annotated[int, typer.Option(help="GPUs, of all machines together.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the longest rows. [default: 4096, or what the model has positions for]"),
+    ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Rows, or pairs, of an optimizer step. [default: sft 128, dpo 32]")
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            help="Use this file of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype of a recipe.")] = "float32",
+    optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
+    frozen_dtype: Annotated[str | None, setting("frozen_dtype")] = None,
+    frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
+    optimizer_in_backward: Annotated[
+        bool,
+        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
+    ] = False,
+    replicate_frozen: Annotated[
+        bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: under fsdp2, the frozen half whole.")
+    ] = False,
+    ratio: Annotated[float | None, setting("ratio")] = None,
+    strategy: Annotated[
+        Literal["category", "layer", "model"] | None,
+        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+    ] = None,
+    seed: Annotated[int | None, setting("seed")] = None,
+    train_embeddings: Annotated[
+        bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
+    ] = None,
+    write: Annotated[
+        str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """
+    Plan memory, micro-batch, activation checkpointing and launch configuration from a model's config alone.
+
+    A step is traced without weights, for full and half fine-tuning.
+    """
+    memory = parse_memory(gpu_memory)
+    if gpus > 8 and gpus % 8:
+        raise HFTError(f"--gpus is {gpus}: beyond one machine of 8 give a multiple of 8.")
+    storage = {"frozen_dtype": frozen_dtype, "frozen_quantization": frozen_quantization}
+    settings = given(
+        ratio=ratio,
+        strategy=strategy,
+        seed=seed,
+        train_embeddings=train_embeddings,
+        optimizer_in_backward=optimizer_in_backward,
+        replicate_frozen=replicate_frozen,
+        **storage,
+    )
+    configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
+    with quiet():
+        from hft_trl.checkpoints.whole import selection_of
+        from hft_trl.planning.advice import what_helps
+        from hft_trl.planning.fit import Planner, operations_ratios
+        from hft_trl.planning.memory import Storage
+        from hft_trl.planning.shapes import shape_of
+        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
+        from hft_trl.planning.task import Task
+        from hft_trl.planning.write import write as write_plan
+        from hft_trl.skeleton import build_on_meta
+
+        task = Task(
+            stage,
+            gpus,
+            memory,
+            2 if sequence_length is None else sequence_length,
+            BATCH[stage] if global_batch is None else global_batch,
+            Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen),
+            () if launch is None else (launch,),
+        )
+        skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
+        task = dataclasses.replace(task, sequence_length=_length(model, skeleton, sequence_length))
+        previous = selection_of(skeleton)
+        planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
+        shown = [method] if method else ["fft", "hft"]
+        for name in shown:
+            planners[name].check_types(task)
+        plans = [planners[name].plan(task) for name in shown]
+        helps = [[] if plan.fits else what_helps(planners[plan.method], task, plan) for plan in plans]
+        ratios = operations_ratios(planners, task, plans)
+        written = ()
+        if write:
+            chosen = method or "hft"
+            other = "dpo" if stage == "sft" else "sft"
+            batch = max(BATCH[other] // gpus, 1) * gpus  # the recipes' own, as near as the GPUs can share it
+            if optimizer_in_backward:  # then it is all on the GPU at once
+                batch = task.global_batch
+            stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
+            written = write_plan(write, model, configs[chosen], stages, revision, trust_remote_code)
+    if as_json:
+        found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
+        typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(heading(model, task), style="bold", soft_wrap=True, markup=False)
+    console.print(rich_table(memory_grid(plans)))
+    for plan, ways in zip(plans, helps, strict=True):
+        if not plan.fits:
+            missing = (plan.total - plan.available) / 1e9
+            advice = " What would help:" if ways else " None of the flags here would do."
+            console.print(
+                f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU.{advice}",
+                soft_wrap=True,
+            )
+            for flags, other in ways:
+                verdict = "fits" if other.fits else "not enough"
+                verdict += " with sync_each_batch" if other.sync_each_batch else ""
+                console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
+    for text, ratio_ in (
+        ("HFT's step computes {} of FFT's at the same settings", ratios["equal_settings"]),
+        ("and {} of it as planned here", ratios["as_planned"]),
+    ):
+        if ratio_ is not None:
+            console.print(text.format(f"{ratio_:.2f}"), soft_wrap=True)
+    console.print("Computed from the shapes, not measured; see docs/plan.md.", soft_wrap=True)
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
+
+
+def parse_memory(text: str) -> int:
+    """
+    Bytes of a size such as `80GB` (10^9 bytes) or `80GiB` (2^30).
+
+    Raises:
+        [`HFTError`]: If it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise HFTError(f"--gpu-memory is {text!r}: give a number with MB, GB, TB, MiB or GiB, such as 80GB.")
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size <= 10**9:
+        raise HFTError(f"--gpu-memory is {text!r}: 1 GB is left for the GPU's own needs, so give more, such as 24GB.")
+    return size
+
+
+def _length(model: str, skeleton: "PreTrainedModel", asked: int | None) -> int:
+    config = skeleton.config.get_text_config()
+    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    positions = config.to_dict().get(name)
+    if asked is None:
+        return min(4096, positions or 4096)
+    if positions and asked > positions:
+        raise HFTError(f"--sequence-length is {asked}, but {model!r} has {positions} positions: give at most as many.")
+    return asked

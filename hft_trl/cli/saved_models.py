@@ -1,0 +1,116 @@
+"""`hft-trl half-reset` and `diff`: what is done with the files of saved models."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from hft_trl.cli.shared import given, quiet, setting
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.report.tables import rich_table
+
+app = typer.Typer()
+
+
+@app.command("half-reset")
+@exit_on_user_error()
+def half_reset_command(
+    base: Annotated[str, typer.Option(help="The model that tuning started from: folder, cached hub id, or demo.")],
+    tuned: Annotated[str, typer.Option(help="The tuned model.")],
+    out: Annotated[str, typer.Option(help="New folder for the result, which appears whole or not at all.")],
+    ratio: Annotated[
+        float | None, setting("ratio", "Share of the layers' parameters that stays tuned, in (0, 1].")
+    ] = None,
+    strategy: Annotated[
+        Literal["category", "layer", "model"] | None,
+        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+    ] = None,
+    seed: Annotated[int | None, setting("seed")] = None,
+    exclude: Annotated[
+        list[str] | None, setting("exclude", "Regular expressions on parameter names: always set back.")
+    ] = None,
+    train_embeddings: Annotated[
+        bool | None, setting("train_embeddings", "Whether the input embedding stays tuned.")
+    ] = None,
+    train_lm_head: Annotated[bool | None, setting("train_lm_head", "Whether the output head stays tuned.")] = None,
+    train_final_norm: Annotated[
+        bool | None, setting("train_final_norm", "Whether the norm after the last layer stays tuned.")
+    ] = None,
+    blend: Annotated[
+        float | None,
+        typer.Option(help="Average all parameters instead: the tuned model's part, in [0, 1].", show_default=False),
+    ] = None,
+) -> None:
+    """
+    Set half of a tuned model's layers back to its base, bit for bit, or average the two.
+
+    Files are read and written tensor by tensor; no model is loaded.
+    """
+    settings = given(
+        ratio=ratio,
+        strategy=strategy,
+        seed=seed,
+        exclude=exclude,
+        train_embeddings=train_embeddings,
+        train_lm_head=train_lm_head,
+        train_final_norm=train_final_norm,
+    )
+    if blend is not None and settings:
+        raise HFTError(f"--blend averages all parameters: drop --{next(iter(settings)).replace('_', '-')}.")
+    config = HFTConfig(**settings)
+    with quiet():
+        from hft_trl.saved_models import half_reset
+
+        if blend is not None:
+            half_reset.blend(base, tuned, out, blend)
+            text = f"{out}: {1 - blend:g} times {base} plus {blend:g} times {tuned}"
+        else:
+            stays = half_reset.half_reset(base, tuned, out, config).share
+            text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
+    typer.echo(text)
+
+
+@app.command("diff")
+@exit_on_user_error()
+def diff_command(
+    base: Annotated[str, typer.Argument(help="The model that tuning started from: folder, cached hub id, or demo.")],
+    tuned: Annotated[list[str], typer.Argument(help="One tuned model or more.")],
+    plot: Annotated[str | None, typer.Option(help="Draw layers by modules into this file, such as diff.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """
+    Show what tuning changed, and check that the frozen half kept its bits.
+
+    Exit code 1 says that a frozen half is not the base's.
+    """
+    with quiet():
+        from hft_trl.saved_models.diff import compare
+        from hft_trl.saved_models.diff_view import (
+            category_grid,
+            check_picture,
+            diff_json,
+            layer_grid,
+            verdict,
+            write_picture,
+        )
+
+        if plot:
+            check_picture(plot)
+        diffs = compare(base, tuned)
+    if as_json:
+        typer.echo(json.dumps(diff_json(diffs), indent=2, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for diff in diffs:
+            console.print(rich_table(layer_grid(diff)))
+            console.print(rich_table(category_grid(diff)))
+        for diff in diffs:
+            console.print(verdict(diff), soft_wrap=True, markup=False)
+    if plot:
+        with quiet():
+            write_picture(diffs, plot)
+    if any(diff.byte_identical is False for diff in diffs):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Many runs on the embedded world: the paper's questions, answered with paired tests."""

@@ -1,0 +1,166 @@
+"""From scores of many seeds to tables: means, deviations, and paired tests over the seeds."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, stdev
+
+from hft_trl.errors import HFTError
+from hft_trl.experiments.questions import BASE, Question
+from hft_trl.experiments.trials import Scores
+from hft_trl.report.markdown import table
+from hft_trl.report.tables import Grid
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    A score of one run less that of another, over the seeds that both have.
+
+    Attributes:
+        seeds (`int`): Number of seeds.
+        mean (`float`): Mean difference, in percentage points.
+        low, high (`float`): 95 % confidence interval of the mean (paired t), `nan` with one seed.
+        p (`float`): P-value of the two-sided paired t-test; `nan` with one seed, or where all differences are equal.
+        ahead (`int`): Seeds in which the first run scored higher.
+    """
+
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    ahead: int
+
+
+def check_tests() -> None:
+    """
+    See that the paired tests can be made, before hours of training.
+
+    Raises:
+        [`HFTError`]: If scipy is missing.
+    """
+    if find_spec("scipy") is None:
+        raise HFTError(
+            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+        )
+
+
+def compare(scores: Scores, run: str, against: str, score: str) -> Difference | None:
+    """
+    Compare two runs seed by seed.
+
+    Args:
+        scores (`Scores`):
+            All scores.
+        run, against (`str`):
+            Names of the runs.
+        score (`str`):
+            Name of the score.
+
+    Returns:
+        [`Difference`] or `None`: `None` if they have no seed in common.
+    """
+    from scipy.stats import ttest_rel
+
+    ours, theirs = scores.get(run, {}), scores.get(against, {})
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    first, second = ([side[seed][score] for seed in seeds] for side in (ours, theirs))
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    ahead, nan = sum(difference > 0 for difference in differences), float("nan")
+    if len(set(differences)) == 1:  # no spread to test against
+        low = high = differences[0] if len(seeds) > 1 else nan
+        return Difference(len(seeds), differences[0], low, high, nan, ahead)
+    test = ttest_rel(first, second)
+    interval = test.confidence_interval(0.95)
+    return Difference(len(seeds), fmean(differences), interval.low, interval.high, test.pvalue, ahead)
+
+
+def of_common_seeds(question: Question, scores: Scores) -> Scores:
+    """The scores of a question's runs, under the seeds that all of them have so far. The base is the same under each."""
+    found = {run: scores[run] for run in question.runs.values() if run in scores}
+    seeds = (
+        set.intersection(*(set(values) for run, values in found.items() if run != BASE))
+        if found.keys() - {BASE}
+        else set()
+    )
+    return {
+        run: values if run == BASE else {seed: values[seed] for seed in values if seed in seeds}
+        for run, values in found.items()
+    }
+
+
+def tables(question: Question, scores: Scores) -> list[Grid]:
+    """
+    Answer a question: the means, and the differences to the run that the others are compared with.
+
+    Args:
+        question ([`Question`]):
+            The question.
+        scores (`Scores`):
+            All scores. The base is the same under every seed.
+
+    Returns:
+        `list[Grid]`: Means with standard deviations, then differences.
+    """
+    scores = of_common_seeds(question, scores)
+    names = [score.replace("_", " ") for score in question.scores]
+    means, differences = [], []
+    for label, run in question.runs.items():
+        seeds = scores.get(run, {})
+        means.append(
+            [
+                label,
+                str(len(seeds) or NONE),
+                *(mean_cell([found[score] for found in seeds.values()]) for score in question.scores),
+            ]
+        )
+        if label in (question.against, BASE):
+            continue
+        for score in question.scores:
+            found = compare(scores, run, question.runs[question.against], score)
+            if found is not None:
+                differences.append([label, score.replace("_", " "), *difference_cells(found)])
+    against = f"difference to {question.against}"
+    return [
+        Grid(question.title, ["", "seeds", *names], means),
+        Grid(against, ["", "score", "mean", "95 % interval", "p", "ahead"], differences),
+    ]
+
+
+def markdown(questions: Iterable[Question], scores: Scores) -> str:
+    """All answers as Markdown, with the pictures that [`write_figures`] draws beside it."""
+    parts = []
+    for question in questions:
+        means, differences = tables(question, scores)
+        parts += [f"## {question.title}", table(means)]
+        if differences.rows:
+            parts += [f"Less the scores of {question.against}, seed by seed:", table(differences)]
+        parts.append(f"![{question.title}]({question.name}.png)")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_results(questions: Iterable[Question], scores: Scores, output_dir: str | Path, head: str) -> Path:
+    """Write `results.md` under a heading of one's own, and return its path."""
+    path = Path(output_dir) / "results.md"
+    path.write_text(f"{head.rstrip()}\n\n{markdown(questions, scores)}", encoding="utf-8")
+    return path
+
+
+def mean_cell(values: Sequence[float]) -> str:
+    """Mean (standard deviation) of the seeds' scores, as a table shows it."""
+    if not values:
+        return NONE
+    return f"{fmean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
+
+
+def difference_cells(found: Difference) -> list[str]:
+    """Mean, interval, p-value and seeds ahead, as a table shows them."""
+    interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
+    p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
+    return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]

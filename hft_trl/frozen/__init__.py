@@ -1,0 +1,1 @@
+"""The half that keeps its bits: known by its fingerprints, and optionally stored in another way."""

@@ -1,0 +1,285 @@
+"""The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from hft_trl.errors import HFTError
+from hft_trl.files import flush, read_object, resolved, write_json, writing
+from hft_trl.processes import all_see, by_first_process
+from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter
+from hft_trl.recipe.data import content_digest
+from hft_trl.recipe.locks import LOCK_FILE, lock
+from hft_trl.recipe.parsing import CHECKPOINTING
+from hft_trl.redact import redact
+from hft_trl.report import StageRecord
+from hft_trl.report.record import stage_record
+from hft_trl.saved_models.digests import mixture_parts, named_files, start_model
+from hft_trl.weights import check_readable, weight_files
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
+
+STAGE_FILE = "stage.json"
+
+# Arguments that leave the trained weights as they are, so a rerun may change them.
+VOLATILE = re.compile(
+    r"(logging|log|save|push|hub|eval|trackio|report|include)_.*|output_dir|run_name|project|disable_tqdm|do_.*"
+    r"|resume_from_checkpoint|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|dataset_num_proc"
+    r"|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
+)
+
+# How the global batch is divided among processes and steps of accumulation may change too: only sums are rounded anew.
+DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Digests of the start model, and what has changed where they differ
+START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
+
+Settings = dict[str, dict[str, Any]]
+"""By section."""
+
+
+def settings(stage: "Stage") -> Settings:
+    """What the trained weights depend on, as plain JSON."""
+    args = stage.args.to_dict()
+    # `to_dict` hides whatever is called a token, to keep the hub's secret.
+    args.update({key: value for key, value in vars(stage.args).items() if key in ("eos_token", "pad_token")})
+    best = stage.args.load_best_model_at_end  # then what is evaluated, and when, decides which weights are kept
+    kept = {
+        key: value
+        for key, value in sorted(args.items())
+        if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
+    }
+    if stage.auto_checkpointing:  # what it comes to depends on the machine, and the weights do not depend on it
+        for name in CHECKPOINTING:
+            del kept[name], kept[f"{name}_kwargs"]
+        kept[CHECKPOINTING[0]] = "auto"
+    kept["global_batch_size"] = (
+        stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
+    )
+    content = {
+        "model": dataclasses.asdict(stage.model),
+        "data": dataclasses.asdict(stage.data),
+        stage.section: kept,
+    }
+    if stage.hft is not None:
+        content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
+        if stage.hft.frozen_quantization:  # only then, so that folders from before it stay valid
+            content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
+    if stage.adapter is not None:
+        content["lora"] = _adapter(stage.adapter, stage.folder)
+    if not best:
+        content["data"].pop("eval_split")
+    if stage.memory is not None:
+        content["data"]["memory"] = content_digest(stage.memory)
+    if stage.mixture is not None:
+        content["data"]["mixture"] = mixture_parts(stage.mixture)
+    else:
+        content["data"]["content"] = content_digest(Path(stage.data.dataset))
+        content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
+    for values in (content["model"], kept):
+        values |= named_files({key: value for key, value in values.items() if key != "model_name_or_path"})
+    content["model"] |= start_model(stage.model.model_name_or_path, stage.model.model_revision)
+    content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
+    return redact(json.loads(json.dumps(content, default=str)))
+
+
+def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    content = dataclasses.asdict(adapter.lora)
+    if not adapter.earlier:
+        del content["o_lora_lambda"]  # there is no penalty
+    return {
+        **content,
+        "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
+        "earlier": [_place(str(other), folder) for other in adapter.earlier],
+        "content": [
+            content_digest(other / ADAPTER_FOLDER) for other in (*filter(None, [adapter.start]), *adapter.earlier)
+        ],
+    }
+
+
+def _place(source: str, folder: Path) -> str:
+    """A path that stays the same when the run is called from elsewhere, or moved as a whole; hub ids as they are."""
+    path = resolved(source)
+    if path.parent == resolved(folder).parent:
+        return f"../{path.name}"
+    return str(path) if path.exists() else source
+
+
+def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
+    """
+    Lock every stage's folder, and check that each can be written and belongs to the same settings. Nothing is removed or
+    written before all are locked and checked. Every process has to call.
+
+    Args:
+        stages (`Iterable["Stage"]`):
+            All stages of the run.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to remove what earlier runs left in the stages' folders. Only folders that hold a `stage.json` are
+            ever removed.
+
+    Raises:
+        [`HFTError`]: If a folder is in use, can't be written, holds other things, or was made with other settings or from
+            another start model.
+    """
+    stages = list(stages)
+    by_first_process(partial(_open, stages, overwrite))
+    for stage in stages:
+        if PartialState().num_processes > 1 and not all_see(stage.folder / STAGE_FILE):
+            raise HFTError(
+                f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system that all "
+                "machines share."
+            )
+        if finished(stage) is not None:
+            PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
+
+
+def _open(stages: list["Stage"], overwrite: bool) -> None:
+    for stage in stages:
+        with writing(stage.folder):
+            _take(stage.folder)
+    unfinished: set[Path] = set()
+    for stage in stages:
+        if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):
+            unfinished.add(stage.folder)
+    for stage in stages:
+        with writing(stage.folder):
+            if overwrite:
+                _clear(stage.folder)
+                write_json(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
+            elif stage.folder in unfinished:
+                _note_settings(stage)
+
+
+def _take(folder: Path) -> None:
+    """Lock a folder, which is made if it does not exist, and leave what it holds as it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # the second for a name with a NUL
+        raise HFTError(f"output_dir {str(folder)!r} can't be written ({error}): choose another one.") from error
+    if not (folder / STAGE_FILE).exists() and any(
+        path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
+    ):
+        raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
+    lock(folder)
+
+
+def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
+    """
+    Check that what an earlier run left is of these settings.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        unfinished (`Collection[Path]`):
+            Folders of the stages before it that are still to be trained.
+
+    Returns:
+        `bool`: Whether the stage is finished.
+    """
+    folder, done = stage.folder, finished(stage) is not None
+    if not done and not any(folder.glob("checkpoint-*")):
+        return False  # nothing was trained, whatever the settings were
+    if gone := unfinished & _starts(stage):
+        raise HFTError(
+            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove {str(folder)!r} to train it "
+            "again from the new model, pass --overwrite, or choose another output_dir."
+        )
+    differences = _differences(stage, _read(folder)["settings"], settings(stage))
+    if differences:
+        raise HFTError(
+            f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another output_dir, "
+            "pass --overwrite, or remove that folder to train this stage alone again."
+        )
+    if done:
+        adapter = [] if stage.adapter is None else [folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
+        check_readable([*weight_files(str(folder)).values(), *adapter])
+    return done
+
+
+def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
+    old, new, found = dict(_flat(before)), dict(_flat(now)), []
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
+            continue
+        if name in START:
+            found.append(
+                f"the start model {stage.model.model_name_or_path!r} has {START[name]} than the one it was trained from"
+            )
+        elif name.endswith("content") and old.get(name) and new.get(name):
+            found.append(f"the files of {name.removesuffix('content')[:-1]} have changed ({name})")
+        else:
+            found.append(f"{name} {old.get(name)!r} there, {new.get(name)!r} here")
+    return found
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested settings by dotted names; lists of other than sections are one value."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _starts(stage: "Stage") -> set[Path]:
+    """Folders of the stages that a stage needs."""
+    if stage.adapter is None:
+        return {Path(stage.model.model_name_or_path)}
+    return {Path(stage.model.model_name_or_path), *stage.adapter.earlier, *filter(None, [stage.adapter.start])}
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (STAGE_FILE, LOCK_FILE):  # without the first, the rest would seem to be someone else's
+            path.unlink()
+
+
+def mark_started(stage: "Stage") -> None:
+    """Note which start model a stage is trained from, which was perhaps not trained yet when the stage was opened. Every process has to call."""
+    by_first_process(partial(_note_settings, stage))
+
+
+def _note_settings(stage: "Stage") -> None:
+    content = {"settings": settings(stage), "record": None}
+    path = stage.folder / STAGE_FILE
+    if not path.exists() or _read(stage.folder) != content:
+        write_json(path, content)
+
+
+def finished(stage: "Stage") -> StageRecord | None:
+    """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
+    record = _read(stage.folder)["record"]
+    return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
+
+
+def mark_finished(stage: "Stage", record: StageRecord) -> None:
+    """Write a stage's figures into its folder when its model is on the disk, after which a rerun skips the stage."""
+    flush(stage.folder)
+    content = {**_read(stage.folder), "record": dataclasses.asdict(record)}
+    write_json(stage.folder / STAGE_FILE, content)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        content = read_object(folder / STAGE_FILE, settings=dict, record=dict | NoneType)
+        return {"settings": content["settings"], "record": content["record"]}
+    except (OSError, ValueError) as error:
+        raise HFTError(
+            f"{folder / STAGE_FILE} can't be read ({error}): pass --overwrite, or remove the folder."
+        ) from error

@@ -1,0 +1,173 @@
+"""What a stage measures: memory, losses, speed, and how far every unit moved."""
+
+import contextlib
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.utils import logging
+
+from hft_trl.backends.zero import numel
+from hft_trl.checkpoints.resumable import ResumableMixin
+from hft_trl.errors import HFTError, first_line
+from hft_trl.frozen.quantized_linear import packed_away
+from hft_trl.names import named_parameters
+from hft_trl.reference import sharing
+from hft_trl.report import StageRecord, UnitChange
+from hft_trl.saved_models.diff import Moved
+from hft_trl.saved_models.saved_model import SavedModel
+from hft_trl.selection import Selection, find_units
+from hft_trl.skeleton import build_on_meta
+from hft_trl.weights import change, is_zero, same_bytes
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
+
+logger = logging.get_logger(__name__)
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of peak memory, where the platform has a way to."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # not every container lets a process do so
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: of the GPU since the last reset, without one the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux" and (peak := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())):
+        return int(peak[1]) * 1024
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage if sys.platform == "darwin" else usage * 1024
+
+
+def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
+    """
+    What a trainer that has trained knows of its own run.
+
+    Args:
+        stage ([`Stage`]):
+            The stage.
+        trainer ([`ResumableMixin`]):
+            Its trainer, after `train`.
+        resumed_from ([`~transformers.TrainerState`], *optional*):
+            The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
+            else is of the whole stage.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    log = trainer.state.log_history
+    losses = [row["loss"] for row in log if "loss" in row]
+    runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
+    if resumed_from and resumed_from.global_step == trainer.state.global_step:
+        runtime = None  # a checkpoint of the last step is taken over, which is no training
+    tokens = int(trainer.state.num_input_tokens_seen)
+    earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
+    memory = (
+        [value for entry in trainer.optimizer.state.values() for value in entry.values()] if trainer.optimizer else []
+    )
+    own_reference = vars(trainer).get("ref_model")
+    beside, shared = (
+        sharing.memory(model, trainer.accelerator.unwrap_model(own_reference))
+        if own_reference is not None
+        else (None, None)
+    )
+    optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
+    if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
+        optimizer_bytes = sum(gather_object([optimizer_bytes]))
+    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, learns in sizes if learns)
+    total = sum(size for size, _ in sizes) + packed_away(model)
+    method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
+    if selection is not None and selection.masks is not None:
+        masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
+        trained -= sum(masked.values()) - sum(selection.masked.values())
+    return StageRecord(
+        name=stage.name,
+        method=method,
+        selection_digest=selection.digest if selection is not None else None,
+        share=selection.share if selection is not None else {"model": trained / total},
+        trainable_params=trained,
+        total_params=total,
+        steps=trainer.state.global_step,
+        tokens=tokens,
+        tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
+        runtime_seconds=runtime,
+        peak_memory_bytes=peak_memory(),
+        optimizer_state_bytes=optimizer_bytes or None,
+        first_loss=losses[0] if losses else None,
+        last_loss=losses[-1] if losses else None,
+        frozen_unchanged=True if method == "hft" else None,  # `train` raises where it is not
+        start_model=stage.model.model_name_or_path,
+        dataset=stage.source,
+        resumed_from_step=resumed_from.global_step if resumed_from else None,
+        history=log,
+        reference_memory_bytes=beside,
+        shared_reference_bytes=shared,
+    )
+
+
+def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
+    """
+    How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
+
+    Args:
+        stage ([`Stage`]):
+            The stage, whose trained model is in its folder.
+        selection ([`Selection`]):
+            Which units learned.
+        base_model (`str`):
+            Hub id or folder of the run's first start model.
+
+    Returns:
+        `list[UnitChange]`: One entry per unit; a figure is `None` where the files of one model hold no such tensor.
+    """
+    start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
+    trainable, found, problem = set(selection.trainable), [], None
+    try:
+        structure = build_on_meta(start, revision, stage.model.trust_remote_code)
+        units = find_units(structure, selection.config.exclude)
+        after = SavedModel(str(stage.folder), structure)
+        before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
+        # Dealt out by size, so that all processes have about the same to read.
+        largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
+        for number in largest_first[state.process_index :: state.num_processes]:
+            unit = units[number]
+            learns = unit.names[0] in trainable
+            known = {start: _relative_change(before[start], after, unit.names, moved=learns)}
+            if base_model != start:
+                known[base_model] = _relative_change(before[base_model], after, unit.names)
+            place = (unit.names[0], unit.layer, unit.category, unit.slot)
+            found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
+    except (HFTError, OSError, SafetensorError) as error:
+        problem = first_line(error)
+    found = gather_object(found)
+    problem = next((problem for problem in gather_object([problem]) if problem is not None), None)
+    if problem is not None:
+        logger.warning(f"Movements are left out of the report: {problem}")
+        return []
+    return [moved for _, moved in sorted(found, key=lambda pair: pair[0])]
+
+
+def _with_revision(model: str, revision: str | None) -> str:
+    return model if revision is None or Path(model).is_dir() else f"{model}@{revision}"
+
+
+def _relative_change(
+    before: SavedModel, after: SavedModel, names: tuple[str, ...], moved: bool = True
+) -> float | None:
+    """Arithmetic is done only where bytes differ; what has not `moved` is not even read, but for whether it is zero."""
+    pairs = [pair for name in names for pair in after.beside(before, name)]
+    if not moved or all(same_bytes(old, new) for old, new in pairs):
+        return 0.0 if any(not is_zero(old) for old, _ in pairs) else None
+    return Moved.total(change(names[0], old, new) for old, new in pairs).relative

@@ -1,0 +1,275 @@
+"""A rehearsal of each stage on a tiny model and a few rows, which finds mistakes in its settings before anything is trained."""
+
+import copy
+import io
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.logging import MultiProcessAdapter
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.trainer_utils import align_special_tokens
+from transformers.utils import is_liger_kernel_available
+from transformers.utils import logging as transformers_logging
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+
+from hft_trl.backends import zero
+from hft_trl.backends.fsdp import check_chain
+from hft_trl.chat import check_ids
+from hft_trl.errors import MISTAKES, HFTError, explained
+from hft_trl.processes import by_first_process
+from hft_trl.recipe.arguments import ModelArguments
+from hft_trl.recipe.endings import settle_generation
+from hft_trl.recipe.rendering import check_rendered
+
+if TYPE_CHECKING:
+    from hft_trl.recipe import Stage
+
+TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
+ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
+
+# What tells a process of its launcher and its backend
+LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
+
+# Arguments of the backend, of other programs, and of the real model: a rehearsal goes without
+WITHOUT: dict[str, Any] = {
+    "deepspeed": None,
+    "deepspeed_plugin": None,
+    "fsdp": None,
+    "fsdp_plugin_args": None,
+    "parallelism_config": None,
+    "ddp_backend": None,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "push_to_hub": False,
+    "full_determinism": False,
+    "enable_jit_checkpoint": False,
+    "report_to": [],
+    "skip_memory_metrics": True,
+    "dataset_num_proc": None,
+    "model_init_kwargs": None,
+    "router_aux_loss_coef": None,
+}
+
+
+def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """
+    Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer and the scheduler, and save.
+
+    A stage of another config than those of SFT, DPO and KTO has its rows and trackers checked only.
+
+    It runs in the first process, without the launch's backend. Every process has to call. Random states, the arguments and the
+    tokenizer stay as they are.
+
+    Args:
+        stages (`Sequence[Stage]`):
+            All stages in order, with their data.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of all stages, by default each stage's own for the model that the run starts from.
+
+    Raises:
+        [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
+    """
+    check_chain(stages)
+    by_first_process(partial(_rehearse_all, stages, tokenizer))
+
+
+def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
+    start = stages[0].model
+    # Trainers write into it, and the next stage starts from what the last one saves
+    own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
+    for stage in stages:
+        if tokenizer is None and stage.base is not None:
+            stage.load_tokenizer(of_base=True)  # for what it checks
+        _check_fills_a_batch(stage, len(stage.train_dataset))
+        with _unnoticed(), tempfile.TemporaryDirectory() as folder:
+            samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
+            if stage.eval_dataset is not None:
+                samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
+            _rehearse(stage, start, own, folder, *samples)
+
+
+def _check_fills_a_batch(stage: "Stage", rows: int) -> None:
+    args = stage.args
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
+        raise HFTError(
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch of {batch} "
+            f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
+        )
+
+
+def _rehearse(
+    stage: "Stage",
+    start: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    train: Dataset,
+    evaluation: Dataset | None = None,
+) -> None:
+    args, known = stage.args, {"revision": start.model_revision, "trust_remote_code": start.trust_remote_code}
+    with _naming(stage, "trackers can be set up", "report_to"):
+        for kind in get_reporting_integration_callbacks(args.report_to):
+            kind()
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        with _naming(stage, "kernels can be set up", "use_liger_kernel"):
+            apply_liger_kernel(None, None)
+    if type(args) not in TRAINERS:  # of a recipe of the user's own
+        return
+    config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
+    with _naming(stage, "trainer can be built"):
+        model = _stand_in(config, start.model_name_or_path, start.model_revision)
+        trainer = _trainer(_tried(args, folder), model, tokenizer, train, evaluation)
+    check_ids(trainer.train_dataset, tokenizer, config, start.model_name_or_path)
+    with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
+        rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
+        if rows:
+            batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
+            trainer.compute_loss(trainer.model.train(), batch)
+    with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
+        trainer.create_optimizer()
+    with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
+        trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
+    with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
+        config.save_pretrained(folder)
+        settle_generation(trainer.model, tokenizer, trainer.train_dataset)
+        align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
+        trainer.save_model(folder)
+        trainer.create_model_card(dataset_name=stage.data.dataset)
+
+
+def _trainer(
+    args: TrainingArguments,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None,
+) -> Trainer:
+    given = {"args": args, "train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
+    if isinstance(args, SFTConfig):
+        return SFTTrainer(model, **given)
+    return TRAINERS[type(args)](model, ref_model=copy.deepcopy(model), **given)
+
+
+def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
+    """A copy of a stage's arguments for one process, a temporary folder and another model. The device is settled anew."""
+    tried = copy.copy(args)
+    kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
+    tried.__dict__ = {name: copy.deepcopy(value) for name, value in vars(args).items() if name in kept}
+    vars(tried).update({name: value for name, value in WITHOUT.items() if name in vars(args)}, output_dir=folder)
+    if args.optim_target_modules is not None:
+        tried.optim_target_modules = "all-linear"  # the names are the real model's
+    if args.max_length is not None and args.max_length > 0:
+        tried.max_length = max(args.max_length, 1024)  # trainers drop rows of which nothing to train on is left
+    tried.use_cpu = args.device.type == "cpu"
+    tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
+    return tried
+
+
+def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCausalLM:
+    """A model with the start model's vocabulary and generation config, and next to nothing else."""
+    vocabulary = config.get_text_config().vocab_size
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
+    with suppress(OSError):  # there need not be one
+        model.generation_config = GenerationConfig.from_pretrained(start, revision=revision)
+    return model
+
+
+def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """A few rows, cut short. Before, a row of each pattern is rendered as it is."""
+    check_rendered(tokenizer, dataset, name)
+    few = dataset.select(range(min(ROWS, len(dataset))))
+    return Dataset.from_list(
+        [{column: _short(value) for column, value in row.items()} for row in few], features=dataset.features
+    )
+
+
+def _short(value: Any) -> Any:
+    """A value of a row, with little to compute: texts and contents cut at the end, tokens at the beginning."""
+    if isinstance(value, str):
+        return value[:LONGEST]
+    if not isinstance(value, list) or not value:
+        return value
+    if isinstance(value[0], int):
+        return value[-LONGEST:]
+    return [{**turn, "content": _short(turn["content"])} if "content" in turn else turn for turn in value]
+
+
+@contextmanager
+def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
+    """Turn a library's refusal into one line, with the settings that it may be about."""
+    try:
+        yield
+    except HFTError:
+        raise
+    except (*MISTAKES, AttributeError) as error:
+        values = {name: vars(stage.args).get(name) for name in names}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
+        given = ", ".join(f"{name} {value!r}" for name, value in plain.items())
+        raise HFTError(f"{stage.name}: no {what}{f' with {given}' if given else ''}: {explained(error)}") from error
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Let what runs inside be in a process of its own, and leave nothing of it: output, seeds, states, environment."""
+    states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
+    environment, verbosity, disabled = (
+        dict(os.environ),
+        transformers_logging.get_verbosity(),
+        logging.root.manager.disable,
+    )
+    seeds = random.getstate(), np.random.get_state()
+    gpus = torch.accelerator.device_count()
+    device_type = torch.accelerator.current_accelerator().type if gpus else "cuda"
+    try:
+        for kind, _ in states:
+            kind._shared_state.clear()
+        for name in environment:
+            if name.startswith(LAUNCHED) and name != "ACCELERATE_TORCH_DEVICE":
+                del os.environ[name]
+        logging.disable(logging.CRITICAL)
+        with (
+            torch.random.fork_rng(range(gpus), device_type=device_type),
+            zero.whole_models(),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        random.setstate(seeds[0])
+        np.random.set_state(seeds[1])
+        logging.disable(disabled)
+        transformers_logging.set_verbosity(verbosity)
+        for once in (transformers_logging.warning_once, MultiProcessAdapter.warning_once):
+            once.cache_clear()  # the real trainers' warnings are the first that are seen
+        os.environ.clear()
+        os.environ.update(environment)
+        for kind, state in states:
+            kind._shared_state.clear()
+            kind._shared_state.update(state)

@@ -1,0 +1,246 @@
+"""The rows of a data set: checked one by one, and brought into the shape that TRL's trainers take."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Value
+from datasets.utils import tqdm
+from transformers.utils import logging
+
+from hft_trl.errors import HFTError
+from hft_trl.processes import speaks
+from hft_trl.recipe.layouts import OPTIONAL, find_parts, read_conversations
+from hft_trl.recipe.messages import FIELDS, SHAREGPT_FIELDS, check_messages, is_said
+
+logger = logging.get_logger(__name__)
+
+TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
+
+
+def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
+    """
+    Check a data set for supervised fine-tuning and bring it into the form that TRL reads.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and `completion`, plain
+            text, or another layout that [`find_parts`] knows. Rows whose only answers are empty are left out and counted in
+            a warning, which also names the columns that are not used.
+        name (`str`):
+            What errors call it.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            The column that holds plain text.
+
+    Returns:
+        [`~datasets.Dataset`]: Rows with an answer, in TRL's form.
+
+    Raises:
+        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    """
+    columns = set(dataset.column_names)
+    parts = find_parts(columns, preference=False)
+    if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
+        raise HFTError(
+            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the column."
+        )
+    text = text_field if text_field in columns else None
+    if text and "chat" not in parts and not {"prompt", "completion"} <= columns:
+        parts = {}
+    if not parts and not text and "input_ids" not in columns:
+        raise HFTError(
+            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
+            f"{text_field}. Rename the columns that hold them."
+        )
+    wanted = ["messages"] if "chat" in parts else ["prompt", "completion"] if parts else [text] if text else []
+    _name_unused(dataset, parts.values() or wanted or TOKENIZED, name)
+    if not wanted:
+        return _select_columns(dataset, TOKENIZED)
+    if parts:
+        dataset = read_conversations(dataset, parts, name)
+    empty = set()
+
+    def check(row: int, *values: Any) -> None:
+        where = f"row {row} of {name}"
+        if "chat" in parts:
+            check_messages(values[0], where)
+            _check_answered(values[0], where)
+        elif parts:
+            _check_completed(*values, where, "completion")
+        elif not isinstance(values[0], str):
+            raise HFTError(f"{where}, {text} is {values[0]!r:.80}: it must be text.")
+        if _is_empty(values[-1]):
+            empty.add(row)
+
+    for_each_row(check, dataset, *wanted)
+    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text}")
+    return _select_columns(dataset, wanted)
+
+
+def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
+    """
+    Check a data set of preference pairs and bring it into the form that TRL reads.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            `chosen` and `rejected`, as answers or whole conversations, messages or text, and the prompt in `prompt`, `question`
+            or another layout that [`find_parts`] knows, if not in the sides. Rows whose chosen side is empty are left out and
+            counted in a warning, since the model would learn to say nothing; an empty rejected side is as good as another.
+        name (`str`):
+            What errors call it.
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to drop pairs whose sides are equal rather than to reject them.
+
+    Returns:
+        [`~datasets.Dataset`]: The rows in TRL's form: conversations with an explicit prompt, or plain text.
+
+    Raises:
+        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    """
+    columns = set(dataset.column_names)
+    parts = find_parts(columns, preference=True)
+    if not parts:
+        unpaired = (
+            " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
+        )
+        raise HFTError(
+            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the columns that hold "
+            f"the better and the worse answer.{unpaired}"
+        )
+    _name_unused(dataset, parts.values(), name)
+    dataset = read_conversations(dataset, parts, name)
+    explicit = "prompt" in dataset.column_names
+    wanted = (["prompt"] if explicit else []) + ["chosen", "rejected"]
+    equal, empty = set(), set()
+
+    def check_pair(row: int, *values: Any) -> None:
+        *prompt, chosen, rejected = values
+        where = f"row {row} of {name}"
+        for side, answer in (("chosen", chosen), ("rejected", rejected)):
+            _check_completed(prompt[0] if explicit else "", answer, where, side)
+        if _is_empty(chosen):
+            empty.add(row)
+        elif chosen == rejected:
+            if not drop_equal_pairs:
+                raise HFTError(
+                    f"{where}: chosen and rejected are equal, so there is nothing to prefer: remove the row, or set "
+                    "drop_equal_pairs."
+                )
+            equal.add(row)
+        elif not explicit and rejected[:1] != chosen[:1]:
+            raise HFTError(f"{where}: chosen and rejected begin differently, and there is no column prompt: add one.")
+
+    for_each_row(check_pair, dataset, *wanted)
+    if len(equal) == len(dataset):
+        raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
+    dataset = _without(dataset, empty, name, "an empty chosen side", equal)
+    return _select_columns(dataset, wanted)
+
+
+def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
+    """Say once which columns, and which fields of messages, are not trained on."""
+    columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
+    fields = set()
+    for value in (dataset[0][column] for column in used if column in dataset.column_names):
+        for message in value if isinstance(value, list) else [value]:
+            if isinstance(message, dict):
+                fields |= message.keys() - {*FIELDS, *SHAREGPT_FIELDS}
+    for kind, unused in (("columns", columns), ("fields of messages", sorted(fields))):
+        if unused and speaks():
+            logger.warning(f"{name}: the {kind} {', '.join(unused)} are not used.")
+
+
+def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Iterable[int] = ()) -> Dataset:
+    """Leave rows out, and say how many were empty."""
+    if len(empty) == len(dataset):
+        raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
+    if empty and speaks():
+        logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
+    left_out = empty.union(equal)
+    if not left_out:
+        return dataset
+    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+
+
+def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
+    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
+
+
+def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
+    if isinstance(answer, str):
+        return not answer.strip()
+    return not any(message["role"] == "assistant" and is_said(message) for message in answer)
+
+
+def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
+    """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
+    row, quiet = 0, not speaks()
+    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
+        for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
+            for values in zip(*(batch[column] for column in columns), strict=True):
+                check(row, *values)
+                row += 1
+            bar.update(len(batch[columns[0]]))
+
+
+def _check_answered(messages: list[dict[str, Any]], where: str) -> None:
+    if all(message["role"] != "assistant" for message in messages):
+        raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
+
+
+def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
+    """Check a prompt and what follows it: both text, or both messages, where an assistant answers a prompt and has the last word."""
+    if isinstance(prompt, list) and isinstance(answer, list):
+        if answer and not prompt:
+            raise HFTError(
+                f"{where}: {side} is {answer!r:.80} and there is no prompt: give one, or begin both sides with it."
+            )
+        check_messages(prompt, f"{where}, prompt")
+        check_messages(answer, f"{where}, {side}")
+        _check_answered(answer, f"{where}, {side}")
+        for verb, message in (("goes on after its prompt", answer[0]), ("ends", answer[-1])):
+            if message["role"] != "assistant" and not (message is answer[0] and message["role"] == "tool"):
+                raise HFTError(f"{where}, {side} {verb} with role {message['role']!r}: it must be the assistant.")
+    elif not isinstance(prompt, str) or not isinstance(answer, str):
+        raise HFTError(
+            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on both sides."
+        )
+
+
+def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
+    """
+    Count the rows that are left without a token to train on after truncation.
+
+    Args:
+        rows (`int`):
+            Number of rows before the trainer prepared them.
+        prepared ([`~datasets.Dataset`]):
+            The trainer's `train_dataset`. TRL drops rows without a trained token; when packing it keeps them, so they
+            are counted inside the packs. The strategy `"wrapped"` cuts rows anywhere and drops nothing.
+        name (`str`):
+            What the error calls the data set.
+        max_length (`int`, *optional*):
+            The length in tokens that rows were truncated to.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether the trainer packed the rows.
+
+    Raises:
+        [`HFTError`]: If no row is left.
+    """
+    if "seq_lengths" in prepared.column_names:
+        lost = 0
+        for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
+            # How many trained tokens stand before each token, so that a row has the difference of two of them.
+            before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
+            ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
+            lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
+    elif packing:
+        batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
+        lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
+    else:
+        lost = rows - len(prepared)
+    if lost >= rows:
+        raise HFTError(
+            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise max_length."
+        )
+    return lost

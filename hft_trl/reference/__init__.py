@@ -1,0 +1,1 @@
+"""The frozen reference of preference training."""

@@ -1,0 +1,272 @@
+"""A report as one web page: tables, pictures and selection maps in a file that loads nothing."""
+
+import io
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from hft_trl.demo import shown
+from hft_trl.report.layer_map import Column, layer_map
+from hft_trl.report.markdown import CAPTIONS, launch_command, launch_note
+from hft_trl.report.movement_plot import movement_figure
+from hft_trl.report.picture import SQUARES, cell_mark
+from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
+from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
+from hft_trl.report.tables import Grid, evaluation_grid, loss, movement_grids, share_grid, stage_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE_FILE = "report.html"
+TEMPLATE = "page.html.jinja"
+# Inches. At the width of a phone (360 pixels), letters of a picture this wide are still read.
+NARROW = 4.2
+# A picture of this width still fits the page on a large screen.
+WIDE = 11.0
+CSS_PIXELS = 96
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """
+    A picture of the page.
+
+    Args:
+        source (`str`):
+            The picture itself, as a data URI.
+        alt (`str`):
+            What it shows, for who can't see it.
+        width, height (`int`):
+            Size in CSS pixels at which its letters are 13 pixels high.
+        min_width (`int`):
+            Width in CSS pixels below which the picture is scrolled rather than made smaller.
+    """
+
+    source: str
+    alt: str
+    width: int
+    height: int
+    min_width: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    The scores that are shown together.
+
+    Args:
+        name (`str`):
+            Name of the suite, empty where a report has none.
+        scores ([`~hft_trl.report.tables.Grid`]):
+            A row a model.
+        drawings (`list[Drawing]`):
+            The scores as bars; empty where there is no score.
+    """
+
+    name: str
+    scores: Grid
+    drawings: list[Drawing]
+
+
+@dataclass(frozen=True)
+class SelectionMap:
+    """
+    Which matrices of a stage learned, as rows of finished cells.
+
+    Args:
+        stage (`str`):
+            Name and method of the stage.
+        groups (`dict[str, list[Column]]`):
+            The columns by category.
+        rows (`list[tuple[int, list[tuple[str, str, bool]]]]`):
+            For each layer its number and its cells: state (`"on"`, `"off"`, `"part"` or `"absent"`), mark, and whether
+            a category begins there.
+        outside (`list[tuple[str, str, str]]`):
+            State, mark and name of what lies outside of the layers.
+    """
+
+    stage: str
+    groups: dict[str, list[Column]]
+    rows: list[tuple[int, list[tuple[str, str, bool]]]]
+    outside: list[tuple[str, str, str]]
+
+
+def report_page(report: Report) -> str:
+    """
+    Write a report as one HTML page.
+
+    The page holds its pictures and styles, runs no script, and its security policy forbids the browser to load anything.
+    The same report gives the same bytes. Texts of the user are escaped by the template.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `str`: HTML.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    maps = [selection_map(stage) for stage in report.stages if stage.moved]
+    return templates.get_template(TEMPLATE).render(
+        report=report,
+        source=REPORT_FILE,
+        shown=shown,
+        captions={name.removesuffix(".png"): text for name, text in CAPTIONS.items()},
+        verdict=verdict(report),
+        suites=_suites(report),
+        stages=stage_grid(report),
+        shares=share_grid(report),
+        losses=[drawing for stage in report.stages for drawing in _loss_drawings(report, stage)],
+        margins=[drawing for stage in report.stages for drawing in _margin_drawings(report, stage)],
+        movements=[drawing for stage in report.stages for drawing in _movement_drawings(report, stage)],
+        movement=movement_grids(report),
+        maps=maps,
+        states={state for chart in maps for state in _states(chart)},
+        marks=SQUARES,
+        command=launch_command(report),
+        launch=launch_note(report),
+        settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100),
+    )
+
+
+def verdict(report: Report) -> tuple[str, str]:
+    """
+    What the checks of the frozen half say together.
+
+    Args:
+        report ([`Report`]):
+            The report.
+
+    Returns:
+        `tuple[str, str]`: `"good"`, `"bad"` or `"none"`, and a sentence.
+    """
+    broken = [stage.name for stage in report.stages if stage.frozen_unchanged is False]
+    kept = [stage.name for stage in report.stages if stage.frozen_unchanged]
+    if broken:
+        return "bad", f"The frozen half did not stay unchanged: {', '.join(broken)}."
+    if kept:
+        stages = "every stage" if len(kept) == len(report.stages) else ", ".join(kept)
+        return "good", f"What was frozen is unchanged, bit for bit, in {stages}."
+    return "none", "Nothing was frozen."
+
+
+def selection_map(stage: StageRecord) -> SelectionMap:
+    """
+    Arrange which matrices of a stage learned.
+
+    Args:
+        stage ([`StageRecord`]):
+            A stage whose `moved` is filled.
+
+    Returns:
+        [`SelectionMap`]: A row a layer, a column a slot.
+    """
+    inner = layer_map((u.layer, u.category, u.slot, u.trainable) for u in stage.moved if u.layer is not None)
+    groups = inner.groups()
+    first = {members[0] for members in groups.values()}
+    columns = [column for members in groups.values() for column in members]
+    rows = []
+    for layer in inner.layers:
+        counts = [inner.cells.get((layer, column)) for column in columns]
+        cells = [(*_state(count), column in first) for column, count in zip(columns, counts, strict=True)]
+        rows.append((layer, cells))
+    outside = [(*_state((int(unit.trainable), 1)), _module(unit)) for unit in stage.moved if unit.layer is None]
+    title = f"{stage.name} ({stage.method.upper()})"
+    if (
+        rows
+        and all(unit.trainable for unit in stage.moved if unit.layer is not None)
+        and stage.share.get("layers", 1) < 1
+    ):
+        # Where every matrix learned and yet not all of them, it was single elements.
+        title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
+    return SelectionMap(title, groups, rows, outside)
+
+
+def _state(count: tuple[int, int] | None) -> tuple[str, str]:
+    if count is None:
+        return "absent", SQUARES[2]
+    learning, total = count
+    return "on" if learning == total else "part" if learning else "off", cell_mark(learning, total)
+
+
+def _states(chart: SelectionMap) -> set[str]:
+    return {state for _, cells in chart.rows for state, *_ in cells} | {state for state, *_ in chart.outside}
+
+
+def _module(unit: UnitChange) -> str:
+    return unit.name.removesuffix(".weight")
+
+
+def _suites(report: Report) -> list[Suite]:
+    """The scores of each suite, or of all where the report names no suites."""
+    suites = []
+    for name, measures in report.suites.items() or [("", None)]:
+        grid = evaluation_grid(report, measures)
+        if not grid.rows:
+            continue
+        part = report
+        if measures:
+            rows = {model: {key: row.get(key) for key in measures} for model, row in report.evaluation.items()}
+            part = replace(report, suites={name: measures}, evaluation=rows)
+        figure = evaluation_figure(part)
+        if figure is not None:
+            axes = figure.axes[0]
+            width = max(NARROW, 1.2 + 0.45 * len(axes.texts))
+            figure.set_size_inches(min(WIDE, width), 3.6)
+            for text in axes.texts:
+                text.set_fontsize(9 if width < WIDE else 6)
+        alt = f"Bars of the scores of {', '.join(report.evaluation)}; the table has them as numbers."
+        suites.append(Suite(name, grid, [_drawing(figure, alt)] if figure else []))
+    return suites
+
+
+def _loss_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
+    figure = loss_figure(replace(report, stages=[stage]))
+    if figure is not None:
+        figure.set_size_inches(NARROW, 3.2)
+        span = f"from {loss(stage.first_loss)} to {loss(stage.last_loss)} in {stage.steps} steps"
+        yield _drawing(figure, f"Training loss of {stage.name}, {span}.")
+
+
+def _margin_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
+    figure = margin_figure(replace(report, stages=[stage]))
+    if figure is not None:
+        figure.set_size_inches(NARROW, 3.2)
+        margins = [row[MARGIN] for row in stage.history if row.get(MARGIN) is not None]
+        yield _drawing(figure, f"Reward margin of {stage.name}, from {loss(margins[0])} to {loss(margins[-1])}.")
+
+
+def _movement_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
+    figure = movement_figure(report, stage)
+    if figure is not None:
+        alt = f"Change from the base after {stage.name}: layers by matrices, and means by category as in the table."
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(max(NARROW, width - 1.2), height)
+        yield _drawing(figure, alt)
+
+
+def _drawing(figure: "Figure", alt: str) -> Drawing:
+    from matplotlib import rc_context
+
+    content = io.BytesIO()
+    # Letters as outlines look alike on every machine. No date and no random names: the same report, the same bytes.
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "hft_trl"}):
+        figure.savefig(content, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
+    source = "data:image/svg+xml;base64," + b64encode(content.getvalue()).decode()
+    width, height = (ceil(CSS_PIXELS * inches) for inches in figure.get_size_inches())
+    narrow = figure.get_size_inches()[0] <= NARROW
+    return Drawing(source, alt, width, height, int(0.8 * width) if narrow else width)

@@ -1,0 +1,199 @@
+"""A comparison of saved models in words, tables, JSON and a picture."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hft_trl.errors import HFTError
+from hft_trl.report.movement_plot import change_figure
+from hft_trl.report.plots import plain, save_figure
+from hft_trl.report.record import UnitChange
+from hft_trl.report.tables import Grid, change, count, percent
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
+
+if TYPE_CHECKING:
+    from hft_trl.saved_models.diff import ModelDiff, Moved
+
+COLUMNS = ["change", "moved"]
+
+
+def verdict(diff: "ModelDiff") -> str:
+    """
+    Say in one sentence whether the frozen half is the base's.
+
+    Args:
+        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
+            The comparison.
+
+    Returns:
+        `str`: The sentence. It holds "frozen half byte-identical" exactly when that is so.
+    """
+    total = f"{len(diff.frozen)} of {len(diff.frozen)} parameters"
+    if diff.selection is not None and diff.selection.masks is not None:
+        total += f", of {len(diff.selection.masked)} the elements that their masks froze"
+    if diff.byte_identical is None and diff.method is None:
+        return f"{diff.tuned}: no hft_selection.json, so nothing says what should have stayed frozen"
+    if diff.byte_identical is None:
+        return f"{diff.tuned}: everything learned ({diff.method.upper()}), so nothing should have stayed frozen"
+    if diff.byte_identical:
+        old, new = diff.dtypes
+        wider = "" if old == new else f", its values bit for bit, {old} in the base and {new} here"
+        return f"{diff.tuned}: frozen half byte-identical to {diff.base} ({total}{wider}){_start(diff)}"
+    return (
+        f"{diff.tuned}: the frozen half is NOT that of {diff.base} ({len(diff.touched)} of {len(diff.frozen)} frozen "
+        f"parameters differ, such as {diff.touched[0]}){_start(diff)}"
+    )
+
+
+def _start(diff: "ModelDiff") -> str:
+    if diff.is_start is not False:
+        return ""
+    start = diff.selection.start_model
+    return (
+        f". Note that {diff.base} is not the model that its last stage started from, which was {start['name_or_path']} "
+        f"(weights {start['weights_digest'][:16]})"
+    )
+
+
+def layer_grid(diff: "ModelDiff") -> Grid:
+    """
+    A row a layer, with change and moved share of each category.
+
+    Args:
+        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
+            The comparison.
+
+    Returns:
+        [`Grid`]: The table; its last row is that of all layers.
+    """
+    cells, totals = diff.grouped()
+    categories = [name for name in totals if name in LAYER_CATEGORIES]
+    rows = [
+        [str(layer), *(text for name in categories for text in _pair(cells.get((layer, name))))]
+        for layer in sorted({layer for layer, _ in cells})
+    ]
+    rows.append(["all", *(text for name in categories for text in _pair(totals[name]))])
+    columns = ["layer", *(text for name in categories for text in (name.replace("_", " "), "moved"))]
+    return Grid(f"{_title(diff)}: change by layer", columns, rows, frozenset({len(rows) - 1}))
+
+
+def category_grid(diff: "ModelDiff") -> Grid:
+    """
+    A row a category, in the layers and outside of them.
+
+    Args:
+        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
+            The comparison.
+
+    Returns:
+        [`Grid`]: The table.
+    """
+    _, totals = diff.grouped()
+    order = [name for name in (*LAYER_CATEGORIES, *OUTER_CATEGORIES) if name in totals]
+    rows = [[name, count(totals[name].size), *_pair(totals[name])] for name in order]
+    return Grid(f"{_title(diff)}: change by category", ["category", "parameters", *COLUMNS], rows)
+
+
+def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
+    """
+    Everything that was measured.
+
+    Args:
+        diffs (`Sequence[ModelDiff]`):
+            The comparisons with one base.
+
+    Returns:
+        `dict[str, Any]`: Plain JSON.
+    """
+    return {"base": diffs[0].base, "models": [_model_json(diff) for diff in diffs]}
+
+
+def _model_json(diff: "ModelDiff") -> dict[str, Any]:
+    cells, totals = diff.grouped()
+    old, new = diff.dtypes
+    return {
+        "model": diff.tuned,
+        "method": diff.method,
+        "selection": diff.selection.digest if diff.selection else None,
+        "start_model": diff.selection.start_model if diff.selection else None,
+        "base_is_start_model": diff.is_start,
+        "frozen_half_byte_identical": diff.byte_identical,
+        "frozen_parameters": len(diff.frozen),
+        "moved_frozen_parameters": diff.touched,
+        "dtypes": {"base": old, "model": new},
+        "verdict": verdict(diff),
+        "categories": [{"category": name, **moved.as_json()} for name, moved in totals.items()],
+        "layers": [{"layer": layer, "category": name, **moved.as_json()} for (layer, name), moved in cells.items()],
+        "units": [
+            {
+                "name": unit.name,
+                "layer": unit.layer,
+                "category": unit.category,
+                "slot": unit.slot,
+                "trainable": unit.trainable,
+                **moved.as_json(),
+            }
+            for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
+        ],
+    }
+
+
+def check_picture(path: str | Path) -> None:
+    """
+    See that a picture can be written, before models are compared.
+
+    Raises:
+        [`HFTError`]: If its folder can't be written or its ending is no format.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(path)
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise HFTError(f"plot {str(path)!r} has no ending of a picture: choose another file, such as diff.png.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise HFTError(f"plot {str(path)!r} can't be written there: choose another file, such as diff.png.")
+
+
+def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
+    """
+    Draw layers by modules as a heat map, the models side by side on one scale.
+
+    Args:
+        diffs (`Sequence[ModelDiff]`):
+            The comparisons with one base.
+        path (`str` or `Path`):
+            File to write; its ending says the format.
+
+    Raises:
+        [`HFTError`]: If there is nothing to draw, or the file can't be written.
+    """
+    figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
+    if figure is None:
+        raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
+    try:
+        save_figure(figure, path)
+    except (OSError, ValueError) as error:
+        raise HFTError(
+            f"plot {str(path)!r} can't be written ({error}): choose another file, such as diff.png."
+        ) from error
+
+
+def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
+    learned = set(diff.selection.trainable) if diff.frozen else {name for unit, _ in diff.units for name in unit.names}
+    return [
+        UnitChange(unit.names[0], unit.layer, unit.category, unit.slot, unit.names[0] in learned, moved.relative)
+        for unit, moved in diff.units
+    ]
+
+
+def _title(diff: "ModelDiff", width: int | None = None) -> str:
+    """The model and how it was tuned; of a name longer than `width`, the end."""
+    cut = width is not None and len(diff.tuned) > width
+    name = f"...{diff.tuned[-width:]}" if cut else diff.tuned
+    return f"{name} ({diff.method.upper()})" if diff.method else name
+
+
+def _pair(moved: "Moved | None") -> tuple[str, str]:
+    return (change(None), percent(None)) if moved is None else (change(moved.relative), percent(moved.share))

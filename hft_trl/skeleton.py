@@ -1,0 +1,50 @@
+"""A model's structure without its weights: built on the meta device from its config alone."""
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from hft_trl.backends.zero import whole_models
+from hft_trl.errors import HFTError, first_line
+
+
+def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """
+    Build a causal LM on the meta device. Of the folder or hub repository only the config is read.
+
+    Args:
+        model (`str`):
+            Folder or hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code from the model's repository may run.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: A model whose parameters have names and shapes, and no storage.
+
+    Raises:
+        [`HFTError`]: If there is no such model, or it is no causal LM, or it is quantised.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        fits = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__] if known else []
+        own_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
+        # What will be loaded is the class that the config names, not the causal LM that its type could have.
+        wrong = [name for name in config.architectures or [] if name not in fits and not name.endswith("ForCausalLM")]
+        quantised = config.to_dict().get("quantization_config")
+        method = quantised.get("quant_method", "unknown") if quantised else None
+    except Exception as error:  # whatever a config's own class finds wrong with its values
+        if "trust_remote_code" in str(error):
+            raise HFTError(f"model {model!r} brings code of its own: set trust_remote_code to let it run.") from error
+        raise HFTError(f"model {model!r} has no readable config: {first_line(error)}") from error
+    if method is not None:
+        raise HFTError(f"model {model!r} is quantised ({method}): give the full-precision model.")
+    if wrong or not (known or own_code):
+        name = wrong[0] if wrong else type(config).__name__
+        raise HFTError(f"model {model!r} is a {name}, which is no causal LM: give a decoder-only language model.")
+    try:
+        with torch.device("meta"), whole_models():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model's constructor finds wrong with the config, or a package it needs
+        raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error
