@@ -44,8 +44,6 @@ from functools import partial
 
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from rich.console import Console
-
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.gem import GEMTrainer
@@ -63,6 +61,7 @@ from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.report.tables import rich_table
+from rich.console import Console
 
 
 def main(recipe: ContinualRecipe) -> None:

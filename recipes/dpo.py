@@ -13,10 +13,9 @@ folder or a .jsonl, .json or .parquet file. The same command again continues whe
 
 import sys
 
-from trl import DPOConfig
-
 from hft_trl import HFTDPOTrainer, as_user_error, exit_on_user_error
 from hft_trl.recipe import Stage, parse_stage, prepare, report
+from trl import DPOConfig
 
 
 def main(stage: Stage, overwrite: bool) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import typer
 from accelerate import PartialState
-
 from hft_trl import exit_on_user_error
 from hft_trl.evaluation import options, parse_suites, print_evaluation, write_evaluation
 from hft_trl.evaluation.models import find_models

@@ -22,9 +22,6 @@ import shlex
 import sys
 from datetime import UTC, datetime
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from hft_trl import exit_on_user_error
 from hft_trl.experiments.paired_tests import check_tests, tables, write_results
 from hft_trl.experiments.plots import write_figures
@@ -33,6 +30,8 @@ from hft_trl.experiments.trials import read_scores, run_trials
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.tables import rich_table
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,10 +13,9 @@ again continues where it stopped.
 
 import sys
 
-from trl import SFTConfig
-
 from hft_trl import HFTSFTTrainer, as_user_error, exit_on_user_error
 from hft_trl.recipe import Stage, parse_stage, prepare, report
+from trl import SFTConfig
 
 
 def main(stage: Stage, overwrite: bool) -> None:

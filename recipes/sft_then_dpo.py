@@ -37,10 +37,9 @@ in hft settings of its own, such as --dpo.hft.ratio 0.3. The same command again 
 import sys
 
 from accelerate.utils.memory import clear_device_cache
-from trl import DPOConfig, SFTConfig
-
 from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_user_error
 from hft_trl.recipe import Recipe, parse_recipe, prepare, report
+from trl import DPOConfig, SFTConfig
 
 STAGES = {"sft": SFTConfig, "dpo": DPOConfig}  # each starts from the model of the one before
 

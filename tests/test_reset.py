@@ -81,7 +81,9 @@ SETTINGS = st.fixed_dictionaries(
         "train_final_norm": st.booleans(),
         "exclude": st.sampled_from([[], ["o_proj"]]),
     }
-)
+).filter(
+    lambda config: config["train_final_norm"] or config["ratio"] >= 0.8
+)  # else a model of one layer may learn nothing
 MODELS = st.fixed_dictionaries(
     {
         "num_hidden_layers": st.integers(1, 3),
