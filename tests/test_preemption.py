@@ -149,3 +149,13 @@ def test_sigterm_outside_of_training_ends_with_143_and_one_line_and_the_handler_
     assert stop.value.code == 143
     assert capsys.readouterr().err.startswith("stopped: SIGTERM")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_ctrl_c_is_one_line_of_the_first_process_and_code_130(monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    said = capsys.readouterr().err.splitlines()
+    assert [line.startswith("stopped: Ctrl-C") for line in said] == [True] * lines
