@@ -36,7 +36,7 @@ def test_a_folder_of_another_process_is_refused_and_free_after_a_kill_though_its
     script = """
         import os, sys, time
         from pathlib import Path
-        from hft_trl.locks import lock
+        from hft_trl.recipe.locks import lock
 
         lock(Path(sys.argv[1]))
         if os.fork() == 0:

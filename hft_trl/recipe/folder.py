@@ -167,7 +167,8 @@ def _take(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # the second for a name with a NUL
-        raise HFTError(f"output_dir {str(folder)!r} can't be written ({error}): choose another one.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise HFTError(f"output_dir {str(folder)!r} can't be written ({reason}): choose another one.") from error
     if not (folder / STAGE_FILE).exists() and any(
         path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
     ):
