@@ -253,7 +253,16 @@ def _clear(folder: Path) -> None:
 
 def mark_started(stage: "Stage") -> None:
     """Note which start model a stage is trained from, which was perhaps not trained yet when the stage was opened. Every process has to call."""
-    by_first_process(partial(_note_settings, stage))
+    by_first_process(partial(_note_start, stage))
+
+
+def _note_start(stage: "Stage") -> None:
+    """Other settings stay as they were opened with: a trainer that was built since may have written into its arguments."""
+    content, path = _read(stage.folder), stage.folder / STAGE_FILE
+    now = settings(stage)
+    start = {section: now[section] for section in ("model", "lora") if section in now}
+    if any(content["settings"].get(section) != values for section, values in start.items()):
+        write_json(path, {"settings": {**content["settings"], **start}, "record": None})
 
 
 def _note_settings(stage: "Stage") -> None:
