@@ -309,3 +309,13 @@ def test_settings_are_stable_json(tmp_path_factory, seed, rate):
     folder = tmp_path_factory.mktemp("stable")
     flags = f"--sft.seed {seed} --sft.learning_rate {rate!r}"
     assert settings(stage(folder, flags)) == settings(stage(folder, flags))
+
+
+def test_what_a_trainer_writes_into_its_arguments_is_no_other_setting_of_a_rerun(tmp_path):
+    """Under ZeRO-3 it switches checkpointing to the reentrant one. A run that was killed since has to resume."""
+    first = stage(tmp_path)
+    open_stages([first])
+    first.args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    mark_started(first)
+    (first.folder / "checkpoint-1").mkdir()
+    open_stages([stage(tmp_path)])
