@@ -119,7 +119,7 @@ def flush(folder: Path) -> None:
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path with its links followed, as far as they lead somewhere: `Path.resolve` raises where they go in a circle."""
+    """Resolve a path as far as its links lead somewhere. `Path.resolve` raises where they form a loop."""
     return Path(os.path.realpath(path))
 
 

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def speaks() -> bool:
-    """Whether this process is the first, which warns for all. Asks no `PartialState`, of which the first one decides on devices."""
+    """Whether this process is the first, which warns for all. A `PartialState` would decide on devices."""
     return os.environ.get("RANK", "0") == "0"
 
 

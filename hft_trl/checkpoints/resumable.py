@@ -18,8 +18,10 @@ from hft_trl.selection import Selection
 
 class ResumableMixin:
     """
-    Gives a [`~transformers.Trainer`] checkpoints that are whole or refused, a stop at SIGTERM, and one at a loss that is
-    no number, whatever the method. A reference that moves (`sync_ref_model`) is in the checkpoints. Put it before the trainer; at the end of its own `__init__` a class sets `_preemption` to what
+    Gives a [`~transformers.Trainer`] checkpoints that are whole or rejected. Put it before the trainer.
+
+    It stops training at SIGTERM with a checkpoint, and at a loss that is no number, whatever the method. A reference that moves
+    (`sync_ref_model`) is in the checkpoints. At the end of its own `__init__` a class sets `_preemption` to what
     [`StopAtStepEnd.install`] returns.
 
     Attributes:

@@ -26,7 +26,11 @@ logger = logging.get_logger(__name__)
 
 
 def selection_of(model: PreTrainedModel) -> Selection | None:
-    """The selection that a model was trained with: of this object, or from its folder or hub repository; `None` if it has none."""
+    """
+    The selection that a model was trained with, `None` if it has none.
+
+    It is the one that this object was last trained with, otherwise that of the folder or hub repository it was loaded from.
+    """
     if (selection := remembered(model)) is not None:
         return selection
     source = model.config._name_or_path

@@ -252,7 +252,11 @@ def _clear(folder: Path) -> None:
 
 
 def mark_started(stage: "Stage") -> None:
-    """Note which start model a stage is trained from, which was perhaps not trained yet when the stage was opened. Every process has to call."""
+    """
+    Note which start model a stage is trained from. Every process has to call.
+
+    When the stage was opened, the stage before it was perhaps not trained yet.
+    """
     by_first_process(partial(_note_start, stage))
 
 

@@ -60,7 +60,9 @@ def is_dialogue(value: Any) -> bool:
 
 def check_messages(messages: Any, where: str, known: bool = True) -> None:
     """
-    Check that a value is a list of messages, and unless they are still to be converted, that each has a known role and a text.
+    Check that a value is a list of messages.
+
+    Each must have a known role and a text, unless the messages are still to be converted.
 
     Raises:
         [`HFTError`]: Naming the first message that is wrong.

@@ -1,4 +1,4 @@
-"""A rehearsal of each stage on a tiny model and a few rows, which finds mistakes in its settings before anything is trained."""
+"""A rehearsal of each stage on a tiny model and a few rows, before the first stage trains."""
 
 import copy
 import io

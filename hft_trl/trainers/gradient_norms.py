@@ -20,8 +20,9 @@ FILE = "_gradient_norms.json"  # what begins with a line is not uploaded
 
 def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
     """
-    [`~hft_trl.trainers.calibration.gradient_squares`], or what it gave in this output folder for the same weights, rows and settings.
+    Square the gradients of a sample, once for each output folder, weights, rows and settings.
 
+    See [`~hft_trl.trainers.calibration.gradient_squares`].
     So a run that resumes draws the selection that it was started with. Every process has to call.
     """
     folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, samples, seed)
