@@ -10,6 +10,7 @@ from conftest import one_line, parse_recipe
 from hft_trl import HFTError, HFTSFTTrainer, demo
 from hft_trl.planning.shapes import shape_of
 from hft_trl.recipe import start_model
+from hft_trl.recipe.folder import open_stages
 from hft_trl.skeleton import build_on_meta
 
 
@@ -97,6 +98,7 @@ def test_trl_s_chat_template_path_is_the_template_whose_marks_are_looked_for(sta
 def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage_of, monkeypatch):
     """What stops training before it begins comes of settings; a fault in the middle keeps its traceback."""
     sft = stage_of(demo.MODEL, "--sft.max_steps", "2", "--sft.split", "train[:8]", "--sft.report_to", "none")
+    open_stages([sft])
     sft.load_data()
     made = {
         "args": sft.args,
