@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: fingerprints, and how far two tensors lie apart."""
+"""Parameters by name, their fingerprints, and the files of a saved model."""
 
 import hashlib
 import itertools
@@ -21,14 +21,45 @@ from transformers.utils import (
     cached_file,
 )
 
-from hft_trl.backends import zero
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object
+
+# What torch.compile and FSDP's activation checkpointing put into names, at the start and in between
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
+
+
+def plain_name(name: str) -> str:
+    """Remove what wrappers have put into the name of a parameter or module."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_parameters(
+    model: torch.nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters of a model by their plain names, in its own order."""
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield plain_name(name), parameter
+
+
+def named_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the modules of a model by their plain names; of a wrapper and its content the content."""
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Return whether ZeRO-3 holds the parameter in parts, one in every process."""
+    return hasattr(tensor, "ds_id")  # as DeepSpeed itself asks
+
+
+def numel(parameter: torch.Tensor) -> int:
+    """Return the number of elements of the whole parameter, partitioned or not."""
+    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
-    if zero.is_partitioned(tensor):
+    if is_partitioned(tensor):
+        from hft_trl.backends import zero
+
         return zero.gathered(tensor)
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -125,6 +156,8 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
 
 def _listed(index: Path) -> dict[str, Path]:
     """The file of every tensor that an index lists. All have to lie beside it."""
+    from hft_trl.files import read_object
+
     try:
         names = read_object(index, weight_map=dict)["weight_map"]
     except (OSError, ValueError) as error:

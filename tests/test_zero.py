@@ -9,6 +9,7 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
 from hft_trl.backends import zero
 from hft_trl.selection import find_units
+from hft_trl.weights import numel
 
 
 class Plugin:
@@ -113,7 +114,7 @@ def test_units_of_a_partitioned_model_are_those_of_the_whole(tokenizer):
         parameter.ds_id, parameter.ds_numel = number, parameter.numel()
         parameter.data = torch.empty(0)
     assert find_units(model) == whole
-    assert sum(map(zero.numel, model.parameters())) == sum(unit.size for unit in whole)
+    assert sum(map(numel, model.parameters())) == sum(unit.size for unit in whole)
 
 
 def test_casting_tells_the_type_that_deepspeed_would():

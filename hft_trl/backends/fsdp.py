@@ -16,7 +16,7 @@ from accelerate.utils import (
 from transformers import TrainingArguments
 
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters, plain_name
+from hft_trl.weights import named_parameters, plain_name
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.weights import is_partitioned
 
 logger = logging.get_logger(__name__)
 
@@ -20,11 +21,6 @@ UNCAST = (
     "DeepSpeed's mixed precision casts the whole model, so train without (mixed_precision 'no' in the launch "
     "configuration and bf16 false) or under FSDP2"
 )
-
-
-def is_partitioned(tensor: torch.Tensor) -> bool:
-    """Whether ZeRO-3 holds the parameter in parts, one on every process."""
-    return hasattr(tensor, "ds_id")  # as DeepSpeed itself asks
 
 
 def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -36,11 +32,6 @@ def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.detach().clone()
     with deepspeed.zero.GatheredParameters(parameter):
         return parameter.detach().clone()
-
-
-def numel(parameter: torch.Tensor) -> int:
-    """Number of elements of the whole parameter, partitioned or not."""
-    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
 
 
 def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from hft_trl.names import named_parameters
 from hft_trl.selection import Masks
-from hft_trl.weights import fingerprint
+from hft_trl.weights import fingerprint, named_parameters
 
 
 class _Part(NamedTuple):

@@ -12,8 +12,7 @@ from transformers.utils import logging
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved
 from hft_trl.frozen.quantized_linear import QuantizedLinear, frozen_matrices
-from hft_trl.names import named_parameters, plain_name
-from hft_trl.weights import fingerprints, tensors, weight_files
+from hft_trl.weights import fingerprints, named_parameters, plain_name, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 

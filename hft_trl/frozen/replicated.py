@@ -12,8 +12,7 @@ from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import kept_in_their_type
-from hft_trl.names import named_parameters
-from hft_trl.weights import combined_digest
+from hft_trl.weights import combined_digest, named_parameters
 
 FFT = "hft.replicate_frozen changes nothing with method fft, which freezes nothing."
 WHOLE_ANYWAY = "hft.replicate_frozen changes nothing without FSDP2: every process holds the whole model anyway."

@@ -14,18 +14,16 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.utils import logging
 
-from hft_trl.backends.zero import numel
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.errors import HFTError, first_line
 from hft_trl.frozen.quantized_linear import packed_away
-from hft_trl.names import named_parameters
 from hft_trl.reference import sharing
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.saved_models.diff import Moved
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import change, is_zero, same_bytes
+from hft_trl.weights import change, is_zero, named_parameters, numel, same_bytes
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage

@@ -9,9 +9,8 @@ from datasets import Dataset, is_caching_enabled, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME
 
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters
 from hft_trl.processes import all_see
-from hft_trl.weights import combined_digest, fingerprint, fingerprints, full
+from hft_trl.weights import combined_digest, fingerprint, fingerprints, full, named_parameters
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -9,7 +9,7 @@ from trl import BEMACallback
 
 from hft_trl.backends.fsdp import sharded_by
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters
+from hft_trl.weights import named_parameters
 
 REFERENCE_FILE = "reference.safetensors"
 

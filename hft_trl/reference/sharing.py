@@ -19,9 +19,8 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen import replicated
 from hft_trl.frozen.quantized_linear import QuantizedLinear
-from hft_trl.names import named_parameters
 from hft_trl.selection import marks
-from hft_trl.weights import full
+from hft_trl.weights import full, named_parameters
 
 logger = logging.get_logger(__name__)
 

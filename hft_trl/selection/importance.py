@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters
 from hft_trl.selection.units import Unit
+from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

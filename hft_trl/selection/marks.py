@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hft_trl.names import named_parameters
 from hft_trl.selection.units import made_frozen
+from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

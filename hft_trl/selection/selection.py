@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json
-from hft_trl.names import named_parameters
 from hft_trl.selection.choose import choose
 from hft_trl.selection.elements import Masks, draw_masks
 from hft_trl.selection.importance import Squares, unit_scores
 from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
 from hft_trl.selection.shares import share_of
 from hft_trl.selection.units import Unit, find_units
+from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
-from hft_trl.names import named_modules, named_parameters
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
+from hft_trl.weights import named_modules, named_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -232,7 +232,7 @@ def _find_layers(
     from torch import nn
     from transformers import GradientCheckpointingLayer
 
-    from hft_trl.backends.zero import numel
+    from hft_trl.weights import numel
 
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():

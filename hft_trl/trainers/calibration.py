@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters
 from hft_trl.reference import sharing
 from hft_trl.selection import Squares
 from hft_trl.selection.counts import shuffled
+from hft_trl.weights import named_parameters
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from transformers.training_args import OptimizerNames
 from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.names import named_parameters
 from hft_trl.reference import moving
+from hft_trl.weights import named_parameters
 
 # Optimizers that treat each parameter apart from all others, each of them tested inside of the backward pass.
 APART = (

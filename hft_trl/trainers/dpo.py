@@ -13,10 +13,10 @@ from hft_trl.backends import fsdp
 from hft_trl.checkpoints.whole import selection_of
 from hft_trl.config import HFTConfig
 from hft_trl.frozen import replicated
-from hft_trl.names import named_parameters
 from hft_trl.reference import log_probs, sharing
 from hft_trl.selection import select
 from hft_trl.trainers.mixin import HFTMixin
+from hft_trl.weights import named_parameters
 
 
 class HFTDPOTrainer(HFTMixin, DPOTrainer):

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hft_trl.names import named_parameters
+from hft_trl.weights import named_parameters
 
 logger = logging.get_logger(__name__)
 

@@ -27,7 +27,6 @@ from hft_trl.files import writing
 from hft_trl.frozen import replicated
 from hft_trl.frozen.elements import FrozenElements
 from hft_trl.frozen.half import FrozenHalf
-from hft_trl.names import named_parameters
 from hft_trl.reference import sharing
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.selection.marks import frozen_by_user, remember
@@ -42,7 +41,7 @@ from hft_trl.trainers.compatibility import (
 from hft_trl.trainers.gradient_norms import measured_once
 from hft_trl.trainers.idle import WarnOfIdleParameters
 from hft_trl.trainers.optimizer_in_backward import update_in_backward
-from hft_trl.weights import check_not_rounded, combined_digest, fingerprints
+from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
 
 logger = logging.get_logger(__name__)
 

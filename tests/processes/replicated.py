@@ -22,8 +22,8 @@ from conftest import QUIET, tiny_llama, tulu_row, ultrafeedback_row
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
-from hft_trl.names import plain_name
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
+from hft_trl.weights import plain_name
 
 VOCABULARY = 300
 SIZES = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": VOCABULARY}

@@ -25,9 +25,9 @@ from conftest import tulu_row, ultrafeedback_row
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.config import STORAGE
-from hft_trl.names import named_parameters
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
 from hft_trl.reference.sharing import memory
+from hft_trl.weights import named_parameters
 
 GLOBAL_BATCH = 8
 STEPS = 4

@@ -18,8 +18,8 @@ from deepspeed.utils import safe_get_full_grad
 from leaving import leave
 from transformers import TrainerCallback
 
-from hft_trl.backends.zero import is_partitioned, numel
 from hft_trl.trainers.mixin import HFTMixin
+from hft_trl.weights import is_partitioned, numel
 
 original = HFTMixin.train
 
