@@ -347,7 +347,7 @@ def test_a_template_that_raises_or_is_stopped_is_one_line(tokenizer, tmp_path, c
     own = load_tokenizer(str(tmp_path), str(tmp_path / "own.jinja"))
     assert "chat_template to" in outcome(lambda: chat(tiny_llama(len(tokenizer)), own, ["Hi"]), capsys)
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
-    assert "the chat template refuses it" in outcome(lambda: check_rendered(own, rows, "data"), capsys)
+    assert "the chat template rejects it" in outcome(lambda: check_rendered(own, rows, "data"), capsys)
 
 
 @pytest.mark.parametrize("template", [b"\xff\xfe", None])

@@ -1,4 +1,4 @@
-"""A conversation: its turns brought into the one form that chat templates read, and checked."""
+"""Read and check conversations: public forms of messages become the one that chat templates take."""
 
 import json
 import re
@@ -11,39 +11,20 @@ Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_FIELDS = {"from": "role", "value": "content"}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-}
-# What chat templates read of a message. All else (ids, scores, models) would only make equal turns differ.
+SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")}
+# Fields that chat templates read. Others (ids, scores, models) would only make equal messages differ.
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's hh-rlhf, whose dialogues are one text
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's hh-rlhf, where a dialogue is one text
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """
-    Read one value of a row as turns.
+    Read a value as messages: a text of `role`, a dialogue in hh-rlhf's form, one message or a list of them.
 
-    Args:
-        value (`str`, `dict` or `list[dict]`):
-            A text, which is one turn unless it is a dialogue in hh-rlhf's form (`"\\n\\nHuman: ...\\n\\nAssistant: ..."`); one
-            message; or a list of messages, as `role` and `content` or as ShareGPT's `from` and `value`.
-        role (`str`):
-            Who says the text.
-        where (`str`):
-            What errors call the value.
-
-    Returns:
-        `list[dict]`: Messages with no other fields than those that chat templates read. Beside tool calls, a missing content
-        is `""` and arguments in JSON are a dictionary, the form that every template takes.
-
-    Raises:
-        [`HFTError`]: If the value is something else.
+    Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept. With tool calls,
+    a missing content becomes `""` and arguments in JSON become a dictionary. `where` names the value in errors.
     """
     if isinstance(value, str):
         return _dialogue(value) if is_dialogue(value) else [{"role": role, "content": value}]
@@ -54,47 +35,38 @@ def conversation(value: Any, role: str, where: str) -> list[Message]:
 
 
 def is_dialogue(value: Any) -> bool:
-    """Whether a value is a dialogue in hh-rlhf's form."""
+    """Return whether a value is a dialogue in hh-rlhf's form, one text with all turns."""
     return isinstance(value, str) and value.startswith("\n\nHuman:")
 
 
 def check_messages(messages: Any, where: str, known: bool = True) -> None:
-    """
-    Check that a value is a list of messages.
-
-    Each must have a known role and a text, unless the messages are still to be converted.
-
-    Raises:
-        [`HFTError`]: Naming the first message that is wrong.
-    """
+    """Check that a value is a list of messages, if `known` with known roles and with texts."""
     if not isinstance(messages, list) or not messages:
         raise HFTError(
             f"{where} is {messages!r:.80}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
         )
     for turn, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, Mapping) or (known and not {"role", "content"} <= message.keys()):
             raise HFTError(f"{where}, message {turn} is {message!r:.80}: give it a role and a content.")
         if not known:
             continue
-        if not {"role", "content"} <= message.keys():
-            raise HFTError(f"{where}, message {turn} is {message!r:.80}: give it a role and a content.")
         if message["role"] not in ROLES:
             raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
         if not isinstance(message["content"], str):
             raise HFTError(
-                f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an assistant's message "
-                "with tool_calls may have none)."
+                f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an "
+                "assistant's message with tool_calls may have none)."
             )
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(map(_is_call, calls)):
             raise HFTError(
-                f"{where}, message {turn} has tool_calls {calls!r:.80}: give a list such as {{'function': {{'name': '...', 'arguments': "
-                "{...}}}."
+                f"{where}, message {turn} has tool_calls {calls!r:.80}: give a list such as "
+                "[{'function': {'name': '...', 'arguments': {...}}}]."
             )
 
 
 def is_said(message: Mapping[str, Any]) -> bool:
-    """Whether a message holds more than white space."""
+    """Return whether a message has tool calls or more than white space."""
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
@@ -117,7 +89,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _call(call: Any) -> Any:
-    """OpenAI's form has the arguments as JSON text, which many templates refuse and others write as a quoted text."""
+    """Parse arguments in JSON (OpenAI's form), which many templates reject and others write in quotes."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
@@ -127,7 +99,7 @@ def _call(call: Any) -> Any:
         return dict(call)
     try:
         return {**call, "arguments": json.loads(text)}
-    except json.JSONDecodeError:  # what a model wrote need not be JSON, and is trained on as it is
+    except json.JSONDecodeError:  # a model may have written invalid JSON, which is trained on unchanged
         return dict(call)
 
 

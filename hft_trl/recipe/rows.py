@@ -1,4 +1,4 @@
-"""The rows of a data set: checked one by one, and brought into the shape that TRL's trainers take."""
+"""Check the rows of a data set one by one, and convert them to the form that TRL's trainers take."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,37 +20,26 @@ TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
     """
-    Check a data set for supervised fine-tuning and bring it into the form that TRL reads.
+    Check a data set for supervised fine-tuning and convert it to TRL's form.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and `completion`, plain
-            text, or another layout that [`find_parts`] knows. Rows whose only answers are empty are left out and counted in
-            a warning, which also names the columns that are not used.
-        name (`str`):
-            What errors call it.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            The column that holds plain text.
-
-    Returns:
-        [`~datasets.Dataset`]: Rows with an answer, in TRL's form.
-
-    Raises:
-        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    Rows are conversations, prompts and completions in a layout that [`find_parts`] knows, or plain text in the column
+    `text_field`. Rows that have only empty answers are dropped with a warning. Another warning names unused columns.
+    An error names the missing column or the first invalid row. `name` is the data set's in messages.
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
     if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
         raise HFTError(
-            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the column."
+            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the "
+            "column."
         )
     text = text_field if text_field in columns else None
     if text and "chat" not in parts and not {"prompt", "completion"} <= columns:
         parts = {}
     if not parts and not text and "input_ids" not in columns:
         raise HFTError(
-            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
-            f"{text_field}. Rename the columns that hold them."
+            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, "
+            f"or {text_field}. Rename the columns that hold them."
         )
     wanted = ["messages"] if "chat" in parts else ["prompt", "completion"] if parts else [text] if text else []
     _name_unused(dataset, parts.values() or wanted or TOKENIZED, name)
@@ -79,33 +68,19 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
     """
-    Check a data set of preference pairs and bring it into the form that TRL reads.
+    Check preference pairs and convert them to TRL's form: conversations with a prompt, or plain text.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            `chosen` and `rejected`, as answers or whole conversations, messages or text, and the prompt in `prompt`, `question`
-            or another layout that [`find_parts`] knows, if not in the sides. Rows whose chosen side is empty are left out and
-            counted in a warning, since the model would learn to say nothing; an empty rejected side is as good as another.
-        name (`str`):
-            What errors call it.
-        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop pairs whose sides are equal rather than to reject them.
-
-    Returns:
-        [`~datasets.Dataset`]: The rows in TRL's form: conversations with an explicit prompt, or plain text.
-
-    Raises:
-        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    The columns have a layout that [`find_parts`] knows. Rows with an empty chosen side are dropped with a warning,
+    since the model would learn to say nothing. Pairs with equal sides are rejected, or dropped with
+    `drop_equal_pairs`. Errors and unused columns are handled as in [`sft_dataset`].
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=True)
     if not parts:
-        unpaired = (
-            " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
-        )
+        hint = " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
         raise HFTError(
-            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the columns that hold "
-            f"the better and the worse answer.{unpaired}"
+            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the "
+            f"columns that hold the better and the worse answer.{hint}"
         )
     _name_unused(dataset, parts.values(), name)
     dataset = read_conversations(dataset, parts, name)
@@ -138,7 +113,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
-    """Say once which columns, and which fields of messages, are not trained on."""
+    """Warn about columns, and fields of messages, that are not used."""
     columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
     fields = set()
     for value in (dataset[0][column] for column in used if column in dataset.column_names):
@@ -151,15 +126,13 @@ def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
 
 
 def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Iterable[int] = ()) -> Dataset:
-    """Leave rows out, and say how many were empty."""
+    """Drop empty and equal rows, with a warning about the empty ones."""
     if len(empty) == len(dataset):
         raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
     if empty and speaks():
         logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
-    left_out = empty.union(equal)
-    if not left_out:
-        return dataset
-    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    dropped = empty.union(equal)
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
 
 
 def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
@@ -173,9 +146,9 @@ def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
 
 
 def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
-    """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
-    row, quiet = 0, not speaks()
-    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
+    """Call `check` with each row's number and values, with one batch in memory and a progress bar."""
+    row = 0
+    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=not speaks()) as bar:
         for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
             for values in zip(*(batch[column] for column in columns), strict=True):
                 check(row, *values)
@@ -189,7 +162,7 @@ def _check_answered(messages: list[dict[str, Any]], where: str) -> None:
 
 
 def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
-    """Check a prompt and what follows it: both text, or both messages, where an assistant answers a prompt and has the last word."""
+    """Check that a prompt and its answer are both text, or both messages that end with the assistant."""
     if isinstance(prompt, list) and isinstance(answer, list):
         if answer and not prompt:
             raise HFTError(
@@ -203,34 +176,22 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
                 raise HFTError(f"{where}, {side} {verb} with role {message['role']!r}: it must be the assistant.")
     elif not isinstance(prompt, str) or not isinstance(answer, str):
         raise HFTError(
-            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on both sides."
+            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on "
+            "both sides."
         )
 
 
 def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
     """
-    Count the rows that are left without a token to train on after truncation.
+    Count the rows without a token to train on after truncation. It is an error if all rows are such.
 
-    Args:
-        rows (`int`):
-            Number of rows before the trainer prepared them.
-        prepared ([`~datasets.Dataset`]):
-            The trainer's `train_dataset`. TRL drops rows without a trained token; when packing it keeps them, so they
-            are counted inside the packs. The strategy `"wrapped"` cuts rows anywhere and drops nothing.
-        name (`str`):
-            What the error calls the data set.
-        max_length (`int`, *optional*):
-            The length in tokens that rows were truncated to.
-        packing (`bool`, *optional*, defaults to `False`):
-            Whether the trainer packed the rows.
-
-    Raises:
-        [`HFTError`]: If no row is left.
+    TRL drops these rows from the `prepared` data set, but keeps them inside packs. The packing strategy `"wrapped"`
+    cuts rows anywhere and drops none. `rows` is the number of rows before preparation.
     """
     if "seq_lengths" in prepared.column_names:
         lost = 0
         for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
-            # How many trained tokens stand before each token, so that a row has the difference of two of them.
+            # Number of trained tokens before each token, so that a row has the difference of two of them
             before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
             ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
             lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
@@ -241,6 +202,7 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
         lost = rows - len(prepared)
     if lost >= rows:
         raise HFTError(
-            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise max_length."
+            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
+            "max_length."
         )
     return lost
