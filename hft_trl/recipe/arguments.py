@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -180,37 +180,29 @@ class DataArguments:
 
 
 @dataclass
-class HFTArguments(HFTConfig):
+class StageArguments(HFTConfig):
     """
-    [`HFTConfig`] for recipes without sections, where `--seed` is the trainer's.
+    [`HFTConfig`] and the other flags that single-stage recipes add to those of TRL's scripts.
+
+    `chat_template`, `drop_equal_pairs`, `reference_quantization` and `overwrite` are described in [`ModelArguments`],
+    [`DataArguments`] and [`RunArguments`].
 
     Args:
         hft_seed (`int`, *optional*):
-            Seed of the selection. By default the trainer's `seed`.
+            Seed of the selection. By default the trainer's `seed`, which is the flag `--seed`.
     """
 
     seed: int = field(init=False, default=42)
     hft_seed: int | None = None
-
-    def config(self, seed: int) -> HFTConfig:
-        """Return the settings as a plain [`HFTConfig`], with the trainer's `seed` unless `hft_seed` is set."""
-        values = asdict(self)
-        own_seed = values.pop("hft_seed")
-        return HFTConfig(**{**values, "seed": seed if own_seed is None else own_seed})
-
-
-@dataclass
-class StageArguments:
-    """
-    Flags that single-stage recipes add to those of TRL's scripts.
-
-    They are described in [`ModelArguments`], [`DataArguments`] and [`RunArguments`].
-    """
-
     chat_template: str | None = None
     drop_equal_pairs: bool = False
     reference_quantization: Literal["8bit", "4bit"] | None = None
     overwrite: bool = False
+
+    def config(self, seed: int) -> HFTConfig:
+        """Return the settings of HFT, with the trainer's `seed` unless `hft_seed` is set."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(HFTConfig)}
+        return HFTConfig(**{**values, "seed": seed if self.hft_seed is None else self.hft_seed})
 
 
 def at_home(path: str) -> str:

@@ -151,9 +151,10 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
         with writing(stage.folder):
             if overwrite:
                 _clear(stage.folder)
-                write_json(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
-            elif stage.folder in unfinished:
-                _note_settings(stage)
+            if stage.folder in unfinished:
+                path, content = stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None}
+                if overwrite or not path.exists() or _read(stage.folder) != content:
+                    write_json(path, content)
 
 
 def _take(folder: Path) -> None:
@@ -241,9 +242,9 @@ def _clear(folder: Path) -> None:
 
 def mark_started(stage: "Stage") -> None:
     """
-    Record the start model, which may not have existed when the folder was opened.
+    Record the start model, which may not exist when the folder is opened. All processes must call.
 
-    Other settings stay as they were opened with: the trainer may have changed its arguments. All processes must call it.
+    Other settings stay as they were opened with, since the trainer may have changed its arguments.
     """
     by_first_process(partial(_note_start, stage))
 
@@ -253,13 +254,6 @@ def _note_start(stage: "Stage") -> None:
     start = {section: now[section] for section in ("model", "lora") if section in now}
     if any(content["settings"].get(section) != values for section, values in start.items()):
         write_json(stage.folder / STAGE_FILE, {"settings": {**content["settings"], **start}, "record": None})
-
-
-def _note_settings(stage: "Stage") -> None:
-    content = {"settings": settings(stage), "record": None}
-    path = stage.folder / STAGE_FILE
-    if not path.exists() or _read(stage.folder) != content:
-        write_json(path, content)
 
 
 def finished(stage: "Stage") -> StageRecord | None:

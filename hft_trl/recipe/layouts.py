@@ -56,7 +56,7 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
     """
-    Convert rows with the columns `parts` from [`find_parts`] to TRL's form. `name` is the data set's in errors.
+    Convert rows with the columns `parts` from [`find_parts`] to TRL's form. Errors name the data set.
 
     The columns become `messages`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. The prompt
     contains all turns before the answers once. Texts under TRL's names stay plain text.

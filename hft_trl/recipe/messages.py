@@ -21,7 +21,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """
-    Read a value as messages: a text of `role`, a dialogue in hh-rlhf's form, one message or a list of them.
+    Read a value as messages: a text of `role`, an hh-rlhf dialogue, one message or a list of them.
 
     Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept. With tool calls,
     a missing content becomes `""` and arguments in JSON become a dictionary. `where` names the value in errors.

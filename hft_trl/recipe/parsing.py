@@ -128,23 +128,23 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
 
     The YAML's `values` and the command line's `flags` are changed in place. What `auto` overrides is removed as well.
     """
-    # Values and the positions of their flags, in order of precedence: the last one wins
-    said: list[tuple[Any, list[int]]] = [(values[name], []) for name in reversed(CHECKPOINTING) if name in values]
-    for place, flag in enumerate(flags):
-        name, equals, value = flag.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if flag.startswith("--no") and name.removeprefix("no_") in CHECKPOINTING:  # added by TRL's parser
-            said.append((False, [place]))
-        elif flag.startswith("--") and name in CHECKPOINTING:
-            if equals:
-                said.append((value, [place]))
-            elif place + 1 < len(flags) and not flags[place + 1].startswith("--"):
-                said.append((flags[place + 1], [place, place + 1]))
-            else:
-                said.append((True, [place]))
-    auto = bool(said) and said[-1][0] == "auto"
-    dropped = {place for value, places in said if auto or value == "auto" for place in places}
-    flags[:] = [flag for place, flag in enumerate(flags) if place not in dropped]
+    groups: list[list[str]] = []  # flags with the values that follow them
+    for token in flags:
+        if token.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(token)
+
+    def chosen(group: list[str]) -> str | None:
+        """Return the value of a flag for checkpointing, and `None` for other flags."""
+        name, _, value = group[0].removeprefix("--").partition("=")
+        is_checkpointing = name.replace("-", "_").removeprefix("no_") in CHECKPOINTING
+        return " ".join([value, *group[1:]]).strip() if is_checkpointing else None
+
+    given = [values[name] for name in reversed(CHECKPOINTING) if name in values]  # the last one wins
+    given += [choice for choice in map(chosen, groups) if choice is not None]
+    auto = given[-1:] == ["auto"]
+    kept = [group for group in groups if chosen(group) is None or not (auto or chosen(group) == "auto")]
+    flags[:] = [token for group in kept for token in group]
     for name in CHECKPOINTING:
         if auto or values.get(name) == "auto":
             values.pop(name, None)
@@ -175,7 +175,7 @@ def parse_section(
     without: Iterable[str] = (),
 ) -> tuple[Any, ...]:
     """
-    Build the dataclasses of one section from the YAML's `values` and the `flags`, which take precedence.
+    Build the dataclasses of a section from the YAML's `values` and the `flags`, which take precedence.
 
     `fixed` are values that the recipe sets. Keys in `without` are unknown to the user.
     """

@@ -15,23 +15,10 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    HFTArguments,
-    ModelArguments,
-    RunArguments,
-    StageArguments,
-)
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RunArguments, StageArguments
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
-from hft_trl.recipe.parsing import (
-    answer_help,
-    keys,
-    leaves_checkpointing,
-    names_config,
-    parse_section,
-    read_sections,
-)
+from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.report import Report, environment, print_report, write_views
@@ -172,11 +159,11 @@ def parse_stage(
         [`HFTError`]: Naming the flag and the nearest valid one, or the invalid value.
     """
     answer_help(argv, help_text)
-    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
+    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
     values, flags = read_sections(argv, None, {"": keys(types, without)})
     auto_checkpointing = leaves_checkpointing(values[""], flags[""])
-    script, args, model, mixture, hft, extra = parse_section("", types, values[""], flags[""], without=without)
+    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -203,7 +190,7 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
+    stage = make_stage(name, start, data, args, extra.config(args.seed), mixture if mixture.datasets else None)
     stage.auto_checkpointing = auto_checkpointing
     return stage, extra.overwrite
 

@@ -172,7 +172,7 @@ class Stage:
             [`StageRecord`]: Measurements of the stage.
 
         Raises:
-            [`HFTError`]: If no row has a token to train on, the checkpoint has another selection, or the loss diverges.
+            [`HFTError`]: If no row has a trained token, the checkpoint has another selection, or the loss diverges.
         """
         args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
         rows = len(self.train_dataset) if rows is None else rows

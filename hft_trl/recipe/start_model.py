@@ -19,7 +19,7 @@ from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_fi
 
 def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig | None) -> None:
     """
-    Check that a model is a complete causal LM with layers to select from, and can be trained as launched.
+    Check that a model is a whole causal LM with layers to select from, and can be trained as launched.
 
     With HFT, the backend and the loaded type must keep the frozen half unchanged. `hft` is `None` for an adapter.
     """
@@ -43,7 +43,7 @@ def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig |
 
 
 def _check_type(model: str, args: TrainingArguments, structure: PreTrainedModel) -> None:
-    """Reject a type that rounds the saved weights. For a hub id, whose files may be remote, the config decides."""
+    """Reject a type that rounds the saved weights. For a hub id, its config states their type."""
     dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # None for "auto", the type of the files
     if args.deepspeed_plugin is not None and args.mixed_precision in ("bf16", "fp16"):
         dtype, remedy = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16, zero.UNCAST
