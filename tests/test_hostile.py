@@ -37,7 +37,7 @@ from hft_trl.recipe import parse_stage
 from hft_trl.recipe.folder import finished, open_stages
 from hft_trl.recipe.folder import settings as stage_settings
 from hft_trl.recipe.locks import LOCK_FILE
-from hft_trl.recipe.rendering import check_rendered
+from hft_trl.recipe.rows import check_rendered
 from hft_trl.report import Report, print_report
 from hft_trl.report.tables import Grid, rich_table
 from hft_trl.saved_models.half_reset import half_reset

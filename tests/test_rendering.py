@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from hft_trl.chat import tulu_template
 from hft_trl.errors import HFTError
-from hft_trl.recipe.rendering import check_rendered
-from hft_trl.recipe.rows import preference_dataset, sft_dataset
+from hft_trl.recipe.rows import check_rendered, preference_dataset, sft_dataset
 
 USER, ANSWER = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "7 degrees."}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Ghent"}}}]}

@@ -66,11 +66,7 @@ def settings(stage: "Stage") -> Settings:
     kept["global_batch_size"] = (
         stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
     )
-    content = {
-        "model": dataclasses.asdict(stage.model),
-        "data": dataclasses.asdict(stage.data),
-        stage.section: kept,
-    }
+    content = {"model": dataclasses.asdict(stage.model), "data": dataclasses.asdict(stage.data), stage.section: kept}
     if stage.hft is not None:
         content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
         if stage.hft.frozen_quantization:  # left out by default, so that folders of earlier versions stay valid

@@ -43,7 +43,7 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.rendering import check_rendered
+from hft_trl.recipe.rows import check_rendered
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage

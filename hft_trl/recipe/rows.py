@@ -1,17 +1,29 @@
-"""Check the rows of a data set one by one, and convert them to the form that TRL's trainers take."""
+"""Check the rows of a data set and how a chat template renders them, and convert them to TRL's form."""
 
+import copy
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
 from datasets.utils import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import speaks
-from hft_trl.recipe.layouts import OPTIONAL, find_parts, read_conversations
-from hft_trl.recipe.messages import FIELDS, SHAREGPT_FIELDS, check_messages, is_said
+from hft_trl.recipe.layouts import (
+    ANSWERS,
+    FIELDS,
+    OPTIONAL,
+    SHAREGPT_FIELDS,
+    Message,
+    check_messages,
+    find_parts,
+    read_conversations,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -139,10 +151,11 @@ def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
     return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
 
 
-def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
+def _is_empty(answer: str | list[Message]) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
-    return not any(message["role"] == "assistant" and is_said(message) for message in answer)
+    answers = [message for message in answer if message["role"] == "assistant"]
+    return not any(message["content"].strip() or message.get("tool_calls") for message in answers)
 
 
 def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
@@ -156,7 +169,7 @@ def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) ->
             bar.update(len(batch[columns[0]]))
 
 
-def _check_answered(messages: list[dict[str, Any]], where: str) -> None:
+def _check_answered(messages: list[Message], where: str) -> None:
     if all(message["role"] != "assistant" for message in messages):
         raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
 
@@ -206,3 +219,73 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
             "max_length."
         )
     return lost
+
+
+def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: str) -> None:
+    """
+    Check that a chat template renders the conversations of a data set and leaves nothing out.
+
+    One row of each pattern (roles, empty contents, numbers of tool calls, tools) is rendered unchanged, and with marks
+    instead of contents and function names, which must appear in the text. `name` is the data set's in errors.
+    """
+    if not is_conversational(dataset[0]):
+        return
+    columns = [column for column in ("messages", "prompt", *ANSWERS) if column in dataset.column_names]
+    beside = [column for column in OPTIONAL if column in dataset.column_names]
+    seen = set()
+
+    def check(number: int, *values: Any) -> None:
+        row = dict(zip([*columns, *beside], values, strict=True))
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        chats = [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in columns[1:]]
+        for messages in chats:
+            turns = ((m["role"], bool(m["content"]), len(m.get("tool_calls") or [])) for m in messages)
+            pattern = bool(tools), *turns
+            if pattern not in seen:
+                seen.add(pattern)
+                settings = {"tokenize": False, **(row.get("chat_template_kwargs") or {})}
+                _check_chat(tokenizer, messages, f"row {number} of {name}", tools, settings)
+
+    for_each_row(check, dataset, *columns, *beside)
+
+
+def _check_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tools: Any, settings: dict[str, Any]
+) -> None:
+    marked = [_marked(message, turn) for turn, message in enumerate(messages)]
+    try:
+        tokenizer.apply_chat_template(messages, tools=tools, **settings)
+        text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
+        without = tokenizer.apply_chat_template(marked, **settings) if tools else None
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise HFTError(
+            f"{where}: the chat template rejects it ({first_line(error)}): set chat_template to one that takes it, or "
+            "change the row."
+        ) from error
+    left_out = "the tools" if text == without else _left_out(marked, text)
+    if left_out is not None:
+        raise HFTError(
+            f"{where}: the chat template leaves out {left_out}, so the model would not learn from it: set "
+            "chat_template to one that writes it, or change the row."
+        )
+
+
+def _marked(message: Message, turn: int) -> Message:
+    marked = copy.deepcopy(message)
+    if marked["content"]:
+        marked["content"] = f"content-{turn}-marked"
+    for i, call in enumerate(marked.get("tool_calls") or []):
+        call.get("function", call)["name"] = f"call_{turn}_{i}_marked"
+    return marked
+
+
+def _left_out(marked: list[Message], text: str) -> str | None:
+    for turn, message in enumerate(marked):
+        calls = message.get("tool_calls") or []
+        if any(call.get("function", call)["name"] not in text for call in calls):
+            return f"the tool calls of message {turn}"
+        # Some templates write no content beside a call (Llama 3.1)
+        if not calls and message["content"] and message["content"] not in text:
+            return f"message {turn}, of role {message['role']!r}"
+    return None
