@@ -143,6 +143,11 @@ class Adapter:
     start: Path | None = None
     earlier: tuple[Path, ...] = ()
 
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all stages whose adapters it needs."""
+        return [*filter(None, [self.start]), *self.earlier]
+
 
 @dataclass
 class DataArguments:

@@ -97,9 +97,7 @@ def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         **content,
         "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
         "earlier": [_place(str(other), folder) for other in adapter.earlier],
-        "content": [
-            content_digest(other / ADAPTER_FOLDER) for other in (*filter(None, [adapter.start]), *adapter.earlier)
-        ],
+        "content": [content_digest(other / ADAPTER_FOLDER) for other in adapter.folders],
     }
 
 
@@ -178,7 +176,8 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
     folder, done = stage.folder, finished(stage) is not None
     if not done and not any(folder.glob("checkpoint-*")):
         return False  # nothing was trained, so the settings may differ
-    if gone := unfinished & _starts(stage):
+    needed = {Path(stage.model.model_name_or_path), *(stage.adapter.folders if stage.adapter is not None else ())}
+    if gone := unfinished & needed:
         raise HFTError(
             f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove "
             f"{str(folder)!r} to train it again from the new model, pass --overwrite, or choose another output_dir."
@@ -222,12 +221,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _starts(stage: "Stage") -> set[Path]:
-    """Return the folders of the models and adapters that a stage starts from."""
-    adapters = [] if stage.adapter is None else [*stage.adapter.earlier, *filter(None, [stage.adapter.start])]
-    return {Path(stage.model.model_name_or_path), *adapters}
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -238,9 +231,10 @@ def _clear(folder: Path) -> None:
 
 def mark_started(stage: "Stage") -> None:
     """
-    Record the start model, which may not exist when the folder is opened. All processes must call.
+    Record the start model, which may not exist when the folder is opened.
 
-    Other settings stay as they were opened with, since the trainer may have changed its arguments.
+    Other settings stay as they were opened with, since the trainer may have changed its arguments. All processes must
+    call it.
     """
     by_first_process(partial(_note_start, stage))
 

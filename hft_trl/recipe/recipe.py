@@ -127,9 +127,10 @@ def check_defaults_model(default: dict[str, Any], model: ModelArguments, example
 
 def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
     """Check that the suites of `run.evaluate` exist, are installed, and can be run on the model."""
-    if run.evaluate:
-        parse_suites(run.evaluate)
-    if run.evaluate and model.trust_remote_code:
+    if not run.evaluate:
+        return
+    parse_suites(run.evaluate)
+    if model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a "
             "model's repository: leave one of them out."

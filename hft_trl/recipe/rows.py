@@ -184,7 +184,7 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
         check_messages(prompt, f"{where}, prompt")
         check_messages(answer, f"{where}, {side}")
         _check_answered(answer, f"{where}, {side}")
-        for verb, message in (("goes on after its prompt", answer[0]), ("ends", answer[-1])):
+        for verb, message in (("continues its prompt", answer[0]), ("ends", answer[-1])):
             if message["role"] != "assistant" and not (message is answer[0] and message["role"] == "tool"):
                 raise HFTError(f"{where}, {side} {verb} with role {message['role']!r}: it must be the assistant.")
     elif not isinstance(prompt, str) or not isinstance(answer, str):
