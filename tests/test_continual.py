@@ -19,8 +19,8 @@ from warm import ROOT, Run
 
 from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.answers import evaluate_tasks
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tasks import Row, Task, read_benchmark, write_rows
 from hft_trl.errors import HFTError
 

@@ -29,8 +29,8 @@ from hft_trl.continual.adapters import (
     earlier_subspaces,
     merge,
 )
-from hft_trl.continual.recipe import parse_continual
-from hft_trl.continual.tables import comparison_grid
+from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.report import comparison_grid
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
 from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
@@ -292,11 +292,11 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     ):
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
             check_adapter(stage(target_modules=names))
-    with pytest.raises(HFTError, match=r"reaches .*lm_head, which can't be merged alone"):
+    with pytest.raises(HFTError, match=r"reaches .*lm_head, which cannot be merged alone"):
         check_adapter(stage(target_modules=["lm_head"]))
     tiny_llama(64, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tied = stage(target_modules=["embed_tokens"])
-    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which can't be merged alone"):
+    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which cannot be merged alone"):
         check_adapter(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hft_trl import demo
-from hft_trl.continual.plan import check_plan, rows_file, write_plan
-from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.rounds import plan_rounds
+from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.errors import HFTError
 
@@ -29,7 +29,7 @@ def test_a_folder_is_kept_to_its_approach_and_its_tasks_but_tasks_may_be_added(t
             check_plan(tmp_path, plan(tasks=tasks))
     for damaged in ("{", "{}", "[]", '{"approach": "sequential", "tasks": null}'):
         (tmp_path / "plan.json").write_text(damaged)
-        with pytest.raises(HFTError, match="can't be read"):
+        with pytest.raises(HFTError, match="cannot be read"):
             check_plan(tmp_path, plan())
 
 

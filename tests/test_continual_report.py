@@ -6,10 +6,17 @@ import pytest
 from typer.testing import CliRunner
 
 from hft_trl.cli import app
-from hft_trl.continual.plots import curves_figure, matrix_figure
-from hft_trl.continual.report import compare, write_comparison, write_report
-from hft_trl.continual.scores import curves
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_grid
+from hft_trl.continual.report import (
+    compare,
+    comparison_grid,
+    curves_figure,
+    forgetting_grid,
+    matrix_figure,
+    score_grid,
+    write_comparison,
+    write_report,
+)
+from hft_trl.continual.results import curves
 from hft_trl.errors import HFTError
 
 

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from test_continual_report import scores_of
 
 from hft_trl.continual.answers import Answered
-from hft_trl.continual.rounds import Round
-from hft_trl.continual.scores import curves, read_scores, score_rows
+from hft_trl.continual.results import curves, read_scores, score_rows
 from hft_trl.errors import HFTError
 
 
@@ -42,20 +41,14 @@ def test_a_single_round_of_all_tasks_forgets_nothing():
     assert curves([[50.0, 70.0]]).__dict__ == {"op": [60.0], "bwt": [0.0], "bwt_t_minus_1": [None]}
 
 
-def planned(number, evaluated):
-    return Round(f"round-{number}", (number - 1,), evaluated, (), 1, None)
-
-
 def answers(**scores):
-    return {int(task[1:]): Answered(score, 0, 0) for task, score in scores.items()}
+    return {task: Answered(score, 0, 0) for task, score in scores.items()}
 
 
 def test_a_row_holds_the_tasks_seen_by_then_and_a_model_of_its_own_keeps_its_score():
-    together = [planned(1, (0,)), planned(2, (0, 1))]
-    rows = score_rows(together, [answers(_0=9), answers(_0=5, _1=7)])
+    rows = score_rows([answers(A=9), answers(A=5, B=7)])
     assert [[task.score for task in row] for row in rows] == [[9], [5, 7]]
-    alone = [planned(1, (0,)), planned(2, (1,))]
-    rows = score_rows(alone, [answers(_0=9), answers(_1=7)])
+    rows = score_rows([answers(A=9), answers(B=7)])
     assert [[task.score for task in row] for row in rows] == [[9], [9, 7]]
 
 
@@ -63,7 +56,7 @@ def test_another_file_is_refused(tmp_path):
     assert read_scores(tmp_path) is None
     for text in ("[]", "{", '{"version": 1}'):
         (tmp_path / "scores.json").write_text(text)
-        with pytest.raises(HFTError, match="can't be read"):
+        with pytest.raises(HFTError, match="cannot be read"):
             read_scores(tmp_path)
     (tmp_path / "scores.json").write_text(json.dumps({**scores_of(), "version": 2}))
     with pytest.raises(HFTError, match="no scores of version 1"):

@@ -8,7 +8,7 @@ from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
-from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
 from hft_trl.recipe import activation_checkpointing, parse_stage
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing

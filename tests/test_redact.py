@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl.continual.arguments import ContinualArguments
+from hft_trl.continual.continual_recipe import ContinualArguments
 from hft_trl.recipe.arguments import (
     DataArguments,
     HFTArguments,

@@ -1,1 +1,1 @@
-"""Continual learning: tasks one after the other, and what is left of the earlier ones (TRACE, paper section 4.3)."""
+"""Continual learning: tasks are learned one after the other, and forgetting is measured (TRACE, paper section 4.3)."""

@@ -1,37 +1,43 @@
-"""What each round learns, from which model, and which tasks it is judged by: the approaches that differ in data alone."""
+"""The rounds of each approach: what is trained from which model, and which tasks are evaluated afterwards."""
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from datasets import Dataset
+
+from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.tasks import Row, Task
+from hft_trl.continual.text import encode
+from hft_trl.recipe import Stage
+from hft_trl.report import StageRecord
 
 Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
 ADAPTERS = ("lora", "o_lora")
-"""Approaches that learn an adapter, so there is no half of the model to draw."""
+"""Approaches that train an adapter, so no half of the model is selected."""
 WITHOUT_TRANSFER = ("multitask", "individual")
-"""Approaches in which no task comes after another one in the same model, so that none can be forgotten."""
+"""Approaches in which no task is learned after another one in the same model, so that none can be forgotten."""
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundPlan:
     """
-    One training of an approach.
+    What a round trains on and which tasks it is evaluated on.
 
     Attributes:
         name (`str`): Name of its folder.
-        tasks (`tuple[int, ...]`): Numbers of the tasks that it is there to learn.
-        evaluated (`tuple[int, ...]`): Numbers of the tasks that its model is asked afterwards.
-        rows (`tuple[Row, ...]`): What it learns from.
-        epochs (`int`): Passes over the rows.
+        tasks (`tuple[Task, ...]`): Tasks that it learns.
+        evaluated (`tuple[Task, ...]`): Tasks whose test sets its model answers.
+        rows (`tuple[Row, ...]`): Rows to train on.
+        epochs (`int`): Epochs over the rows.
         start (`str`, *optional*): Name of the round whose model it starts from, `None` for the base.
-        memories (`Mapping[str, tuple[Row, ...]]`): Rows of earlier tasks, by name, that GEM keeps it from unlearning.
+        memories (`Mapping[str, tuple[Row, ...]]`): GEM's memory of each earlier task, by name.
     """
 
     name: str
-    tasks: tuple[int, ...]
-    evaluated: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    evaluated: tuple[Task, ...]
     rows: tuple[Row, ...]
     epochs: int
     start: str | None
@@ -45,55 +51,79 @@ def plan_rounds(
     replay_share: float = 0.1,
     seed: int = 42,
     gem_memory: int = 64,
-) -> list[Round]:
+) -> list[RoundPlan]:
     """
-    The rounds of an approach.
+    Plan the rounds of an approach. Each comes after the round that it starts from.
 
     Args:
         approach (`Approach`):
-            `"sequential"` learns one task after the other, each from the last one's model.
-            `"gem"` does, and no step may raise the loss on a memory of each earlier task (see [`GEMTrainer`]).
-            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"lora"` and
-            `"o_lora"` learn the rows of sequential, in one adapter or in one per round. `"multitask"` learns
-            all tasks in one round, in which each row comes as often as its task has epochs. `"individual"` learns each
-            task from the base.
+            `"sequential"` learns one task after the other, each from the previous round's model.
+            `"gem"` does too, and no step may increase the loss on a memory of each earlier task (see
+            [`~hft_trl.continual.gem.GEMTrainer`]). `"replay"` does too, with a share of each earlier task's rows and all
+            general rows mixed in. `"lora"` and `"o_lora"` learn the rows of sequential, in one adapter for all rounds or a
+            new one for each. `"multitask"` learns all tasks in one round, in which each row is repeated by its task's
+            epochs. `"individual"` learns each task from the base.
         tasks (`Sequence[Task]`):
             The tasks in order.
         general (`Sequence[Row]`, *optional*):
             General alignment data for replay.
         replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in (the paper's 10 %), at least one if it is not 0.
+            Share of the rows of each earlier task that replay mixes in, at least one row if it is not 0.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the draws: of these rows another one in every round, of a task's memory one for all rounds.
+            Seed of the draws. Replay draws other rows in each round. The memory of a task is the same in all rounds.
         gem_memory (`int`, *optional*, defaults to `64`):
             Rows in GEM's memory of a task.
-
-    Returns:
-        `list[Round]`: The rounds, each after the one it starts from.
     """
     if approach == "multitask":
         pooled = tuple(row for task in tasks for row in task.train * task.epochs)
-        everything = tuple(range(len(tasks)))
-        return [Round("round-1", everything, everything, pooled, 1, None)]
-    memories = {}
-    if approach == "gem":
-        memories = {task.name: _draw(task, gem_memory, f"{seed} memory {task.name}") for task in tasks}
-    rounds: list[Round] = []
+        return [RoundPlan("round-1", tuple(tasks), tuple(tasks), pooled, 1, None)]
+    rounds: list[RoundPlan] = []
     for number, task in enumerate(tasks):
-        rows, evaluated, start = task.train, tuple(range(number + 1)), rounds[-1].name if rounds else None
+        earlier, rows, memories = tasks[:number], task.train, {}
+        evaluated, start = (*earlier, task), rounds[-1].name if rounds else None
         if approach == "individual":
-            evaluated, start = (number,), None
+            evaluated, start = (task,), None
+        if approach == "gem":
+            memories = {other.name: _draw(other, gem_memory, f"{seed} memory {other.name}") for other in earlier}
         if approach == "replay":
-            earlier = [
-                _draw(other, max(1, round(replay_share * len(other.train))), f"{seed} {number} {other.name}")
-                for other in tasks[:number]
-                if replay_share > 0
-            ]
-            rows = (*rows, *(row for drawn in earlier for row in drawn), *general)
-        kept = {other.name: memories[other.name] for other in tasks[:number] if memories}
-        rounds.append(Round(f"round-{number + 1}", (number,), evaluated, rows, task.epochs, start, kept))
+            for other in earlier if replay_share > 0 else ():
+                count = max(1, round(replay_share * len(other.train)))
+                rows = (*rows, *_draw(other, count, f"{seed} {number} {other.name}"))
+            rows = (*rows, *general)
+        rounds.append(RoundPlan(f"round-{number + 1}", (task,), evaluated, rows, task.epochs, start, memories))
     return rounds
 
 
 def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))
+
+
+@dataclass
+class Round(Stage):
+    """
+    A round as a stage.
+
+    Attributes:
+        plan ([`RoundPlan`]): What it trains on and is evaluated on.
+        max_length (`int`, *optional*): Maximum number of tokens of prompt and answer.
+        memories (`list[Dataset]`): GEM's memories, after `load_data`.
+        truncated_rows (`int`): Rows that were truncated, after `load_data`.
+    """
+
+    plan: RoundPlan | None = None
+    max_length: int | None = None
+    memories: list[Dataset] = field(default_factory=list)
+    truncated_rows: int = 0
+
+    def load_data(self) -> None:
+        """Encode the rows and the memories, unless this was done before."""
+        if self.train_dataset is None:
+            tokenizer, processes = self.load_tokenizer(), self.args.dataset_num_proc
+            self.train_dataset, self.truncated_rows = encode(self.plan.rows, tokenizer, self.max_length, processes)
+            self.memories = [encode(rows, tokenizer, self.max_length)[0] for rows in self.plan.memories.values()]
+
+    def train(self, trainer: ResumableMixin) -> StageRecord:
+        """Train as every stage does, note how many rows were truncated, and free the data."""
+        record = super().train(trainer, truncated_rows=self.truncated_rows)
+        self.train_dataset, self.memories = None, []
+        return record

@@ -1,4 +1,4 @@
-"""From scores of tasks after rounds to what continual learning is judged by: overall performance and backward transfer."""
+"""Results of a run in `scores.json`: the scores after each round, overall performance and backward transfer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from hft_trl.continual.answers import Answered
-from hft_trl.continual.plan import Plan
 from hft_trl.continual.rounds import Round
+from hft_trl.continual.run_folder import PLAN_FILE
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object, write_json, writing
-from hft_trl.report import StageRecord
+from hft_trl.files import read_json, read_object, write_json, writing
+from hft_trl.recipe.folder import finished
 
 SCORES_FILE = "scores.json"
 VERSION = 1
@@ -20,9 +20,11 @@ FIELDS = {
     **dict.fromkeys(("settings", "probes"), dict),
     "method": str | None,
 }
+MEASURED = ("selection_digest", "share", "steps", "rows", "truncated_rows")
+"""What `scores.json` has of a round's record."""
 
-Matrix = Sequence[Sequence[float]]
-"""`matrix[t][i]` is the score, from 0 to 100, on task `i` after round `t`; a row is as long as tasks are seen by then."""
+Scores = dict[str, Any]
+"""The content of `scores.json`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Curves:
         bwt (`list[float]`):
             BWT_t, 1/t times the sum over the tasks of earlier rounds of their score now less that of their own round.
         bwt_t_minus_1 (`list[float | None]`):
-            The same sum divided by the t - 1 earlier tasks, as most of the literature has it; `None` where there are none.
+            The same sum divided by the t - 1 earlier tasks, as most of the literature has it. `None` if there are none.
     """
 
     op: list[float]
@@ -44,17 +46,8 @@ class Curves:
     bwt_t_minus_1: list[float | None]
 
 
-def curves(matrix: Matrix) -> Curves:
-    """
-    Overall performance and backward transfer.
-
-    Args:
-        matrix (`Matrix`):
-            A row per round. A first round of several tasks (all pooled) is a row with all of them.
-
-    Returns:
-        [`Curves`]: A value of each per round.
-    """
+def curves(matrix: Sequence[Sequence[float]]) -> Curves:
+    """Compute the curves of a matrix with a row per round, which holds the scores on the tasks seen by then."""
     op, bwt, bwt_t_minus_1 = [], [], []
     first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
     earlier = 0
@@ -67,93 +60,74 @@ def curves(matrix: Matrix) -> Curves:
     return Curves(op, bwt, bwt_t_minus_1)
 
 
-def score_rows(rounds: Sequence[Round], answered: Sequence[Mapping[int, Answered]]) -> list[list[Answered]]:
+def score_rows(answered: Sequence[Mapping[str, Answered]]) -> list[list[Answered]]:
     """
-    A row per round, with a task for each seen by then, as the newest model that was asked answered it.
+    List for each round the newest result on each task seen by then.
 
-    Args:
-        rounds (`Sequence[Round]`):
-            The rounds so far.
-        answered (`Sequence[Mapping[int, Answered]]`):
-            For each of them, what its model answered, by the task's number. Where each task has a model of its own, a
-            row repeats what the earlier models answered.
+    `answered` has the results of each round's model by task. If each task has a model of its own, a row repeats the results
+    of the earlier models.
     """
     rows: list[list[Answered]] = []
-    newest: dict[int, Answered] = {}
-    seen: set[int] = set()
-    for planned, found in zip(rounds, answered, strict=True):
-        newest.update(found)
-        seen.update(planned.tasks)
-        rows.append([newest[task] for task in sorted(seen)])
+    newest: dict[str, Answered] = {}
+    for results in answered:
+        newest.update(results)
+        rows.append(list(newest.values()))
     return rows
 
 
 def write_scores(
     folder: str | Path,
-    plan: Plan,
     rounds: Sequence[Round],
-    answered: Sequence[Mapping[int, Answered]],
-    records: Sequence[StageRecord],
+    answered: Sequence[Mapping[str, Answered]],
     probes: Mapping[str, Mapping[str, float | None]],
-) -> dict[str, Any]:
+) -> Scores:
     """
-    Write `scores.json`. The same rounds give the same bytes: it holds no times.
+    Write `scores.json`, which contains no times: the same rounds give the same bytes.
 
     Args:
         folder (`str` or `Path`):
-            Folder of the run.
-        plan (`Plan`):
-            What the run is to do.
-        rounds (`Sequence[Round]`), answered (`Sequence[Mapping[int, Answered]]`):
-            The finished rounds, and what their models answered, see [`score_rows`].
-        records (`Sequence[StageRecord]`):
-            What was measured in them.
+            Folder of the run, which has its plan.
+        rounds (`Sequence[Round]`):
+            The finished rounds.
+        answered (`Sequence[Mapping[str, Answered]]`):
+            The results of each round's model by task.
         probes (`Mapping[str, Mapping[str, float | None]]`):
             General abilities and knowledge after the last round, by model and name. If there are none, those that an
             earlier call wrote after these rounds are kept.
 
     Returns:
-        `dict[str, Any]`: What was written.
+        `Scores`: The content of the file.
     """
-    rows = score_rows(rounds, answered)
+    folder, rows = Path(folder), score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
     before = read_scores(folder)
     if not probes and before is not None and len(before["matrix"]) == len(matrix):
         probes = before["probes"]
+    records = [vars(finished(planned)) for planned in rounds]
     content = {
         "version": VERSION,
-        **plan,
+        **read_json(folder / PLAN_FILE),
         "matrix": matrix,
         **asdict(curves(matrix)),
         "probes": probes,
         "rounds": [
             {
-                "name": planned.name,
-                "tasks": [plan["tasks"][number] for number in planned.tasks],
-                "selection_digest": record.selection_digest,
-                "share": record.share,
-                "steps": record.steps,
-                "rows": record.rows,
-                "truncated_rows": record.truncated_rows,
+                "name": done.name,
+                "tasks": [task.name for task in done.plan.tasks],
+                **{key: record[key] for key in MEASURED},
             }
-            for planned, record in zip(rounds, records, strict=True)
+            for done, record in zip(rounds, records, strict=True)
         ],
         "empty_predictions": [[task.empty for task in row] for row in rows],
         "truncated_prompts": [[task.truncated for task in row] for row in rows],
     }
-    path = Path(folder) / SCORES_FILE
-    with writing(path):
-        write_json(path, content, ensure_ascii=False)
+    with writing(folder):
+        write_json(folder / SCORES_FILE, content, ensure_ascii=False)
     return content
 
 
-def read_scores(folder: str | Path) -> dict[str, Any] | None:
-    """
-    What [`write_scores`] wrote; `None` if there is nothing yet.
-
-    Raises:
-        [`HFTError`]: If the file is no such file.
-    """
+def read_scores(folder: str | Path) -> Scores | None:
+    """Read what [`write_scores`] wrote, `None` if there is no such file. Reject a file with another content."""
     path = Path(folder) / SCORES_FILE
     try:
         content = read_object(path, version=int, **FIELDS)
@@ -167,7 +141,7 @@ def read_scores(folder: str | Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise HFTError(f"{path} can't be read ({error}): remove it, and run the same command again.") from error
+        raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
     if content["version"] != VERSION:
         raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
     return content
