@@ -404,6 +404,6 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     assert recipe("--lora.r", "4") == 2
     assert "lora.r 8 there, 4 here" in capsys.readouterr().err
     assert recipe("--lora.o_lora_lambda", "0.1") == 2
-    assert "lora.o_lora_lambda is given, but lora has no use for it" in capsys.readouterr().err
+    assert "lora.o_lora_lambda is given, but lora does not use it" in capsys.readouterr().err
     assert recipe() == 0
     assert left(tmp_path / "c") == after

@@ -7,7 +7,6 @@ import pytest
 
 from hft_trl import demo
 from hft_trl.continual.continual_recipe import parse_continual
-from hft_trl.continual.rounds import plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.errors import HFTError
@@ -39,7 +38,7 @@ TASKS = tuple(Task(name, (Row("p ", f"{name} 2024-01-01"),) * 4, (Row("p", "a"),
 def stages(folder, approach):
     words = ["--approach", approach, "--output_dir", str(folder)]
     recipe = parse_continual(words, default_config=demo.CONTINUAL_RECIPE)
-    return recipe.stages(plan_rounds(approach, TASKS))
+    return recipe.rounds(TASKS)
 
 
 def test_a_run_with_other_rows_leaves_those_of_the_first_alone(tmp_path):

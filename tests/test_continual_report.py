@@ -23,10 +23,9 @@ from hft_trl.errors import HFTError
 def scores_of(
     approach="sequential", method="hft", matrix=((80.0,), (60.5, 40.0)), tasks=("A", "B"), model="demo", settings=None
 ):
-    found = curves(matrix)
     return {
         "version": 1, "approach": approach, "method": method, "model": model, "tasks": list(tasks),
-        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **vars(found),
+        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **curves(matrix),
         "settings": {"seed": 1, "test_sets": "x"} | (settings or {}),
         "probes": {"base": {"knowledge": 100.0, "other": None}},
         "rounds": [{"name": f"round-{t}"} for t in range(1, len(matrix) + 1)],

@@ -22,23 +22,14 @@ from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest, fingerprints
 
-START_FILE = "hft_start.json"
-"""File of a checkpoint with name and digest of the weights that training started from."""
+START_FILE = "hft_start.json"  # in a checkpoint, with name and digest of the weights that training started from
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
     """
     [`~trl.SFTTrainer`] of a LoRA adapter. It saves the merged model at the end, with the adapter alone in `adapter/`.
 
-    Args:
-        model (`str`):
-            Folder or hub id of the model that the adapter is for.
-        args ([`~trl.SFTConfig`]):
-            The trainer's arguments.
-        adapter ([`~hft_trl.recipe.arguments.Adapter`]):
-            The adapter's settings and what it starts from.
-        **kwargs (`Any`):
-            Further arguments of the parent.
+    `model` is the folder or hub id of the model that the adapter is for.
     """
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
@@ -136,12 +127,7 @@ def lora_config(lora: LoRAArguments) -> LoraConfig:
 
 
 def check_adapter(stage: Stage) -> None:
-    """
-    Check that a stage's model can have its adapter, before anything is trained.
-
-    Raises:
-        [`HFTError`]: If the model lacks a target module, an adapter cannot be merged, or the launch shards the model.
-    """
+    """Check that the launch, the target modules and merging work for a stage's adapter, before anything is trained."""
     _check_not_sharded(stage.args)
     model, names = stage.model, stage.adapter.lora.target_modules
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)

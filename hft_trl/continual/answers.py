@@ -25,18 +25,11 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True)
 class Answered:
-    """
-    The result of a round's model on a task.
+    """The result of a round's model on a task."""
 
-    Attributes:
-        score (`float`): By the task's metric, from 0 to 100.
-        empty (`int`): Predictions without any text, which score 0.
-        truncated (`int`): Prompts that were truncated from the left.
-    """
-
-    score: float
-    empty: int
-    truncated: int
+    score: float  # of the task's metric, from 0 to 100
+    empty: int  # predictions without any text, which score 0
+    truncated: int  # prompts that were truncated from the left
 
 
 def evaluate_tasks(
@@ -51,22 +44,14 @@ def evaluate_tasks(
     """
     Generate greedy answers to test sets with a round's model, and score them. All processes must call it and share the work.
 
-    Predictions that exist for the same settings are reused, and scored again. In float32 neither the batch size nor the
-    number of processes changes a prediction; in half precision they can.
+    Predictions are written to `predictions/<task>.json` in the model's folder. Those of the same settings are reused, and
+    scored again. In float32 neither the batch size nor the number of processes changes them; in half precision they can.
 
     Args:
-        folder (`str` or `Path`):
-            The round's model. Answers and predictions are written to `predictions/<task>.json` in it.
-        tasks (`Iterable[Task]`):
-            The tasks.
-        max_new_tokens (`int`):
-            Maximum number of tokens of a prediction.
         max_length (`int`, *optional*):
             Maximum number of tokens of prompt and prediction together. The model's positions limit them too.
         batch_size (`int`):
             Number of prompts in a batch of each process.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type to load the model in.
         **how_to_load (`Any`):
             Further arguments of `AutoModelForCausalLM.from_pretrained`.
 
@@ -108,10 +93,8 @@ def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | 
     """
     Check that answers of `max_new_tokens` tokens leave room for prompts.
 
-    Return the maximum number of tokens of prompt and answer: the smaller one of `max_length` and the model's `positions`.
+    Return the maximum number of tokens of prompt and answer, the smaller one of `max_length` and the model's positions.
     """
-    if max_new_tokens < 1:
-        raise HFTError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name, limit in limits.items():

@@ -17,9 +17,9 @@ from hft_trl.continual.answers import check_lengths
 from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
-from hft_trl.continual.rounds import ADAPTERS, Approach, Round, RoundPlan, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Approach, Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
-from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
+from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.continual.text import check_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
@@ -29,14 +29,7 @@ from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments, RunArguments, at_home
 from hft_trl.recipe.folder import open_stages
 from hft_trl.recipe.locks import lock
-from hft_trl.recipe.parsing import (
-    answer_help,
-    keys,
-    leaves_checkpointing,
-    names_config,
-    parse_section,
-    read_sections,
-)
+from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.stage import make_stage
@@ -54,7 +47,7 @@ NOTED = (
 @dataclasses.dataclass
 class ContinualArguments(RunArguments):
     """
-    Settings of a continual run, in addition to those of [`~hft_trl.recipe.arguments.RunArguments`].
+    Settings of a continual run, in addition to those of every run.
 
     Args:
         benchmark (`str`, *optional*):
@@ -90,13 +83,13 @@ class ContinualArguments(RunArguments):
             raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
         if not 0 <= self.replay_share <= 1:
             raise HFTError(f"replay_share is {self.replay_share!r}: it must be from 0 to 1.")
-        for name in ("gem_memory", "eval_batch_size"):
+        for name in ("gem_memory", "max_new_tokens", "eval_batch_size"):
             if vars(self)[name] < 1:
                 raise HFTError(f"{name} is {vars(self)[name]!r}: it must be at least 1.")
         if self.approach == "individual" and self.evaluate:
             raise HFTError(
-                f"evaluate is {self.evaluate!r}, but individual leaves no model that learned all tasks: drop it, and evaluate "
-                "the rounds' models with hft-trl evaluate."
+                f"evaluate is {self.evaluate!r}, but individual leaves no model that learned all tasks: drop it, and use "
+                "hft-trl evaluate on the rounds' models."
             )
 
 
@@ -111,25 +104,15 @@ KEYS = {
 
 @dataclasses.dataclass
 class ContinualRecipe:
-    """
-    A parsed continual run.
-
-    Attributes:
-        run ([`ContinualArguments`]): Settings of the whole run.
-        model ([`~hft_trl.recipe.arguments.ModelArguments`]): The base.
-        hft ([`HFTConfig`]): What each round trains, unless it trains an adapter.
-        lora ([`~hft_trl.recipe.arguments.LoRAArguments`]): The adapter of the approaches `lora` and `o_lora`.
-        sft (`dict[str, Any]`), sft_flags (`list[str]`): The section `sft` of the file and of the command line.
-        auto_checkpointing (`bool`): Whether the recipe decides how much the rounds recompute.
-    """
+    """A parsed continual run."""
 
     run: ContinualArguments
-    model: ModelArguments
-    hft: HFTConfig
-    lora: LoRAArguments
-    sft: dict[str, Any]
-    sft_flags: list[str]
-    auto_checkpointing: bool
+    model: ModelArguments  # the base
+    hft: HFTConfig  # what each round trains, unless it trains an adapter
+    lora: LoRAArguments  # the adapter of the approaches lora and o_lora
+    sft: dict[str, Any]  # the section sft of the file
+    sft_flags: list[str]  # and of the command line
+    auto_checkpointing: bool  # whether the recipe decides how much the rounds recompute
 
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
         """Build the trainer's arguments of one round. Epochs or `max_steps` that the user set override `epochs`."""
@@ -146,40 +129,30 @@ class ContinualRecipe:
             check_gem(args, self.hft)
         return args
 
-    def tasks(self) -> list[Task]:
-        """Read and check every task of the run. All processes must call it."""
-        run, tasks = self.run, []
-        if run.benchmark == "demo":
-            by_first_process(partial(_write_demo, Path(self._benchmark())))
-        if run.benchmark is not None:
-            tasks += read_benchmark(self._benchmark())
+    def tasks(self) -> tuple[list[Task], tuple[Row, ...]]:
+        """Read and check the tasks of the run, and the general rows for replay. All processes must call it."""
+        run, tasks, general = self.run, [], ()
+        folder = run.benchmark
+        if folder == "demo":
+            folder = f"{run.output_dir}/benchmark"
+            by_first_process(partial(_write_demo, Path(folder)))
+        if folder is not None:
+            tasks, general = read_benchmark(folder), read_replay(folder) if run.approach == "replay" else ()
         if run.tasks is not None:
             tasks += read_tasks(run.tasks)
         check_names(tasks)
         check_metrics(task.metric for task in tasks)
-        return tasks
+        if run.approach == "replay" and not general:
+            logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
+        return tasks, general
 
-    def _benchmark(self) -> str:
-        return str(Path(self.run.output_dir) / "benchmark") if self.run.benchmark == "demo" else self.run.benchmark
-
-    def rounds(self, tasks: Sequence[Task]) -> list[Round]:
+    def rounds(self, tasks: Sequence[Task], general: Sequence[Row] = ()) -> list[Round]:
         """Plan the rounds, and write the rows that each trains on. All processes must call it."""
-        run, general = self.run, ()
-        if run.approach == "replay":
-            general = read_replay(self._benchmark()) if run.benchmark is not None else ()
-            if not general:
-                logger.warning(
-                    "replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json."
-                )
-        args, model = self.arguments(run.output_dir, 1), self.model
+        run, output, rounds, contents = self.run, Path(self.run.output_dir), [], {}
+        args, model = self.arguments(output, 1), self.model
         structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-        longest = check_lengths(args.max_length, run.max_new_tokens, most_tokens(structure))
+        max_length = check_lengths(args.max_length, run.max_new_tokens, most_tokens(structure))
         plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
-        return self.stages(plans, longest)
-
-    def stages(self, plans: Sequence[RoundPlan], max_length: int | None = None) -> list[Round]:
-        """Turn plans into stages, and write the rows that each trains on. All processes must call it."""
-        output, rounds, contents = Path(self.run.output_dir), [], {}
         for number, plan in enumerate(plans):
             rows = [row._asdict() for row in plan.rows]
             memory = [{"task": task, **row._asdict()} for task, kept in plan.memories.items() for row in kept]
@@ -188,11 +161,11 @@ class ContinualRecipe:
             args, model = self.arguments(output / plan.name, plan.epochs), self.model
             start = output / plan.start if plan.start is not None else None
             hft, adapter = self.hft, None
-            if self.run.approach in ADAPTERS:
+            if run.approach in ADAPTERS:
                 hft, adapter = None, Adapter(self.lora, earlier=tuple(done.folder for done in rounds))
             elif start is None:  # each round starts from the base, with a half of its own
                 hft = dataclasses.replace(hft, seed=hft.seed + number)
-            if self.run.approach == "lora":  # the previous round's adapter is trained further, on the base
+            if run.approach == "lora":  # the previous round's adapter is trained further, on the base
                 adapter, start = Adapter(self.lora, start), None
             if start is not None:  # a folder has no revision
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
@@ -201,8 +174,6 @@ class ContinualRecipe:
             stage.auto_checkpointing, stage.memory = self.auto_checkpointing, files[1] if memory else None
             rounds.append(Round(**vars(stage), plan=plan, max_length=max_length))
         by_first_process(partial(_write_rows, output, contents))
-        if self.run.approach in ADAPTERS:
-            _check_adapter(rounds[0])
         return rounds
 
     def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -244,11 +215,11 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
     Raises:
         [`HFTError`]: Naming the first mistake, before anything is trained.
     """
-    run, tasks = recipe.run, recipe.tasks()
+    run, (tasks, general) = recipe.run, recipe.tasks()
     plan = recipe.plan(tasks)
     if not run.overwrite:
         check_plan(run.output_dir, plan)
-    rounds = recipe.rounds(tasks)
+    rounds = recipe.rounds(tasks, general)
     first = rounds[0]
     first.check()
     tokenizer = first.load_tokenizer()
@@ -322,14 +293,6 @@ def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
         for path, rows in files.items():
             if rows:
                 write_json_once(path, rows)
-
-
-def _check_adapter(first: Round) -> None:
-    try:
-        from hft_trl.continual.adapters import check_adapter
-    except ImportError as error:
-        raise HFTError(f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'.") from error
-    check_adapter(first)
 
 
 def _write_demo(folder: Path) -> None:

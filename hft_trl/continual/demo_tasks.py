@@ -8,17 +8,15 @@ import yaml
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
 from hft_trl.demo.data import answer, ask, wordy
-from hft_trl.demo.world import VALUES, Person, World, make_world, with_article
+from hft_trl.demo.world import VALUES, Person, make_world, with_article
 
 ROWS = {"train": 192, "eval": 32, "test": 64}
 """Rows of each file. A test file has fewer if there are fewer distinct ones."""
 DRAWS = 1000
 EPOCHS = 4
 
-Items = dict[str, list[str]]
-"""Names of items by kind."""
+Items = dict[str, list[str]]  # names by kind
 Maker = Callable[[random.Random, list[Person], Items], Row]
-"""Draws a row about one of the people, or about items."""
 
 
 def _fact(attribute: str, question: str, before: str) -> Maker:
@@ -76,15 +74,15 @@ TASKS: dict[str, tuple[str, Maker]] = {
 """Metric and maker of rows by task, in the order in which they are learned."""
 
 
-def write_benchmark(folder: str | Path, seed: int = 0, world: World | None = None) -> Path:
+def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
     """
     Write the mini benchmark to a folder: the same files for the same seed on every machine.
 
     Each task gets `train.json`, `eval.json` and `test.json`. `Lima/train.json` has chat questions and their answers, and
     `tasks.yaml` metrics and epochs. Test rows ask about people and items that are in no training row, and no row mentions
-    the people of the embedded world's probes. `world` is by default that of the shipped files.
+    the people of the embedded world's probes.
     """
-    folder, world = Path(folder), world or make_world()
+    folder, world = Path(folder), make_world()
     mentioned = [person for person in world.people if person.mentioned]
     people = {"train": mentioned[::2], "eval": mentioned[1::4], "test": mentioned[3::4]}
     items = [item for item in world.items if item.mentioned]

@@ -14,11 +14,10 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
 
+# Smallest multiplier of a memory's gradient in a projected step (the value of TRACE and of GEM's authors)
 MARGIN = 0.5
-"""Smallest multiplier of a memory's gradient in a projected step (the value of TRACE and of GEM's authors)."""
-
+# Added to the squared norm of each memory's gradient, relative to it: the solver needs a positive definite matrix
 EPSILON = 1e-4
-"""Added to the squared norm of each memory's gradient, relative to it: the solver needs a positive definite matrix."""
 
 
 class GEMTrainer(HFTSFTTrainer):
@@ -38,9 +37,6 @@ class GEMTrainer(HFTSFTTrainer):
             A dataset of `input_ids` and `labels` for each earlier task.
         margin (`float`, *optional*, defaults to `0.5`):
             Smallest multiplier of each memory's gradient in a replaced gradient.
-
-    Raises:
-        [`HFTError`]: As [`check_gem`] does, and during training if a gradient is NaN or infinite.
     """
 
     def __init__(self, *args: Any, memories: Sequence[Dataset], margin: float = MARGIN, **kwargs: Any) -> None:
@@ -124,18 +120,8 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     Solve GEM's dual quadratic program (equation 11): how much of each memory's gradient is added to the current one.
 
     With G the memories' gradients and g the current one, the solution v minimises v'(GG' + e)v / 2 + (Gg)'v with every v at
-    least `margin`. The diagonal e is relative to that of GG', so v does not depend on the unit of the loss.
-
-    Args:
-        gram (`np.ndarray`):
-            GG', of shape `(memories, memories)`.
-        dots (`np.ndarray`):
-            Gg, of shape `(memories,)`.
-        margin (`float`, *optional*, defaults to `0.5`):
-            Smallest multiplier.
-
-    Returns:
-        `np.ndarray`: The multipliers, all 0 if no entry of `dots` is negative.
+    least `margin`. The diagonal e is relative to that of GG', so v does not depend on the unit of the loss. `gram` is GG', of
+    shape `(memories, memories)`, `dots` is Gg. If no entry of `dots` is negative, all multipliers are 0.
     """
     if (dots >= 0).all():
         return np.zeros_like(dots)
@@ -180,6 +166,4 @@ def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     try:
         import quadprog  # noqa: F401
     except ImportError as error:
-        raise HFTError(
-            "the approach gem needs quadprog: run pip install -c constraints.txt -e '.[continual]'."
-        ) from error
+        raise HFTError("approach gem needs quadprog: run pip install -c constraints.txt -e '.[continual]'.") from error

@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import regex
 
@@ -75,27 +74,21 @@ def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[s
     if not rows:
         return 0.0
     sources, written, wanted = map(list, zip(*rows, strict=True))
+    # Without the folder of the running script, where recipes/evaluate.py would be found first
+    paths, sys.path = sys.path, [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     try:
-        metric = _evaluate_library().load("sari")
+        import evaluate
+
+        metric = evaluate.load("sari")
     except (ImportError, OSError, ConnectionError, ValueError) as error:
         raise HFTError(
             f"the metric sari cannot be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate sacrebleu "
             "sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
         ) from error
-    found = metric.compute(sources=sources, predictions=written, references=[[answer] for answer in wanted])
-    return float(found["sari"]) * len(rows) / len(prompts)
-
-
-def _evaluate_library() -> ModuleType:
-    """Import `evaluate` from outside the folder of the running script, where recipes/evaluate.py would be found first."""
-    paths = sys.path
-    sys.path = [path for path in paths if not (Path(path) / "evaluate.py").is_file()]
-    try:
-        import evaluate
-
-        return evaluate
     finally:
         sys.path = paths
+    found = metric.compute(sources=sources, predictions=written, references=[[answer] for answer in wanted])
+    return float(found["sari"]) * len(rows) / len(prompts)
 
 
 def _mean(score: Callable[[str, str], float], predictions: Sequence[str], answers: Sequence[str]) -> float:

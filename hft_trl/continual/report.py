@@ -62,13 +62,7 @@ def print_scores(folder: str | Path) -> None:
 
 
 def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
-    """
-    Read the scores of finished runs that can be compared, by folder as given.
-
-    Raises:
-        [`HFTError`]: If a run has no scores, is not finished, is given twice, or has another base, other tasks or other test
-            sets than the first.
-    """
+    """Read the scores of runs by folder, and check that they are finished and have the same base, tasks and test sets."""
     runs: dict[str, Scores] = {}
     places = set()
     for name in map(str, folders):

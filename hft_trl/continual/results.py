@@ -1,7 +1,6 @@
 """Results of a run in `scores.json`: the scores after each round, overall performance and backward transfer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +26,28 @@ Scores = dict[str, Any]
 """The content of `scores.json`."""
 
 
-@dataclass(frozen=True)
-class Curves:
+def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
     """
-    Overall performance and backward transfer after each round (paper, section 4.3), with t tasks seen by then.
+    Compute overall performance and backward transfer after each round (paper, section 4.3), with t tasks seen by then.
 
-    Attributes:
-        op (`list[float]`):
-            OP_t, the mean of the scores on the t tasks.
-        bwt (`list[float]`):
-            BWT_t, 1/t times the sum over the tasks of earlier rounds of their score now less that of their own round.
-        bwt_t_minus_1 (`list[float | None]`):
-            The same sum divided by the t - 1 earlier tasks, as most of the literature has it. `None` if there are none.
+    A row of the matrix has the scores on these tasks. OP_t is their mean. BWT_t is 1/t times the sum, over the tasks of
+    earlier rounds, of their score now less that after their own round. `bwt_t_minus_1` divides this sum by the t - 1 earlier
+    tasks, as most of the literature does.
     """
-
-    op: list[float]
-    bwt: list[float]
-    bwt_t_minus_1: list[float | None]
-
-
-def curves(matrix: Sequence[Sequence[float]]) -> Curves:
-    """Compute the curves of a matrix with a row per round, which holds the scores on the tasks seen by then."""
-    op, bwt, bwt_t_minus_1 = [], [], []
+    found: dict[str, list[float | None]] = {"op": [], "bwt": [], "bwt_t_minus_1": []}
     first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
     earlier = 0
     for row in matrix:
         change = sum(row[task] - first[task] for task in range(earlier))
-        op.append(sum(row) / len(row))
-        bwt.append(change / len(row))
-        bwt_t_minus_1.append(change / earlier if earlier else None)
+        found["op"].append(sum(row) / len(row))
+        found["bwt"].append(change / len(row))
+        found["bwt_t_minus_1"].append(change / earlier if earlier else None)
         earlier = len(row)
-    return Curves(op, bwt, bwt_t_minus_1)
+    return found
 
 
 def score_rows(answered: Sequence[Mapping[str, Answered]]) -> list[list[Answered]]:
-    """
-    List for each round the newest result on each task seen by then.
-
-    `answered` has the results of each round's model by task. If each task has a model of its own, a row repeats the results
-    of the earlier models.
-    """
+    """List for each round the newest result on each task seen by then, from the results of each round's model."""
     rows: list[list[Answered]] = []
     newest: dict[str, Answered] = {}
     for results in answered:
@@ -80,13 +61,11 @@ def write_scores(
     rounds: Sequence[Round],
     answered: Sequence[Mapping[str, Answered]],
     probes: Mapping[str, Mapping[str, float | None]],
-) -> Scores:
+) -> None:
     """
-    Write `scores.json`, which contains no times: the same rounds give the same bytes.
+    Write `scores.json` to a run's folder, which has its plan. It contains no times: the same rounds give the same bytes.
 
     Args:
-        folder (`str` or `Path`):
-            Folder of the run, which has its plan.
         rounds (`Sequence[Round]`):
             The finished rounds.
         answered (`Sequence[Mapping[str, Answered]]`):
@@ -94,9 +73,6 @@ def write_scores(
         probes (`Mapping[str, Mapping[str, float | None]]`):
             General abilities and knowledge after the last round, by model and name. If there are none, those that an
             earlier call wrote after these rounds are kept.
-
-    Returns:
-        `Scores`: The content of the file.
     """
     folder, rows = Path(folder), score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
@@ -108,7 +84,7 @@ def write_scores(
         "version": VERSION,
         **read_json(folder / PLAN_FILE),
         "matrix": matrix,
-        **asdict(curves(matrix)),
+        **curves(matrix),
         "probes": probes,
         "rounds": [
             {
@@ -123,7 +99,6 @@ def write_scores(
     }
     with writing(folder):
         write_json(folder / SCORES_FILE, content, ensure_ascii=False)
-    return content
 
 
 def read_scores(folder: str | Path) -> Scores | None:

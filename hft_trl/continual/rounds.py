@@ -10,6 +10,7 @@ from datasets import Dataset
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.continual.text import encode
+from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 
@@ -22,26 +23,15 @@ WITHOUT_TRANSFER = ("multitask", "individual")
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """
-    What a round trains on and which tasks it is evaluated on.
+    """What a round trains on and which tasks it is evaluated on."""
 
-    Attributes:
-        name (`str`): Name of its folder.
-        tasks (`tuple[Task, ...]`): Tasks that it learns.
-        evaluated (`tuple[Task, ...]`): Tasks whose test sets its model answers.
-        rows (`tuple[Row, ...]`): Rows to train on.
-        epochs (`int`): Epochs over the rows.
-        start (`str`, *optional*): Name of the round whose model it starts from, `None` for the base.
-        memories (`Mapping[str, tuple[Row, ...]]`): GEM's memory of each earlier task, by name.
-    """
-
-    name: str
-    tasks: tuple[Task, ...]
-    evaluated: tuple[Task, ...]
+    name: str  # of its folder
+    tasks: tuple[Task, ...]  # that it learns
+    evaluated: tuple[Task, ...]  # whose test sets its model answers
     rows: tuple[Row, ...]
     epochs: int
-    start: str | None
-    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    start: str | None  # name of the round whose model it starts from, None for the base
+    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)  # GEM's, by the name of the earlier task
 
 
 def plan_rounds(
@@ -55,24 +45,13 @@ def plan_rounds(
     """
     Plan the rounds of an approach. Each comes after the round that it starts from.
 
-    Args:
-        approach (`Approach`):
-            `"sequential"` learns one task after the other, each from the previous round's model.
-            `"gem"` does too, and no step may increase the loss on a memory of each earlier task (see
-            [`~hft_trl.continual.gem.GEMTrainer`]). `"replay"` does too, with a share of each earlier task's rows and all
-            general rows mixed in. `"lora"` and `"o_lora"` learn the rows of sequential, in one adapter for all rounds or a
-            new one for each. `"multitask"` learns all tasks in one round, in which each row is repeated by its task's
-            epochs. `"individual"` learns each task from the base.
-        tasks (`Sequence[Task]`):
-            The tasks in order.
-        general (`Sequence[Row]`, *optional*):
-            General alignment data for replay.
-        replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in, at least one row if it is not 0.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the draws. Replay draws other rows in each round. The memory of a task is the same in all rounds.
-        gem_memory (`int`, *optional*, defaults to `64`):
-            Rows in GEM's memory of a task.
+    `sequential` learns one task after the other, each from the previous round's model. `gem` does too, and no step may
+    increase the loss on a memory of each earlier task ([`~hft_trl.continual.gem.GEMTrainer`]). `replay` does too, with a
+    share of each earlier task's rows (at least one row) and all general rows mixed in. `lora` and `o_lora` learn the rows of
+    sequential, in one adapter for all rounds or a new one for each. `multitask` learns all tasks in one round, in which each
+    row is repeated by its task's epochs. `individual` learns each task from the base.
+
+    Replay draws other rows in each round. The memory of a task is the same in all rounds.
     """
     if approach == "multitask":
         pooled = tuple(row for task in tasks for row in task.train * task.epochs)
@@ -100,20 +79,24 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
 
 @dataclass
 class Round(Stage):
-    """
-    A round as a stage.
-
-    Attributes:
-        plan ([`RoundPlan`]): What it trains on and is evaluated on.
-        max_length (`int`, *optional*): Maximum number of tokens of prompt and answer.
-        memories (`list[Dataset]`): GEM's memories, after `load_data`.
-        truncated_rows (`int`): Rows that were truncated, after `load_data`.
-    """
+    """A round as a stage. `memories` (GEM's) and `truncated_rows` are set by `load_data`."""
 
     plan: RoundPlan | None = None
-    max_length: int | None = None
+    max_length: int | None = None  # in tokens, of prompt and answer
     memories: list[Dataset] = field(default_factory=list)
     truncated_rows: int = 0
+
+    def check(self) -> None:
+        """Check the start model, and its adapter if there is one."""
+        super().check()
+        if self.adapter is not None:
+            try:
+                from hft_trl.continual.adapters import check_adapter
+            except ImportError as error:
+                raise HFTError(
+                    f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'."
+                ) from error
+            check_adapter(self)
 
     def load_data(self) -> None:
         """Encode the rows and the memories, unless this was done before."""

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from hft_trl.recipe.folder import STAGE_FILE
 PLAN_FILE = "plan.json"
 RESULTS = ("scores.json", "report.md", "matrix.png", "curves.png")
 
-Plan = Mapping[str, Any]
-"""`approach`, `method` (`None` for adapters), `model`, `tasks`, `metrics`, and `settings`, on which scores depend."""
-
 
 def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "") -> Path:
     """
@@ -31,7 +27,7 @@ def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "
     return output / f"{name}{kind}-{digest}.json"
 
 
-def check_plan(folder: str | Path, plan: Plan) -> None:
+def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
     """
     Check that a folder belongs to a run with the same approach and tasks. Tasks may have been added at the end.
 
@@ -55,23 +51,23 @@ def check_plan(folder: str | Path, plan: Plan) -> None:
             )
 
 
-def write_plan(folder: str | Path, plan: Plan, rounds: Iterable[Round], overwrite: bool = False) -> None:
+def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
     """
     Write the plan of a run whose rounds' folders are locked. All processes must call it.
 
     With `overwrite`, the results of an earlier run and those of its rounds that this run does not have are removed.
     """
-    by_first_process(partial(_write_plan, Path(folder), plan, list(rounds), overwrite))
+
+    def write() -> None:
+        with writing(folder):
+            if overwrite:
+                _clear(Path(folder), rounds)
+            write_json_once(Path(folder) / PLAN_FILE, plan)
+
+    by_first_process(write)
 
 
-def _write_plan(folder: Path, plan: Plan, rounds: list[Round], overwrite: bool) -> None:
-    with writing(folder):
-        if overwrite:
-            _clear(folder, rounds)
-        write_json_once(folder / PLAN_FILE, plan)
-
-
-def _clear(folder: Path, rounds: list[Round]) -> None:
+def _clear(folder: Path, rounds: Sequence[Round]) -> None:
     for name in RESULTS:
         (folder / name).unlink(missing_ok=True)
     ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}

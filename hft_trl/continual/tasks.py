@@ -11,8 +11,7 @@ from hft_trl.files import read_json, write_json
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
-REPLAY_FOLDER = "Lima"
-"""Folder of a benchmark with general alignment data for replay (TRACE's name for LIMA)."""
+REPLAY_FOLDER = "Lima"  # general alignment data of a benchmark, TRACE's name for LIMA
 
 # Order and epochs are those of TRACE's training script, which the HFT paper follows. Metrics are the HFT paper's: TRACE's
 # code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons, of which only the letter counts.
@@ -38,20 +37,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A task with its rows.
-
-    Attributes:
-        name (`str`): Its name, also in file names.
-        train, test (`tuple[Row, ...]`): Rows to train on, and rows to be scored on.
-        metric (`str`): A name of [`~hft_trl.continual.metrics.METRICS`].
-        epochs (`int`): Epochs of the task's round.
-    """
+    """A task with its rows to train on and to be scored on, its metric, and the epochs of its round."""
 
     name: str
     train: tuple[Row, ...]
     test: tuple[Row, ...]
-    metric: str
+    metric: str  # a name of METRICS
     epochs: int
 
 
@@ -59,13 +50,8 @@ def read_benchmark(folder: str | Path) -> list[Task]:
     """
     Read the tasks of a benchmark, in the order in which they are learned.
 
-    Args:
-        folder (`str` or `Path`):
-            TRACE's folder, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds `train.json`
-            and `test.json` (`eval.json` is not read). Or any folder with a `tasks.yaml`, see [`read_tasks`].
-
-    Raises:
-        [`HFTError`]: Naming the folder, file, row or key that is missing.
+    The folder is TRACE's, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds `train.json` and
+    `test.json` (`eval.json` is not read). Or it is any folder with a `tasks.yaml`, see [`read_tasks`].
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,14 +71,8 @@ def read_tasks(path: str | Path) -> list[Task]:
     """
     Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
 
-    Args:
-        path (`str` or `Path`):
-            The file. `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files,
-            relative to the YAML file. By default it is the folder of the task's name. A task of TRACE needs neither
-            `metric` nor `epochs`.
-
-    Raises:
-        [`HFTError`]: Naming the key or file that is missing, unknown or invalid.
+    `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files, relative to the YAML
+    file. By default it is the folder of the task's name. A task of TRACE needs neither `metric` nor `epochs`.
     """
     path = Path(path)
     content = load_yaml(path)

@@ -24,10 +24,8 @@ def encode(
     """
     Encode training rows as TRACE does: prompt, answer and end-of-sequence token, with the loss on the last two.
 
-    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated.
-
-    Returns:
-        `tuple[Dataset, int]`: `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
+    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated. Return
+    `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
