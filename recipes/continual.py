@@ -39,18 +39,17 @@ import sys
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
-from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.continual_recipe import ContinualRecipe, parse_continual, prepare_rounds
 from hft_trl.continual.gem import GEMTrainer
 from hft_trl.continual.report import print_scores, write_report
-from hft_trl.continual.results import write_scores
 from hft_trl.continual.rounds import Round
+from hft_trl.continual.run_folder import write_scores
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.evaluation import evaluate_stages
 
 
 def main(recipe: ContinualRecipe) -> None:
-    run, base = recipe.run, recipe.model
+    run = recipe.run
 
     # All mistakes are found before anything is trained
     suites = parse_suites(run.evaluate) if run.evaluate else []
@@ -63,19 +62,9 @@ def main(recipe: ContinualRecipe) -> None:
         if new:
             train(current)
             clear_device_cache(garbage_collection=True)  # room for the model that answers
-        found = evaluate_tasks(
-            current.folder,
-            current.plan.evaluated,
-            max_new_tokens=run.max_new_tokens,
-            max_length=current.max_length,
-            batch_size=run.eval_batch_size,
-            dtype=base.dtype,
-            trust_remote_code=base.trust_remote_code,
-            attn_implementation=base.attn_implementation,
-        )
-        answered.append(found)
+        answered.append(current.evaluate(run.max_new_tokens, run.eval_batch_size))
         if last and run.approach != "individual":  # which has no model that learned all tasks
-            probes, _, _ = evaluate_stages(base, {current.name: str(current.folder)}, suites)
+            probes, _, _ = evaluate_stages(recipe.model, {current.name: str(current.folder)}, suites)
         if PartialState().is_main_process and (new or last):
             write_scores(run.output_dir, rounds[:number], answered, probes)
 

@@ -16,7 +16,7 @@ from hft_trl.continual.report import (
     write_comparison,
     write_report,
 )
-from hft_trl.continual.results import curves
+from hft_trl.continual.run_folder import curves
 from hft_trl.errors import HFTError
 
 
@@ -136,7 +136,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     other = save(tmp_path / "other", tasks=("A", "C"))
     with pytest.raises(HFTError, match=r"other has the tasks A, C, .*whole has A, B"):
         compare([whole, other])
-    with pytest.raises(HFTError, match=r"big started from meta/big, .*whole from demo"):
+    with pytest.raises(HFTError, match=r"big has the model meta/big, .*whole has demo"):
         compare([whole, save(tmp_path / "big", model="meta/big")])
     with pytest.raises(HFTError, match=r"small has other test sets than .*whole"):
         compare([whole, save(tmp_path / "small", settings={"test_sets": "y"})])

@@ -16,7 +16,7 @@ from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.checkpoints.preemption import StopAtStepEnd
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.files import read_object, write_json
+from hft_trl.files import read_json, write_json
 from hft_trl.recipe import Stage
 from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.skeleton import build_on_meta
@@ -44,12 +44,7 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
 
     def _check_same_training(self, checkpoint: str) -> None:
         path = Path(checkpoint) / START_FILE
-        try:
-            digest = read_object(path, weights_digest=str)["weights_digest"] if path.exists() else "unknown"
-        except (OSError, ValueError) as error:
-            raise HFTError(
-                f"{path} cannot be read ({error}): remove {checkpoint}, and run the same command again."
-            ) from error
+        digest = read_json(path)["weights_digest"] if path.exists() else "unknown"
         if digest != self._start["weights_digest"]:
             raise HFTError(
                 f"{checkpoint} was started from other weights (digest {digest[:16]}) than {self._start['name_or_path']!r} has "

@@ -209,12 +209,7 @@ class ContinualRecipe:
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
-    """
-    Read the tasks of a run, plan its rounds, check and rehearse them, and open their folders. All processes must call it.
-
-    Raises:
-        [`HFTError`]: Naming the first mistake, before anything is trained.
-    """
+    """Read the tasks, plan the rounds, check and rehearse them, and open their folders. All processes must call it."""
     run, (tasks, general) = recipe.run, recipe.tasks()
     plan = recipe.plan(tasks)
     if not run.overwrite:
@@ -240,8 +235,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         argv (`list[str]`):
             The command line without the program's name.
         default_config (`str` or `Path`, *optional*):
-            The YAML file to use without `--config`. Its benchmark is ignored if the command line has `tasks`. The embedded
-            demo's is rejected for other models.
+            The YAML file to use without `--config`. Its benchmark is ignored if the command line has `tasks`.
         help_text (`str`, *optional*):
             What `--help` prints.
 

@@ -35,14 +35,12 @@ class GEMTrainer(HFTSFTTrainer):
     Args:
         memories (`Sequence[Dataset]`):
             A dataset of `input_ids` and `labels` for each earlier task.
-        margin (`float`, *optional*, defaults to `0.5`):
-            Smallest multiplier of each memory's gradient in a replaced gradient.
     """
 
-    def __init__(self, *args: Any, memories: Sequence[Dataset], margin: float = MARGIN, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, memories: Sequence[Dataset], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_gem(self.args, self.hft_config)
-        self.memories, self.margin = list(memories), margin
+        self.memories = list(memories)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step. After the last micro-batch of an optimizer step, project its gradient."""
@@ -69,7 +67,7 @@ class GEMTrainer(HFTSFTTrainer):
                 f"the gradient of the task or of a memory is NaN or infinite at step {self.state.global_step + 1}: lower the "
                 "learning rate or check the data."
             )
-        found = multipliers(gram, dots, self.margin)
+        found = multipliers(gram, dots)
         if not found.any():
             return False
         factors = torch.tensor(found, dtype=torch.float32, device=parts[0].device)

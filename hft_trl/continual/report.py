@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hft_trl.continual.results import SCORES_FILE, Scores, read_scores
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
+from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
 from hft_trl.report.markdown import table
@@ -75,16 +75,10 @@ def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
             raise HFTError(
                 f"{name} has {len(scores['matrix'])} rounds of {len(scores['tasks'])} tasks: finish it first."
             )
-        for key in ("tasks", "metrics"):
+        for key in ("tasks", "metrics", "model"):
             if scores[key] != other[key]:
-                raise HFTError(
-                    f"{name} has the {key} {', '.join(scores[key])}, {first} has {', '.join(other[key])}: compare runs of the "
-                    "same tasks in the same order."
-                )
-        if scores["model"] != other["model"]:
-            raise HFTError(
-                f"{name} started from {scores['model']}, {first} from {other['model']}: compare runs of one base."
-            )
+                ours, theirs = (run[key] if key == "model" else ", ".join(run[key]) for run in (scores, other))
+                raise HFTError(f"{name} has the {key} {ours}, {first} has {theirs}: compare runs with the same {key}.")
         if scores["settings"].get("test_sets") != other["settings"].get("test_sets"):
             raise HFTError(f"{name} has other test sets than {first}: compare runs of one benchmark.")
     return runs

@@ -8,6 +8,7 @@ from typing import Literal
 from datasets import Dataset
 
 from hft_trl.checkpoints.resumable import ResumableMixin
+from hft_trl.continual.answers import Answered, evaluate_tasks
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.continual.text import encode
 from hft_trl.errors import HFTError
@@ -110,3 +111,16 @@ class Round(Stage):
         record = super().train(trainer, truncated_rows=self.truncated_rows)
         self.train_dataset, self.memories = None, []
         return record
+
+    def evaluate(self, max_new_tokens: int, batch_size: int) -> dict[str, Answered]:
+        """Score the round's model on the tasks that its plan names. All processes must call it."""
+        return evaluate_tasks(
+            self.folder,
+            self.plan.evaluated,
+            max_new_tokens,
+            self.max_length,
+            batch_size,
+            dtype=self.model.dtype,
+            trust_remote_code=self.model.trust_remote_code,
+            attn_implementation=self.model.attn_implementation,
+        )
