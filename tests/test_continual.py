@@ -260,7 +260,7 @@ def test_whole_layers_take_turns(recipe, own, tmp_path):
     [
         (["--benchmark", "nowhere"], "nowhere' is no folder"),
         (["--approach", "sequentially"], "approach: invalid choice"),
-        (["--tasks", "nowhere.yaml"], "nowhere.yaml' can't be read"),
+        (["--tasks", "nowhere.yaml"], "nowhere.yaml' cannot be read"),
         (["--replay_share", "1.5"], "replay_share is 1.5"),
         (["--max_new_tokens", "128"], "max_new_tokens is 128 and sft.max_length 128"),
         (

@@ -11,7 +11,6 @@ from trl.scripts.utils import DatasetConfig
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.data import check_apart, load_mixture, load_split
-from hft_trl.stage import load_data
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -128,9 +127,8 @@ def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu
 
 def parts(flags):
     stage, _ = parse_stage("sft", SFTConfig, flags)
-    found = load_data(stage)
-    assert found == (stage.train_dataset, stage.eval_dataset)
-    return found
+    stage.load_data()
+    return stage.train_dataset, stage.eval_dataset
 
 
 def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_path, tulu):

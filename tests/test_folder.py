@@ -290,7 +290,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_pa
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("hft_trl.recipe.folder.tempfile.TemporaryFile", refuse)
-    with pytest.raises(HFTError, match=r"can't be written \(Read-only file system\): choose another one"):
+    with pytest.raises(HFTError, match=r"cannot be written \(Read-only file system\): choose another one"):
         open_stages([stage(tmp_path)])
 
 

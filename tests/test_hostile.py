@@ -37,7 +37,7 @@ from hft_trl.recipe import parse_stage
 from hft_trl.recipe.folder import finished, open_stages
 from hft_trl.recipe.folder import settings as stage_settings
 from hft_trl.recipe.locks import LOCK_FILE
-from hft_trl.recipe.rendering import check_rendered
+from hft_trl.recipe.rows import check_rendered
 from hft_trl.report import Report, print_report
 from hft_trl.report.tables import Grid, rich_table
 from hft_trl.saved_models.half_reset import half_reset
@@ -347,7 +347,7 @@ def test_a_template_that_raises_or_is_stopped_is_one_line(tokenizer, tmp_path, c
     own = load_tokenizer(str(tmp_path), str(tmp_path / "own.jinja"))
     assert "chat_template to" in outcome(lambda: chat(tiny_llama(len(tokenizer)), own, ["Hi"]), capsys)
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
-    assert "the chat template refuses it" in outcome(lambda: check_rendered(own, rows, "data"), capsys)
+    assert "the chat template rejects it" in outcome(lambda: check_rendered(own, rows, "data"), capsys)
 
 
 @pytest.mark.parametrize("template", [b"\xff\xfe", None])

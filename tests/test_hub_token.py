@@ -12,7 +12,7 @@ from warm import ROOT
 
 from hft_trl import HFTError, demo
 from hft_trl.continual.tasks import Row, write_rows
-from hft_trl.recipe.hub_token import tokens_to_environment
+from hft_trl.recipe.arguments import tokens_to_environment
 
 TOKEN = "hf_NOTSECRET"
 QUICK = ["--sft.max_steps", 1, "--sft.save_steps", 1, "--sft.report_to", "tensorboard"]

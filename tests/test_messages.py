@@ -4,7 +4,7 @@ import pytest
 from conftest import one_line
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.messages import check_messages, conversation
+from hft_trl.recipe.layouts import check_messages, conversation
 
 USER = {"role": "user", "content": "Weather?"}
 

@@ -185,7 +185,7 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
 
 
 def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):
-    with pytest.raises(HFTError, match="goes on from the newest whole checkpoint"):
+    with pytest.raises(HFTError, match="resumes from the newest whole checkpoint"):
         parse_recipe(["--output_dir", str(tmp_path), "--sft.resume_from_checkpoint", "x"], default_config=demo.RECIPE)
 
 

@@ -318,7 +318,7 @@ def test_an_output_folder_that_is_a_file_is_refused(recipe, tmp_path):
     (tmp_path / "out").write_text("")
     result = recipe("sft_then_dpo", "--output_dir", tmp_path / "out")
     assert result.returncode == 2
-    assert "can't be written" in result.stderr
+    assert "cannot be written" in result.stderr
 
 
 def test_overwrite_starts_afresh(recipe, finished_run, tmp_path):

@@ -9,19 +9,12 @@ from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from hft_trl.continual.continual_recipe import ContinualArguments
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    HFTArguments,
-    LoRAArguments,
-    ModelArguments,
-    RunArguments,
-    StageArguments,
-)
+from hft_trl.recipe.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments, StageArguments
 from hft_trl.redact import HIDDEN, is_secret, redact, redact_text
 
 TYPES = (
     *(SFTConfig, DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig, RunArguments, ModelArguments),
-    *(DataArguments, HFTArguments, LoRAArguments, StageArguments, ContinualArguments),
+    *(DataArguments, LoRAArguments, StageArguments, ContinualArguments),
 )
 
 

@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from hft_trl.chat import tulu_template
 from hft_trl.errors import HFTError
-from hft_trl.recipe.rendering import check_rendered
-from hft_trl.recipe.rows import preference_dataset, sft_dataset
+from hft_trl.recipe.rows import check_rendered, preference_dataset, sft_dataset
 
 USER, ANSWER = {"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "7 degrees."}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Ghent"}}}]}
@@ -47,8 +46,8 @@ def test_tool_calls_pass_where_the_template_writes_them(check, name):
         (template("phi3"), [{"role": "developer", "content": "Be brief."}, USER, ANSWER], "leaves out message 0"),
         (tulu_template(), [USER, CALL], "no form for tool calls"),
         (tulu_template(), [{"role": "developer", "content": "Be brief."}, USER, ANSWER], "Unknown role 'developer'"),
-        (template("gemma"), [{"role": "system", "content": "Be brief."}, USER, ANSWER], "refuses it"),
-        ("{{ messages[0].content + none }}", [USER, ANSWER], "refuses it"),
+        (template("gemma"), [{"role": "system", "content": "Be brief."}, USER, ANSWER], "rejects it"),
+        ("{{ messages[0].content + none }}", [USER, ANSWER], "rejects it"),
     ],
 )
 def test_what_a_template_refuses_or_leaves_out_is_named_by_its_row(check, own, messages, words):

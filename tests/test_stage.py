@@ -113,7 +113,7 @@ def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "get_train_dataloader", fails)
-        with pytest.raises(HFTError, match="sft: training can't begin: nothing works at all") as error:
+        with pytest.raises(HFTError, match="sft: training cannot begin: nothing works at all") as error:
             sft.train(trainer)
         one_line(error)
     trainer = HFTSFTTrainer(model=str(demo.MODEL), **made)

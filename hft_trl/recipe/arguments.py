@@ -1,41 +1,57 @@
-"""The keys of a recipe: what its sections take beside the fields of TRL's configs and of `HFTConfig`."""
+"""Settings of recipes beyond TRL's configs and `HFTConfig`, and checks of their values."""
 
-from dataclasses import asdict, dataclass, field
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-def at_home(path: str) -> str:
-    """A path with the user's own folder in place of a leading `~`; hub ids and other paths as they are."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+# Smallest and largest value of settings that transformers does not check
+BOUNDS = {
+    **dict.fromkeys(("seed", "data_seed", "hft_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**20)),
+    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "dataset_num_proc"), (1, 2**31)),
+    "max_steps": (-1, 2**31),
+    "dataloader_num_workers": (0, 2**16),
+    "num_train_epochs": (0, 2**31),
+    "learning_rate": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "max_grad_norm": (0, 1e12),
+    "save_total_limit": (1, 2**31),
+}
+
+ADAPTER_FOLDER = "adapter"
+"""Folder inside a stage's folder that holds only the adapter."""
 
 
 @dataclass
 class RunArguments:
     """
-    What belongs to the run as a whole: the keys above the sections.
+    Settings of the whole run: the keys outside the sections.
 
     Args:
         output_dir (`str`):
-            Folder of the run; each stage gets a folder in it.
+            Folder of the run. Each stage gets a subfolder.
         method (`str`, *optional*, defaults to `"hft"`):
             Method of every stage, `"hft"` or `"fft"`.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to replace what earlier runs left in the stages' folders.
         evaluate (`str`, *optional*):
-            Suites to run on the base and each stage's model at the end, such as `"general,knowledge"`. By default the
-            embedded world's probes where the base is the embedded model, elsewhere nothing.
+            Suites to run on the base and each stage's model at the end, such as `"general,knowledge"`. By default, the
+            embedded probes if the base is the embedded model, otherwise nothing.
     """
 
-    output_dir: str = field(metadata={"help": "Folder of the run; each stage gets a folder in it."})
-    method: Literal["hft", "fft"] = field(default="hft", metadata={"help": "Method of every stage."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})
-    evaluate: str | None = field(
-        default=None, metadata={"help": "Suites to run at the end, such as general,knowledge; see hft-trl evaluate."}
-    )
+    output_dir: str
+    method: Literal["hft", "fft"] = "hft"
+    overwrite: bool = False
+    evaluate: str | None = None
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -46,7 +62,7 @@ class RunArguments:
 @dataclass
 class ModelArguments:
     """
-    The model that the first stage starts from; the names are those of TRL's `ModelConfig`.
+    The start model of the first stage. The names are those of TRL's `ModelConfig`.
 
     Args:
         model_name_or_path (`str`):
@@ -54,26 +70,21 @@ class ModelArguments:
         model_revision (`str`, *optional*, defaults to `"main"`):
             Branch, tag or commit on the hub.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Type in which the weights are loaded, trained and saved. HFT refuses one that rounds the file's.
+            Type in which the weights are loaded, trained and saved. HFT rejects a type that rounds the saved weights.
         attn_implementation (`str`, *optional*):
             Attention implementation.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the hub repository may run.
         chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file; by default the tokenizer's own, Tülu's if it has none.
+            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, or Tülu's if it has none.
     """
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder, or demo."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="float32", metadata={"help": "Type in which the weights are loaded, trained and saved."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the hub repository."})
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
-    )
+    model_name_or_path: str
+    model_revision: str = "main"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         self.model_name_or_path = at_home(self.model_name_or_path)
@@ -83,31 +94,26 @@ class ModelArguments:
 @dataclass
 class LoRAArguments:
     """
-    A LoRA adapter; the names are those of PEFT's `LoraConfig`, whose own types TRL's parser can't read.
+    Settings of a LoRA adapter, named as in PEFT's `LoraConfig`, whose types TRL's parser cannot read.
 
     Args:
         r (`int`, *optional*, defaults to `8`):
             Rank.
         lora_alpha (`int`, *optional*, defaults to `16`):
-            The product of the two matrices counts `lora_alpha / r` times.
+            The product of the two matrices is scaled by `lora_alpha / r`.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout of what the adapter reads.
+            Dropout on the adapter's input.
         target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            Names of the modules that have an adapter, such as `["q_proj", "v_proj"]`, or all linear ones but the head.
+            Names of the modules to adapt, such as `["q_proj", "v_proj"]`, or `all-linear` for all but the head.
         o_lora_lambda (`float`, *optional*, defaults to `0.5`):
             Factor of O-LoRA's penalty (its lambda_1), see [`~hft_trl.continual.adapters.OLoRATrainer`].
-
-    Raises:
-        [`HFTError`]: If a value is out of its range.
     """
 
-    r: int = field(default=8, metadata={"help": "Rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "The product counts lora_alpha / r times."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of what the adapter reads."})
-    target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of modules, or all-linear."}
-    )
-    o_lora_lambda: float = field(default=0.5, metadata={"help": "Factor of O-LoRA's penalty."})
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    o_lora_lambda: float = 0.5
 
     def __post_init__(self) -> None:
         for name, fits, range_ in (
@@ -121,115 +127,121 @@ class LoRAArguments:
                 raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
 
 
-ADAPTER_FOLDER = "adapter"
-"""Folder in that of a stage, with its adapter alone."""
-
-
 @dataclass(frozen=True)
 class Adapter:
     """
-    An adapter that a stage learns instead of the model's own weights.
+    An adapter that a stage trains instead of the model's own weights.
 
     Attributes:
         lora ([`LoRAArguments`]): Its settings.
-        start (`Path`, *optional*): Folder of the stage whose adapter it goes on with, on the same model; by default it is new.
-        earlier (`tuple[Path, ...]`): Folders of the stages to whose adapters, merged into the model, it is kept orthogonal.
+        start (`Path`, *optional*): Folder of the stage whose adapter is trained further. Default: a new adapter.
+        earlier (`tuple[Path, ...]`): Folders of the stages whose adapters are merged into the model. The new adapter
+            is kept orthogonal to them.
     """
 
     lora: LoRAArguments
     start: Path | None = None
     earlier: tuple[Path, ...] = ()
 
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all stages whose adapters it needs."""
+        return [*filter(None, [self.start]), *self.earlier]
+
 
 @dataclass
 class DataArguments:
     """
-    What a stage adds to TRL's config.
+    The keys of a stage's section in addition to those of its TRL config.
 
     Args:
         dataset (`str`, *optional*):
-            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data. Without it a stage
-            takes `datasets`, TRL's mixture of data sets.
+            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data. Without it, the
+            stage uses `datasets`, TRL's mixture.
         dataset_config (`str`, *optional*):
             Configuration on the hub.
         split (`str`, *optional*, defaults to `"train"`):
-            Split to train on, also a part such as `"train[:1000]"`.
+            Split to train on, or a part of it such as `"train[:1000]"`.
         eval_split (`str`, *optional*):
-            Split to evaluate on, as `eval_strategy` says.
+            Split to evaluate on when `eval_strategy` is set.
         method (`str`, *optional*):
-            This stage's method, if it is another than the run's.
+            This stage's method, if it differs from the run's.
         drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop preference pairs whose sides are equal instead of refusing them.
+            Whether to drop preference pairs with equal sides instead of rejecting them.
         reference_quantization (`str`, *optional*):
-            Hold the reference in `"8bit"` or `"4bit"` through bitsandbytes. Its log-probabilities are then rounded.
+            Hold the reference model in `"8bit"` or `"4bit"` with bitsandbytes. This rounds its log-probabilities.
     """
 
-    dataset: str | None = field(
-        default=None, metadata={"help": "Hub id, folder, .jsonl, .json or .parquet file, or demo."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration on the hub."})
-    split: str = field(default="train", metadata={"help": "Split to train on, such as train[:1000]."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split for eval_strategy."})
-    method: Literal["hft", "fft"] | None = field(
-        default=None, metadata={"help": "This stage's method, if it is another than the run's."}
-    )
-    drop_equal_pairs: bool = field(
-        default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
-    )
-    reference_quantization: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the reference in 8 or 4 bits, through bitsandbytes."}
-    )
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    method: Literal["hft", "fft"] | None = None
+    drop_equal_pairs: bool = False
+    reference_quantization: Literal["8bit", "4bit"] | None = None
 
     def __post_init__(self) -> None:
         self.dataset = at_home(self.dataset) if self.dataset else None
 
 
 @dataclass
-class HFTArguments(HFTConfig):
+class StageArguments(HFTConfig):
     """
-    [`HFTConfig`] for a flat parser, in which `--seed` belongs to the trainer's config.
+    [`HFTConfig`] and the other flags that single-stage recipes add to those of TRL's scripts.
+
+    `chat_template`, `drop_equal_pairs`, `reference_quantization` and `overwrite` are described in [`ModelArguments`],
+    [`DataArguments`] and [`RunArguments`].
 
     Args:
         hft_seed (`int`, *optional*):
-            Seed of the selection. By default the trainer's `seed`.
+            Seed of the selection. By default the trainer's `seed`, which is the flag `--seed`.
     """
 
     seed: int = field(init=False, default=42)
-    hft_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the selection; by default the trainer's seed."}
-    )
+    hft_seed: int | None = None
+    chat_template: str | None = None
+    drop_equal_pairs: bool = False
+    reference_quantization: Literal["8bit", "4bit"] | None = None
+    overwrite: bool = False
 
     def config(self, seed: int) -> HFTConfig:
-        """The settings as a plain [`HFTConfig`], with the trainer's `seed` unless `hft_seed` is set."""
-        values = asdict(self)
-        own_seed = values.pop("hft_seed")
-        return HFTConfig(**{**values, "seed": seed if own_seed is None else own_seed})
+        """Return the settings of HFT, with the trainer's `seed` unless `hft_seed` is set."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(HFTConfig)}
+        return HFTConfig(**{**values, "seed": seed if self.hft_seed is None else self.hft_seed})
 
 
-@dataclass
-class StageArguments:
+def at_home(path: str) -> str:
+    """Expand a leading `~`. Hub ids and other paths are returned unchanged."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
+    """Reject numbers with which training would fail late or never end, in a section such as `"sft."`."""
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise HFTError(f"{prefix}{name} is {value}: it must be a finite number.")
+        low, high = BOUNDS.get(name, (None, None))
+        if isinstance(value, int | float) and low is not None and not low <= value <= high:
+            raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {low} to {high:.6g}.")
+
+
+def tokens_to_environment(args: "TrainingArguments") -> None:
     """
-    What a single-stage recipe adds to the flags of TRL's own scripts.
+    Move the hub's token from a trainer's arguments to `HF_TOKEN`, where huggingface_hub looks for it.
 
-    Args:
-        chat_template (`str`, *optional*):
-            See [`ModelArguments`].
-        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            See [`DataArguments`].
-        reference_quantization (`str`, *optional*):
-            See [`DataArguments`]. For the preference stage only.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            See [`RunArguments`].
+    Otherwise it would be saved: transformers pickles the arguments with each checkpoint, and trackers log them.
     """
-
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none."},
-    )
-    drop_equal_pairs: bool = field(
-        default=False, metadata={"help": "Drop preference pairs whose sides are equal instead of refusing them."}
-    )
-    reference_quantization: Literal["8bit", "4bit"] | None = field(
-        default=None, metadata={"help": "Hold the reference in 8 or 4 bits, through bitsandbytes."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace what output_dir holds."})
+    found = {}
+    if args.hub_token:
+        found["hub_token"] = args.hub_token
+        args.hub_token = None
+    if args.model_init_kwargs:
+        kept = dict(args.model_init_kwargs)
+        for name in ("token", "use_auth_token"):
+            if isinstance(kept.get(name), str):
+                found[f"model_init_kwargs.{name}"] = kept.pop(name)
+        args.model_init_kwargs = kept
+    if len(set(found.values())) > 1:
+        raise HFTError(f"{' and '.join(found)} are two different tokens: give one that may read and write.")
+    if found:
+        os.environ["HF_TOKEN"] = next(iter(found.values()))

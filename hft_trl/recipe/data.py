@@ -1,17 +1,10 @@
-"""Data sets by name: a hub id, a folder, a file, or TRL's mixture of some."""
+"""Load data sets from the hub, a folder, a file, or TRL's mixture of several."""
 
 import hashlib
 import re
 from pathlib import Path
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    ReadInstruction,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.table import CastError
@@ -25,21 +18,15 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 def load_split(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """
-    Load one split of a data set.
+    Load one split of a data set, and reject what does not exist or has no rows.
 
     Args:
         source (`str`):
             A hub id, a folder saved by `datasets` or made of data files, or a `.jsonl`, `.json` or `.parquet` file.
         split (`str`, *optional*, defaults to `"train"`):
-            The split, also a part of it such as `"train[:1000]"`. A single file is one split, whatever its name.
+            The split, or a part of it such as `"train[:1000]"`. A single file is one split, whatever its name.
         config (`str`, *optional*):
             Configuration of a hub data set.
-
-    Returns:
-        [`~datasets.Dataset`]: At least one row.
-
-    Raises:
-        [`HFTError`]: If the source, the split or every row is missing.
     """
     path = Path(source)
     name = re.match(r"\w*", split).group()
@@ -55,7 +42,7 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = _select(load_from_disk(source), split)
         elif path.is_dir():
-            # A folder whose README.md names its files is not read again by datasets when only the files have changed.
+            # datasets does not notice changed files if the folder's README.md lists them
             cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
             dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
         elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
@@ -67,17 +54,18 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise HFTError(f"dataset {source!r} was found neither here nor on the hub: {first_line(error)}") from error
     except (ConnectionError, OfflineModeIsEnabled) as error:
-        raise HFTError(f"dataset {source!r} is no local file or folder and the hub can't be reached.") from error
-    except DatasetGenerationError as error:  # its cause is what the file's reader said
+        raise HFTError(f"dataset {source!r} is no local file or folder and the hub cannot be reached.") from error
+    except DatasetGenerationError as error:
         cause = error.__cause__ or error
         if isinstance(cause, CastError):
             only_some = set(cause.requested_column_names) ^ set(cause.table_column_names)
             raise HFTError(
-                f"dataset {source!r} is not one data set: some of its files or rows have {', '.join(sorted(only_some))}, and others "
-                "have not. Give one of the files, or a folder with files of one kind."
+                f"dataset {source!r} is not one data set: some of its files or rows have "
+                f"{', '.join(sorted(only_some))}, and others have not. Give one of the files, or a folder with files "
+                "of one kind."
             ) from error
-        raise HFTError(f"dataset {source!r} can't be read: {first_line(cause)}") from error
-    except ValueError as error:  # an unknown split or configuration: datasets names those that there are
+        raise HFTError(f"dataset {source!r} cannot be read: {first_line(cause)}") from error
+    except ValueError as error:  # an unknown split or configuration: the message lists the valid ones
         if "corresponds to no data" in str(error):
             raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.") from error
         raise HFTError(f"dataset {source!r}, split {split!r}: {first_line(error)}") from error
@@ -87,61 +75,39 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
 
 
 def check_apart(source: str, split: str, eval_split: str) -> None:
-    """
-    Check that a stage is not evaluated on the rows that it learns from.
-
-    Args:
-        source (`str`):
-            As for [`load_split`].
-        split (`str`):
-            Split to train on.
-        eval_split (`str`):
-            Split to evaluate on.
-
-    Raises:
-        [`HFTError`]: If the source is a single file, which is one split whatever its name, and both are not parts of it.
-    """
+    """Reject evaluation on the training rows: a single file is one split, so both must be parts of it."""
     if Path(source).is_file() and not ("[" in split and "[" in eval_split):
         raise HFTError(
-            f"dataset {source!r} is one file, so eval_split {eval_split!r} has the rows of split {split!r}, and the model would be "
-            "evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split 'train[95%:]', or a folder with a "
-            "file for each, or set eval_strategy to 'no'."
+            f"dataset {source!r} is one file, so eval_split {eval_split!r} has the rows of split {split!r}, and the "
+            "model would be evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split "
+            "'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
         )
 
 
 def content_digest(source: Path) -> str | None:
-    """SHA-256 (hex) of the names and bytes of a local data set's files; `None` for what is no file or folder."""
+    """Return the SHA-256 (hex) of the names and bytes of a file or folder, or `None` if it does not exist."""
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest() if files else None
 
 
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
-    """What `load_dataset` does with `split`, for a data set that comes from `load_from_disk`."""
+    """Apply `split` to a data set from `load_from_disk`, as `load_dataset` does."""
     named = dataset if isinstance(dataset, DatasetDict) else DatasetDict({re.match(r"\w*", split).group(): dataset})
     lengths = {name: len(part) for name, part in named.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"the splits are {sorted(lengths)}: give one of them") from error
-    ranges = [(part.splitname, part.from_ or 0, part.to) for part in parts]
-    return concatenate_datasets(
-        [named[name].select(range(start, lengths[name] if end is None else end)) for name, start, end in ranges]
-    )
+    return concatenate_datasets([named[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def load_mixture(mixture: DatasetMixtureConfig, split: str) -> Dataset:
-    """
-    Load one split of TRL's mixture of data sets.
-
-    Raises:
-        [`HFTError`]: If a part of it can't be loaded, or there is no such split.
-    """
+    """Load one split of TRL's mixture of data sets, and reject a split that it does not have."""
     with as_user_error("the mixture of data sets"):
         parts = get_dataset(mixture)
     if split not in parts:

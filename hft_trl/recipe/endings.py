@@ -1,4 +1,4 @@
-"""How a tuned model generates: it stops at the tokens that it learned to end turns with, and its settings can be saved."""
+"""Generation config of a tuned model: it stops at the tokens that end its turns, and it can be saved."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from hft_trl.processes import speaks
 
 logger = logging.get_logger(__name__)
 
-SAMPLE = 1000  # rows that are looked at
-OFTEN = 0.05  # of the trained spans; fewer may end with a token by chance, where they were cut
+SAMPLE = 1000  # rows to inspect
+OFTEN = 0.05  # share of the trained spans; fewer may end with a token by chance, when they are truncated
 
-# Settings of sampling, and the values at which they change nothing
+# Settings of sampling, and the values that have no effect
 NEUTRAL = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -32,21 +32,10 @@ NEUTRAL = {
 
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """
-    Settle a model's generation config before training, so that every save of the model holds it.
+    Fix a model's generation config before training, so that every save of the model contains it.
 
-    Tokens that the model will learn to end turns with are added to those that stop it. Sampling is switched on where a
-    temperature, say, is set without it, a combination that transformers does not save. Each change is a warning.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, changed in place.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        dataset ([`~datasets.Dataset`]):
-            A trainer's prepared rows, of token ids.
-
-    Raises:
-        [`HFTError`]: If the generation config is one that transformers does not save.
+    Tokens that end the turns of `dataset`, a trainer's prepared rows, are added to those that stop generation.
+    Sampling is enabled if the config has settings for it, since transformers does not save them otherwise.
     """
     settle_sampling(model.generation_config)
     with as_user_error("generation_config.json"):
@@ -58,26 +47,27 @@ def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         model.generation_config.eos_token_id = stops + new
         if speaks():
             logger.warning(
-                f"turns end with {', '.join(tokenizer.convert_ids_to_tokens(new))}, not with eos_token {tokenizer.eos_token}: added to "
-                "eos_token_id in generation_config.json, so that the tuned model stops there."
+                f"turns end with {', '.join(tokenizer.convert_ids_to_tokens(new))}, not with eos_token "
+                f"{tokenizer.eos_token}: added to eos_token_id in generation_config.json, so that the tuned model "
+                "stops there."
             )
 
 
 def settle_sampling(config: GenerationConfig) -> None:
-    """Switch sampling on in a generation config that has settings of it, in place and with a warning."""
+    """Enable sampling in a generation config that has settings for it, in place and with a warning."""
     values = config.to_diff_dict()
     unused = [name for name, neutral in NEUTRAL.items() if values.get(name) not in (None, neutral)]
     if unused and config.do_sample is not True:
         config.do_sample = True
         if speaks():
             logger.warning(
-                f"generation_config.json sets {', '.join(unused)} without do_sample, which transformers does not save: do_sample is set "
-                "to true."
+                f"generation_config.json sets {', '.join(unused)} without do_sample, which transformers does not "
+                "save: do_sample is set to true."
             )
 
 
 def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a trainer's rows teach to end with, the most frequent first."""
+    """Find the special tokens that end the trained spans of a trainer's rows, most frequent first."""
     special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
 
     @cache
@@ -87,7 +77,7 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
     ends: Counter[int | None] = Counter()
     for span in _trained_spans(dataset):
         end = None
-        for token in reversed(span):  # a newline may follow, or a token that ends the text after that of the turn
+        for token in reversed(span):  # a newline or an end-of-text token may follow the one that ends the turn
             if token in special:
                 end = token
             elif not is_blank(token):
@@ -97,13 +87,13 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
-    """Runs of trained tokens in rows all over a data set: of `labels`, or the preferred answers."""
+    """Yield runs of trained tokens from rows across a data set: of `labels`, or the preferred answers."""
     rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
     for column in ("chosen_ids", "completion_ids"):  # of DPO, of KTO
         if column in dataset.column_names:
             yield from rows[column]
             return
-    if "labels" not in dataset.column_names:  # rows of a trainer of the user's own
+    if "labels" not in dataset.column_names:  # rows of a user's own trainer
         return
     for row in rows.select_columns("labels").with_format("numpy"):
         labels = row["labels"]

@@ -1,4 +1,4 @@
-"""The models of a recipe, evaluated for its report."""
+"""Evaluate the models of a recipe for its report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,23 +22,20 @@ def evaluate_stages(
     start: ModelArguments, stages: dict[str, str], suites: Sequence[str] = ()
 ) -> tuple[Figures, Figures, dict[str, list[str]]]:
     """
-    Evaluate the models of a recipe, `"base"` first. Every process has to call.
+    Evaluate the models of a recipe, `"base"` first. All processes must call it.
 
     Args:
         start ([`~hft_trl.recipe.arguments.ModelArguments`]):
-            The base, and the chat template that all are asked with.
+            The base, and the chat template for all models.
         stages (`dict[str, str]`):
             Folder of each stage's model by name.
         suites (`Sequence[str]`, *optional*):
-            Names of [`~hft_trl.evaluation.SUITES`]. Without any, the embedded world's probes are run where the base is
-            the embedded model, in the first process and without the harness: they give what the suite `demo` gives.
+            Names of [`~hft_trl.evaluation.SUITES`]. Without them, the main process runs the embedded probes if the
+            base is the embedded model. They give the same scores as the suite `demo`.
 
     Returns:
-        `tuple[dict, dict, dict]`: Scores in percent and their standard errors where they are known, by model and heading,
-        and the headings of each suite.
-
-    Raises:
-        [`HFTError`]: See [`~hft_trl.evaluation.run.evaluate_models`].
+        `tuple[dict, dict, dict]`: Scores in percent and known standard errors, by model and heading, and the headings
+        of each suite.
     """
     base = start.model_name_or_path
     if not Path(base).is_dir() and start.model_revision != "main":
@@ -51,7 +48,7 @@ def evaluate_stages(
     folders = find_models(models.values())
     folders = {name: folders[model] for name, model in models.items()}
     evaluation = evaluate_models(folders, suites, chat_template=start.chat_template)
-    # A report has no room for the note that the command prints
+    # A report names skipped benchmarks in its headings
     skipped = {suite: [name for name in evaluation.skipped if name in headings(suite)] for suite in suites}
     without = {suite: f" without {', '.join(names)}" if names else "" for suite, names in skipped.items()}
     averages = {suite: f"{suite} {AVERAGE}{without[suite]}" for suite in suites}
@@ -67,5 +64,5 @@ def evaluate_stages(
 
 
 def _probe(model: str) -> dict[str, float]:
-    with whole_models():  # under ZeRO-3 only the first process is here, and no part of a model would help it
+    with whole_models():  # only the main process runs this, so ZeRO-3 must not partition the model
         return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))

@@ -1,4 +1,4 @@
-"""The folder of a stage: whether it may be written, which settings made it, and whether its stage is finished."""
+"""The folder of a stage: it is locked, checked against the stage's settings, and marked as finished."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 STAGE_FILE = "stage.json"
 
-# Arguments that leave the trained weights as they are, so a rerun may change them.
+# Arguments that do not affect the trained weights, so a rerun may change them
 VOLATILE = re.compile(
     r"(logging|log|save|push|hub|eval|trackio|report|include)_.*|output_dir|run_name|project|disable_tqdm|do_.*"
     r"|resume_from_checkpoint|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)|dataset_num_proc"
     r"|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
 )
 
-# How the global batch is divided among processes and steps of accumulation may change too: only sums are rounded anew.
+# The division of the global batch may change too: it only affects how sums are rounded
 DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Digests of the start model, and what has changed where they differ
+# Digests of the start model, and what has changed if they differ
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
 
 Settings = dict[str, dict[str, Any]]
@@ -49,31 +49,27 @@ Settings = dict[str, dict[str, Any]]
 
 
 def settings(stage: "Stage") -> Settings:
-    """What the trained weights depend on, as plain JSON."""
+    """Collect what the trained weights depend on, as plain JSON."""
     args = stage.args.to_dict()
-    # `to_dict` hides whatever is called a token, to keep the hub's secret.
+    # `to_dict` hides all names that end with "token"
     args.update({key: value for key, value in vars(stage.args).items() if key in ("eos_token", "pad_token")})
-    best = stage.args.load_best_model_at_end  # then what is evaluated, and when, decides which weights are kept
+    best = stage.args.load_best_model_at_end  # evaluation then decides which weights are kept
     kept = {
         key: value
         for key, value in sorted(args.items())
         if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
     }
-    if stage.auto_checkpointing:  # what it comes to depends on the machine, and the weights do not depend on it
+    if stage.auto_checkpointing:  # the choice depends on the machine, and the weights do not depend on it
         for name in CHECKPOINTING:
             del kept[name], kept[f"{name}_kwargs"]
         kept[CHECKPOINTING[0]] = "auto"
     kept["global_batch_size"] = (
         stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
     )
-    content = {
-        "model": dataclasses.asdict(stage.model),
-        "data": dataclasses.asdict(stage.data),
-        stage.section: kept,
-    }
+    content = {"model": dataclasses.asdict(stage.model), "data": dataclasses.asdict(stage.data), stage.section: kept}
     if stage.hft is not None:
         content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
-        if stage.hft.frozen_quantization:  # only then, so that folders from before it stay valid
+        if stage.hft.frozen_quantization:  # left out by default, so that folders of earlier versions stay valid
             content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
     if stage.adapter is not None:
         content["lora"] = _adapter(stage.adapter, stage.folder)
@@ -101,14 +97,12 @@ def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
         **content,
         "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
         "earlier": [_place(str(other), folder) for other in adapter.earlier],
-        "content": [
-            content_digest(other / ADAPTER_FOLDER) for other in (*filter(None, [adapter.start]), *adapter.earlier)
-        ],
+        "content": [content_digest(other / ADAPTER_FOLDER) for other in adapter.folders],
     }
 
 
 def _place(source: str, folder: Path) -> str:
-    """A path that stays the same when the run is called from elsewhere, or moved as a whole; hub ids as they are."""
+    """Write a path independently of the working directory and the run's location. Keep hub ids."""
     path = resolved(source)
     if path.parent == resolved(folder).parent:
         return f"../{path.name}"
@@ -117,27 +111,23 @@ def _place(source: str, folder: Path) -> str:
 
 def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
     """
-    Lock every stage's folder, and check that each can be written and belongs to the same settings. Nothing is removed or
-    written before all are locked and checked. Every process has to call.
+    Lock all stages' folders, and check that each can be written and belongs to the same settings.
+
+    Nothing is removed or written before all folders are locked and checked. All processes must call it.
 
     Args:
         stages (`Iterable["Stage"]`):
             All stages of the run.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to remove what earlier runs left in the stages' folders. Only folders that hold a `stage.json` are
-            ever removed.
-
-    Raises:
-        [`HFTError`]: If a folder is in use, can't be written, holds other things, or was made with other settings or from
-            another start model.
+            Whether to remove what earlier runs left in folders that have a `stage.json`.
     """
     stages = list(stages)
     by_first_process(partial(_open, stages, overwrite))
     for stage in stages:
         if PartialState().num_processes > 1 and not all_see(stage.folder / STAGE_FILE):
             raise HFTError(
-                f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system that all "
-                "machines share."
+                f"output_dir {str(stage.folder)!r} is not the same folder for every process: put it on a file system "
+                "that all machines share."
             )
         if finished(stage) is not None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
@@ -155,20 +145,21 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
         with writing(stage.folder):
             if overwrite:
                 _clear(stage.folder)
-                write_json(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
-            elif stage.folder in unfinished:
-                _note_settings(stage)
+            if stage.folder in unfinished:
+                path, content = stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None}
+                if overwrite or not path.exists() or _read(stage.folder) != content:
+                    write_json(path, content)
 
 
 def _take(folder: Path) -> None:
-    """Lock a folder, which is made if it does not exist, and leave what it holds as it is."""
+    """Lock a folder and make it if it does not exist. Its files are kept."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # the second for a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         reason = error.strerror if isinstance(error, OSError) else error
-        raise HFTError(f"output_dir {str(folder)!r} can't be written ({reason}): choose another one.") from error
+        raise HFTError(f"output_dir {str(folder)!r} cannot be written ({reason}): choose another one.") from error
     if not (folder / STAGE_FILE).exists() and any(
         path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
     ):
@@ -178,30 +169,24 @@ def _take(folder: Path) -> None:
 
 def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
     """
-    Check that what an earlier run left is of these settings.
+    Check that a folder belongs to a stage's settings, and return whether the stage is finished.
 
-    Args:
-        stage ([`Stage`]):
-            The stage.
-        unfinished (`Collection[Path]`):
-            Folders of the stages before it that are still to be trained.
-
-    Returns:
-        `bool`: Whether the stage is finished.
+    `unfinished` are the folders of earlier stages that are still to be trained.
     """
     folder, done = stage.folder, finished(stage) is not None
     if not done and not any(folder.glob("checkpoint-*")):
-        return False  # nothing was trained, whatever the settings were
-    if gone := unfinished & _starts(stage):
+        return False  # nothing was trained, so the settings may differ
+    needed = {Path(stage.model.model_name_or_path), *(stage.adapter.folders if stage.adapter is not None else ())}
+    if gone := unfinished & needed:
         raise HFTError(
-            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove {str(folder)!r} to train it "
-            "again from the new model, pass --overwrite, or choose another output_dir."
+            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove "
+            f"{str(folder)!r} to train it again from the new model, pass --overwrite, or choose another output_dir."
         )
     differences = _differences(stage, _read(folder)["settings"], settings(stage))
     if differences:
         raise HFTError(
-            f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another output_dir, "
-            "pass --overwrite, or remove that folder to train this stage alone again."
+            f"output_dir {str(folder)!r} was made with other settings ({'; '.join(differences)}): choose another "
+            "output_dir, pass --overwrite, or remove that folder to train only this stage again."
         )
     if done:
         adapter = [] if stage.adapter is None else [folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
@@ -210,14 +195,14 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
 
 
 def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
+    """Describe the settings that differ, except those in `DIVIDING`."""
     old, new, found = dict(_flat(before)), dict(_flat(now)), []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
             continue
         if name in START:
-            found.append(
-                f"the start model {stage.model.model_name_or_path!r} has {START[name]} than the one it was trained from"
-            )
+            start = stage.model.model_name_or_path
+            found.append(f"the start model {start!r} has {START[name]} than the one it was trained from")
         elif name.endswith("content") and old.get(name) and new.get(name):
             found.append(f"the files of {name.removesuffix('content')[:-1]} have changed ({name})")
         else:
@@ -226,7 +211,7 @@ def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested settings by dotted names; lists of other than sections are one value."""
+    """Yield nested settings by dotted names. A list is one value unless it holds dictionaries."""
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         value = dict(enumerate(value))
     if isinstance(value, dict):
@@ -236,54 +221,39 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _starts(stage: "Stage") -> set[Path]:
-    """Folders of the stages that a stage needs."""
-    if stage.adapter is None:
-        return {Path(stage.model.model_name_or_path)}
-    return {Path(stage.model.model_name_or_path), *stage.adapter.earlier, *filter(None, [stage.adapter.start])}
-
-
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (STAGE_FILE, LOCK_FILE):  # without the first, the rest would seem to be someone else's
+        elif path.name not in (STAGE_FILE, LOCK_FILE):  # a folder without stage.json is never removed
             path.unlink()
 
 
 def mark_started(stage: "Stage") -> None:
     """
-    Note which start model a stage is trained from. Every process has to call.
+    Record the start model, which may not exist when the folder is opened.
 
-    When the stage was opened, the stage before it was perhaps not trained yet.
+    Other settings stay as they were opened with, since the trainer may have changed its arguments. All processes must
+    call it.
     """
     by_first_process(partial(_note_start, stage))
 
 
 def _note_start(stage: "Stage") -> None:
-    """Other settings stay as they were opened with: a trainer that was built since may have written into its arguments."""
-    content, path = _read(stage.folder), stage.folder / STAGE_FILE
-    now = settings(stage)
+    content, now = _read(stage.folder), settings(stage)
     start = {section: now[section] for section in ("model", "lora") if section in now}
     if any(content["settings"].get(section) != values for section, values in start.items()):
-        write_json(path, {"settings": {**content["settings"], **start}, "record": None})
-
-
-def _note_settings(stage: "Stage") -> None:
-    content = {"settings": settings(stage), "record": None}
-    path = stage.folder / STAGE_FILE
-    if not path.exists() or _read(stage.folder) != content:
-        write_json(path, content)
+        write_json(stage.folder / STAGE_FILE, {"settings": {**content["settings"], **start}, "record": None})
 
 
 def finished(stage: "Stage") -> StageRecord | None:
-    """The figures of a stage that an earlier run finished, `None` if there is something left to train."""
+    """Return the measurements of a finished stage, or `None` if it is not finished."""
     record = _read(stage.folder)["record"]
     return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
 
 
 def mark_finished(stage: "Stage", record: StageRecord) -> None:
-    """Write a stage's figures into its folder when its model is on the disk, after which a rerun skips the stage."""
+    """Write a stage's measurements when its model is on the disk. A rerun then skips the stage."""
     flush(stage.folder)
     content = {**_read(stage.folder), "record": dataclasses.asdict(record)}
     write_json(stage.folder / STAGE_FILE, content)
@@ -295,5 +265,5 @@ def _read(folder: Path) -> dict[str, Any]:
         return {"settings": content["settings"], "record": content["record"]}
     except (OSError, ValueError) as error:
         raise HFTError(
-            f"{folder / STAGE_FILE} can't be read ({error}): pass --overwrite, or remove the folder."
+            f"{folder / STAGE_FILE} cannot be read ({error}): pass --overwrite, or remove the folder."
         ) from error

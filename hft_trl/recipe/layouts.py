@@ -1,6 +1,8 @@
-"""Layouts of public data sets: which columns hold a chat, or a prompt and its answers, read as TRL's conversations."""
+"""Layouts of public data sets: their columns and messages are converted to TRL's conversations."""
 
-from collections.abc import Collection
+import json
+import re
+from collections.abc import Collection, Mapping
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -11,9 +13,20 @@ from trl import extract_prompt
 from trl.trainer.utils import remove_none_values
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.messages import ROLES, Message, conversation, is_dialogue
 
-# What columns are called in public data sets, by what they hold. Of several in one data set the first is read.
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_FIELDS = {"from": "role", "value": "content"}
+SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")}
+# Fields that chat templates read. Others (ids, scores, models) would only make equal messages differ.
+FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's hh-rlhf, where a dialogue is one text
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+# Names of columns in public data sets, by what they hold. The first one that exists is read.
 NAMES = {
     "system": ("system", "system_prompt"),
     "chat": ("messages", "conversations", "conversation"),
@@ -25,25 +38,16 @@ NAMES = {
     "rejected": ("rejected",),
 }
 ANSWERS = ("completion", "chosen", "rejected")
-WITH_CONTEXT = ("instruction", "question", "query")  # what an `input` or a `context` stands beside
-OPTIONAL = ("tools", "chat_template_kwargs")  # what TRL reads beside the others
-
-Row = dict[str, Any]
+WITH_CONTEXT = ("instruction", "question", "query")  # columns that an `input` or a `context` belongs to
+OPTIONAL = ("tools", "chat_template_kwargs")  # columns that TRL reads in addition
 
 
 def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
     """
-    Tell which columns hold what.
+    Find the column of each part of a row in pairs (`preference`), or in chats or completions.
 
-    Args:
-        columns (`Collection[str]`):
-            Names of a data set's columns.
-        preference (`bool`):
-            Whether pairs are wanted, rather than chats or completions.
-
-    Returns:
-        `dict[str, str]`: The column of each part: `chat` and perhaps `system`; or `prompt` and `completion`, or `chosen` and
-        `rejected` and perhaps `prompt`, and perhaps `system`, `history`, `context`. Empty if there are no such columns.
+    The parts are `chat`, or `prompt` and `completion`, or `chosen` and `rejected` and perhaps `prompt`, with `system`,
+    `history` and `context` if they exist. The result is empty if no layout fits.
     """
     found = {part: next((name for name in names if name in columns), None) for part, names in NAMES.items()}
     found = {part: name for part, name in found.items() if name is not None}
@@ -63,23 +67,10 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
     """
-    Bring rows into TRL's form.
+    Convert rows with the columns `parts` from [`find_parts`] to TRL's form. Errors name the data set.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows of any layout.
-        parts (`dict[str, str]`):
-            Their columns, from [`find_parts`].
-        name (`str`):
-            What errors call the data set.
-
-    Returns:
-        [`~datasets.Dataset`]: As many rows, with the columns `messages`, or `prompt` and `completion`, or `prompt`, `chosen` and
-        `rejected`. Texts stay plain text, as TRL takes them, where only a prompt and its answers are given under TRL's names. The
-        prompt is what comes before the answers, once, wherever it was given.
-
-    Raises:
-        [`HFTError`]: Naming the first row that can't be read.
+    The columns become `messages`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. The prompt
+    contains all turns before the answers once. Texts under TRL's names stay plain text.
     """
     if _is_in_form(dataset, parts):
         return dataset
@@ -87,7 +78,7 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     features = {column: List(Json()) for column in wanted}
     for column in [column for column in OPTIONAL if column in dataset.column_names]:
         features[column] = dataset.features[column] if _is_text(dataset, column) else Json()
-    # Arrow gives every struct the keys of all, with None where a row had none. JSON tells null from missing.
+    # In Arrow's structs, missing keys are None. JSON tells null from missing.
     structs = [column for column, feature in dataset.features.items() if not _is_json(feature)]
     with PartialState().main_process_first():
         return dataset.map(
@@ -100,7 +91,7 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
 
 
 def _is_in_form(dataset: Dataset, parts: dict[str, str]) -> bool:
-    """Whether TRL takes the rows as they are: `messages` of roles and contents alone, or texts under TRL's names."""
+    """Return whether TRL takes the rows unchanged: `messages`, or texts under TRL's names."""
     if any(column in dataset.column_names and not _is_text(dataset, column) for column in OPTIONAL):
         return False
     first = dataset[0]
@@ -127,7 +118,7 @@ def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: lis
     for column in values.keys() & set(structs):
         if isinstance(values[column], list | dict):
             values[column] = remove_none_values(values[column])
-    # Some templates write a preamble for an empty list of tools
+    # Some templates write a preamble even for an empty list of tools
     read = {column: values[column] or (None if column == "tools" else {}) for column in optional}
     given = {part: values[column] for part, column in parts.items()}
     if "chat" in given:
@@ -137,7 +128,7 @@ def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: lis
     repeated: list[Message] = []
     if not any(_is_answer(turns[0]) for turns in sides.values()):
         if isinstance(given.get("prompt"), str):
-            del given["prompt"]  # what UltraFeedback repeats as text beside whole conversations
+            del given["prompt"]  # UltraFeedback repeats the prompt as text beside whole conversations
         repeated = _shared(sides)
     prompt = _joined(_asked(given, where), repeated, where)
     answers = {side: turns[len(repeated) :] for side, turns in sides.items()}
@@ -149,14 +140,14 @@ def _is_answer(message: Message) -> bool:
 
 
 def _shared(sides: dict[str, list[Message]]) -> list[Message]:
-    """The turns before the answers: what both sides of a pair share, or what comes before a completion's first answer."""
+    """Return the turns before the answers: those that both sides share, or those before the first answer."""
     if "chosen" in sides:
         return extract_prompt(sides)["prompt"]
     return list(takewhile(lambda turn: not _is_answer(turn), sides["completion"]))
 
 
 def _asked(given: Row, where: str) -> list[Message]:
-    """The turns of a prompt, without its system turn."""
+    """Return the turns of a prompt without its system turn."""
     turns = []
     for exchange in given.get("history") or []:
         if not isinstance(exchange, list) or len(exchange) != 2:
@@ -168,7 +159,7 @@ def _asked(given: Row, where: str) -> list[Message]:
     if question:
         turns += conversation(question, "user", f"{where}, prompt")
     if turns and _is_answer(turns[-1]) and turns[-1].get("content") == "":
-        turns.pop()  # where the answer goes in a dialogue of hh-rlhf
+        turns.pop()  # hh-rlhf leaves the answer empty
     return turns
 
 
@@ -179,13 +170,99 @@ def _after_system(given: Row, turns: list[Message], where: str) -> list[Message]
 
 
 def _joined(asked: list[Message], repeated: list[Message], where: str) -> list[Message]:
-    """A prompt and the turns that its answers repeat of it, each once."""
+    """Join a prompt and the turns that its answers repeat, so that each is there once."""
     if not asked or any(repeated[i : i + len(asked)] == asked for i in range(len(repeated))):
         return repeated
     overlap = max(n for n in range(len(repeated) + 1) if asked[len(asked) - n :] == repeated[:n])
     if repeated and not overlap and asked[-1].get("role") == repeated[0].get("role"):
         raise HFTError(
-            f"{where}: the answers begin with {repeated[0]!r:.80}, which prompt does not end with: give the answers alone, or after "
-            "the prompt's own turns."
+            f"{where}: the answers begin with {repeated[0]!r:.80}, which prompt does not end with: give only the "
+            "answers, or put them after the prompt's own turns."
         )
     return asked + repeated[overlap:]
+
+
+def conversation(value: Any, role: str, where: str) -> list[Message]:
+    """
+    Read a value as messages: a text of `role`, an hh-rlhf dialogue, one message or a list of them.
+
+    Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept. With tool calls,
+    a missing content becomes `""` and arguments in JSON become a dictionary. `where` names the value in errors.
+    """
+    if isinstance(value, str):
+        return _dialogue(value) if is_dialogue(value) else [{"role": role, "content": value}]
+    if isinstance(value, Mapping):
+        value = [value]
+    check_messages(value, where, known=False)
+    return [_message(message) for message in value]
+
+
+def is_dialogue(value: Any) -> bool:
+    """Return whether a value is a dialogue in hh-rlhf's form, one text with all turns."""
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def check_messages(messages: Any, where: str, known: bool = True) -> None:
+    """Check that a value is a list of messages, if `known` with known roles and with texts."""
+    if not isinstance(messages, list) or not messages:
+        raise HFTError(
+            f"{where} is {messages!r:.80}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
+        )
+    for turn, message in enumerate(messages):
+        if not isinstance(message, Mapping) or (known and not {"role", "content"} <= message.keys()):
+            raise HFTError(f"{where}, message {turn} is {message!r:.80}: give it a role and a content.")
+        if not known:
+            continue
+        if message["role"] not in ROLES:
+            raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
+        if not isinstance(message["content"], str):
+            raise HFTError(
+                f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an "
+                "assistant's message with tool_calls may have none)."
+            )
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise HFTError(
+                f"{where}, message {turn} has tool_calls {calls!r:.80}: give a list such as "
+                "[{'function': {'name': '...', 'arguments': {...}}}]."
+            )
+
+
+def _message(message: Mapping[str, Any]) -> Message:
+    named = {SHAREGPT_FIELDS.get(field, field): value for field, value in message.items()}
+    turn = {field: named[field] for field in FIELDS if named.get(field) is not None}
+    if "content" in named:
+        turn.setdefault("content", None)
+    if isinstance(turn.get("role"), str):
+        turn["role"] = SHAREGPT_ROLES.get(turn["role"].lower(), turn["role"])
+    if isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]:
+        turn["content"] = turn.get("content") or ""
+        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _is_call(call: Any) -> bool:
+    called = call.get("function", call) if isinstance(call, Mapping) else None
+    return isinstance(called, Mapping) and isinstance(called.get("name"), str)
+
+
+def _call(call: Any) -> Any:
+    """Parse arguments in JSON (OpenAI's form), which many templates reject and others write in quotes."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"])}
+    text = call.get("arguments")
+    if not isinstance(text, str) or not text.lstrip().startswith("{"):
+        return dict(call)
+    try:
+        return {**call, "arguments": json.loads(text)}
+    except json.JSONDecodeError:  # a model may have written invalid JSON, which is trained on unchanged
+        return dict(call)
+
+
+def _dialogue(text: str) -> list[Message]:
+    _, *parts = _HH_TURN.split(text)
+    return [
+        {"role": _HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]

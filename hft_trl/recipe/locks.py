@@ -1,4 +1,4 @@
-"""The lock on a folder that a run writes into. It is held until the process ends, however it ends."""
+"""A lock on the folder of a run. The process holds it until it ends, however it ends."""
 
 import errno
 import fcntl
@@ -10,22 +10,14 @@ from hft_trl.errors import HFTError
 
 LOCK_FILE = "_run.lock"
 
-_held: dict[tuple[int, int], int] = {}  # the descriptors that hold the locks, by the lock file's device and inode
+_held: dict[tuple[int, int], int] = {}  # descriptors that hold locks, by the lock file's device and inode
 
 
 def lock(folder: Path) -> None:
     """
-    Keep other runs out of a folder until this process ends. A folder that this process holds already is no error.
+    Lock a folder against other runs until this process ends, and make it if it does not exist.
 
-    The kernel releases the lock when the process ends, also at a kill -9. Processes forked from this one do not hold it.
-
-    Args:
-        folder (`Path`):
-            The folder, made if it does not exist. On a file system without locks nothing is locked.
-
-    Raises:
-        [`HFTError`]: If another process holds the lock, with its number and machine.
-        `OSError`: If the lock file can't be written.
+    Locking it twice is no error. Forked processes do not hold the lock. File systems without locks are not locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for key, held in list(_held.items()):
@@ -52,7 +44,7 @@ def lock(folder: Path) -> None:
 
 
 def _leave_to_parent() -> None:
-    """A data loader's or a data set's worker that outlives its parent must not keep the folder locked."""
+    """Release the locks in a worker, which must not keep the folder locked when it outlives its parent."""
     while _held:
         os.close(_held.popitem()[1])
 

@@ -1,4 +1,4 @@
-"""Sections of a YAML file and dotted flags: read, checked, and parsed into dataclasses by TRL's parser."""
+"""Parse the sections of a YAML file and dotted flags into dataclasses, with TRL's parser."""
 
 import argparse
 import copy
@@ -17,11 +17,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.bounds import check_numbers
+from hft_trl.recipe.arguments import check_numbers
 
-SECTIONS = ("model", "hft", "lora", "sft", "dpo")  # of the recipes that come with the package
+SECTIONS = ("model", "hft", "lora", "sft", "dpo")  # of the recipes in recipes/
 
-# What a thing is called in the sections of a recipe and in TRL's flat style, both ways
+# Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
     "model": "model_name_or_path",
     "dataset": "dataset_name",
@@ -31,30 +31,30 @@ OTHER_NAMES = {
 OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
 OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
 
-CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and TRL's older one
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and its deprecated alias
 
 
 class _Parser(TrlParser):
-    """TRL's parser, whose errors can be caught."""
+    """TRL's parser, which raises errors instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
 
 
 def answer_help(argv: list[str], text: str) -> None:
-    """Print the text and end, if the command line asks for help."""
+    """Print the text and exit if the command line has `--help`."""
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(text.strip() + "\n")
         sys.exit(0)
 
 
 def names_config(argv: list[str]) -> bool:
-    """Whether the command line has `--config`, so that no default file applies."""
+    """Return whether the command line has `--config`."""
     return any(token.partition("=")[0] == "--config" for token in argv)
 
 
 def keys(types: Iterable[type], without: Collection[str] = ()) -> list[str]:
-    """The keys of a section that is parsed into some dataclasses."""
+    """List the keys of a section that is parsed into the given dataclasses."""
     return [
         field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
     ]
@@ -64,21 +64,15 @@ def read_sections(
     argv: list[str], default_config: str | Path | None, known: Mapping[str, Collection[str]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """
-    Read the YAML file's values and the command line's tokens, both by section.
+    Read the values of the YAML file and the tokens of the command line, both by section.
 
     Args:
         argv (`list[str]`):
             The command line without the program's name.
         default_config (`str` or `Path`, *optional*):
-            The YAML file to use when there is no `--config`.
+            The YAML file to use without `--config`.
         known (`Mapping[str, Collection[str]]`):
-            The keys of each section; those of `""` stand above the sections, or are all of a recipe in the flat style.
-
-    Returns:
-        `tuple[dict[str, dict[str, Any]], dict[str, list[str]]]`: Values, and tokens.
-
-    Raises:
-        [`HFTError`]: If the file can't be read or is for another recipe, or a key stands where it does not belong.
+            The keys of each section. Those of `""` are outside the sections, or all keys of a recipe without sections.
     """
     path, sections = default_config, [name for name in known if name]
     flags: dict[str, list[str]] = {name: [] for name in known}
@@ -92,7 +86,7 @@ def read_sections(
         if name == "config":
             path = value if equals else next(tokens, None)
             if path is None:
-                raise HFTError("--config is the last word: give it the path of a YAML file.")
+                raise HFTError("--config has no value: give the path of a YAML file.")
             continue
         current, dot, key = name.rpartition(".")
         if name in sections:
@@ -112,8 +106,7 @@ def read_sections(
     variables = values.pop("env", None) or {}
     if not isinstance(variables, dict):
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
-    for key, value in variables.items():
-        os.environ[str(key)] = str(value)
+    os.environ.update({str(key): str(value) for key, value in variables.items()})
     _check_style(path, values, known)
     nested: dict[str, dict[str, Any]] = {}
     for name in sections:  # a section before those in it, such as sft before sft.hft
@@ -131,22 +124,27 @@ def read_sections(
 
 def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     """
-    Whether a section has `activation_checkpointing: auto`, which transformers' own argument does not know. The word is then
-    taken out of the YAML's `values` and the command line's `flags`, and with it whatever it wins over.
+    Remove `activation_checkpointing: auto`, unknown to transformers, and return whether it applies.
+
+    The YAML's `values` and the command line's `flags` are changed in place. What `auto` overrides is removed as well.
     """
-    said: list[tuple[Any, list[int]]] = []  # values, and their places among the flags, the last one wins
-    said += [(values[name], []) for name in reversed(CHECKPOINTING) if name in values]
-    for place, flag in enumerate(flags):
-        name, equals, value = flag.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if flag.startswith("--no") and name.removeprefix("no_") in CHECKPOINTING:  # a switch of the parser's own
-            said.append((False, [place]))
-        elif flag.startswith("--") and name in CHECKPOINTING:
-            apart = not equals and place + 1 < len(flags) and not flags[place + 1].startswith("--")
-            said.append((flags[place + 1], [place, place + 1]) if apart else (value if equals else True, [place]))
-    auto = bool(said) and said[-1][0] == "auto"
-    dropped = {place for value, places in said if auto or value == "auto" for place in places}
-    flags[:] = [flag for place, flag in enumerate(flags) if place not in dropped]
+    groups: list[list[str]] = []  # flags with the values that follow them
+    for token in flags:
+        if token.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(token)
+
+    def chosen(group: list[str]) -> str | None:
+        """Return the value of a flag for checkpointing, and `None` for other flags."""
+        name, _, value = group[0].removeprefix("--").partition("=")
+        is_checkpointing = name.replace("-", "_").removeprefix("no_") in CHECKPOINTING
+        return " ".join([value, *group[1:]]).strip() if is_checkpointing else None
+
+    given = [values[name] for name in reversed(CHECKPOINTING) if name in values]  # the last one wins
+    given += [choice for choice in map(chosen, groups) if choice is not None]
+    auto = given[-1:] == ["auto"]
+    kept = [group for group in groups if chosen(group) is None or not (auto or chosen(group) == "auto")]
+    flags[:] = [token for group in kept for token in group]
     for name in CHECKPOINTING:
         if auto or values.get(name) == "auto":
             values.pop(name, None)
@@ -154,15 +152,15 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of keys and values."""
+    """Read a YAML file of keys and values."""
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise HFTError(f"config {str(path)!r} can't be read: {error.strerror}.") from error
+        raise HFTError(f"config {str(path)!r} cannot be read: {error.strerror}.") from error
     except RecursionError as error:
         raise HFTError(f"config {str(path)!r} is nested too deeply: write sections and keys.") from error
-    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, dates and numbers that do not exist
-        raise HFTError(f"config {str(path)!r} is no valid YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: undecodable bytes, impossible dates and numbers
+        raise HFTError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise HFTError(f"config {str(path)!r} must hold keys and values.")
     return values
@@ -176,7 +174,11 @@ def parse_section(
     fixed: dict[str, Any] | None = None,
     without: Iterable[str] = (),
 ) -> tuple[Any, ...]:
-    """Build the dataclasses of one section from the YAML's `values` and the command line's `flags`, which win."""
+    """
+    Build the dataclasses of a section from the YAML's `values` and the `flags`, which take precedence.
+
+    `fixed` are values that the recipe sets. Keys in `without` are unknown to the user.
+    """
     prefix = f"{section}." if section else ""
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
     known = keys(types, without)
@@ -191,20 +193,21 @@ def parse_section(
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
-            raw[key] = copy.deepcopy(value)  # a trainer writes into it, and rounds are parsed from the same values
+            raw[key] = copy.deepcopy(value)  # a trainer may change it, and the same values are parsed again
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):
-            argv.append(f"--{key}={value}")  # through argparse, which converts and checks it like a flag
+            argv.append(f"--{key}={value}")  # argparse converts and checks it like a flag
         else:
-            raise HFTError(f"{prefix}{key} is {value!r}: it takes {_readable(hints[key])}.")
+            expected = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
+            raise HFTError(f"{prefix}{key} is {value!r}: it takes {expected}.")
     for field in (field for kind in types for field in dataclasses.fields(kind)):
         optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if not optional and field.name not in {*values, *given, *(fixed or ())}:
             raise HFTError(f"{prefix}{field.name} is missing: set it in the file, or with --{prefix}{field.name}.")
     if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
         raw["bf16"] = is_torch_bf16_gpu_available()
-    # Defaults of the recipes where neither TRL's file nor the user says otherwise; raw values may still be overridden.
+    # Defaults of the recipes, which files and flags override
     for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
         raw.setdefault(key, True)
     parser.set_defaults_with_config(**raw)
@@ -219,16 +222,17 @@ def parse_section(
     check_numbers(prefix, {name: found[name] for name in known if name in found and name in {*values, *given}})
     if found.get("bf16") and not found.get("use_cpu") and not is_torch_bf16_gpu_available():
         raise HFTError(
-            f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or {prefix}use_cpu to true."
+            f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or "
+            f"{prefix}use_cpu to true."
         )
     if found.get("fp16") and not torch.cuda.is_available():
         raise HFTError(f"{prefix}fp16 is true, but this machine has no GPU: set {prefix}fp16 to false.")
     if "use_cpu" in found and not torch.accelerator.is_available():
-        # Said outright, since accelerate otherwise runs several CPU processes as so many separate runs.
+        # Without it, accelerate starts several CPU processes as separate runs
         found["use_cpu"] = True
     try:
         with warnings.catch_warnings():
-            # transformers renames it to activation_checkpointing; TRL still sets the old name for everybody.
+            # TRL still sets the deprecated name
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
             return tuple(
                 kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
@@ -241,31 +245,31 @@ def parse_section(
 
 
 def _names(flags: list[str]) -> list[str]:
-    """The keys among the tokens of a section."""
+    """List the keys among the tokens of a section."""
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
 def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping[str, Collection[str]]) -> None:
-    """Refuse a file of another recipe, by its sections: each recipe has others, and those in TRL's flat style have none."""
+    """Reject a file of another recipe, which is recognised by its sections."""
     found = [name for name in SECTIONS if isinstance(values.get(name), dict)]
     foreign = [name for name in found if name not in known]
     if foreign:
         recipe = "sft_then_dpo" if "dpo" in found else "continual"
         raise HFTError(
-            f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: the file is for "
-            f"recipes/{recipe}.py."
+            f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: the file "
+            f"is for recipes/{recipe}.py."
         )
     sections = [name for name in known if name]
     flat = [str(key) for key in values if key not in known[""]]
     if sections and flat and not set(sections) & set(values):
         raise HFTError(
-            f"config {str(path)!r} has {flat[0]} and no sections, so it is for recipes/sft.py or recipes/dpo.py: run one of them, or "
-            f"write its keys below {', '.join(sections)}."
+            f"config {str(path)!r} has {flat[0]} and no sections, so it is for recipes/sft.py or recipes/dpo.py: run "
+            f"one of them, or write its keys below {', '.join(sections)}."
         )
 
 
 def _check_places(given: Mapping[str, Iterable[str]], known: Mapping[str, Collection[str]]) -> None:
-    """Name the place of a key that belongs to another section, or that the other style calls something else."""
+    """Reject a key that belongs to another section or has another name here, and name the right one."""
     for section, key in ((section, str(key)) for section, found in given.items() for key in found):
         other = OTHER_NAMES.get(key)
         places = [_dotted(section, other)] if other in known[section] else []
@@ -281,10 +285,6 @@ def _dotted(section: str, key: str) -> str:
 
 def _accepts(hint: Any, kind: type) -> bool:
     return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
-
-
-def _readable(hint: Any) -> str:
-    return str(hint).replace("typing.", "").replace("<class '", "").replace("'>", "")
 
 
 def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:

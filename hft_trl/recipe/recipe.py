@@ -1,10 +1,12 @@
-"""From a YAML file and the command line to the sections of a recipe: TRL's configs, HFT's settings, data sets."""
+"""A recipe: its command line is parsed, its stages are prepared, and their results are reported."""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainingArguments
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
@@ -12,26 +14,18 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    HFTArguments,
-    ModelArguments,
-    RunArguments,
-    StageArguments,
-)
-from hft_trl.recipe.parsing import (
-    answer_help,
-    keys,
-    leaves_checkpointing,
-    names_config,
-    parse_section,
-    read_sections,
-)
+from hft_trl.recipe.activation_checkpointing import settle_checkpointing
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.recipe.evaluation import evaluate_stages
+from hft_trl.recipe.folder import finished, open_stages, settings
+from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.stage import Stage, make_stage
+from hft_trl.report import Report, environment, print_report, write_views
 
-SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys of preference data
-OF_THE_RUN = ("output_dir", "trust_remote_code")  # keys of a trainer's arguments that all stages have in common
-RUN_LEVEL = ("method",)  # keys of HFTConfig that stand above the sections
+SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
+OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
+RUN_LEVEL = ("method",)  # fields of HFTConfig that are set outside the section hft
 
 
 @dataclasses.dataclass
@@ -40,8 +34,8 @@ class Recipe:
     A parsed run.
 
     Attributes:
-        run ([`RunArguments`]): What belongs to the run as a whole.
-        stages (`dict[str, Stage]`): Its stages by name, in order, each starting from the model of the one before.
+        run ([`RunArguments`]): Settings of the whole run.
+        stages (`dict[str, Stage]`): Its stages by name, in order. Each starts from the model of the previous one.
     """
 
     run: RunArguments
@@ -55,23 +49,22 @@ def parse_recipe(
     help_text: str = "",
 ) -> Recipe:
     """
-    Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5` into a recipe; flags win over the file.
+    Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
 
     Args:
         argv (`list[str]`):
             The command line without the program's name.
         stages (`Mapping[str, type[TrainingArguments]]`):
-            The config of the TRL trainer of each stage, by name and in order, such as
-            `{"sft": SFTConfig, "dpo": DPOConfig}`. Each name is a section of the file. Beside the fields of its config, a
-            section has those of [`DataArguments`], those of TRL's mixture of data sets, and `hft` for settings of HFT
-            that are this stage's own.
+            The config of each stage's TRL trainer, by name and in order, such as `{"sft": SFTConfig}`. Each
+            name is a section of the file. It has the fields of the config, of [`DataArguments`], of TRL's mixture of
+            data sets, and `hft` for this stage's own settings of HFT.
         default_config (`str` or `Path`, *optional*):
-            The YAML file to use when there is no `--config`. The embedded demo's serves no other model.
+            The YAML file to use without `--config`. The embedded demo's is rejected for other models.
         help_text (`str`, *optional*):
             What `--help` prints.
 
     Raises:
-        [`HFTError`]: Naming the key, its section and the nearest valid key, or the value that doesn't fit.
+        [`HFTError`]: Naming the key, its section and the nearest valid key, or the invalid value.
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, section_keys(stages))
@@ -100,13 +93,13 @@ def parse_recipe(
         base = first if model is not first else None
         stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
         parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
-        # The revision is the hub model's: the next stage starts from a folder.
+        # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(run, parsed)
 
 
 def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, list[str]]:
-    """The keys of each section of a recipe's file; those of `""` stand above the sections."""
+    """List the keys of each section of a recipe's file. Those of `""` are outside the sections."""
     hft = keys((HFTConfig,), RUN_LEVEL)
     known = {"": keys((RunArguments,)), "model": keys((ModelArguments,)), "hft": hft}
     for name, config in stages.items():
@@ -121,39 +114,26 @@ def _without(config: type[TrainingArguments]) -> tuple[str, ...]:
 
 def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
     """
-    Check that the settings of the embedded demo, which apply without `--config`, do not train another model.
+    Reject another model with the settings of the embedded demo, which apply without `--config`.
 
-    Args:
-        default (`dict[str, Any]`):
-            The section `model` of the default file.
-        model ([`ModelArguments`]):
-            The model that is asked for.
-        example (`str`):
-            A file with settings for a model of usual size.
-
-    Raises:
-        [`HFTError`]: If the default file is for the model `demo`, and another one is asked for.
+    `default` is the section `model` of the default file, `example` a file with settings for a model of usual size.
     """
     if default.get("model_name_or_path") == "demo" != model.model_name_or_path:
         raise HFTError(
-            f"model is {model.model_name_or_path!r}, but without --config every setting is the embedded demo's, which is a toy: "
-            f"give a file of settings, such as --config {example}."
+            f"model is {model.model_name_or_path!r}, but without --config every setting is the embedded demo's, which "
+            f"is a toy: give a file of settings, such as --config {example}."
         )
 
 
 def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
-    """
-    Check that what a run is to be evaluated with can be run on its models.
-
-    Raises:
-        [`HFTError`]: If there is no such suite, its harness is missing, or the models need code of their repository.
-    """
-    if run.evaluate:
-        parse_suites(run.evaluate)
-    if run.evaluate and model.trust_remote_code:
+    """Check that the suites of `run.evaluate` exist, are installed, and can be run on the model."""
+    if not run.evaluate:
+        return
+    parse_suites(run.evaluate)
+    if model.trust_remote_code:
         raise HFTError(
-            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a model's "
-            "repository: leave one of them out."
+            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a "
+            "model's repository: leave one of them out."
         )
 
 
@@ -161,7 +141,7 @@ def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
     """
-    Parse TRL's own flat style, `--config x.yaml --learning_rate 1e-5 --method hft`, into a single stage.
+    Parse flags as those of TRL's scripts, such as `--config x.yaml --learning_rate 1e-5`, into a stage.
 
     Args:
         name (`str`):
@@ -174,26 +154,27 @@ def parse_stage(
             What `--help` prints.
 
     Returns:
-        `tuple[Stage, bool]`: The stage, and whether to overwrite what its folder holds.
+        `tuple[Stage, bool]`: The stage, and whether to overwrite its folder.
 
     Raises:
-        [`HFTError`]: Naming the flag and the nearest valid one, or the value that doesn't fit.
+        [`HFTError`]: Naming the flag and the nearest valid one, or the invalid value.
     """
     answer_help(argv, help_text)
-    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, HFTArguments, StageArguments)
+    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
     values, flags = read_sections(argv, None, {"": keys(types, without)})
     auto_checkpointing = leaves_checkpointing(values[""], flags[""])
-    script, args, model, mixture, hft, extra = parse_section("", types, values[""], flags[""], without=without)
+    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""], without=without)
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
         raise HFTError("streaming is on, but every row is checked before training: drop dataset_streaming.")
-    if not (model.model_name_or_path and (script.dataset_name or mixture.datasets) and args.output_dir):
-        if not args.output_dir:
-            raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
-        missing = "model_name_or_path" if not model.model_name_or_path else "dataset_name"
-        raise HFTError(f"{missing} is missing: set it, such as --{missing} demo.")
+    if not args.output_dir:
+        raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
+    data_given = script.dataset_name or mixture.datasets
+    for required, given in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data_given)):
+        if not given:
+            raise HFTError(f"{required} is missing: set it, such as --{required} demo.")
     data = DataArguments(
         dataset=script.dataset_name,
         dataset_config=script.dataset_config,
@@ -210,6 +191,65 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = make_stage(name, start, data, args, hft.config(args.seed), mixture if mixture.datasets else None)
+    stage = make_stage(name, start, data, args, extra.config(args.seed), mixture if mixture.datasets else None)
     stage.auto_checkpointing = auto_checkpointing
     return stage, extra.overwrite
+
+
+def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
+    """
+    Check all stages, load their data, rehearse them, and open their folders.
+
+    Nothing is removed or written before all checks have passed. All processes must call it.
+
+    Args:
+        stages (`Sequence[Stage]`):
+            All stages of the run, in order.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to remove what earlier runs left in the stages' folders.
+
+    Raises:
+        [`HFTError`]: Naming the first mistake.
+    """
+    for stage in stages:
+        stage.check()
+    for stage in stages:
+        stage.load_data()
+    rehearse(stages)
+    settle_checkpointing(*stages)
+    open_stages(stages, overwrite)
+
+
+def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
+    """
+    Write `report.json`, `report.md`, `report.html` and plots of finished stages, and print the tables.
+
+    Args:
+        stages (`Sequence[Stage]`):
+            The finished stages, in order. All processes must call it.
+        run ([`~hft_trl.recipe.arguments.RunArguments`], *optional*):
+            The run that they belong to. The report is written to its folder, and its suites are run on the base and
+            each stage's model. Without it, the report covers a single stage and is written to the stage's folder.
+    """
+    start = stages[0].model
+    folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}
+    if run is not None:
+        models = {stage.name: str(stage.folder) for stage in stages}
+        suites = parse_suites(run.evaluate) if run.evaluate else []
+        folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
+    if not PartialState().is_main_process:
+        return
+    Report(
+        stages=[finished(stage) for stage in stages],
+        evaluation=scores,
+        standard_errors=errors,
+        suites=shown,
+        base_model=start.model_name_or_path,
+        command=sys.argv,
+        settings=settings(stages[0]) if run is None else {stage.name: settings(stage) for stage in stages},
+        num_processes=PartialState().num_processes,
+        environment=environment(),
+    ).save(folder)
+    read = Report.load(folder)  # all views show what the file says
+    write_views(read, folder)
+    print_report(read)

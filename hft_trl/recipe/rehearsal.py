@@ -1,4 +1,4 @@
-"""A rehearsal of each stage on a tiny model and a few rows, before the first stage trains."""
+"""Rehearse each stage on a tiny model and a few rows before the first stage trains."""
 
 import copy
 import io
@@ -43,7 +43,7 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.rendering import check_rendered
+from hft_trl.recipe.rows import check_rendered
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
 ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
 
-# What tells a process of its launcher and its backend
+# Environment variables of launchers and backends
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
 
-# Arguments of the backend, of other programs, and of the real model: a rehearsal goes without
+# Arguments that a rehearsal does without: of backends, of other programs, and of the real model
 WITHOUT: dict[str, Any] = {
     "deepspeed": None,
     "deepspeed_plugin": None,
@@ -78,21 +78,20 @@ WITHOUT: dict[str, Any] = {
 
 def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """
-    Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer and the scheduler, and save.
+    Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer, and save.
 
-    A stage of another config than those of SFT, DPO and KTO has its rows and trackers checked only.
-
-    It runs in the first process, without the launch's backend. Every process has to call. Random states, the arguments and the
-    tokenizer stay as they are.
+    It runs in the main process without the launch's backend, and leaves random states, arguments and tokenizer
+    unchanged. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked. All processes must
+    call it.
 
     Args:
         stages (`Sequence[Stage]`):
             All stages in order, with their data.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of all stages, by default each stage's own for the model that the run starts from.
+            Tokenizer of all stages. By default each stage loads the one of the run's start model.
 
     Raises:
-        [`HFTError`]: Naming the stage, the settings or the row, and what is wrong with them.
+        [`HFTError`]: Naming the stage, the settings or the row, and the mistake.
     """
     check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
@@ -100,11 +99,11 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
 
 def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
     start = stages[0].model
-    # Trainers write into it, and the next stage starts from what the last one saves
+    # Trainers change it, and the next stage starts from what the last one saves
     own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
     for stage in stages:
         if tokenizer is None and stage.base is not None:
-            stage.load_tokenizer(of_base=True)  # for what it checks
+            stage.load_tokenizer(of_base=True)  # for its checks
         _check_fills_a_batch(stage, len(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
@@ -118,8 +117,9 @@ def _check_fills_a_batch(stage: "Stage", rows: int) -> None:
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
         raise HFTError(
-            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch of {batch} "
-            f"(per_device_train_batch_size x processes), so there is no step: set it to false, or take smaller batches."
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch "
+            f"of {batch} (per_device_train_batch_size x processes), so there is no step: set it to false, or reduce "
+            "the batch."
         )
 
 
@@ -138,7 +138,7 @@ def _rehearse(
     if args.use_liger_kernel and not is_liger_kernel_available():
         with _naming(stage, "kernels can be set up", "use_liger_kernel"):
             apply_liger_kernel(None, None)
-    if type(args) not in TRAINERS:  # of a recipe of the user's own
+    if type(args) not in TRAINERS:  # a recipe of the user's own
         return
     config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
     with _naming(stage, "trainer can be built"):
@@ -157,7 +157,7 @@ def _rehearse(
     with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
         config.save_pretrained(folder)
         settle_generation(trainer.model, tokenizer, trainer.train_dataset)
-        align_special_tokens(trainer.model, tokenizer)  # as training does when it begins
+        align_special_tokens(trainer.model, tokenizer)  # as at the start of training
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
 
@@ -176,7 +176,7 @@ def _trainer(
 
 
 def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
-    """A copy of a stage's arguments for one process, a temporary folder and another model. The device is settled anew."""
+    """Copy a stage's arguments for one process, a temporary folder and another model."""
     tried = copy.copy(args)
     kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
     tried.__dict__ = {name: copy.deepcopy(value) for name, value in vars(args).items() if name in kept}
@@ -184,24 +184,24 @@ def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
     if args.optim_target_modules is not None:
         tried.optim_target_modules = "all-linear"  # the names are the real model's
     if args.max_length is not None and args.max_length > 0:
-        tried.max_length = max(args.max_length, 1024)  # trainers drop rows of which nothing to train on is left
+        tried.max_length = max(args.max_length, 1024)  # trainers drop rows without a trained token
     tried.use_cpu = args.device.type == "cpu"
     tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
     return tried
 
 
 def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCausalLM:
-    """A model with the start model's vocabulary and generation config, and next to nothing else."""
+    """Build a tiny model with the start model's vocabulary and generation config."""
     vocabulary = config.get_text_config().vocab_size
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
-    with suppress(OSError):  # there need not be one
+    with suppress(OSError):  # it is optional
         model.generation_config = GenerationConfig.from_pretrained(start, revision=revision)
     return model
 
 
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """A few rows, cut short. Before, a row of each pattern is rendered as it is."""
+    """Check that the chat template renders the rows, and return a few of them, truncated."""
     check_rendered(tokenizer, dataset, name)
     few = dataset.select(range(min(ROWS, len(dataset))))
     return Dataset.from_list(
@@ -210,7 +210,7 @@ def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _short(value: Any) -> Any:
-    """A value of a row, with little to compute: texts and contents cut at the end, tokens at the beginning."""
+    """Truncate a value of a row: texts and contents at the end, tokens at the beginning."""
     if isinstance(value, str):
         return value[:LONGEST]
     if not isinstance(value, list) or not value:
@@ -222,7 +222,7 @@ def _short(value: Any) -> Any:
 
 @contextmanager
 def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
-    """Turn a library's refusal into one line, with the settings that it may be about."""
+    """Turn a library's error into one line with the settings that may have caused it."""
     try:
         yield
     except HFTError:
@@ -236,13 +236,10 @@ def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
 
 @contextmanager
 def _unnoticed() -> Iterator[None]:
-    """Let what runs inside be in a process of its own, and leave nothing of it: output, seeds, states, environment."""
+    """Run code as if in a process of its own, and restore output, seeds, states and environment."""
     states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
-    environment, verbosity, disabled = (
-        dict(os.environ),
-        transformers_logging.get_verbosity(),
-        logging.root.manager.disable,
-    )
+    environment, verbosity = dict(os.environ), transformers_logging.get_verbosity()
+    disabled = logging.root.manager.disable
     seeds = random.getstate(), np.random.get_state()
     gpus = torch.accelerator.device_count()
     device_type = torch.accelerator.current_accelerator().type if gpus else "cuda"
@@ -267,7 +264,7 @@ def _unnoticed() -> Iterator[None]:
         logging.disable(disabled)
         transformers_logging.set_verbosity(verbosity)
         for once in (transformers_logging.warning_once, MultiProcessAdapter.warning_once):
-            once.cache_clear()  # the real trainers' warnings are the first that are seen
+            once.cache_clear()  # so that the real trainers warn again
         os.environ.clear()
         os.environ.update(environment)
         for kind, state in states:

@@ -1,17 +1,29 @@
-"""The rows of a data set: checked one by one, and brought into the shape that TRL's trainers take."""
+"""Check the rows of a data set and how a chat template renders them, and convert them to TRL's form."""
 
+import copy
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Value
 from datasets.utils import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.data_utils import is_conversational
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import speaks
-from hft_trl.recipe.layouts import OPTIONAL, find_parts, read_conversations
-from hft_trl.recipe.messages import FIELDS, SHAREGPT_FIELDS, check_messages, is_said
+from hft_trl.recipe.layouts import (
+    ANSWERS,
+    FIELDS,
+    OPTIONAL,
+    SHAREGPT_FIELDS,
+    Message,
+    check_messages,
+    find_parts,
+    read_conversations,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -20,37 +32,26 @@ TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
     """
-    Check a data set for supervised fine-tuning and bring it into the form that TRL reads.
+    Check a data set for supervised fine-tuning and convert it to TRL's form.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Conversations in a `messages` column (Tülu V2: `dataset`, `id`, `messages`), TRL's `prompt` and `completion`, plain
-            text, or another layout that [`find_parts`] knows. Rows whose only answers are empty are left out and counted in
-            a warning, which also names the columns that are not used.
-        name (`str`):
-            What errors call it.
-        text_field (`str`, *optional*, defaults to `"text"`):
-            The column that holds plain text.
-
-    Returns:
-        [`~datasets.Dataset`]: Rows with an answer, in TRL's form.
-
-    Raises:
-        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    Rows are conversations, prompts and completions in a layout that [`find_parts`] knows, or plain text in the column
+    `text_field`. Rows that have only empty answers are dropped with a warning. Another warning names unused columns.
+    An error names the missing column or the first invalid row. `name` is the data set's in messages.
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
     if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
         raise HFTError(
-            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the column."
+            f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the "
+            "column."
         )
     text = text_field if text_field in columns else None
     if text and "chat" not in parts and not {"prompt", "completion"} <= columns:
         parts = {}
     if not parts and not text and "input_ids" not in columns:
         raise HFTError(
-            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, or "
-            f"{text_field}. Rename the columns that hold them."
+            f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, "
+            f"or {text_field}. Rename the columns that hold them."
         )
     wanted = ["messages"] if "chat" in parts else ["prompt", "completion"] if parts else [text] if text else []
     _name_unused(dataset, parts.values() or wanted or TOKENIZED, name)
@@ -79,33 +80,19 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
     """
-    Check a data set of preference pairs and bring it into the form that TRL reads.
+    Check preference pairs and convert them to TRL's form: conversations with a prompt, or plain text.
 
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            `chosen` and `rejected`, as answers or whole conversations, messages or text, and the prompt in `prompt`, `question`
-            or another layout that [`find_parts`] knows, if not in the sides. Rows whose chosen side is empty are left out and
-            counted in a warning, since the model would learn to say nothing; an empty rejected side is as good as another.
-        name (`str`):
-            What errors call it.
-        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop pairs whose sides are equal rather than to reject them.
-
-    Returns:
-        [`~datasets.Dataset`]: The rows in TRL's form: conversations with an explicit prompt, or plain text.
-
-    Raises:
-        [`HFTError`]: Naming the column or the first row that can't be trained on.
+    The columns have a layout that [`find_parts`] knows. Rows with an empty chosen side are dropped with a warning,
+    since the model would learn to say nothing. Pairs with equal sides are rejected, or dropped with
+    `drop_equal_pairs`. Errors and unused columns are handled as in [`sft_dataset`].
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=True)
     if not parts:
-        unpaired = (
-            " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
-        )
+        hint = " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
         raise HFTError(
-            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the columns that hold "
-            f"the better and the worse answer.{unpaired}"
+            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the "
+            f"columns that hold the better and the worse answer.{hint}"
         )
     _name_unused(dataset, parts.values(), name)
     dataset = read_conversations(dataset, parts, name)
@@ -138,7 +125,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
-    """Say once which columns, and which fields of messages, are not trained on."""
+    """Warn about columns, and fields of messages, that are not used."""
     columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
     fields = set()
     for value in (dataset[0][column] for column in used if column in dataset.column_names):
@@ -151,31 +138,30 @@ def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
 
 
 def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Iterable[int] = ()) -> Dataset:
-    """Leave rows out, and say how many were empty."""
+    """Drop empty and equal rows, with a warning about the empty ones."""
     if len(empty) == len(dataset):
         raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
     if empty and speaks():
         logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
-    left_out = empty.union(equal)
-    if not left_out:
-        return dataset
-    return dataset.select([row for row in range(len(dataset)) if row not in left_out])
+    dropped = empty.union(equal)
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
 
 
 def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
     return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
 
 
-def _is_empty(answer: str | list[dict[str, Any]]) -> bool:
+def _is_empty(answer: str | list[Message]) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
-    return not any(message["role"] == "assistant" and is_said(message) for message in answer)
+    answers = [message for message in answer if message["role"] == "assistant"]
+    return not any(message["content"].strip() or message.get("tool_calls") for message in answers)
 
 
 def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
-    """Call `check` with each row's number and values, a batch in memory at a time, and show how far it is."""
-    row, quiet = 0, not speaks()
-    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=quiet) as bar:
+    """Call `check` with each row's number and values, with one batch in memory and a progress bar."""
+    row = 0
+    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=not speaks()) as bar:
         for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
             for values in zip(*(batch[column] for column in columns), strict=True):
                 check(row, *values)
@@ -183,13 +169,13 @@ def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) ->
             bar.update(len(batch[columns[0]]))
 
 
-def _check_answered(messages: list[dict[str, Any]], where: str) -> None:
+def _check_answered(messages: list[Message], where: str) -> None:
     if all(message["role"] != "assistant" for message in messages):
         raise HFTError(f"{where} has no assistant turn, so there is nothing to learn: remove the row.")
 
 
 def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
-    """Check a prompt and what follows it: both text, or both messages, where an assistant answers a prompt and has the last word."""
+    """Check that a prompt and its answer are both text, or both messages that end with the assistant."""
     if isinstance(prompt, list) and isinstance(answer, list):
         if answer and not prompt:
             raise HFTError(
@@ -198,39 +184,27 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
         check_messages(prompt, f"{where}, prompt")
         check_messages(answer, f"{where}, {side}")
         _check_answered(answer, f"{where}, {side}")
-        for verb, message in (("goes on after its prompt", answer[0]), ("ends", answer[-1])):
+        for verb, message in (("continues its prompt", answer[0]), ("ends", answer[-1])):
             if message["role"] != "assistant" and not (message is answer[0] and message["role"] == "tool"):
                 raise HFTError(f"{where}, {side} {verb} with role {message['role']!r}: it must be the assistant.")
     elif not isinstance(prompt, str) or not isinstance(answer, str):
         raise HFTError(
-            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on both sides."
+            f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on "
+            "both sides."
         )
 
 
 def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
     """
-    Count the rows that are left without a token to train on after truncation.
+    Count the rows without a token to train on after truncation. It is an error if all rows are such.
 
-    Args:
-        rows (`int`):
-            Number of rows before the trainer prepared them.
-        prepared ([`~datasets.Dataset`]):
-            The trainer's `train_dataset`. TRL drops rows without a trained token; when packing it keeps them, so they
-            are counted inside the packs. The strategy `"wrapped"` cuts rows anywhere and drops nothing.
-        name (`str`):
-            What the error calls the data set.
-        max_length (`int`, *optional*):
-            The length in tokens that rows were truncated to.
-        packing (`bool`, *optional*, defaults to `False`):
-            Whether the trainer packed the rows.
-
-    Raises:
-        [`HFTError`]: If no row is left.
+    TRL drops these rows from the `prepared` data set, but keeps them inside packs. The packing strategy `"wrapped"`
+    cuts rows anywhere and drops none. `rows` is the number of rows before preparation.
     """
     if "seq_lengths" in prepared.column_names:
         lost = 0
         for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
-            # How many trained tokens stand before each token, so that a row has the difference of two of them.
+            # Number of trained tokens before each token, so that a row has the difference of two of them
             before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
             ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
             lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
@@ -241,6 +215,77 @@ def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | No
         lost = rows - len(prepared)
     if lost >= rows:
         raise HFTError(
-            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise max_length."
+            f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
+            "max_length."
         )
     return lost
+
+
+def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: str) -> None:
+    """
+    Check that a chat template renders the conversations of a data set and leaves nothing out.
+
+    One row of each pattern (roles, empty contents, numbers of tool calls, tools) is rendered unchanged, and with marks
+    instead of contents and function names, which must appear in the text. `name` is the data set's in errors.
+    """
+    if not is_conversational(dataset[0]):
+        return
+    columns = [column for column in ("messages", "prompt", *ANSWERS) if column in dataset.column_names]
+    beside = [column for column in OPTIONAL if column in dataset.column_names]
+    seen = set()
+
+    def check(number: int, *values: Any) -> None:
+        row = dict(zip([*columns, *beside], values, strict=True))
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        chats = [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in columns[1:]]
+        for messages in chats:
+            turns = ((m["role"], bool(m["content"]), len(m.get("tool_calls") or [])) for m in messages)
+            pattern = bool(tools), *turns
+            if pattern not in seen:
+                seen.add(pattern)
+                settings = {"tokenize": False, **(row.get("chat_template_kwargs") or {})}
+                _check_chat(tokenizer, messages, f"row {number} of {name}", tools, settings)
+
+    for_each_row(check, dataset, *columns, *beside)
+
+
+def _check_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tools: Any, settings: dict[str, Any]
+) -> None:
+    marked = [_marked(message, turn) for turn, message in enumerate(messages)]
+    try:
+        tokenizer.apply_chat_template(messages, tools=tools, **settings)
+        text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
+        without = tokenizer.apply_chat_template(marked, **settings) if tools else None
+    except Exception as error:  # a template is a program, which can fail in any way
+        raise HFTError(
+            f"{where}: the chat template rejects it ({first_line(error)}): set chat_template to one that takes it, or "
+            "change the row."
+        ) from error
+    left_out = "the tools" if text == without else _left_out(marked, text)
+    if left_out is not None:
+        raise HFTError(
+            f"{where}: the chat template leaves out {left_out}, so the model would not learn from it: set "
+            "chat_template to one that writes it, or change the row."
+        )
+
+
+def _marked(message: Message, turn: int) -> Message:
+    marked = copy.deepcopy(message)
+    if marked["content"]:
+        marked["content"] = f"content-{turn}-marked"
+    for i, call in enumerate(marked.get("tool_calls") or []):
+        call.get("function", call)["name"] = f"call_{turn}_{i}_marked"
+    return marked
+
+
+def _left_out(marked: list[Message], text: str) -> str | None:
+    for turn, message in enumerate(marked):
+        calls = message.get("tool_calls") or []
+        if any(call.get("function", call)["name"] not in text for call in calls):
+            return f"the tool calls of message {turn}"
+        # Some templates write no content beside a call (Llama 3.1)
+        if not calls and message["content"] and message["content"] not in text:
+            return f"message {turn}, of role {message['role']!r}"
+    return None

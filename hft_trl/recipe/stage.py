@@ -1,4 +1,4 @@
-"""One stage of a recipe: checked, loaded, trained from where its folder stands, and measured."""
+"""A stage of a recipe: it is checked, loaded, trained or resumed, and measured."""
 
 import dataclasses
 import os
@@ -21,10 +21,9 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
 from hft_trl.frozen import replicated
 from hft_trl.recipe import folder
-from hft_trl.recipe.arguments import Adapter, DataArguments, ModelArguments
+from hft_trl.recipe.arguments import Adapter, DataArguments, ModelArguments, tokens_to_environment
 from hft_trl.recipe.data import check_apart, load_mixture, load_split
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.hub_token import tokens_to_environment
 from hft_trl.recipe.measure import measure, movements, reset_peak_memory
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
@@ -35,7 +34,7 @@ from hft_trl.trainers.compatibility import check_choice, check_settings
 
 logger = logging.get_logger(__name__)
 
-LARGE = 20_000  # rows
+LARGE = 20_000  # rows from which several processes prepare the data
 
 
 @dataclasses.dataclass
@@ -44,18 +43,17 @@ class Stage:
     One stage of training.
 
     Attributes:
-        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round.
-        model ([`ModelArguments`]): What it starts from.
-        data ([`DataArguments`]): What it learns from.
+        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round of continual learning.
+        model ([`ModelArguments`]): The start model.
+        data ([`DataArguments`]): The data set and the settings of the stage.
         args ([`~transformers.TrainingArguments`]): The trainer's arguments, such as [`~trl.SFTConfig`].
-        hft ([`HFTConfig`], *optional*): What to train; `None` where it is an adapter.
+        hft ([`HFTConfig`], *optional*): Settings of HFT. `None` for an adapter.
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
-        base ([`ModelArguments`], *optional*): What the first stage of the run starts from, if it is another model.
-        memory (`Path`, *optional*): File of rows of earlier tasks, which a round of GEM must not unlearn.
+        base ([`ModelArguments`], *optional*): The start model of the run's first stage, if it is another model.
+        memory (`Path`, *optional*): File with the rows of earlier tasks for a round of GEM.
         adapter ([`Adapter`], *optional*): The adapter to train.
-        auto_checkpointing (`bool`): Whether the recipe decides how much is computed again
-            ([`~hft_trl.recipe.activation_checkpointing.settle_checkpointing`]).
-        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, once [`~Stage.load_data`] was called.
+        auto_checkpointing (`bool`): Whether the recipe chooses the activation checkpointing.
+        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, after [`~Stage.load_data`].
     """
 
     name: str
@@ -73,27 +71,21 @@ class Stage:
 
     @property
     def section(self) -> str:
-        """The section that its arguments stand in: its name, and `"sft"` for a round of continual learning."""
+        """Section of its arguments: `"sft"` for a round of continual learning, otherwise its name."""
         return "sft" if isinstance(self.args, SFTConfig) else self.name
 
     @property
     def folder(self) -> Path:
-        """Where the stage's model is saved."""
+        """Folder of the stage's model."""
         return Path(self.args.output_dir)
 
     @property
     def source(self) -> str:
-        """What errors call the data set."""
+        """Name of the data set in errors."""
         return self.data.dataset or "the mixture"
 
     def check(self) -> None:
-        """
-        Check the model that the run starts from, and whether the stage can have the reference that its settings ask for.
-
-        Raises:
-            [`HFTError`]: See [`~hft_trl.recipe.start_model.check_model`] and
-                [`~hft_trl.reference.quantized.check_quantizable`].
-        """
+        """Check the run's start model and the requested reference before anything is loaded."""
         start = self.base or self.model
         if self.base is None:
             check_model(start, self.args, self.hft)
@@ -103,19 +95,16 @@ class Stage:
 
     def load_data(self) -> None:
         """
-        Load and check the rows to train on, and those to evaluate on if there is an `eval_strategy`.
+        Load and check the training rows, and the evaluation rows if there is an `eval_strategy`.
 
-        The loss is restricted to the assistant's tokens only where the data are conversations. Large data are prepared by
-        several processes unless `dataset_num_proc` says otherwise.
-
-        Raises:
-            [`HFTError`]: Naming what is missing or the first row that can't be trained on.
+        The loss is restricted to the assistant's tokens only if the rows are conversations. Several processes prepare
+        large data unless `dataset_num_proc` is set. An error names what is missing or the first invalid row.
         """
         args, evaluates = self.args, self.args.eval_strategy != "no"
         if evaluates and not self.data.eval_split:
             raise HFTError(
-                f"{self.name}: eval_strategy is {str(args.eval_strategy.value)!r} but there is no eval_split to evaluate on: "
-                "set eval_split, or eval_strategy to 'no'."
+                f"{self.name}: eval_strategy is {str(args.eval_strategy.value)!r} but there is no eval_split to "
+                "evaluate on: set eval_split, or eval_strategy to 'no'."
             )
         if evaluates and self.mixture is None:
             check_apart(self.data.dataset, self.data.split, self.data.eval_split)
@@ -124,7 +113,7 @@ class Stage:
         if isinstance(args, SFTConfig):
             args.assistant_only_loss = args.assistant_only_loss and is_conversational(self.train_dataset[0])
         if args.dataset_num_proc is None and len(self.train_dataset) >= LARGE:
-            # Faster, and memory-mapped files that a pass has read count as resident until the process lets go of them.
+            # Faster, and the memory-mapped files that a worker has read count as resident only until it ends
             args.dataset_num_proc = min(max(os.cpu_count() or 1, 4), 16)
 
     def _load_split(self, split: str) -> Dataset:
@@ -139,14 +128,10 @@ class Stage:
 
     def load_tokenizer(self, of_base: bool = False) -> PreTrainedTokenizerBase:
         """
-        Load the tokenizer of the start model, with a chat template that suits the stage.
+        Load the tokenizer of the start model with the chat template of the stage.
 
-        Args:
-            of_base (`bool`, *optional*, defaults to `False`):
-                Whether to load that of the run's first start model, where the stage's own is not trained yet.
-
-        Raises:
-            [`HFTError`]: If there is no tokenizer, no such template, or no way to tell the assistant's tokens apart.
+        With `of_base`, it is that of the run's first start model, which exists before the stage's own is trained. A
+        template that cannot mark the assistant's tokens is rejected if the loss needs them.
         """
         model = (self.base or self.model) if of_base else self.model
         template, sft = model.chat_template, isinstance(self.args, SFTConfig)
@@ -160,48 +145,47 @@ class Stage:
         return tokenizer
 
     def load_reference(self) -> PreTrainedModel | None:
-        """The reference if it is a quantised one, otherwise `None`: then the trainer makes it of the policy."""
+        """Load a quantized reference, or return `None` if the trainer makes the reference from the policy."""
         if self.data.reference_quantization is None:
             return None
         return load_quantized(self.model.model_name_or_path, self.data.reference_quantization, self.args)
 
     def finished(self) -> bool:
-        """Whether an earlier run finished the stage."""
+        """Return whether an earlier run finished the stage."""
         return folder.finished(self) is not None
 
     def train(
         self, trainer: ResumableMixin, rows: int | None = None, truncated_rows: int | None = None
     ) -> StageRecord:
         """
-        Train from where the folder stands, save the model, and mark the folder as finished.
+        Train, or resume from the last whole checkpoint, save the model, and mark the folder as finished.
 
         Args:
             trainer ([`ResumableMixin`]):
                 The stage's trainer.
             rows (`int`, *optional*):
-                Rows of the data set that the trainer was given, by default those of `train_dataset`.
+                Rows of the trainer's data set, by default those of `train_dataset`.
             truncated_rows (`int`, *optional*):
-                Rows that were cut to fit, where they were counted.
+                Rows that were truncated, if they were counted.
 
         Returns:
-            [`StageRecord`]: What the stage measured.
+            [`StageRecord`]: Measurements of the stage.
 
         Raises:
-            [`HFTError`]: If no row has a token to train on, if the last checkpoint has another selection, or if the loss
-                diverges.
+            [`HFTError`]: If no row has a trained token, the checkpoint has another selection, or the loss diverges.
         """
         args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
         rows = len(self.train_dataset) if rows is None else rows
         packing = isinstance(args, SFTConfig) and args.packing
-        longest = vars(args).get("max_length")  # not every trainer's arguments have one
-        # KTO makes two rows of each pair
+        longest = vars(args).get("max_length")  # not in the arguments of every trainer
+        # KTO splits each pair into two rows
         dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
         if dropped:
             logger.warning(f"{dropped} of {rows} rows have no token to train on within max_length {longest}.")
         folder.mark_started(self)
         settle_generation(model, trainer.processing_class, trainer.train_dataset)
         checkpoint = last_whole_checkpoint(self.folder)
-        # Read now: training may rotate the checkpoint away
+        # Read before training, which may delete the checkpoint
         resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         reset_peak_memory()
         chat.check_ids(trainer.train_dataset, trainer.processing_class, model.config, self.model.model_name_or_path)
@@ -212,7 +196,7 @@ class Stage:
             trainer.save_model()
             trainer.save_state()
             trainer.create_model_card(dataset_name=self.data.dataset)
-            PartialState().wait_for_everyone()  # for what the first process saves
+            PartialState().wait_for_everyone()  # until the main process has saved
             if trainer.hft_selection is not None:
                 record.moved = movements(self, trainer.hft_selection, (self.base or self.model).model_name_or_path)
             if PartialState().is_main_process:
@@ -228,11 +212,11 @@ class Stage:
         except MISTAKES as error:
             if first.begun or isinstance(error, HFTError):
                 raise
-            raise HFTError(f"{self.name}: training can't begin: {explained(error)}.") from error
+            raise HFTError(f"{self.name}: training cannot begin: {explained(error)}.") from error
 
 
 class _FirstStep(TrainerCallback):
-    """Notes that a step has begun. What is raised before comes of settings, what is raised after may be a fault of a program."""
+    """Record whether a step has begun: earlier errors come from settings, later ones may be bugs."""
 
     begun = False
 
@@ -241,13 +225,13 @@ class _FirstStep(TrainerCallback):
 
 
 def _trl_template(path: str, own: str | None) -> str:
-    """The template that TRL sets at `chat_template_path`, where it is a file."""
+    """Check that TRL's `chat_template_path` is a template file, and return it."""
     if own is not None:
         raise HFTError(f"chat_template is {own!r} and TRL's chat_template_path {path!r}: leave one of them out.")
     if not (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
         raise HFTError(
-            f"chat_template_path is {path!r}, which is no .jinja file, and TRL would add the tokens of a tokenizer to the model, whose "
-            "half could then not be compared with the start model: give the path of a .jinja file."
+            f"chat_template_path is {path!r}, which is no .jinja file, and TRL would add the tokens of a tokenizer to "
+            "the model, which then no longer matches the start model: give the path of a .jinja file."
         )
     return path
 
@@ -263,19 +247,19 @@ def make_stage(
     adapter: Adapter | None = None,
 ) -> Stage:
     """
-    A stage whose parts fit together: `"demo"` becomes the embedded files, and the trainer loads the model as it says.
+    Build a stage: `"demo"` becomes the embedded files, and `args` say how to load the model.
 
     Raises:
-        [`HFTError`]: If the arguments ask for what a recipe decides itself.
+        [`HFTError`]: If settings contradict each other or the recipe.
     """
-    if hft is not None:  # here, so that a later stage's mistake is found before the first trains
+    if hft is not None:  # checked here so that a mistake in a later stage is found before the first one trains
         check_settings(args, hft)
         check_choice(args, hft)
         replicated.wanted(hft, args)
     if args.resume_from_checkpoint is not None:
         raise HFTError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe goes on from the newest whole checkpoint of "
-            "its output_dir by itself: drop it. To go on from an older one, move the newer ones away."
+            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest whole "
+            "checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer ones away."
         )
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     if (data.dataset is None) is (mixture is None):
@@ -292,7 +276,7 @@ def make_stage(
         "attn_implementation": model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    # Counted by the trainer itself and kept over a resume.
+    # The trainer counts these itself and restores the count on resume
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
     return Stage(name, model, data, args, hft, mixture, base, adapter=adapter)

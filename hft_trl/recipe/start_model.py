@@ -1,4 +1,4 @@
-"""The start model of a stage, checked from its config and its files before anything is downloaded or trained."""
+"""Check the start model of a run from its config and files, before anything is downloaded or trained."""
 
 from pathlib import Path
 
@@ -19,20 +19,9 @@ from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_fi
 
 def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig | None) -> None:
     """
-    Check that a model can be trained as launched.
+    Check that a model is a whole causal LM with layers to select from, and can be trained as launched.
 
-    Args:
-        model ([`ModelArguments`]):
-            The model.
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-        hft ([`HFTConfig`], *optional*):
-            What to train; `None` where it is an adapter.
-
-    Raises:
-        [`HFTError`]: If there is no such model, or it is no causal LM, is quantised, has no layers to select from, or
-            is a folder whose weights are missing or torn; or if a half can't be frozen under the launch's backend or in the
-            type that the model is loaded in.
+    With HFT, the backend and the loaded type must keep the frozen half unchanged. `hft` is `None` for an adapter.
     """
     trains_half = hft is not None and hft.method == "hft"
     if trains_half:
@@ -41,8 +30,9 @@ def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig |
     if folder.is_dir():
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
-                f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was trained on "
-                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give that folder."
+                f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was "
+                "trained on (load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and "
+                "save_pretrained), and give that folder."
             )
         check_readable(weight_files(str(folder)).values())
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
@@ -53,8 +43,8 @@ def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig |
 
 
 def _check_type(model: str, args: TrainingArguments, structure: PreTrainedModel) -> None:
-    """As the trainer does when it has loaded the model; of a hub id, whose files may not be here yet, the config is believed."""
-    dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # none for "auto", which is the files' own
+    """Reject a type that rounds the saved weights. For a hub id, its config states their type."""
+    dtype, remedy = DTYPES.get(args.model_init_kwargs["dtype"]), None  # None for "auto", the type of the files
     if args.deepspeed_plugin is not None and args.mixed_precision in ("bf16", "fp16"):
         dtype, remedy = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16, zero.UNCAST
     if dtype is None:
@@ -64,6 +54,6 @@ def _check_type(model: str, args: TrainingArguments, structure: PreTrainedModel)
     elif rounds(structure.config.dtype, dtype):
         own, asked = (str(kind).removeprefix("torch.") for kind in (structure.config.dtype, dtype))
         raise HFTError(
-            f"dtype {asked} rounds {model!r}, whose config says {own}, so the frozen half could not keep its bits: "
-            f"{remedy or 'load the model with dtype float32'}, or save it in that dtype first."
+            f"dtype {asked} rounds {model!r}, whose config says {own}, so the frozen half would not stay "
+            f"bit-identical: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
         )
