@@ -15,10 +15,10 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.checkpoints.preemption import StopAtStepEnd
 from hft_trl.checkpoints.resumable import ResumableMixin
+from hft_trl.continual.continual_arguments import LoRAArguments
+from hft_trl.continual.rounds import ADAPTER_FOLDER, Adapter, Round
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import read_json, write_json
-from hft_trl.recipe import Stage
-from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest, fingerprints
 
@@ -121,7 +121,7 @@ def lora_config(lora: LoRAArguments) -> LoraConfig:
     )
 
 
-def check_adapter(stage: Stage) -> None:
+def check_adapter(stage: Round) -> None:
     """Check that the launch, the target modules and merging work for a stage's adapter, before anything is trained."""
     _check_not_sharded(stage.args)
     model, names = stage.model, stage.adapter.lora.target_modules

@@ -14,10 +14,11 @@ from trl import SFTConfig
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
+from hft_trl.continual.continual_arguments import ContinualArguments, LoRAArguments
 from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
-from hft_trl.continual.rounds import ADAPTERS, Approach, Round, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Adapter, Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.continual.text import check_tokenizer
@@ -26,7 +27,7 @@ from hft_trl.files import write_json_once, writing
 from hft_trl.generate import most_tokens
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments, RunArguments, at_home
+from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.folder import open_stages
 from hft_trl.recipe.locks import lock
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
@@ -42,55 +43,6 @@ NOTED = (
     *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("max_steps", "max_length"),
 )
-
-
-@dataclasses.dataclass
-class ContinualArguments(RunArguments):
-    """
-    Settings of a continual run, in addition to those of every run.
-
-    Args:
-        benchmark (`str`, *optional*):
-            TRACE's folder, any folder with a `tasks.yaml`, `"demo"` for the embedded mini benchmark, or `"none"`.
-        tasks (`str`, *optional*):
-            YAML file with tasks of your own, which are learned after the benchmark's.
-        approach (`str`, *optional*, defaults to `"sequential"`):
-            See [`~hft_trl.continual.rounds.plan_rounds`].
-        replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in.
-        gem_memory (`int`, *optional*, defaults to `64`):
-            Rows of each earlier task in GEM's memory.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Maximum number of tokens of a prediction (TRACE's `max_ans_len`).
-        eval_batch_size (`int`, *optional*, defaults to `64`):
-            Number of prompts that a process answers at a time.
-    """
-
-    benchmark: str | None = None
-    tasks: str | None = None
-    approach: Approach = "sequential"
-    replay_share: float = 0.1
-    gem_memory: int = 64
-    max_new_tokens: int = 512
-    eval_batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.benchmark == "none":
-            self.benchmark = None
-        self.benchmark, self.tasks = (path and at_home(path) for path in (self.benchmark, self.tasks))
-        if self.benchmark is None and self.tasks is None:
-            raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
-        if not 0 <= self.replay_share <= 1:
-            raise HFTError(f"replay_share is {self.replay_share!r}: it must be from 0 to 1.")
-        for name in ("gem_memory", "max_new_tokens", "eval_batch_size"):
-            if vars(self)[name] < 1:
-                raise HFTError(f"{name} is {vars(self)[name]!r}: it must be at least 1.")
-        if self.approach == "individual" and self.evaluate:
-            raise HFTError(
-                f"evaluate is {self.evaluate!r}, but individual leaves no model that learned all tasks: drop it, and use "
-                "hft-trl evaluate on the rounds' models."
-            )
 
 
 KEYS = {
@@ -170,9 +122,10 @@ class ContinualRecipe:
             if start is not None:  # a folder has no revision
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             base = None if model is self.model else self.model
-            stage = make_stage(plan.name, model, DataArguments(str(files[0])), args, hft, base=base, adapter=adapter)
-            stage.auto_checkpointing, stage.memory = self.auto_checkpointing, files[1] if memory else None
-            rounds.append(Round(**vars(stage), plan=plan, max_length=max_length))
+            stage = make_stage(plan.name, model, DataArguments(str(files[0])), args, hft, base=base)
+            stage.auto_checkpointing = self.auto_checkpointing
+            memory_file = files[1] if memory else None
+            rounds.append(Round(**vars(stage), plan=plan, max_length=max_length, memory=memory_file, adapter=adapter))
         by_first_process(partial(_write_rows, output, contents))
         return rounds
 
@@ -272,6 +225,10 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     hft = dataclasses.replace(hft, method=run.method)
     auto = leaves_checkpointing(values["sft"], flags["sft"])
+    if auto and run.approach == "gem":
+        raise HFTError(
+            "sft.activation_checkpointing is auto, which does not count gem's gradients: set true or false."
+        )
     recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
     recipe.arguments(run.output_dir, 1)  # to find a mistake in them now
     return recipe

@@ -2,20 +2,25 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.answers import Answered, evaluate_tasks
+from hft_trl.continual.continual_arguments import Approach, LoRAArguments
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.continual.text import encode
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
+from hft_trl.recipe.data import content_digest
+from hft_trl.recipe.folder import place
 from hft_trl.report import StageRecord
 
-Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
+ADAPTER_FOLDER = "adapter"  # of a round's folder
 ADAPTERS = ("lora", "o_lora")
 """Approaches that train an adapter, so no half of the model is selected."""
 WITHOUT_TRANSFER = ("multitask", "individual")
@@ -78,12 +83,42 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a round trains instead of the model's own weights."""
+
+    lora: LoRAArguments
+    start: Path | None = None  # folder of the round whose adapter is trained further, None for a new adapter
+    earlier: tuple[
+        Path, ...
+    ] = ()  # folders of the rounds to whose adapters, merged into the model, it is kept orthogonal
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all rounds whose adapters it needs."""
+        return [*filter(None, [self.start]), *self.earlier]
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What the trained weights depend on, for a round in `folder`."""
+        content = asdict(self.lora)
+        if not self.earlier:
+            del content["o_lora_lambda"]  # there is no penalty
+        return {
+            **content,
+            "start": place(str(self.start), folder) if self.start is not None else None,
+            "earlier": [place(str(other), folder) for other in self.earlier],
+            "content": [content_digest(other / ADAPTER_FOLDER) for other in self.folders],
+        }
+
+
 @dataclass
 class Round(Stage):
     """A round as a stage. `memories` (GEM's) and `truncated_rows` are set by `load_data`."""
 
     plan: RoundPlan | None = None
     max_length: int | None = None  # in tokens, of prompt and answer
+    adapter: Adapter | None = None
+    memory: Path | None = None  # file with the rows of GEM's memories
     memories: list[Dataset] = field(default_factory=list)
     truncated_rows: int = 0
 
@@ -98,6 +133,21 @@ class Round(Stage):
                     f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'."
                 ) from error
             check_adapter(self)
+
+    def sources(self) -> set[Path]:
+        """Folders of the earlier rounds that it starts from."""
+        return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
+
+    def saved_weights(self) -> list[Path]:
+        """Files with the weights of the finished round."""
+        adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
+        return super().saved_weights() + adapter
+
+    def own_settings(self) -> dict[str, dict[str, Any]]:
+        """Settings of the adapter, and a digest of GEM's memories."""
+        lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}
+        data = {} if self.memory is None else {"data": {"memory": content_digest(self.memory)}}
+        return lora | data
 
     def load_data(self) -> None:
         """Encode the rows and the memories, unless this was done before."""
