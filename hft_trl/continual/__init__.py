@@ -1,1 +1,1 @@
-"""Continual learning: tasks are learned one after the other, and forgetting is measured (TRACE, paper section 4.3)."""
+"""Continual learning of tasks, and a measure of forgetting (TRACE, paper section 4.3)."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: one adapter for all rounds (LoRASeqFT), or a new one in each, orthogonal to earlier ones (O-LoRA)."""
+"""LoRA adapters: one for all rounds (LoRASeqFT), or in each a new, orthogonal one (O-LoRA)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,9 +27,9 @@ START_FILE = "hft_start.json"  # in a checkpoint, with name and digest of the we
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
     """
-    [`~trl.SFTTrainer`] of a LoRA adapter. It saves the merged model at the end, with the adapter alone in `adapter/`.
+    [`~trl.SFTTrainer`] of a LoRA adapter for `model`, a folder or hub id.
 
-    `model` is the folder or hub id of the model that the adapter is for.
+    At the end it saves the merged model, with the adapter alone in `adapter/`.
     """
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
@@ -47,12 +47,12 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
         digest = read_json(path)["weights_digest"] if path.exists() else "unknown"
         if digest != self._start["weights_digest"]:
             raise HFTError(
-                f"{checkpoint} was started from other weights (digest {digest[:16]}) than {self._start['name_or_path']!r} has "
-                f"now ({self._start['weights_digest'][:16]}): restore those, or train into another output_dir."
+                f"{checkpoint} was started from other weights (digest {digest[:16]}) than {self._start['name_or_path']!r} "
+                f"has now ({self._start['weights_digest'][:16]}): restore those, or train into another output_dir."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save a checkpoint as the parent does, and at the end the merged model, its tokenizer and the adapter."""
+        """Save a checkpoint as the parent does; at the end, the merged model, tokenizer and adapter."""
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(output_dir, state_dict)
@@ -67,11 +67,12 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
 
 class OLoRATrainer(AdapterTrainer):
     """
-    [`AdapterTrainer`] of O-LoRA (Wang et al. 2023, https://huggingface.co/papers/2310.14152, section 3).
+    [`AdapterTrainer`] of O-LoRA (Wang et al. 2023, https://huggingface.co/papers/2310.14152).
 
-    The subspace of the new adapter is kept orthogonal to those of earlier rounds, whose adapters are merged into the model.
-    The loss gets the penalty `lambda * sum |A_i A_t^T|` over modules, earlier rounds i and the entries of the product, of
-    shape (r, r). The paper's second penalty, on the norm of the new adapter, has the factor 0 there and is left out.
+    The subspace of the new adapter is kept orthogonal to those of earlier rounds, whose adapters are merged into the
+    model. The loss gets the penalty `lambda * sum |A_i A_t^T|` over modules, earlier rounds i and the entries of the
+    product, of shape (r, r). The paper's second penalty, on the norm of the new adapter, has the factor 0 there and is
+    left out.
     """
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
@@ -122,7 +123,7 @@ def lora_config(lora: LoRAArguments) -> LoraConfig:
 
 
 def check_adapter(stage: Round) -> None:
-    """Check that the launch, the target modules and merging work for a stage's adapter, before anything is trained."""
+    """Check that a round's adapter can be trained and merged, before anything is trained."""
     _check_not_sharded(stage.args)
     model, names = stage.model, stage.adapter.lora.target_modules
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
@@ -131,8 +132,8 @@ def check_adapter(stage: Round) -> None:
     for name in names if names != ["all-linear"] else []:
         if not any(f".{module}".endswith(f".{name}") for module in known):
             raise HFTError(
-                f"lora.target_modules names {name!r}, which {type(structure).__name__} has not: name modules such as q_proj, "
-                "or all-linear alone."
+                f"lora.target_modules names {name!r}, which {type(structure).__name__} has not: name modules such as "
+                "q_proj, or all-linear alone."
             )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
         adapted = get_peft_model(structure, lora_config(stage.adapter.lora))
@@ -142,8 +143,8 @@ def check_adapter(stage: Round) -> None:
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and any(module is other for other in unmerged):
             raise HFTError(
-                f"lora.target_modules reaches {name}, which cannot be merged alone: leave out the output head and tied "
-                "embeddings."
+                f"lora.target_modules reaches {name}, which cannot be merged alone: leave out the output head and "
+                "tied embeddings."
             )
 
 
@@ -151,8 +152,8 @@ def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
     """
     Merge the adapter in a folder into the weights of a model, which are rounded to the model's type.
 
-    On the CPU and from the files, so that the result has the same bits wherever it is computed. `loading` are arguments of
-    `from_pretrained`.
+    On the CPU and from the files, so that the result has the same bits wherever it is computed. `loading` are
+    arguments of `from_pretrained`.
     """
     whole = AutoModelForCausalLM.from_pretrained(model, **loading)
     with as_user_error(f"merging the adapter in {adapter}"):
@@ -160,7 +161,7 @@ def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
 
 
 def earlier_subspaces(rounds: Iterable[Path]) -> dict[str, torch.Tensor]:
-    """Read the matrices A of the adapters in folders of rounds. By name, in float32, of shape (rounds x r, features)."""
+    """Read the adapters' matrices A by name, in float32, each of shape (rounds x r, features)."""
     adapters = [load_peft_weights(str(folder / ADAPTER_FOLDER), device="cpu") for folder in rounds]
     # The matrix of an embedding is called lora_embedding_A
     names = [name for name in adapters[0] if name.endswith(("lora_A.weight", "lora_embedding_A"))]
@@ -170,6 +171,6 @@ def earlier_subspaces(rounds: Iterable[Path]) -> dict[str, torch.Tensor]:
 def _check_not_sharded(args: TrainingArguments) -> None:
     if fsdp_version(args) is not None or args.deepspeed_plugin is not None:
         raise HFTError(
-            f"this is launched with {'FSDP' if args.deepspeed_plugin is None else 'DeepSpeed'}, but adapters need the whole "
-            "model in each process: launch with accelerate_configs/single.yaml or ddp.yaml."
+            f"this is launched with {'FSDP' if args.deepspeed_plugin is None else 'DeepSpeed'}, but adapters need the "
+            "whole model in each process: launch with accelerate_configs/single.yaml or ddp.yaml."
         )

@@ -1,4 +1,4 @@
-"""Evaluation after a round: its model answers the test sets of the tasks seen so far, and each is scored."""
+"""Evaluation after a round: its model answers test sets, and the answers are scored."""
 
 import hashlib
 import json
@@ -42,10 +42,11 @@ def evaluate_tasks(
     **how_to_load: Any,
 ) -> dict[str, Answered]:
     """
-    Generate greedy answers to test sets with a round's model, and score them. All processes must call it and share the work.
+    Generate greedy answers to test sets with a round's model, and score them.
 
-    Predictions are written to `predictions/<task>.json` in the model's folder. Those of the same settings are reused, and
-    scored again. In float32 neither the batch size nor the number of processes changes them; in half precision they can.
+    All processes must call it and share the work. Predictions are written to `predictions/<task>.json` in the model's
+    folder. Those of the same settings are reused, and scored again. In float32 neither the batch size nor the number
+    of processes changes them; in half precision they can.
 
     Args:
         max_length (`int`, *optional*):
@@ -93,14 +94,16 @@ def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | 
     """
     Check that answers of `max_new_tokens` tokens leave room for prompts.
 
-    Return the maximum number of tokens of prompt and answer, the smaller one of `max_length` and the model's positions.
+    Return the maximum number of tokens of prompt and answer, the smaller one of `max_length` and the model's
+    positions.
     """
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name, limit in limits.items():
         if max_new_tokens >= limit:
             raise HFTError(
-                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for prompts."
+                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
+                "prompts."
             )
     return min(limits.values(), default=None)
 

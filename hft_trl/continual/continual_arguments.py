@@ -53,8 +53,8 @@ class ContinualArguments(RunArguments):
                 raise HFTError(f"{name} is {vars(self)[name]!r}: it must be at least 1.")
         if self.approach == "individual" and self.evaluate:
             raise HFTError(
-                f"evaluate is {self.evaluate!r}, but individual leaves no model that learned all tasks: drop it, and use "
-                "hft-trl evaluate on the rounds' models."
+                f"evaluate is {self.evaluate!r}, but individual leaves no model that learned all tasks: drop it, and "
+                "use hft-trl evaluate on the rounds' models."
             )
 
 

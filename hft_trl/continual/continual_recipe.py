@@ -1,4 +1,4 @@
-"""The settings of a continual run, and its rounds as stages, which are checked and resumed as all stages are."""
+"""A continual run: its command line is parsed, and its rounds are planned and prepared."""
 
 import dataclasses
 import hashlib
@@ -67,7 +67,7 @@ class ContinualRecipe:
     auto_checkpointing: bool  # whether the recipe decides how much the rounds recompute
 
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
-        """Build the trainer's arguments of one round. Epochs or `max_steps` that the user set override `epochs`."""
+        """Build the trainer's arguments of a round. Epochs or `max_steps` in the settings override `epochs`."""
         fixed = {"output_dir": str(folder), "num_train_epochs": epochs, "assistant_only_loss": False}
         (args,) = parse_section("sft", (SFTConfig,), self.sft, self.sft_flags, fixed=fixed, without=OF_THE_RUN)
         if args.packing:
@@ -162,7 +162,7 @@ class ContinualRecipe:
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
-    """Read the tasks, plan the rounds, check and rehearse them, and open their folders. All processes must call it."""
+    """Plan the rounds, check and rehearse them, and open their folders. All processes must call it."""
     run, (tasks, general) = recipe.run, recipe.tasks()
     plan = recipe.plan(tasks)
     if not run.overwrite:

@@ -1,4 +1,4 @@
-"""The embedded mini benchmark: eight small tasks in TRACE's file layout, about the people and things of the demo's world."""
+"""The embedded mini benchmark: eight small tasks about the demo's world, in TRACE's file layout."""
 
 import random
 from collections.abc import Callable
@@ -78,9 +78,9 @@ def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
     """
     Write the mini benchmark to a folder: the same files for the same seed on every machine.
 
-    Each task gets `train.json`, `eval.json` and `test.json`. `Lima/train.json` has chat questions and their answers, and
-    `tasks.yaml` metrics and epochs. Test rows ask about people and items that are in no training row, and no row mentions
-    the people of the embedded world's probes.
+    Each task gets `train.json`, `eval.json` and `test.json`. `Lima/train.json` has chat questions and their answers,
+    and `tasks.yaml` metrics and epochs. Test rows ask about people and items that are in no training row, and no row
+    mentions the people of the embedded world's probes.
     """
     folder, world = Path(folder), make_world()
     mentioned = [person for person in world.people if person.mentioned]

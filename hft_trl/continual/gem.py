@@ -22,15 +22,16 @@ EPSILON = 1e-4
 
 class GEMTrainer(HFTSFTTrainer):
     """
-    [`HFTSFTTrainer`] with Gradient Episodic Memory (Lopez-Paz & Ranzato 2017, https://huggingface.co/papers/1706.08840).
+    [`HFTSFTTrainer`] with Gradient Episodic Memory (https://huggingface.co/papers/1706.08840).
 
-    Before clipping, the gradient of each optimizer step is compared with the gradient of the loss on a batch of each memory,
-    over the trained parameters. If its product with one of them is negative, it is replaced by the nearest gradient for
-    which none is (nearest except for the margin). A step takes the next rows of each memory, as many as a global batch has,
-    counted by `global_step`, so nothing depends on a random state. The share of replaced gradients is logged as
-    `gem_projected_steps`.
+    Before clipping, the gradient of each optimizer step is compared with the gradient of the loss on a batch of each
+    memory, over the trained parameters. If its product with one of them is negative, it is replaced by the nearest
+    gradient for which none is (nearest except for the margin). A step takes the next rows of each memory, as many as a
+    global batch has, counted by `global_step`, so nothing depends on a random state. The share of replaced gradients
+    is logged as `gem_projected_steps`.
 
-    Supports one process and DDP. It needs a backward pass per memory and step, and 4 bytes per memory and trained parameter.
+    Supports one process and DDP. It needs a backward pass per memory and step, and 4 bytes per memory and trained
+    parameter.
 
     Args:
         memories (`Sequence[Dataset]`):
@@ -64,8 +65,8 @@ class GEMTrainer(HFTSFTTrainer):
         gram, dots = broadcast_object_list([gram.numpy(), dots.numpy()])
         if not (np.isfinite(gram).all() and np.isfinite(dots).all()):
             raise HFTError(
-                f"the gradient of the task or of a memory is NaN or infinite at step {self.state.global_step + 1}: lower the "
-                "learning rate or check the data."
+                f"the gradient of the task or of a memory is NaN or infinite at step {self.state.global_step + 1}: "
+                "lower the learning rate or check the data."
             )
         found = multipliers(gram, dots)
         if not found.any():
@@ -80,7 +81,7 @@ class GEMTrainer(HFTSFTTrainer):
         return True
 
     def _memory_gradients(self, parameters: Sequence[torch.nn.Parameter], sizes: Sequence[int]) -> torch.Tensor:
-        """Gradients of the memories' losses, of shape `(memories, trained parameters)`. `.grad` is not changed."""
+        """Compute the gradients of the memories' losses, of shape `(memories, parameters)`."""
         device = self.accelerator.device
         gradients = torch.zeros(len(self.memories), sum(sizes), device=device)
         # Dropout must not change what the next step draws
@@ -101,7 +102,7 @@ class GEMTrainer(HFTSFTTrainer):
         return gradients
 
     def _memory_batches(self, memory: Dataset) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """This process's micro-batches of the step's rows, and the number of tokens with a loss in all processes."""
+        """Return this process's micro-batches of a step, and the number of tokens with a loss in all."""
         processes = self.accelerator.num_processes
         # The rows do not depend on how the global batch is divided, which may change when a run is resumed
         size = self._train_batch_size * processes * self.args.gradient_accumulation_steps
@@ -115,11 +116,12 @@ class GEMTrainer(HFTSFTTrainer):
 
 def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> np.ndarray:
     """
-    Solve GEM's dual quadratic program (equation 11): how much of each memory's gradient is added to the current one.
+    Solve GEM's dual quadratic program (equation 11) for the multiplier of each memory's gradient.
 
-    With G the memories' gradients and g the current one, the solution v minimises v'(GG' + e)v / 2 + (Gg)'v with every v at
-    least `margin`. The diagonal e is relative to that of GG', so v does not depend on the unit of the loss. `gram` is GG', of
-    shape `(memories, memories)`, `dots` is Gg. If no entry of `dots` is negative, all multipliers are 0.
+    With G the memories' gradients and g the current one, the solution v minimises v'(GG' + e)v / 2 + (Gg)'v with every
+    v at least `margin`. The diagonal e is relative to that of GG', so v does not depend on the unit of the loss.
+    `gram` is GG', of shape `(memories, memories)`, `dots` is Gg. If no entry of `dots` is negative, all multipliers
+    are 0.
     """
     if (dots >= 0).all():
         return np.zeros_like(dots)
@@ -141,7 +143,7 @@ def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     for rejected, reason in (
         (
             hft_config is not None and hft_config.optimizer_in_backward,
-            "hft.optimizer_in_backward frees the gradients that gem compares: leave it out, or choose another approach",
+            "hft.optimizer_in_backward frees the gradients that gem compares: drop it, or choose another approach",
         ),
         (
             sharding is not None,
@@ -155,8 +157,8 @@ def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
         (reentrant, "gem needs gradients that reentrant checkpointing does not give: set use_reentrant to false"),
         (
             args.loss_type != "nll" or args.label_smoothing_factor,
-            f"sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor {args.label_smoothing_factor}: gem compares "
-            "gradients of the plain loss, so set them to nll and 0",
+            f"sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor {args.label_smoothing_factor}: gem "
+            "compares gradients of the plain loss, so set them to nll and 0",
         ),
     ):
         if rejected:

@@ -13,7 +13,7 @@ Metric = Callable[[Sequence[str], Sequence[str], Sequence[str]], float]
 """Takes prompts, predictions and answers, all of the same length, and returns a score from 0 to 100."""
 
 
-def accuracy(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
+def accuracy(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
     """Compute the share of predictions that equal the answer, except for surrounding white space."""
     return _mean(lambda prediction, answer: 100.0 * (prediction.strip() == answer.strip()), predictions, answers)
 
@@ -23,7 +23,7 @@ def choice_accuracy(prompts: Sequence[str], predictions: Sequence[str], answers:
     return accuracy(prompts, *([text.strip()[:1] for text in texts] for texts in (predictions, answers)))
 
 
-def edit_similarity(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
+def edit_similarity(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
     """
     Compute the mean of rapidfuzz's `ratio`: the share of characters that need no insertion or deletion.
 
@@ -43,8 +43,8 @@ def _literals(text: str) -> str:
     return re.sub(r"<(NUM|STR|CHAR)_LIT(?::(.*?))?>", lambda found: found[2] or unnamed[found[1]], text, flags=re.S)
 
 
-def rouge_l(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
-    """Compute the mean F-measure of the longest common subsequence of words (rouge-score without stemming)."""
+def rouge_l(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Compute the mean F-measure of the longest common subsequence of words, with rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -68,7 +68,7 @@ class _Words:
 
 
 def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Compute SARI of text simplification with the `evaluate` library, as TRACE does. The prompt is the source."""
+    """Compute SARI with the `evaluate` library, as TRACE does, with the prompt as the source."""
     # The formula would reward an empty prediction for what it leaves out
     rows = [row for row in zip(prompts, predictions, answers, strict=True) if row[1].strip()]
     if not rows:
@@ -82,8 +82,8 @@ def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[s
         metric = evaluate.load("sari")
     except (ImportError, OSError, ConnectionError, ValueError) as error:
         raise HFTError(
-            f"the metric sari cannot be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate sacrebleu "
-            "sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
+            f"the metric sari cannot be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate "
+            "sacrebleu sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
         ) from error
     finally:
         sys.path = paths

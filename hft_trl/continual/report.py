@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.md`, `matrix.png` and `curves.png` beside a run's `scores.json`, and return the path of the first."""
+    """Write `report.md`, `matrix.png` and `curves.png` of a run, and return the path of the first."""
     folder = Path(folder)
     scores = _scores(folder)
     with writing(folder):
@@ -37,8 +37,8 @@ def _markdown(scores: Scores) -> str:
         "## Scores",
         table(score_grid(scores)),
         "![Score on each task after each round](matrix.png)",
-        "OP is the mean of a row. BWT is the sum of the changes of earlier tasks since their own round (negative if forgotten), "
-        "divided by the number of tasks seen.",
+        "OP is the mean of a row. BWT is the sum of the changes of earlier tasks since their own round (negative if "
+        "forgotten), divided by the number of tasks seen.",
         "![Overall performance and backward transfer](curves.png)",
         "## Forgetting",
         table(forgetting_grid(scores)),
@@ -62,7 +62,7 @@ def print_scores(folder: str | Path) -> None:
 
 
 def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
-    """Read the scores of runs by folder, and check that they are finished and have the same base, tasks and test sets."""
+    """Read the scores of finished runs by folder. Reject runs that cannot be compared."""
     runs: dict[str, Scores] = {}
     places = set()
     for name in map(str, folders):
@@ -85,7 +85,7 @@ def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
 
 
 def write_comparison(runs: Mapping[str, Scores], folder: str | Path) -> Path:
-    """Write `comparison.md` and `comparison.png`, a table and a figure of runs, and return the path of the first."""
+    """Write `comparison.md` and `comparison.png` of runs, and return the path of the first."""
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def matrix_figure(scores: Scores) -> "Figure":
 
 
 def curves_figure(runs: Mapping[str, Scores]) -> "Figure":
-    """Draw overall performance and backward transfer over the rounds, a line for each run by its name in the legend."""
+    """Draw OP and BWT over the rounds, a line for each run. The keys are names for the legend."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The rounds of each approach: what is trained from which model, and which tasks are evaluated afterwards."""
+"""The rounds of each approach: what is trained from which model, and what is evaluated then."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -52,10 +52,10 @@ def plan_rounds(
     Plan the rounds of an approach. Each comes after the round that it starts from.
 
     `sequential` learns one task after the other, each from the previous round's model. `gem` does too, and no step may
-    increase the loss on a memory of each earlier task ([`~hft_trl.continual.gem.GEMTrainer`]). `replay` does too, with a
-    share of each earlier task's rows (at least one row) and all general rows mixed in. `lora` and `o_lora` learn the rows of
-    sequential, in one adapter for all rounds or a new one for each. `multitask` learns all tasks in one round, in which each
-    row is repeated by its task's epochs. `individual` learns each task from the base.
+    increase the loss on a memory of each earlier task ([`~hft_trl.continual.gem.GEMTrainer`]). `replay` does too, with
+    a share of each earlier task's rows (at least one row) and all general rows mixed in. `lora` and `o_lora` learn the
+    rows of sequential, in one adapter for all rounds or a new one for each. `multitask` learns all tasks in one round,
+    in which each row is repeated by its task's epochs. `individual` learns each task from the base.
 
     Replay draws other rows in each round. The memory of a task is the same in all rounds.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run: its plan, which fixes the approach and the tasks, the rows of its rounds, and its scores."""
+"""The folder of a run: its plan, which fixes approach and tasks, its rows, and its scores."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "
 
 def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
     """
-    Check that a folder belongs to a run with the same approach and tasks. Tasks may have been added at the end.
+    Check that a folder belongs to a run with the same approach and tasks, except for new ones at the end.
 
     Other settings are compared round by round when the rounds' folders are opened.
     """
@@ -58,8 +58,8 @@ def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
         if value != comparable[key]:
             old, new = (names if isinstance(names, str) else ", ".join(names) for names in (value, plan[key]))
             raise HFTError(
-                f"output_dir {str(folder)!r} was made with the {key} {old}, now it is {new}: choose another output_dir, or "
-                "pass --overwrite."
+                f"output_dir {str(folder)!r} was made with the {key} {old}, now it is {new}: choose another output_dir, "
+                "or pass --overwrite."
             )
 
 
@@ -92,11 +92,11 @@ def _clear(folder: Path, rounds: Sequence[Round]) -> None:
 
 def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
     """
-    Compute overall performance and backward transfer after each round (paper, section 4.3), with t tasks seen by then.
+    Compute overall performance and backward transfer after each round (paper, section 4.3).
 
-    A row of the matrix has the scores on these tasks. OP_t is their mean. BWT_t is 1/t times the sum, over the tasks of
-    earlier rounds, of their score now less that after their own round. `bwt_t_minus_1` divides this sum by the t - 1 earlier
-    tasks, as most of the literature does.
+    A row of the matrix has the scores on the t tasks seen by then. OP_t is their mean. BWT_t is 1/t times the sum,
+    over the tasks of earlier rounds, of their score now less that after their own round. `bwt_t_minus_1` divides this
+    sum by the t - 1 earlier tasks, as most of the literature does.
     """
     found: dict[str, list[float | None]] = {"op": [], "bwt": [], "bwt_t_minus_1": []}
     first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
@@ -111,7 +111,7 @@ def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
 
 
 def score_rows(answered: Sequence[Mapping[str, Answered]]) -> list[list[Answered]]:
-    """List for each round the newest result on each task seen by then, from the results of each round's model."""
+    """List the newest result on each task after each round, from the results of the rounds' models."""
     rows: list[list[Answered]] = []
     newest: dict[str, Answered] = {}
     for results in answered:
@@ -127,7 +127,7 @@ def write_scores(
     probes: Mapping[str, Mapping[str, float | None]],
 ) -> None:
     """
-    Write `scores.json` to a run's folder, which has its plan. It contains no times: the same rounds give the same bytes.
+    Write `scores.json` to a run's folder. It contains no times: the same rounds give the same bytes.
 
     Args:
         rounds (`Sequence[Round]`):
@@ -166,7 +166,7 @@ def write_scores(
 
 
 def read_scores(folder: str | Path) -> Scores | None:
-    """Read what [`write_scores`] wrote, `None` if there is no such file. Reject a file with another content."""
+    """Read what [`write_scores`] wrote. Return `None` without a file, and reject an invalid one."""
     path = Path(folder) / SCORES_FILE
     try:
         content = read_object(path, version=int, **FIELDS)

@@ -13,8 +13,8 @@ from hft_trl.recipe.parsing import load_yaml
 TASKS_FILE = "tasks.yaml"
 REPLAY_FOLDER = "Lima"  # general alignment data of a benchmark, TRACE's name for LIMA
 
-# Order and epochs are those of TRACE's training script, which the HFT paper follows. Metrics are the HFT paper's: TRACE's
-# code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons, of which only the letter counts.
+# Order and epochs are those of TRACE's training script, which the HFT paper follows. Metrics are the HFT paper's:
+# TRACE's code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons: only the letter counts.
 TRACE = {
     "C-STANCE": ("accuracy", 5),
     "FOMC": ("accuracy", 3),
@@ -50,8 +50,9 @@ def read_benchmark(folder: str | Path) -> list[Task]:
     """
     Read the tasks of a benchmark, in the order in which they are learned.
 
-    The folder is TRACE's, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds `train.json` and
-    `test.json` (`eval.json` is not read). Or it is any folder with a `tasks.yaml`, see [`read_tasks`].
+    The folder is TRACE's, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds
+    `train.json` and `test.json` (`eval.json` is not read). Or it is any folder with a `tasks.yaml`, see
+    [`read_tasks`].
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -61,8 +62,8 @@ def read_benchmark(folder: str | Path) -> list[Task]:
     missing = [name for name in TRACE if not (folder / name).is_dir()]
     if missing:
         raise HFTError(
-            f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks are "
-            f"missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
+            f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
+            f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
         )
     return [_task(name, folder / name, metric, epochs) for name, (metric, epochs) in TRACE.items()]
 
@@ -71,8 +72,8 @@ def read_tasks(path: str | Path) -> list[Task]:
     """
     Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
 
-    `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files, relative to the YAML
-    file. By default it is the folder of the task's name. A task of TRACE needs neither `metric` nor `epochs`.
+    `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files, relative to the
+    YAML file. By default it is the folder of the task's name. A task of TRACE needs neither `metric` nor `epochs`.
     """
     path = Path(path)
     content = load_yaml(path)
@@ -116,7 +117,7 @@ def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """Read a JSON list of `{"prompt": ..., "answer": ...}`. An error names the file and the first invalid row."""
+    """Read a JSON list of `{"prompt": ..., "answer": ...}`. An error names the first invalid row."""
     try:
         content = read_json(Path(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tokenisation of prompts and answers: no template, truncation from the left, loss on the answer and the end token."""
+"""Tokenization of prompts and answers: no template, truncation from the left, loss on the answer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,8 +13,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer has an end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise HFTError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: set "
-            "its eos_token and save it."
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
+            "set its eos_token and save it."
         )
 
 
@@ -22,10 +22,10 @@ def encode(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
 ) -> tuple[Dataset, int]:
     """
-    Encode training rows as TRACE does: prompt, answer and end-of-sequence token, with the loss on the last two.
+    Encode training rows as TRACE does: prompt, answer and end token, with the loss on the last two.
 
-    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated. Return
-    `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
+    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated.
+    Return `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
