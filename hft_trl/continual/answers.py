@@ -38,8 +38,7 @@ def evaluate_tasks(
     max_new_tokens: int,
     max_length: int | None,
     batch_size: int,
-    dtype: str = "auto",
-    **how_to_load: Any,
+    **loading: Any,
 ) -> dict[str, Answered]:
     """
     Generate greedy answers to test sets with a round's model, and score them.
@@ -48,16 +47,9 @@ def evaluate_tasks(
     folder. Those of the same settings are reused, and scored again. In float32 neither the batch size nor the number
     of processes changes them; in half precision they can.
 
-    Args:
-        max_length (`int`, *optional*):
-            Maximum number of tokens of prompt and prediction together. The model's positions limit them too.
-        batch_size (`int`):
-            Number of prompts in a batch of each process.
-        **how_to_load (`Any`):
-            Further arguments of `AutoModelForCausalLM.from_pretrained`.
-
-    Returns:
-        `dict[str, Answered]`: Results by task in the first process, nothing in the others.
+    `max_length` is the maximum number of tokens of prompt and prediction together, which the model's positions limit
+    too. `batch_size` is that of each process, and `loading` are arguments of `from_pretrained`. Return the results by
+    task in the first process, and nothing in the others.
     """
     folder, state, results = Path(folder), PartialState(), {}
     model = tokenizer = None
@@ -72,8 +64,8 @@ def evaluate_tasks(
         if not any(gather_object([known is not None])):
             if model is None:
                 with whole_models():
-                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how_to_load).to(state.device)
-                trusted = how_to_load.get("trust_remote_code", False)
+                    model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
+                trusted = loading.get("trust_remote_code", False)
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
             limit = min((length for length in (max_length, most_tokens(model)) if length is not None), default=None)
             prompt_length = None if limit is None else max(1, limit - max_new_tokens)

@@ -83,7 +83,7 @@ def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[s
     except (ImportError, OSError, ConnectionError, ValueError) as error:
         raise HFTError(
             f"the metric sari cannot be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate "
-            "sacrebleu sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
+            "sacrebleu sacremoses, and be online once to fetch its code from the hub, or score the task by rouge_l."
         ) from error
     finally:
         sys.path = paths

@@ -29,7 +29,10 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _markdown(scores: Scores) -> str:
-    probes = [f"- {model}: {', '.join(map(_probe, found.items()))}" for model, found in scores["probes"].items()]
+    probes = []
+    for model, found in scores["probes"].items():
+        shown = {name.replace("_", " "): NONE if value is None else f"{value:.1f}" for name, value in found.items()}
+        probes.append(f"- {model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -47,11 +50,6 @@ def _markdown(scores: Scores) -> str:
         f"{sum(scores['truncated_prompts'][-1])} prompts were truncated from the left.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _probe(probe: tuple[str, float | None]) -> str:
-    name, value = probe
-    return f"{name.replace('_', ' ')} {NONE if value is None else f'{value:.1f}'}"
 
 
 def print_scores(folder: str | Path) -> None:

@@ -41,25 +41,23 @@ def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "
 
 def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
     """
-    Check that a folder belongs to a run with the same approach and tasks, except for new ones at the end.
+    Check that a folder belongs to a run with the same approach and tasks. New tasks may follow.
 
     Other settings are compared round by round when the rounds' folders are opened.
     """
     path = Path(folder) / PLAN_FILE
     try:
-        content = read_object(path, approach=str, tasks=list)
-        before = {"approach": content["approach"], "tasks": [str(task) for task in content["tasks"]]}
+        before = read_object(path, approach=str, tasks=list)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise HFTError(f"{path} cannot be read ({error}): pass --overwrite, or choose another output_dir.") from error
-    comparable = {"approach": plan["approach"], "tasks": plan["tasks"][: len(before["tasks"])]}
-    for key, value in before.items():
-        if value != comparable[key]:
-            old, new = (names if isinstance(names, str) else ", ".join(names) for names in (value, plan[key]))
+    for key, now in (("approach", plan["approach"]), ("tasks", plan["tasks"][: len(before["tasks"])])):
+        if before[key] != now:
+            old, new = (run[key] if key == "approach" else ", ".join(map(str, run[key])) for run in (before, plan))
             raise HFTError(
-                f"output_dir {str(folder)!r} was made with the {key} {old}, now it is {new}: choose another output_dir, "
-                "or pass --overwrite."
+                f"output_dir {str(folder)!r} was made with the {key} {old}, now it is {new}: choose another "
+                "output_dir, or pass --overwrite."
             )
 
 
