@@ -48,8 +48,8 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
         if digest != self._start["weights_digest"]:
             raise HFTError(
                 f"{checkpoint} was started from other weights (digest {digest[:16]}) than "
-                f"{self._start['name_or_path']!r} has now ({self._start['weights_digest'][:16]}): restore those, or train "
-                "into another output_dir."
+                f"{self._start['name_or_path']!r} has now ({self._start['weights_digest'][:16]}): restore those, or "
+                "train into another output_dir."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
