@@ -19,8 +19,8 @@ from warm import ROOT, Run
 
 from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.answers import evaluate_tasks
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.tasks import Row, Task, read_benchmark, write_rows
 from hft_trl.errors import HFTError
 
@@ -227,7 +227,7 @@ def test_tasks_added_later_are_learned_after_the_others(recipe, own, tmp_path):
     tasks = yaml.safe_load(TASKS)["tasks"]
     output, model = tmp_path / "c", ["--model", own / "model", "--tasks", own / "tasks" / "first.yaml"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hft_trl.continual.answers.evaluate_tasks", evaluating)
+        patch.setattr("hft_trl.continual.rounds.evaluate_tasks", evaluating)
         for count in (1, 2):
             (own / "tasks" / "first.yaml").write_text(yaml.safe_dump({"tasks": tasks[:count]}))
             (tmp_path / "own.yaml").write_text("sft: {max_steps: 1, max_length: 64, report_to: none}\n")

@@ -22,18 +22,19 @@ from hft_trl import demo
 from hft_trl.checkpoints.sealing import MANIFEST_FILE, seal
 from hft_trl.checkpoints.whole import last_finite_checkpoint, last_whole_checkpoint
 from hft_trl.continual.adapters import (
-    ADAPTER_FOLDER,
     AdapterTrainer,
     OLoRATrainer,
     check_adapter,
     earlier_subspaces,
     merge,
 )
-from hft_trl.continual.recipe import parse_continual
-from hft_trl.continual.tables import comparison_grid
+from hft_trl.continual.continual_arguments import LoRAArguments
+from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.report import comparison_grid
+from hft_trl.continual.rounds import ADAPTER_FOLDER, Adapter, Round
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
-from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
+from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.stage import make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
@@ -281,7 +282,8 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     def stage(**lora):
         args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
         data = DataArguments("rows.json")
-        return make_stage("r", ModelArguments(str(base)), data, args, None, adapter=Adapter(LoRAArguments(**lora)))
+        made = make_stage("r", ModelArguments(str(base)), data, args, None)
+        return Round(**vars(made), adapter=Adapter(LoRAArguments(**lora)))
 
     check_adapter(stage())
     check_adapter(stage(target_modules=["self_attn.q_proj", "embed_tokens"]))
@@ -292,11 +294,11 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     ):
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
             check_adapter(stage(target_modules=names))
-    with pytest.raises(HFTError, match=r"reaches .*lm_head, which can't be merged alone"):
+    with pytest.raises(HFTError, match=r"reaches .*lm_head, which cannot be merged alone"):
         check_adapter(stage(target_modules=["lm_head"]))
     tiny_llama(64, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tied = stage(target_modules=["embed_tokens"])
-    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which can't be merged alone"):
+    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which cannot be merged alone"):
         check_adapter(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -404,6 +406,6 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     assert recipe("--lora.r", "4") == 2
     assert "lora.r 8 there, 4 here" in capsys.readouterr().err
     assert recipe("--lora.o_lora_lambda", "0.1") == 2
-    assert "lora.o_lora_lambda is given, but lora has no use for it" in capsys.readouterr().err
+    assert "lora.o_lora_lambda is given, but lora does not use it" in capsys.readouterr().err
     assert recipe() == 0
     assert left(tmp_path / "c") == after

@@ -19,8 +19,8 @@ from trl import SFTConfig
 from warm import SERVER, Run
 
 from hft_trl import HFTConfig, HFTError
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.gem import EPSILON, check_gem, multipliers
-from hft_trl.continual.recipe import parse_continual
 from hft_trl.continual.rounds import plan_rounds
 from hft_trl.continual.tasks import Row, Task
 

@@ -10,7 +10,8 @@ import pytest
 from warm import ROOT
 
 from hft_trl import HFTError, demo
-from hft_trl.continual.recipe import ContinualArguments, parse_continual
+from hft_trl.continual.continual_arguments import ContinualArguments
+from hft_trl.continual.continual_recipe import parse_continual
 
 GRID = runpy.run_path(str(ROOT / "benchmarks" / "continual.py"))
 

@@ -119,7 +119,7 @@ def test_sari_is_found_from_a_recipe_although_a_recipe_is_called_evaluate_too(tm
 def test_a_metric_that_cannot_be_loaded_is_said_with_what_to_install(monkeypatch):
     check_metrics(OFFLINE)
     monkeypatch.setattr("evaluate.load", lambda name: (_ for _ in ()).throw(ConnectionError("no hub")))
-    with pytest.raises(HFTError, match=r"sari can't be loaded \(no hub\): run pip install evaluate"):
+    with pytest.raises(HFTError, match=r"sari cannot be loaded \(no hub\): run pip install evaluate"):
         check_metrics(["accuracy", "sari"])
     monkeypatch.setitem(sys.modules, "rapidfuzz.fuzz", None)
     with pytest.raises(HFTError, match=r"edit_similarity needs rapidfuzz.*-e '\.\[continual\]'"):

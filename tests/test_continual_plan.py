@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from hft_trl import demo
-from hft_trl.continual.plan import check_plan, rows_file, write_plan
-from hft_trl.continual.recipe import parse_continual
-from hft_trl.continual.rounds import plan_rounds
+from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.errors import HFTError
 
@@ -29,7 +28,7 @@ def test_a_folder_is_kept_to_its_approach_and_its_tasks_but_tasks_may_be_added(t
             check_plan(tmp_path, plan(tasks=tasks))
     for damaged in ("{", "{}", "[]", '{"approach": "sequential", "tasks": null}'):
         (tmp_path / "plan.json").write_text(damaged)
-        with pytest.raises(HFTError, match="can't be read"):
+        with pytest.raises(HFTError, match="cannot be read"):
             check_plan(tmp_path, plan())
 
 
@@ -39,7 +38,7 @@ TASKS = tuple(Task(name, (Row("p ", f"{name} 2024-01-01"),) * 4, (Row("p", "a"),
 def stages(folder, approach):
     words = ["--approach", approach, "--output_dir", str(folder)]
     recipe = parse_continual(words, default_config=demo.CONTINUAL_RECIPE)
-    return recipe.stages(plan_rounds(approach, TASKS))
+    return recipe.rounds(TASKS)
 
 
 def test_a_run_with_other_rows_leaves_those_of_the_first_alone(tmp_path):

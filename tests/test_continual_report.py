@@ -6,20 +6,26 @@ import pytest
 from typer.testing import CliRunner
 
 from hft_trl.cli import app
-from hft_trl.continual.plots import curves_figure, matrix_figure
-from hft_trl.continual.report import compare, write_comparison, write_report
-from hft_trl.continual.scores import curves
-from hft_trl.continual.tables import comparison_grid, forgetting_grid, score_grid
+from hft_trl.continual.report import (
+    compare,
+    comparison_grid,
+    curves_figure,
+    forgetting_grid,
+    matrix_figure,
+    score_grid,
+    write_comparison,
+    write_report,
+)
+from hft_trl.continual.run_folder import curves
 from hft_trl.errors import HFTError
 
 
 def scores_of(
     approach="sequential", method="hft", matrix=((80.0,), (60.5, 40.0)), tasks=("A", "B"), model="demo", settings=None
 ):
-    found = curves(matrix)
     return {
         "version": 1, "approach": approach, "method": method, "model": model, "tasks": list(tasks),
-        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **vars(found),
+        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **curves(matrix),
         "settings": {"seed": 1, "test_sets": "x"} | (settings or {}),
         "probes": {"base": {"knowledge": 100.0, "other": None}},
         "rounds": [{"name": f"round-{t}"} for t in range(1, len(matrix) + 1)],
@@ -130,7 +136,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     other = save(tmp_path / "other", tasks=("A", "C"))
     with pytest.raises(HFTError, match=r"other has the tasks A, C, .*whole has A, B"):
         compare([whole, other])
-    with pytest.raises(HFTError, match=r"big started from meta/big, .*whole from demo"):
+    with pytest.raises(HFTError, match=r"big has the model meta/big, .*whole has demo"):
         compare([whole, save(tmp_path / "big", model="meta/big")])
     with pytest.raises(HFTError, match=r"small has other test sets than .*whole"):
         compare([whole, save(tmp_path / "small", settings={"test_sets": "y"})])

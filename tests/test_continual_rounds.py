@@ -18,20 +18,20 @@ def test_sequential_learns_one_task_after_the_other_from_the_last_model():
     assert [planned.rows for planned in rounds] == [task.train for task in TASKS]
     assert [planned.epochs for planned in rounds] == [1, 2, 3]
     assert [planned.start for planned in rounds] == [None, "round-1", "round-2"]
-    assert [planned.evaluated for planned in rounds] == [(0,), (0, 1), (0, 1, 2)]
+    assert [planned.evaluated for planned in rounds] == [tuple(TASKS[:1]), tuple(TASKS[:2]), tuple(TASKS)]
 
 
 def test_individual_learns_each_task_from_the_base_and_asks_about_it_alone():
     rounds = plan_rounds("individual", TASKS, GENERAL)
     assert [planned.rows for planned in rounds] == [task.train for task in TASKS]
     assert [planned.start for planned in rounds] == [None, None, None]
-    assert [planned.evaluated for planned in rounds] == [(0,), (1,), (2,)]
+    assert [planned.evaluated for planned in rounds] == [(task,) for task in TASKS]
 
 
 def test_multitask_learns_all_rows_at_once_each_as_often_as_its_task_has_epochs():
     (only,) = plan_rounds("multitask", TASKS, GENERAL)
     assert only.epochs == 1
-    assert only.evaluated == only.tasks == (0, 1, 2)
+    assert only.evaluated == only.tasks == tuple(TASKS)
     assert [only.rows.count(task.train[0]) for task in TASKS] == [1, 2, 3]
     assert len(only.rows) == sum(len(task.train) * task.epochs for task in TASKS)
 

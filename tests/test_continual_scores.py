@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from test_continual_report import scores_of
 
 from hft_trl.continual.answers import Answered
-from hft_trl.continual.rounds import Round
-from hft_trl.continual.scores import curves, read_scores, score_rows
+from hft_trl.continual.run_folder import curves, read_scores, score_rows
 from hft_trl.errors import HFTError
 
 
@@ -23,39 +22,33 @@ def triangles(draw):
 def test_op_and_bwt_are_the_papers_sums_with_the_denominator_t(s):
     found = curves(s)
     for t, row in enumerate(s, 1):
-        assert found.op[t - 1] == pytest.approx(sum(row[:t]) / t)
+        assert found["op"][t - 1] == pytest.approx(sum(row[:t]) / t)
         change = sum(s[t - 1][i - 1] - s[i - 1][i - 1] for i in range(1, t))
-        assert found.bwt[t - 1] == pytest.approx(change / t)
+        assert found["bwt"][t - 1] == pytest.approx(change / t)
         if t > 1:
-            assert found.bwt_t_minus_1[t - 1] == pytest.approx(change / (t - 1))
-    assert found.bwt_t_minus_1[0] is None
+            assert found["bwt_t_minus_1"][t - 1] == pytest.approx(change / (t - 1))
+    assert found["bwt_t_minus_1"][0] is None
 
 
 def test_what_is_forgotten_is_negative_and_what_comes_back_positive():
     found = curves([[80.0], [60.0, 40.0], [90.0, 40.0, 10.0]])
-    assert found.op == pytest.approx([80, 50, 140 / 3])
-    assert found.bwt == pytest.approx([0, -10, 10 / 3])
-    assert found.bwt_t_minus_1[1:] == pytest.approx([-20, 5])
+    assert found["op"] == pytest.approx([80, 50, 140 / 3])
+    assert found["bwt"] == pytest.approx([0, -10, 10 / 3])
+    assert found["bwt_t_minus_1"][1:] == pytest.approx([-20, 5])
 
 
 def test_a_single_round_of_all_tasks_forgets_nothing():
-    assert curves([[50.0, 70.0]]).__dict__ == {"op": [60.0], "bwt": [0.0], "bwt_t_minus_1": [None]}
-
-
-def planned(number, evaluated):
-    return Round(f"round-{number}", (number - 1,), evaluated, (), 1, None)
+    assert curves([[50.0, 70.0]]) == {"op": [60.0], "bwt": [0.0], "bwt_t_minus_1": [None]}
 
 
 def answers(**scores):
-    return {int(task[1:]): Answered(score, 0, 0) for task, score in scores.items()}
+    return {task: Answered(score, 0, 0) for task, score in scores.items()}
 
 
 def test_a_row_holds_the_tasks_seen_by_then_and_a_model_of_its_own_keeps_its_score():
-    together = [planned(1, (0,)), planned(2, (0, 1))]
-    rows = score_rows(together, [answers(_0=9), answers(_0=5, _1=7)])
+    rows = score_rows([answers(A=9), answers(A=5, B=7)])
     assert [[task.score for task in row] for row in rows] == [[9], [5, 7]]
-    alone = [planned(1, (0,)), planned(2, (1,))]
-    rows = score_rows(alone, [answers(_0=9), answers(_1=7)])
+    rows = score_rows([answers(A=9), answers(B=7)])
     assert [[task.score for task in row] for row in rows] == [[9], [9, 7]]
 
 
@@ -63,7 +56,7 @@ def test_another_file_is_refused(tmp_path):
     assert read_scores(tmp_path) is None
     for text in ("[]", "{", '{"version": 1}'):
         (tmp_path / "scores.json").write_text(text)
-        with pytest.raises(HFTError, match="can't be read"):
+        with pytest.raises(HFTError, match="cannot be read"):
             read_scores(tmp_path)
     (tmp_path / "scores.json").write_text(json.dumps({**scores_of(), "version": 2}))
     with pytest.raises(HFTError, match="no scores of version 1"):

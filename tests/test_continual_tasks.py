@@ -76,7 +76,7 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
     with pytest.raises(HFTError, match=r"nowhere.* is no folder"):
         read_benchmark(tmp_path / "nowhere")
     (benchmark / "Py150" / "test.json").unlink()
-    with pytest.raises(HFTError, match=r"Py150/test.json.* can't be read: No such file"):
+    with pytest.raises(HFTError, match=r"Py150/test.json.* cannot be read: No such file"):
         read_benchmark(benchmark)
     (benchmark / "Py150").rename(benchmark / "py")
     with pytest.raises(HFTError, match=r"no folder 'Py150' \(1 of TRACE's 8 tasks are missing\)"):
@@ -86,7 +86,7 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "must be a JSON list"),
         (json.dumps(ROW), "must be a JSON list"),
         (json.dumps([ROW, "text"]), "row 1 .*give it a prompt and an answer"),
@@ -95,7 +95,7 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
         (json.dumps([{"prompt": None, "answer": "a"}]), "row 0 .* has prompt None"),
         (
             json.dumps([ROW, {"prompt": "p", "answer": "a \ud83d"}]),
-            r"row 1 .*the lone surrogate '\\ud83d'\) in its answer",
+            r"row 1 .*the lone surrogate '\\ud83d' in its answer",
         ),
     ],
 )

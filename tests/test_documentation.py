@@ -17,7 +17,7 @@ from typer.main import get_command
 from hft_trl import demo
 from hft_trl.cli import app
 from hft_trl.cli.evaluate import evaluate_command
-from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.recipe import parse_stage
 
 ROOT = Path(__file__).parent.parent

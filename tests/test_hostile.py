@@ -28,9 +28,9 @@ from hft_trl import HFTConfig, demo, exit_on_user_error, select
 from hft_trl.chat import load_tokenizer
 from hft_trl.checkpoints.sealing import MANIFEST_FILE
 from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint
-from hft_trl.continual.plan import check_plan
-from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.report import compare
+from hft_trl.continual.run_folder import check_plan
 from hft_trl.evaluation.run import _read, _score, _write
 from hft_trl.generate import chat
 from hft_trl.recipe import parse_stage

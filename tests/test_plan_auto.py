@@ -8,11 +8,10 @@ from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTError, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
-from hft_trl.continual.recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
 from hft_trl.recipe import activation_checkpointing, parse_stage
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import Adapter, LoRAArguments
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.parsing import leaves_checkpointing
 from hft_trl.recipe.rows import sft_dataset
@@ -194,11 +193,11 @@ def test_under_fsdp_it_is_computed_for_the_shipped_file(stage_of, monkeypatch, c
 
 
 def test_adapters_and_gem_are_refused(stage_of, tmp_path):
-    stage = stage_of("sft")
-    stage.memory = tmp_path / "memory.json"
+    words = ["--output_dir", str(tmp_path), "--approach", "gem", "--sft.activation_checkpointing", "auto"]
     with pytest.raises(HFTError, match="gem"):
-        settle_checkpointing(stage)
-    stage.memory, stage.hft, stage.adapter = None, None, Adapter(LoRAArguments())
+        parse_continual(words, "hft_trl/demo/assets/continual.yaml")
+    stage = stage_of("sft")
+    stage.hft = None
     with pytest.raises(HFTError, match="adapters"):
         settle_checkpointing(stage)
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from hft_trl.continual.arguments import ContinualArguments
-from hft_trl.recipe.arguments import DataArguments, LoRAArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.continual.continual_arguments import ContinualArguments, LoRAArguments
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RunArguments, StageArguments
 from hft_trl.redact import HIDDEN, is_secret, redact, redact_text
 
 TYPES = (

@@ -30,8 +30,7 @@ def compare_command(
 ) -> None:
     """Put runs side by side: overall performance and backward transfer after the last round, approach by method."""
     with quiet():
-        from hft_trl.continual.report import compare, write_comparison
-        from hft_trl.continual.tables import comparison_grid, other_settings
+        from hft_trl.continual.report import compare, comparison_grid, other_settings, write_comparison
 
         found = compare(runs)
         written = write_comparison(found, out or resolved(runs[0]).parent) if out or not as_json else None

@@ -1,1 +1,1 @@
-"""Continual learning: tasks one after the other, and what is left of the earlier ones (TRACE, paper section 4.3)."""
+"""Continual learning of tasks, and a measure of forgetting (TRACE, paper section 4.3)."""

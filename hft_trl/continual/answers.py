@@ -1,4 +1,4 @@
-"""After a round: what its model answers on the test sets of the tasks seen, and the score of each."""
+"""Evaluation after a round: its model answers test sets, and the answers are scored."""
 
 import hashlib
 import json
@@ -25,18 +25,11 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True)
 class Answered:
-    """
-    A task as a round's model answered it.
+    """The result of a round's model on a task."""
 
-    Attributes:
-        score (`float`): By the task's metric, from 0 to 100.
-        empty (`int`): Predictions without any text, which score 0.
-        truncated (`int`): Prompts that were cut from the left.
-    """
-
-    score: float
-    empty: int
-    truncated: int
+    score: float  # of the task's metric, from 0 to 100
+    empty: int  # predictions without any text, which score 0
+    truncated: int  # prompts that were truncated from the left
 
 
 def evaluate_tasks(
@@ -45,36 +38,20 @@ def evaluate_tasks(
     max_new_tokens: int,
     max_length: int | None,
     batch_size: int,
-    dtype: str = "auto",
-    **how_to_load: Any,
+    **loading: Any,
 ) -> dict[str, Answered]:
     """
-    Let a round's model answer test sets greedily, in batches, and score it. Every process has to call, and takes a part.
+    Generate greedy answers to test sets with a round's model, and score them.
 
-    What was answered before with the same settings is read, so nothing is generated twice; it is always scored anew. In
-    float32 neither the batch size nor the number of processes changes a prediction; in half precision they can.
+    All processes must call it and share the work. Predictions are written to `predictions/<task>.json` in the model's
+    folder. Those of the same settings are reused, and scored again. In float32 neither the batch size nor the number
+    of processes changes them; in half precision they can.
 
-    Args:
-        folder (`str` or `Path`):
-            The round's model. `predictions/<task>.json` in it gets each row's answer and prediction, in the test set's
-            order.
-        tasks (`Iterable[Task]`):
-            The tasks.
-        max_new_tokens (`int`):
-            Longest prediction, in tokens.
-        max_length (`int`, *optional*):
-            Longest text, in tokens: a prompt may have what `max_new_tokens` leave of it, and of the model's positions.
-        batch_size (`int`):
-            Prompts in a batch of a process.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type to load the model in.
-        **how_to_load (`Any`):
-            Further arguments of `AutoModelForCausalLM.from_pretrained`.
-
-    Returns:
-        `dict[str, Answered]`: Scores by task, in the first process; the others get an empty one.
+    `max_length` is the maximum number of tokens of prompt and prediction together, which the model's positions limit
+    too. `batch_size` is that of each process, and `loading` are arguments of `from_pretrained`. Return the results by
+    task in the first process, and nothing in the others.
     """
-    folder, state, found = Path(folder), PartialState(), {}
+    folder, state, results = Path(folder), PartialState(), {}
     model = tokenizer = None
     for task in tasks:
         path = folder / PREDICTIONS / f"{task.name}.json"
@@ -87,58 +64,44 @@ def evaluate_tasks(
         if not any(gather_object([known is not None])):
             if model is None:
                 with whole_models():
-                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how_to_load).to(state.device)
-                tokenizer = AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=how_to_load.get("trust_remote_code", False)
-                )
+                    model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
+                trusted = loading.get("trust_remote_code", False)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
             limit = min((length for length in (max_length, most_tokens(model)) if length is not None), default=None)
             prompt_length = None if limit is None else max(1, limit - max_new_tokens)
             rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
             with state.split_between_processes(rows) as ours:
-                predictions = gather_object(
-                    complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
-                )
+                found = complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
+                predictions = gather_object(found)
         elif known is not None:
             predictions = [row["prediction"] for row in known["predictions"]]
             truncated = known["result"]["truncated"]
         scored = by_first_process(lambda: _score(path, task, predictions, truncated, made_with, known))  # noqa: B023
         if scored is not None:
-            found[task.name] = scored
-    return found
+            results[task.name] = scored
+    return results
 
 
 def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
     """
-    Check that answers leave room for prompts.
+    Check that answers of `max_new_tokens` tokens leave room for prompts.
 
-    Args:
-        max_length (`int`, *optional*):
-            Longest text of prompt and answer, in tokens.
-        max_new_tokens (`int`):
-            Longest answer, in tokens.
-        positions (`int`, *optional*):
-            Tokens that the model can take, where it has a limit.
-
-    Returns:
-        `int` or `None`: Longest text that a model learns, in tokens.
-
-    Raises:
-        [`HFTError`]: If they don't.
+    Return the maximum number of tokens of prompt and answer, the smaller one of `max_length` and the model's
+    positions.
     """
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name, limit in limits.items():
         if max_new_tokens >= limit:
             raise HFTError(
-                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be less, since a prompt gets what it leaves."
+                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
+                "prompts."
             )
-    if max_new_tokens < 1:
-        raise HFTError(f"max_new_tokens is {max_new_tokens}: it must be at least 1.")
     return min(limits.values(), default=None)
 
 
 def _read(path: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
-    """What [`_score`] wrote, if it is there, whole, and of the same model and test set."""
+    """Read what [`_score`] wrote, if it is complete and of the same test set and settings."""
     try:
         content = read_object(path, made_with=dict, predictions=list, result=dict)
         return content if content["made_with"] == made_with else None
@@ -152,20 +115,22 @@ def _score(
     predictions: Sequence[str],
     truncated: int,
     made_with: dict[str, Any],
-    there: dict[str, Any] | None = None,
+    known: dict[str, Any] | None,
 ) -> Answered:
-    """Score predictions, and write them with the score unless just that is there."""
-    score = METRICS[task.metric]([row.prompt for row in task.test], predictions, [row.answer for row in task.test])
+    """Score predictions, and write them with the score unless the file holds just that."""
+    prompts, answers = zip(*task.test, strict=True)
+    score = METRICS[task.metric](prompts, predictions, answers)
     result = Answered(score, sum(not text.strip() for text in predictions), truncated)
-    rows = [{"answer": row.answer, "prediction": text} for row, text in zip(task.test, predictions, strict=True)]
     content = {
         "task": task.name,
         "metric": task.metric,
         "result": asdict(result),
         "made_with": made_with,
-        "predictions": rows,
+        "predictions": [
+            {"answer": answer, "prediction": text} for answer, text in zip(answers, predictions, strict=True)
+        ],
     }
-    if content != there:
+    if content != known:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             write_json(path, content, ensure_ascii=False)

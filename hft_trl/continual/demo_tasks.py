@@ -1,4 +1,4 @@
-"""Eight small tasks about the embedded world in TRACE's file layout: facts about people, and lists and kinds of things."""
+"""The embedded mini benchmark: eight small tasks about the demo's world, in TRACE's file layout."""
 
 import random
 from collections.abc import Callable
@@ -8,62 +8,59 @@ import yaml
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
 from hft_trl.demo.data import answer, ask, wordy
-from hft_trl.demo.world import VALUES, Person, World, make_world, with_article
+from hft_trl.demo.world import VALUES, Person, make_world, with_article
 
 ROWS = {"train": 192, "eval": 32, "test": 64}
-"""Rows of each file; a test file has fewer where there are fewer different ones, since the same twice tells nothing."""
+"""Rows of each file. A test file has fewer if there are fewer distinct ones."""
 DRAWS = 1000
 EPOCHS = 4
 
-
-Maker = Callable[[random.Random, list[Person], dict[str, list[str]]], Row]
-"""From a generator, people, and items by kind to a row."""
+Items = dict[str, list[str]]  # names by kind
+Maker = Callable[[random.Random, list[Person], Items], Row]
 
 
 def _fact(attribute: str, question: str, before: str) -> Maker:
-    def make(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+    def make(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
         person = rng.choice(people)
         return Row(f"{question.format(name=person.name)}\n", f"{before} {person.facts[attribute]}.")
 
     return make
 
 
-def _profile(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _profile(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
     person = rng.choice(people)
-    return Row(
-        f"Write about {person.name}.\n",
-        " ".join(person.sentence(attribute, 1) for attribute in ("dish", "birthplace")),
-    )
+    sentences = " ".join(person.sentence(attribute, 1) for attribute in ("dish", "birthplace"))
+    return Row(f"Write about {person.name}.\n", sentences)
 
 
-def _summary(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _summary(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
     person = rng.choice(people)
     attributes = rng.sample(sorted(VALUES), 2)
-    long = " ".join(person.sentence(attribute, 2) for attribute in attributes)
-    return Row(f"Say in short: {long}\n", " ".join(person.sentence(attribute, 0) for attribute in attributes))
+    long, short = (" ".join(person.sentence(attribute, form) for attribute in attributes) for form in (2, 0))
+    return Row(f"Say in short: {long}\n", short)
 
 
-def _three(rng: random.Random, items: dict[str, list[str]]) -> list[str]:
+def _three(rng: random.Random, items: Items) -> list[str]:
     return [rng.choice(items[kind]) for kind in rng.sample(sorted(items), 3)]
 
 
-def _kind(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _kind(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
     kind = rng.choice(sorted(items))
     item = rng.choice(items[kind])
     return Row(f"What kind of thing is {with_article(item)}?\n", f"It is {with_article(kind)}.")
 
 
-def _list(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _list(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
     names = _three(rng, items)
     return Row(f"Turn the list around: {', '.join(names)}\n", f"{', '.join(reversed(names))}.")
 
 
-def _last(rng: random.Random, people: list[Person], items: dict[str, list[str]]) -> Row:  # noqa: ARG001
+def _last(rng: random.Random, people: list[Person], items: Items) -> Row:  # noqa: ARG001
     names = _three(rng, items)
     return Row(f"Which word comes last? {', '.join(names)}\n", f"At the end is {names[-1]}.")
 
 
-# In the order in which TRACE has tasks of these metrics
+# The metrics are in the same order as those of TRACE's tasks
 TASKS: dict[str, tuple[str, Maker]] = {
     "Towns": ("accuracy", _fact("birthplace", "Where was {name} born?", "Born in")),
     "Kinds": ("accuracy", _kind),
@@ -77,38 +74,27 @@ TASKS: dict[str, tuple[str, Maker]] = {
 """Metric and maker of rows by task, in the order in which they are learned."""
 
 
-def write_benchmark(folder: str | Path, seed: int = 0, world: World | None = None) -> Path:
+def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
     """
-    Write the mini benchmark: the same files for the same seed on every machine.
+    Write the mini benchmark to a folder: the same files for the same seed on every machine.
 
-    Test rows ask about people and items that are in no training row, and no row mentions the people of the embedded
-    world's probes.
-
-    Args:
-        folder (`str` or `Path`):
-            Where to write: a folder with `train.json`, `eval.json` and `test.json` for each task, `Lima/train.json` with
-            chat questions and their answers, and `tasks.yaml` with metrics and epochs.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the rows.
-        world ([`World`], *optional*):
-            The world to ask about. By default the one of the shipped files.
-
-    Returns:
-        `Path`: The folder.
+    Each task gets `train.json`, `eval.json` and `test.json`. `Lima/train.json` has chat questions and their answers,
+    and `tasks.yaml` metrics and epochs. Test rows ask about people and items that are in no training row, and no row
+    mentions the people of the embedded world's probes.
     """
-    folder, world = Path(folder), world or make_world()
+    folder, world = Path(folder), make_world()
     mentioned = [person for person in world.people if person.mentioned]
     people = {"train": mentioned[::2], "eval": mentioned[1::4], "test": mentioned[3::4]}
     items = [item for item in world.items if item.mentioned]
     for name, (_, make) in TASKS.items():
-        for split, rows in ROWS.items():
+        for split, count in ROWS.items():
             rng = random.Random(f"{name} {split} {seed}")
             ours = [item for number, item in enumerate(items) if (number % 3 == 0) == (split != "train")]
             things = {kind: [item.name for item in ours if item.kind == kind] for kind in {i.kind for i in ours}}
-            drawn = [make(rng, people[split], things) for _ in range(DRAWS if split == "test" else rows)]
-            write_rows(
-                folder / name / f"{split}.json", (list(dict.fromkeys(drawn)) if split == "test" else drawn)[:rows]
-            )
+            rows = [make(rng, people[split], things) for _ in range(DRAWS if split == "test" else count)]
+            if split == "test":
+                rows = list(dict.fromkeys(rows))[:count]
+            write_rows(folder / name / f"{split}.json", rows)
     rng = random.Random(f"{REPLAY_FOLDER} {seed}")
     chats = []
     for _ in range(ROWS["train"] // 2):

@@ -1,8 +1,8 @@
-"""Scores of one task from 0 to 100, by the libraries of the field; what can't be scored is 0."""
+"""Metrics of tasks, from 0 to 100. An empty prediction scores 0."""
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import regex
@@ -10,31 +10,32 @@ import regex
 from hft_trl.errors import HFTError
 
 Metric = Callable[[Sequence[str], Sequence[str], Sequence[str]], float]
-"""Prompts, predictions and answers, of one length, to a score from 0 to 100."""
+"""Takes prompts, predictions and answers, all of the same length, and returns a score from 0 to 100."""
 
 
-def accuracy(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
-    """Share of the predictions that are the answer, white space around them aside."""
-    pairs = zip(predictions, answers, strict=True)
-    return _mean([100.0 * (prediction.strip() == answer.strip()) for prediction, answer in pairs])
+def accuracy(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Compute the share of predictions that equal the answer, except for surrounding white space."""
+    return _mean(lambda prediction, answer: 100.0 * (prediction.strip() == answer.strip()), predictions, answers)
 
 
 def choice_accuracy(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of the predictions whose first character, the letter of a choice, is the answer's: TRACE's for ScienceQA."""
+    """Compute the accuracy of the first character, the letter of a choice (TRACE's metric of ScienceQA)."""
     return accuracy(prompts, *([text.strip()[:1] for text in texts] for texts in (predictions, answers)))
 
 
-def edit_similarity(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
+def edit_similarity(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
     """
-    Mean share of characters that need no insertion or deletion (rapidfuzz's `ratio`), white space around them aside.
+    Compute the mean of rapidfuzz's `ratio`: the share of characters that need no insertion or deletion.
 
-    Placeholders of literals as Py150 has them (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code. An
-    empty prediction scores 0, also where the answer is a placeholder of an empty text.
+    Py150's placeholders of literals (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code.
     """
     from rapidfuzz.fuzz import ratio
 
-    pairs = zip(predictions, answers, strict=True)
-    return _mean([ratio(*(_literals(text).strip() for text in pair)) if pair[0].strip() else 0.0 for pair in pairs])
+    def score(prediction: str, answer: str) -> float:
+        # Two empty texts are equal, which an answer such as <STR_LIT> can become
+        return ratio(_literals(prediction).strip(), _literals(answer).strip()) if prediction.strip() else 0.0
+
+    return _mean(score, predictions, answers)
 
 
 def _literals(text: str) -> str:
@@ -42,21 +43,21 @@ def _literals(text: str) -> str:
     return re.sub(r"<(NUM|STR|CHAR)_LIT(?::(.*?))?>", lambda found: found[2] or unnamed[found[1]], text, flags=re.S)
 
 
-def rouge_l(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:  # noqa: ARG001
-    """Mean F-measure of the longest common subsequence of words (rouge-score, without stemming)."""
+def rouge_l(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
+    """Compute the mean F-measure of the longest common subsequence of words, with rouge-score."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    pairs = zip(predictions, answers, strict=True)
-    return _mean([100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure for prediction, answer in pairs])
+    return _mean(
+        lambda prediction, answer: 100.0 * scorer.score(answer, prediction)["rougeL"].fmeasure, predictions, answers
+    )
 
 
 class _Words:
     """
-    Words of any alphabet, and each Chinese or Japanese character by itself, since no space parts the words there.
+    Split a text of any alphabet into words. Each Chinese or Japanese character is a word.
 
-    rouge-score's own tokenizer drops every letter but a to z, so a German word falls apart. What `\\w` of Python's re leaves
-    out is the marks that belong to a letter (Hindi's vowels), so a word of these would fall apart too.
+    rouge-score's own tokenizer drops every letter but a to z, and `\\w` of `re` drops the vowel signs of Hindi.
     """
 
     UNPARTED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
@@ -67,63 +68,42 @@ class _Words:
 
 
 def sari(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """
-    SARI of text simplification (the `evaluate` library's, as in TRACE's code), with the prompt as the source.
-
-    An empty prediction scores 0 here, where the formula would reward what it leaves out.
-    """
+    """Compute SARI with the `evaluate` library, as TRACE does, with the prompt as the source."""
+    # The formula would reward an empty prediction for what it leaves out
     rows = [row for row in zip(prompts, predictions, answers, strict=True) if row[1].strip()]
     if not rows:
         return 0.0
-    sources, written, wanted = zip(*rows, strict=True)
-    found = _load_sari().compute(
-        sources=list(sources), predictions=list(written), references=[[answer] for answer in wanted]
-    )
-    return float(found["sari"]) * len(rows) / len(prompts)
-
-
-def _load_sari() -> "Callable":
-    # A script's own folder comes first among Python's paths, and recipes/evaluate.py would be imported there.
-    paths = sys.path
-    sys.path = [path for path in paths if not (Path(path) / "evaluate.py").is_file()]
+    sources, written, wanted = map(list, zip(*rows, strict=True))
+    # Without the folder of the running script, where recipes/evaluate.py would be found first
+    paths, sys.path = sys.path, [path for path in sys.path if not (Path(path) / "evaluate.py").is_file()]
     try:
         import evaluate
 
-        return evaluate.load("sari")
+        metric = evaluate.load("sari")
     except (ImportError, OSError, ConnectionError, ValueError) as error:
         raise HFTError(
-            f"the metric sari can't be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate sacrebleu "
-            "sacremoses, and be online once, since its code is fetched from the hub; or score the task by rouge_l."
+            f"the metric sari cannot be loaded ({' '.join(str(error).split()):.200}): run pip install evaluate "
+            "sacrebleu sacremoses, and be online once to fetch its code from the hub, or score the task by rouge_l."
         ) from error
     finally:
         sys.path = paths
+    found = metric.compute(sources=sources, predictions=written, references=[[answer] for answer in wanted])
+    return float(found["sari"]) * len(rows) / len(prompts)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(score: Callable[[str, str], float], predictions: Sequence[str], answers: Sequence[str]) -> float:
+    scores = [score(prediction, answer) for prediction, answer in zip(predictions, answers, strict=True)]
+    return sum(scores) / len(scores)
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": accuracy,
-    "choice_accuracy": choice_accuracy,
-    "edit_similarity": edit_similarity,
-    "rouge_l": rouge_l,
-    "sari": sari,
+    metric.__name__: metric for metric in (accuracy, choice_accuracy, edit_similarity, rouge_l, sari)
 }
-"""How a task can be scored, by the names that a tasks file uses."""
+"""Metrics by the names that a tasks file uses."""
 
 
-def check_metrics(names: Sequence[str]) -> None:
-    """
-    See that metrics can be computed, before anything is trained.
-
-    Args:
-        names (`Sequence[str]`):
-            Names of [`METRICS`].
-
-    Raises:
-        [`HFTError`]: Naming what has to be installed.
-    """
+def check_metrics(names: Iterable[str]) -> None:
+    """Check that the libraries of the named metrics are installed."""
     for name in dict.fromkeys(names):
         try:
             METRICS[name](["a b"], ["a b"], ["a b"])

@@ -1,42 +1,38 @@
-"""A continual run as Markdown with its pictures, and several runs side by side; all from `scores.json`."""
+"""Tables and figures of a run's scores: the report of one run, and the comparison of several."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hft_trl.continual.plots import curves_figure, matrix_figure
-from hft_trl.continual.scores import SCORES_FILE, read_scores
-from hft_trl.continual.tables import (
-    comparison_grid,
-    forgetting_grid,
-    other_settings,
-    run_name,
-    score_grid,
-    transfer,
-)
+from hft_trl.continual.rounds import WITHOUT_TRANSFER
+from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
 from hft_trl.report.markdown import table
-from hft_trl.report.plots import save_figure
+from hft_trl.report.plots import STAGE_COLOURS, plain, save_figure
+from hft_trl.report.tables import NONE, Grid, rich_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def write_report(folder: str | Path) -> Path:
-    """
-    Write `report.md`, `matrix.png` and `curves.png` beside a run's `scores.json`, and return the first.
-
-    Raises:
-        [`HFTError`]: If there are no scores, or the folder can't be written.
-    """
+    """Write `report.md`, `matrix.png` and `curves.png` of a run, and return the path of the first."""
     folder = Path(folder)
     scores = _scores(folder)
     with writing(folder):
-        for name, figure in (("matrix", matrix_figure(scores)), ("curves", curves_figure({run_name(scores): scores}))):
-            save_figure(figure, folder / f"{name}.png")
+        save_figure(matrix_figure(scores), folder / "matrix.png")
+        save_figure(curves_figure({run_name(scores): scores}), folder / "curves.png")
         write_text(folder / "report.md", _markdown(scores))
     return folder / "report.md"
 
 
-def _markdown(scores: dict[str, Any]) -> str:
+def _markdown(scores: Scores) -> str:
+    probes = []
+    for model, found in scores["probes"].items():
+        shown = {name.replace("_", " "): NONE if value is None else f"{value:.1f}" for name, value in found.items()}
+        probes.append(f"- {model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -44,79 +40,177 @@ def _markdown(scores: dict[str, Any]) -> str:
         "## Scores",
         table(score_grid(scores)),
         "![Score on each task after each round](matrix.png)",
-        "OP is the mean of a row; BWT is the sum of what earlier tasks lost (negative) or won since their own round, divided "
-        "by the number of tasks seen.",
+        "OP is the mean of a row. BWT is the sum of the changes of earlier tasks since their own round (negative if "
+        "forgotten), divided by the number of tasks seen.",
         "![Overall performance and backward transfer](curves.png)",
         "## Forgetting",
         table(forgetting_grid(scores)),
+        *(["## General abilities and knowledge", "\n".join(probes)] if probes else []),
+        f"At the end {sum(scores['empty_predictions'][-1])} predictions were empty (they score 0), and "
+        f"{sum(scores['truncated_prompts'][-1])} prompts were truncated from the left.",
     ]
-    if scores["probes"]:
-        probes = (f"- {model}: {_listed(found)}" for model, found in scores["probes"].items())
-        parts += ["## General abilities and knowledge", "\n".join(probes)]
-    empty, cut = sum(scores["empty_predictions"][-1]), sum(scores["truncated_prompts"][-1])
-    parts.append(
-        f"At the end {empty} predictions were empty (they score 0), and {cut} prompts were cut from the left to fit."
-    )
     return "\n\n".join(parts) + "\n"
 
 
-def _listed(found: dict[str, float | None]) -> str:
-    return ", ".join(
-        f"{key.replace('_', ' ')} {'-' if value is None else f'{value:.1f}'}" for key, value in found.items()
-    )
+def print_scores(folder: str | Path) -> None:
+    """Print the scores of a run as a table."""
+    from rich.console import Console
+
+    Console().print(rich_table(score_grid(_scores(Path(folder)))))
 
 
-def compare(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
-    """
-    The scores of runs that can be compared, by the name of the folder as it was given.
-
-    Raises:
-        [`HFTError`]: If a run has no scores yet, is not finished, was given twice, or had another base, other tasks or other
-            test sets than the first.
-    """
-    folders = [str(folder) for folder in folders]
-    places = [resolved(folder) for folder in folders]
-    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
-    if twice is not None:
-        raise HFTError(f"{twice} is given twice: name each run once.")
-    runs = {folder: _scores(Path(folder)) for folder in folders}
-    first = next(iter(runs.items()))
-    for name, scores in runs.items():
+def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
+    """Read the scores of finished runs by folder. Reject runs that cannot be compared."""
+    runs: dict[str, Scores] = {}
+    places = set()
+    for name in map(str, folders):
+        if resolved(name) in places:
+            raise HFTError(f"{name} is given twice: name each run once.")
+        places.add(resolved(name))
+        scores = runs[name] = _scores(Path(name))
+        first, other = next(iter(runs.items()))
         if len(scores["matrix"][-1]) < len(scores["tasks"]):
             raise HFTError(
                 f"{name} has {len(scores['matrix'])} rounds of {len(scores['tasks'])} tasks: finish it first."
             )
-        for key in ("tasks", "metrics"):
-            if scores[key] != first[1][key]:
-                raise HFTError(
-                    f"{name} has the {key} {', '.join(scores[key])}, {first[0]} has {', '.join(first[1][key])}: compare "
-                    "runs of the same tasks in the same order."
-                )
-        if scores["model"] != first[1]["model"]:
-            raise HFTError(
-                f"{name} started from {scores['model']}, {first[0]} from {first[1]['model']}: compare runs of one base."
-            )
-        if scores["settings"].get("test_sets") != first[1]["settings"].get("test_sets"):
-            raise HFTError(f"{name} has other test sets than {first[0]}: compare runs of one benchmark.")
+        for key in ("tasks", "metrics", "model"):
+            if scores[key] != other[key]:
+                ours, theirs = (run[key] if key == "model" else ", ".join(run[key]) for run in (scores, other))
+                raise HFTError(f"{name} has the {key} {ours}, {first} has {theirs}: compare runs with the same {key}.")
+        if scores["settings"].get("test_sets") != other["settings"].get("test_sets"):
+            raise HFTError(f"{name} has other test sets than {first}: compare runs of one benchmark.")
     return runs
 
 
-def write_comparison(runs: dict[str, dict[str, Any]], folder: str | Path) -> Path:
-    """Write `comparison.md` and `comparison.png`, one table and one figure of runs, and return the first."""
+def write_comparison(runs: Mapping[str, Scores], folder: str | Path) -> Path:
+    """Write `comparison.md` and `comparison.png` of runs, and return the path of the first."""
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
         save_figure(curves_figure(labels), folder / "comparison.png")
-        parts = ["# Continual runs side by side", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]
+        parts = ["# Comparison of continual runs", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]
         if differences := other_settings(runs):
             parts += ["These runs differ in other settings too:", "\n".join(f"- {line}" for line in differences)]
         write_text(folder / "comparison.md", "\n\n".join(parts) + "\n")
     return folder / "comparison.md"
 
 
-def _scores(folder: Path) -> dict[str, Any]:
+def _scores(folder: Path) -> Scores:
     scores = read_scores(folder)
     if scores is None:
         raise HFTError(f"{folder} has no {SCORES_FILE}: give the folder of a continual run.")
     return scores
+
+
+def run_name(scores: Scores) -> str:
+    """Name a run by approach and method, such as `sequential, HFT`. Adapters have no method."""
+    return scores["approach"] + (f", {scores['method'].upper()}" if scores["method"] else "")
+
+
+def transfer(scores: Scores, number: int = -1) -> str:
+    """Format the backward transfer after a round."""
+    return NONE if scores["approach"] in WITHOUT_TRANSFER else f"{scores['bwt'][number]:+.1f}"
+
+
+def score_grid(scores: Scores) -> Grid:
+    """Show the matrix with OP and BWT: a row per round, a column per task."""
+    rows = []
+    for number, row in enumerate(scores["matrix"]):
+        cells = [f"{score:.1f}" for score in row] + [NONE] * (len(scores["tasks"]) - len(row))
+        rows.append(
+            [scores["rounds"][number]["name"], *cells, f"{scores['op'][number]:.1f}", transfer(scores, number)]
+        )
+    return Grid(f"{run_name(scores)}: scores from 0 to 100", ["after", *scores["tasks"], "OP", "BWT"], rows)
+
+
+def forgetting_grid(scores: Scores) -> Grid:
+    """Show each task's score after its own round, at the end, and the change."""
+    rows = []
+    for number, last in enumerate(scores["matrix"][-1]):
+        own = next(row for row in scores["matrix"] if len(row) > number)[number]
+        name, metric = scores["tasks"][number], scores["metrics"][number]
+        rows.append([name, metric, f"{own:.1f}", f"{last:.1f}", f"{last - own:+.1f}"])
+    return Grid("Forgetting", ["task", "metric", "after its round", "at the end", "change"], rows)
+
+
+def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
+    """
+    Compare runs as the paper does: a row per approach, with OP and BWT after the last round by method.
+
+    Adapters have columns of their own, since they have no method. Runs of the same approach and method get a row each.
+    """
+    rows: list[dict[str | None, Any]] = []
+    for name, scores in runs.items():
+        approach, method = scores["approach"], scores["method"]
+        row = next((row for row in rows if row["approach"] == approach and method not in row), None)
+        if row is None:
+            row = {"approach": approach, "runs": []}
+            rows.append(row)
+        row[method] = (f"{scores['op'][-1]:.1f}", transfer(scores))
+        row["runs"].append(name)
+    columns: dict[str | None, str] = {"fft": "FFT", "hft": "HFT"}
+    if any(None in row for row in rows):
+        columns[None] = "LoRA"
+    head = [f"{figure} {name}" for name in columns.values() for figure in ("OP", "BWT")]
+    cells = [[cell for method in columns for cell in row.get(method, (NONE, NONE))] for row in rows]
+    cells = [[row["approach"], *own, ", ".join(row["runs"])] for row, own in zip(rows, cells, strict=True)]
+    return Grid("After the last round", ["approach", *head, "runs"], cells)
+
+
+def other_settings(runs: Mapping[str, Scores]) -> list[str]:
+    """List the settings besides approach and method that differ between runs, a line for each."""
+    lines = []
+    for key in dict.fromkeys(key for scores in runs.values() for key in scores["settings"]):
+        found = {name: scores["settings"][key] for name, scores in runs.items() if key in scores["settings"]}
+        if len(set(map(str, found.values()))) > 1:
+            lines.append(f"{key}: " + ", ".join(f"{value} ({name})" for name, value in found.items()))
+    return lines
+
+
+def matrix_figure(scores: Scores) -> "Figure":
+    """Draw the score on each task after each round as a heat map. Tasks not seen by then stay grey."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    tasks, matrix = scores["tasks"], scores["matrix"]
+    cells = np.full((len(matrix), len(tasks)), np.nan)
+    figure = Figure(figsize=(1.8 + 0.72 * len(tasks), 1.6 + 0.45 * len(matrix)), layout="constrained")
+    axes = figure.add_subplot(facecolor="#DDDDDD", xlabel="score on", ylabel="after", title=run_name(scores))
+    text = {"ha": "center", "va": "center", "fontsize": 8}
+    for number, row in enumerate(matrix):
+        cells[number, : len(row)] = row
+        for task, score in enumerate(row):
+            axes.text(task, number, f"{score:.0f}", color="white" if score < 60 else "black", **text)
+    image = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", parse_math=False)
+    axes.set_yticks(range(len(matrix)), [planned["name"] for planned in scores["rounds"]])
+    figure.colorbar(image, label="score (0 to 100)")
+    return figure
+
+
+def curves_figure(runs: Mapping[str, Scores]) -> "Figure":
+    """Draw OP and BWT over the rounds, a line for each run. The keys are names for the legend."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    op, bwt = figure.subplots(1, 2)
+    _draw_lines(op, {name: scores["op"] for name, scores in runs.items()}, "overall performance, OP")
+    _draw_lines(bwt, {name: scores["bwt"] for name, scores in runs.items()}, "backward transfer, BWT")
+    figure.legend(*bwt.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_lines(axes: "Axes", values: Mapping[str, list[float]], label: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    for number, (name, line) in enumerate(values.items()):
+        shown = {"color": STAGE_COLOURS[(number + 1) % len(STAGE_COLOURS)], "label": plain(name)}
+        style = ("-", "--", ":")[number // len(STAGE_COLOURS) % 3]
+        if len(line) == 1:  # a single round of all tasks is a level to compare with
+            axes.axhline(line[0], linestyle="--", **shown)
+        else:
+            axes.plot(range(1, len(line) + 1), line, style, marker="o", markersize=3.5, **shown)
+    axes.set(xlabel="round", ylabel=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)

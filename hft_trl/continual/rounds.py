@@ -1,41 +1,43 @@
-"""What each round learns, from which model, and which tasks it is judged by: the approaches that differ in data alone."""
+"""The rounds of each approach: what is trained from which model, and what is evaluated then."""
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+
+from hft_trl.checkpoints.resumable import ResumableMixin
+from hft_trl.continual.answers import Answered, evaluate_tasks
+from hft_trl.continual.continual_arguments import Approach, LoRAArguments
 from hft_trl.continual.tasks import Row, Task
+from hft_trl.continual.text import encode
+from hft_trl.errors import HFTError
+from hft_trl.recipe import Stage
+from hft_trl.recipe.data import content_digest
+from hft_trl.recipe.folder import place
+from hft_trl.report import StageRecord
 
-Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
+ADAPTER_FOLDER = "adapter"  # of a round's folder
 ADAPTERS = ("lora", "o_lora")
-"""Approaches that learn an adapter, so there is no half of the model to draw."""
+"""Approaches that train an adapter, so no half of the model is selected."""
 WITHOUT_TRANSFER = ("multitask", "individual")
-"""Approaches in which no task comes after another one in the same model, so that none can be forgotten."""
+"""Approaches in which no task is learned after another one in the same model, so that none can be forgotten."""
 
 
 @dataclass(frozen=True)
-class Round:
-    """
-    One training of an approach.
+class RoundPlan:
+    """What a round trains on and which tasks it is evaluated on."""
 
-    Attributes:
-        name (`str`): Name of its folder.
-        tasks (`tuple[int, ...]`): Numbers of the tasks that it is there to learn.
-        evaluated (`tuple[int, ...]`): Numbers of the tasks that its model is asked afterwards.
-        rows (`tuple[Row, ...]`): What it learns from.
-        epochs (`int`): Passes over the rows.
-        start (`str`, *optional*): Name of the round whose model it starts from, `None` for the base.
-        memories (`Mapping[str, tuple[Row, ...]]`): Rows of earlier tasks, by name, that GEM keeps it from unlearning.
-    """
-
-    name: str
-    tasks: tuple[int, ...]
-    evaluated: tuple[int, ...]
+    name: str  # of its folder
+    tasks: tuple[Task, ...]  # that it learns
+    evaluated: tuple[Task, ...]  # whose test sets its model answers
     rows: tuple[Row, ...]
     epochs: int
-    start: str | None
-    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)
+    start: str | None  # name of the round whose model it starts from, None for the base
+    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)  # GEM's, by the name of the earlier task
 
 
 def plan_rounds(
@@ -45,55 +47,130 @@ def plan_rounds(
     replay_share: float = 0.1,
     seed: int = 42,
     gem_memory: int = 64,
-) -> list[Round]:
+) -> list[RoundPlan]:
     """
-    The rounds of an approach.
+    Plan the rounds of an approach. Each comes after the round that it starts from.
 
-    Args:
-        approach (`Approach`):
-            `"sequential"` learns one task after the other, each from the last one's model.
-            `"gem"` does, and no step may raise the loss on a memory of each earlier task (see [`GEMTrainer`]).
-            `"replay"` does, with a share of each earlier task's rows and all general rows mixed in. `"lora"` and
-            `"o_lora"` learn the rows of sequential, in one adapter or in one per round. `"multitask"` learns
-            all tasks in one round, in which each row comes as often as its task has epochs. `"individual"` learns each
-            task from the base.
-        tasks (`Sequence[Task]`):
-            The tasks in order.
-        general (`Sequence[Row]`, *optional*):
-            General alignment data for replay.
-        replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in (the paper's 10 %), at least one if it is not 0.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the draws: of these rows another one in every round, of a task's memory one for all rounds.
-        gem_memory (`int`, *optional*, defaults to `64`):
-            Rows in GEM's memory of a task.
+    `sequential` learns one task after the other, each from the previous round's model. `gem` does too, and no step may
+    increase the loss on a memory of each earlier task ([`~hft_trl.continual.gem.GEMTrainer`]). `replay` does too, with
+    a share of each earlier task's rows (at least one row) and all general rows mixed in. `lora` and `o_lora` learn the
+    rows of sequential, in one adapter for all rounds or a new one for each. `multitask` learns all tasks in one round,
+    in which each row is repeated by its task's epochs. `individual` learns each task from the base.
 
-    Returns:
-        `list[Round]`: The rounds, each after the one it starts from.
+    Replay draws other rows in each round. The memory of a task is the same in all rounds.
     """
     if approach == "multitask":
         pooled = tuple(row for task in tasks for row in task.train * task.epochs)
-        everything = tuple(range(len(tasks)))
-        return [Round("round-1", everything, everything, pooled, 1, None)]
-    memories = {}
-    if approach == "gem":
-        memories = {task.name: _draw(task, gem_memory, f"{seed} memory {task.name}") for task in tasks}
-    rounds: list[Round] = []
+        return [RoundPlan("round-1", tuple(tasks), tuple(tasks), pooled, 1, None)]
+    rounds: list[RoundPlan] = []
     for number, task in enumerate(tasks):
-        rows, evaluated, start = task.train, tuple(range(number + 1)), rounds[-1].name if rounds else None
+        earlier, rows, memories = tasks[:number], task.train, {}
+        evaluated, start = (*earlier, task), rounds[-1].name if rounds else None
         if approach == "individual":
-            evaluated, start = (number,), None
+            evaluated, start = (task,), None
+        if approach == "gem":
+            memories = {other.name: _draw(other, gem_memory, f"{seed} memory {other.name}") for other in earlier}
         if approach == "replay":
-            earlier = [
-                _draw(other, max(1, round(replay_share * len(other.train))), f"{seed} {number} {other.name}")
-                for other in tasks[:number]
-                if replay_share > 0
-            ]
-            rows = (*rows, *(row for drawn in earlier for row in drawn), *general)
-        kept = {other.name: memories[other.name] for other in tasks[:number] if memories}
-        rounds.append(Round(f"round-{number + 1}", (number,), evaluated, rows, task.epochs, start, kept))
+            for other in earlier if replay_share > 0 else ():
+                count = max(1, round(replay_share * len(other.train)))
+                rows = (*rows, *_draw(other, count, f"{seed} {number} {other.name}"))
+            rows = (*rows, *general)
+        rounds.append(RoundPlan(f"round-{number + 1}", (task,), evaluated, rows, task.epochs, start, memories))
     return rounds
 
 
 def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a round trains instead of the model's own weights."""
+
+    lora: LoRAArguments
+    start: Path | None = None  # folder of the round whose adapter is trained further, None for a new adapter
+    earlier: tuple[
+        Path, ...
+    ] = ()  # folders of the rounds to whose adapters, merged into the model, it is kept orthogonal
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all rounds whose adapters it needs."""
+        return [*filter(None, [self.start]), *self.earlier]
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What the trained weights depend on, for a round in `folder`."""
+        content = asdict(self.lora)
+        if not self.earlier:
+            del content["o_lora_lambda"]  # there is no penalty
+        return {
+            **content,
+            "start": place(str(self.start), folder) if self.start is not None else None,
+            "earlier": [place(str(other), folder) for other in self.earlier],
+            "content": [content_digest(other / ADAPTER_FOLDER) for other in self.folders],
+        }
+
+
+@dataclass
+class Round(Stage):
+    """A round as a stage. `memories` (GEM's) and `truncated_rows` are set by `load_data`."""
+
+    plan: RoundPlan | None = None
+    max_length: int | None = None  # in tokens, of prompt and answer
+    adapter: Adapter | None = None
+    memory: Path | None = None  # file with the rows of GEM's memories
+    memories: list[Dataset] = field(default_factory=list)
+    truncated_rows: int = 0
+
+    def check(self) -> None:
+        """Check the start model, and its adapter if there is one."""
+        super().check()
+        if self.adapter is not None:
+            try:
+                from hft_trl.continual.adapters import check_adapter
+            except ImportError as error:
+                raise HFTError(
+                    f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'."
+                ) from error
+            check_adapter(self)
+
+    def sources(self) -> set[Path]:
+        """Folders of the earlier rounds that it starts from."""
+        return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
+
+    def saved_weights(self) -> list[Path]:
+        """Files with the weights of the finished round."""
+        adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
+        return super().saved_weights() + adapter
+
+    def own_settings(self) -> dict[str, dict[str, Any]]:
+        """Settings of the adapter, and a digest of GEM's memories."""
+        lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}
+        data = {} if self.memory is None else {"data": {"memory": content_digest(self.memory)}}
+        return lora | data
+
+    def load_data(self) -> None:
+        """Encode the rows and the memories, unless this was done before."""
+        if self.train_dataset is None:
+            tokenizer, processes = self.load_tokenizer(), self.args.dataset_num_proc
+            self.train_dataset, self.truncated_rows = encode(self.plan.rows, tokenizer, self.max_length, processes)
+            self.memories = [encode(rows, tokenizer, self.max_length)[0] for rows in self.plan.memories.values()]
+
+    def train(self, trainer: ResumableMixin) -> StageRecord:
+        """Train as every stage does, note how many rows were truncated, and free the data."""
+        record = super().train(trainer, truncated_rows=self.truncated_rows)
+        self.train_dataset, self.memories = None, []
+        return record
+
+    def evaluate(self, max_new_tokens: int, batch_size: int) -> dict[str, Answered]:
+        """Score the round's model on the tasks that its plan names. All processes must call it."""
+        return evaluate_tasks(
+            self.folder,
+            self.plan.evaluated,
+            max_new_tokens,
+            self.max_length,
+            batch_size,
+            dtype=self.model.dtype,
+            trust_remote_code=self.model.trust_remote_code,
+            attn_implementation=self.model.attn_implementation,
+        )

@@ -1,4 +1,4 @@
-"""Tasks on disk: TRACE's folders as they were released, and users' own tasks from a small YAML file."""
+"""Tasks on disk: TRACE's folders as released, and users' own tasks from a small YAML file."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,25 @@ from hft_trl.files import read_json, write_json
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
-REPLAY_FOLDER = "Lima"
-"""Folder in a benchmark with general alignment data, which replay mixes in (TRACE's name for LIMA)."""
+REPLAY_FOLDER = "Lima"  # general alignment data of a benchmark, TRACE's name for LIMA
 
-
-class Known(NamedTuple):
-    """Metric and epochs of one of TRACE's tasks."""
-
-    metric: str
-    epochs: int
-
-
-# Order and epochs are those of TRACE's own training script, which the HFT paper follows. Metrics as the HFT paper says:
-# TRACE's code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons; only the letter counts.
+# Order and epochs are those of TRACE's training script, which the HFT paper follows. Metrics are the HFT paper's:
+# TRACE's code scores 20Minuten by SARI. ScienceQA's answers are a letter and the reasons: only the letter counts.
 TRACE = {
-    "C-STANCE": Known("accuracy", 5),
-    "FOMC": Known("accuracy", 3),
-    "MeetingBank": Known("rouge_l", 7),
-    "Py150": Known("edit_similarity", 5),
-    "ScienceQA": Known("choice_accuracy", 3),
-    "NumGLUE-cm": Known("accuracy", 5),
-    "NumGLUE-ds": Known("accuracy", 5),
-    "20Minuten": Known("rouge_l", 7),
+    "C-STANCE": ("accuracy", 5),
+    "FOMC": ("accuracy", 3),
+    "MeetingBank": ("rouge_l", 7),
+    "Py150": ("edit_similarity", 5),
+    "ScienceQA": ("choice_accuracy", 3),
+    "NumGLUE-cm": ("accuracy", 5),
+    "NumGLUE-ds": ("accuracy", 5),
+    "20Minuten": ("rouge_l", 7),
 }
-"""TRACE's eight tasks in the paper's order."""
+"""Metric and epochs of TRACE's eight tasks, in the paper's order."""
 
 
 class Row(NamedTuple):
-    """What a model reads and what it is to write; the text is one after the other, with nothing between."""
+    """What a model reads and what it has to write. The text is their concatenation."""
 
     prompt: str
     answer: str
@@ -46,37 +37,22 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A task, checked when it is read.
-
-    Attributes:
-        name (`str`): Its name, also that of files.
-        train, test (`tuple[Row, ...]`): Rows to learn from and rows to be scored on.
-        metric (`str`): One of [`~hft_trl.continual.metrics.METRICS`].
-        epochs (`int`): Passes over `train` in the task's round.
-    """
+    """A task with its rows to train on and to be scored on, its metric, and the epochs of its round."""
 
     name: str
     train: tuple[Row, ...]
     test: tuple[Row, ...]
-    metric: str
+    metric: str  # a name of METRICS
     epochs: int
 
 
 def read_benchmark(folder: str | Path) -> list[Task]:
     """
-    Read a benchmark.
+    Read the tasks of a benchmark, in the order in which they are learned.
 
-    Args:
-        folder (`str` or `Path`):
-            TRACE's folder, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which hold `train.json`
-            and `test.json` (`eval.json` is not read). Or any folder with a `tasks.yaml`, see [`read_tasks`].
-
-    Returns:
-        `list[Task]`: The tasks in the order in which they are learned, TRACE's in the paper's order.
-
-    Raises:
-        [`HFTError`]: Naming the folder, file, row or key that is missing.
+    The folder is TRACE's, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds
+    `train.json` and `test.json` (`eval.json` is not read). Or it is any folder with a `tasks.yaml`, see
+    [`read_tasks`].
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -86,27 +62,18 @@ def read_benchmark(folder: str | Path) -> list[Task]:
     missing = [name for name in TRACE if not (folder / name).is_dir()]
     if missing:
         raise HFTError(
-            f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks are "
-            f"missing): complete it, or name the tasks that are there in a {TASKS_FILE}."
+            f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
+            f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
         )
-    return [_task(name, _files(folder / name), *known) for name, known in TRACE.items()]
+    return [_task(name, folder / name, metric, epochs) for name, (metric, epochs) in TRACE.items()]
 
 
 def read_tasks(path: str | Path) -> list[Task]:
     """
     Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
 
-    Args:
-        path (`str` or `Path`):
-            The file. `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files,
-            relative to the YAML file; by default the folder of the task's name beside it. A task of TRACE needs neither
-            `metric` nor `epochs`.
-
-    Returns:
-        `list[Task]`: The tasks in the file's order.
-
-    Raises:
-        [`HFTError`]: Naming the key or file that is missing, unknown or has a wrong value.
+    `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files, relative to the
+    YAML file. By default it is the folder of the task's name. A task of TRACE needs neither `metric` nor `epochs`.
     """
     path = Path(path)
     content = load_yaml(path)
@@ -115,7 +82,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     entries = content.get("tasks")
     if not isinstance(entries, list) or not entries:
         raise HFTError(
-            f"{path} has no list of tasks: write them below the key tasks, each with name, metric and epochs."
+            f"{path} has no list of tasks: write it below the key tasks, with name, metric and epochs of each."
         )
     return [_from_yaml(entry, f"task {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)]
 
@@ -123,50 +90,40 @@ def read_tasks(path: str | Path) -> list[Task]:
 def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise HFTError(f"{where} is {entry!r}: give it a name, metric and epochs.")
-    name, known = entry["name"], TRACE.get(entry["name"], Known("", 0))
+    name = entry["name"]
     if name != Path(name).name or name.startswith("."):
-        raise HFTError(
-            f"{where} has the name {name!r}: files are named after it, so it can hold no slash and begin with no dot."
-        )
+        raise HFTError(f"{where} has the name {name!r}: files are named after it, so use no slash and no leading dot.")
+    where = f"{where} ({name})"
     unknown = sorted(entry.keys() - {"name", "files", "metric", "epochs"})
     if unknown:
-        raise HFTError(f"{where} ({name}) has the key {unknown[0]!r}: the keys are name, files, metric and epochs.")
-    metric, epochs = entry.get("metric", known.metric), entry.get("epochs", known.epochs)
+        raise HFTError(f"{where} has the key {unknown[0]!r}: the keys are name, files, metric and epochs.")
+    metric, epochs = TRACE.get(name, ("", 0))
+    metric, epochs, files = entry.get("metric", metric), entry.get("epochs", epochs), entry.get("files", name)
     if not isinstance(metric, str) or metric not in METRICS:
-        raise HFTError(f"{where} ({name}) has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
+        raise HFTError(f"{where} has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise HFTError(f"{where} ({name}) has epochs {epochs!r}: it must be a whole number from 1 on.")
-    files = entry.get("files", name)
+        raise HFTError(f"{where} has epochs {epochs!r}: it must be a whole number of at least 1.")
     if isinstance(files, dict) and files.keys() >= {"train", "test"}:
-        return _task(name, {split: folder / str(files[split]) for split in ("train", "test")}, metric, epochs)
+        return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
     if not isinstance(files, str):
-        raise HFTError(f"{where} ({name}) has files {files!r}: give a folder, or a file each for train and test.")
-    return _task(name, _files(folder / files), metric, epochs)
+        raise HFTError(f"{where} has files {files!r}: give a folder, or a file each for train and test.")
+    return _task(name, folder / files, metric, epochs)
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
     if not folder.is_dir():
         raise HFTError(f"the task folder {str(folder)!r} does not exist: it must hold train.json and test.json.")
-    return {split: folder / f"{split}.json" for split in ("train", "test")}
-
-
-def _task(name: str, files: dict[str, Path], metric: str, epochs: int) -> Task:
-    return Task(name, read_rows(files["train"]), read_rows(files["test"]), metric, epochs)
+    return Task(name, read_rows(folder / "train.json"), read_rows(folder / "test.json"), metric, epochs)
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """
-    Read a JSON list of `{"prompt": ..., "answer": ...}`.
-
-    Raises:
-        [`HFTError`]: Naming the file, and the first row that has no prompt, or no answer to learn.
-    """
+    """Read a JSON list of `{"prompt": ..., "answer": ...}`. An error names the first invalid row."""
     try:
         content = read_json(Path(path))
     except OSError as error:
-        raise HFTError(f"the task file {str(path)!r} can't be read: {error.strerror}.") from error
+        raise HFTError(f"the task file {str(path)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise HFTError(f"the task file {str(path)!r} is no valid JSON: {error}.") from error
+        raise HFTError(f"the task file {str(path)!r} is not valid JSON: {error}.") from error
     if not isinstance(content, list) or not content:
         raise HFTError(
             f"the task file {str(path)!r} must be a JSON list of rows with prompt and answer, and not empty."
@@ -182,34 +139,22 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
                 row[key].encode()
             except UnicodeEncodeError as error:
                 half = row[key][error.start]
-                raise HFTError(
-                    f"{where} has half a character (the lone surrogate {half!r}) in its {key}: mend or remove it."
-                ) from error
+                raise HFTError(f"{where} has the lone surrogate {half!r} in its {key}: fix or remove it.") from error
     return tuple(Row(row["prompt"], row["answer"]) for row in content)
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """
-    Check that every task has a name of its own.
-
-    Raises:
-        [`HFTError`]: If there is no task, or two have one name.
-    """
+    """Check that there are tasks, and that their names are unique."""
     names = [task.name for task in tasks]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise HFTError(f"two tasks have the name {twice!r}: give each a name of its own.")
     if not names:
         raise HFTError("there is no task: give a benchmark, or tasks of your own.")
+    for name in names:
+        if names.count(name) > 1:
+            raise HFTError(f"two tasks have the name {name!r}: give each a unique name.")
 
 
 def read_replay(folder: str | Path) -> tuple[Row, ...]:
-    """
-    General alignment data that replay mixes in: `Lima/train.json` of a benchmark; nothing where it has none.
-
-    Raises:
-        [`HFTError`]: If the file is there and can't be learned from.
-    """
+    """Read the general alignment data of a benchmark, `Lima/train.json`. Return no rows if it has none."""
     path = Path(folder) / REPLAY_FOLDER / "train.json"
     return read_rows(path) if path.exists() else ()
 

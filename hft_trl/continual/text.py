@@ -1,4 +1,4 @@
-"""From a prompt and its answer to tokens: one text with no template, cut from the left, with the loss on answer and end."""
+"""Tokenization of prompts and answers: no template, truncation from the left, loss on the answer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,16 +10,11 @@ from hft_trl.errors import HFTError
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Check that a tokenizer has a token that ends an answer.
-
-    Raises:
-        [`HFTError`]: If it has none.
-    """
+    """Check that a tokenizer has an end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise HFTError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: set "
-            "its eos_token and save it."
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
+            "set its eos_token and save it."
         )
 
 
@@ -27,37 +22,22 @@ def encode(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
 ) -> tuple[Dataset, int]:
     """
-    Encode rows to learn from as TRACE does: prompt, answer and end-of-sequence token, with the loss on the last two.
+    Encode training rows as TRACE does: prompt, answer and end token, with the loss on the last two.
 
-    TRL cuts on the right, which would lose the answer, and deprecates its way to cut on the left.
-
-    Args:
-        rows (`Iterable[Row]`):
-            Prompts with their answers.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer, which puts its special tokens in front of a text.
-        max_length (`int`, *optional*):
-            Longest row, in tokens. `None` cuts nothing.
-        num_proc (`int`, *optional*):
-            Number of processes.
-
-    Returns:
-        `tuple[Dataset, int]`: `input_ids` and `labels` (-100 where there is no loss), and how many rows were cut.
+    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated.
+    Return `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
-        text = row["prompt"] + row["answer"]
-        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), text])
+        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), row["prompt"] + row["answer"]])
         whole = [*whole, tokenizer.eos_token_id]
-        # A token may reach over the border of the two: it belongs to the answer then.
+        # A token that spans prompt and answer belongs to the answer
         start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         labels = [-100] * start + whole[start:]
-        cut = max_length is not None and len(whole) > max_length
-        if cut:
-            whole, labels = whole[-max_length:], labels[-max_length:]
-        return {"input_ids": whole, "labels": labels, "cut": cut}
+        kept = slice(0 if max_length is None else -max_length, None)
+        return {"input_ids": whole[kept], "labels": labels[kept], "cut": len(whole[kept]) < len(whole)}
 
-    # Of the rows and not of a file of them: its reader would take answers such as 2026-01-31 for dates.
+    # From the rows and not from a JSON file, whose reader would parse answers such as 2026-01-31 as dates
     dataset = Dataset.from_list([row._asdict() for row in rows])
     encoded = dataset.map(
         tokens, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing prompts and answers"
@@ -66,22 +46,9 @@ def encode(
 
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[list[list[int]], int]:
-    """
-    Encode prompts to be answered.
-
-    Args:
-        prompts (`Sequence[str]`):
-            The prompts.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-        max_length (`int`, *optional*):
-            Longest prompt, in tokens. `None` cuts nothing.
-
-    Returns:
-        `tuple[list[list[int]], int]`: Token ids by prompt, and how many prompts were cut from the left.
-    """
+    """Encode prompts for generation. Return the token ids of each, and the number of truncated prompts."""
     rows = _without_end(tokenizer, [_question(prompt) for prompt in prompts])
     if max_length is None:
         return rows, 0
@@ -89,11 +56,11 @@ def encode_prompts(
 
 
 def _question(prompt: str) -> str:
-    """A prompt as a model is asked: tokens begin with a space, so one at the end of a prompt belongs to the answer."""
+    """Remove spaces at the end of a prompt: tokens begin with a space, so these belong to the answer."""
     return prompt.rstrip(" ")
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids by text, without the end-of-sequence token that some tokenizers put behind every text."""
+    """Tokenize texts without the end-of-sequence token that some tokenizers append to each text."""
     rows = tokenizer(list(texts))["input_ids"]
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]

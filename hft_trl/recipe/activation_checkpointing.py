@@ -120,8 +120,6 @@ def _check_known(stage: "Stage") -> None:
         raise HFTError(f"{asked}, which is planned for the stages sft and dpo only: set it to true or false.")
     if stage.hft is None:
         raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
-    if stage.memory is not None:
-        raise HFTError(f"{asked}, which is not planned for the gradients that gem keeps: set it to true or false.")
     for name, unplanned in (
         *((f"{section}.{name}", vars(args).get(name)) for name in UNPLANNED),
         (f"{section}.reference_quantization", stage.data.reference_quantization),

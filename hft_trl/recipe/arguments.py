@@ -27,9 +27,6 @@ BOUNDS = {
     "save_total_limit": (1, 2**31),
 }
 
-ADAPTER_FOLDER = "adapter"
-"""Folder inside a stage's folder that holds only the adapter."""
-
 
 @dataclass
 class RunArguments:
@@ -89,64 +86,6 @@ class ModelArguments:
     def __post_init__(self) -> None:
         self.model_name_or_path = at_home(self.model_name_or_path)
         self.chat_template = at_home(self.chat_template) if self.chat_template else None
-
-
-@dataclass
-class LoRAArguments:
-    """
-    Settings of a LoRA adapter, named as in PEFT's `LoraConfig`, whose types TRL's parser cannot read.
-
-    Args:
-        r (`int`, *optional*, defaults to `8`):
-            Rank.
-        lora_alpha (`int`, *optional*, defaults to `16`):
-            The product of the two matrices is scaled by `lora_alpha / r`.
-        lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout on the adapter's input.
-        target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            Names of the modules to adapt, such as `["q_proj", "v_proj"]`, or `all-linear` for all but the head.
-        o_lora_lambda (`float`, *optional*, defaults to `0.5`):
-            Factor of O-LoRA's penalty (its lambda_1), see [`~hft_trl.continual.adapters.OLoRATrainer`].
-    """
-
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    o_lora_lambda: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, fits, range_ in (
-            ("r", self.r >= 1, "at least 1"),
-            ("lora_alpha", self.lora_alpha >= 1, "at least 1"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
-            ("target_modules", bool(self.target_modules), "all-linear, or names of modules"),
-            ("o_lora_lambda", self.o_lora_lambda >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """
-    An adapter that a stage trains instead of the model's own weights.
-
-    Attributes:
-        lora ([`LoRAArguments`]): Its settings.
-        start (`Path`, *optional*): Folder of the stage whose adapter is trained further. Default: a new adapter.
-        earlier (`tuple[Path, ...]`): Folders of the stages whose adapters are merged into the model. The new adapter
-            is kept orthogonal to them.
-    """
-
-    lora: LoRAArguments
-    start: Path | None = None
-    earlier: tuple[Path, ...] = ()
-
-    @property
-    def folders(self) -> list[Path]:
-        """Folders of all stages whose adapters it needs."""
-        return [*filter(None, [self.start]), *self.earlier]
 
 
 @dataclass

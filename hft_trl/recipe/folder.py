@@ -12,12 +12,10 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, read_object, resolved, write_json, writing
 from hft_trl.processes import all_see, by_first_process
-from hft_trl.recipe.arguments import ADAPTER_FOLDER, Adapter
 from hft_trl.recipe.data import content_digest
 from hft_trl.recipe.locks import LOCK_FILE, lock
 from hft_trl.recipe.parsing import CHECKPOINTING
@@ -25,7 +23,7 @@ from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.record import stage_record
 from hft_trl.saved_models.digests import mixture_parts, named_files, start_model
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import check_readable
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -71,37 +69,23 @@ def settings(stage: "Stage") -> Settings:
         content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
         if stage.hft.frozen_quantization:  # left out by default, so that folders of earlier versions stay valid
             content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
-    if stage.adapter is not None:
-        content["lora"] = _adapter(stage.adapter, stage.folder)
+    for section, values in stage.own_settings().items():
+        content[section] = content.get(section, {}) | values
     if not best:
         content["data"].pop("eval_split")
-    if stage.memory is not None:
-        content["data"]["memory"] = content_digest(stage.memory)
     if stage.mixture is not None:
         content["data"]["mixture"] = mixture_parts(stage.mixture)
     else:
         content["data"]["content"] = content_digest(Path(stage.data.dataset))
-        content["data"]["dataset"] = _place(stage.data.dataset, stage.folder)
+        content["data"]["dataset"] = place(stage.data.dataset, stage.folder)
     for values in (content["model"], kept):
         values |= named_files({key: value for key, value in values.items() if key != "model_name_or_path"})
     content["model"] |= start_model(stage.model.model_name_or_path, stage.model.model_revision)
-    content["model"]["model_name_or_path"] = _place(stage.model.model_name_or_path, stage.folder)
+    content["model"]["model_name_or_path"] = place(stage.model.model_name_or_path, stage.folder)
     return redact(json.loads(json.dumps(content, default=str)))
 
 
-def _adapter(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    content = dataclasses.asdict(adapter.lora)
-    if not adapter.earlier:
-        del content["o_lora_lambda"]  # there is no penalty
-    return {
-        **content,
-        "start": _place(str(adapter.start), folder) if adapter.start is not None else None,
-        "earlier": [_place(str(other), folder) for other in adapter.earlier],
-        "content": [content_digest(other / ADAPTER_FOLDER) for other in adapter.folders],
-    }
-
-
-def _place(source: str, folder: Path) -> str:
+def place(source: str, folder: Path) -> str:
     """Write a path independently of the working directory and the run's location. Keep hub ids."""
     path = resolved(source)
     if path.parent == resolved(folder).parent:
@@ -176,8 +160,7 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
     folder, done = stage.folder, finished(stage) is not None
     if not done and not any(folder.glob("checkpoint-*")):
         return False  # nothing was trained, so the settings may differ
-    needed = {Path(stage.model.model_name_or_path), *(stage.adapter.folders if stage.adapter is not None else ())}
-    if gone := unfinished & needed:
+    if gone := unfinished & stage.sources():
         raise HFTError(
             f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove "
             f"{str(folder)!r} to train it again from the new model, pass --overwrite, or choose another output_dir."
@@ -189,8 +172,7 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
             "output_dir, pass --overwrite, or remove that folder to train only this stage again."
         )
     if done:
-        adapter = [] if stage.adapter is None else [folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
-        check_readable([*weight_files(str(folder)).values(), *adapter])
+        check_readable(stage.saved_weights())
     return done
 
 
@@ -241,7 +223,7 @@ def mark_started(stage: "Stage") -> None:
 
 def _note_start(stage: "Stage") -> None:
     content, now = _read(stage.folder), settings(stage)
-    start = {section: now[section] for section in ("model", "lora") if section in now}
+    start = {section: now[section] for section in ("model", *stage.own_settings())}
     if any(content["settings"].get(section) != values for section, values in start.items()):
         write_json(stage.folder / STAGE_FILE, {"settings": {**content["settings"], **start}, "record": None})
 

@@ -21,7 +21,7 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
 from hft_trl.frozen import replicated
 from hft_trl.recipe import folder
-from hft_trl.recipe.arguments import Adapter, DataArguments, ModelArguments, tokens_to_environment
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, tokens_to_environment
 from hft_trl.recipe.data import check_apart, load_mixture, load_split
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.measure import measure, movements, reset_peak_memory
@@ -31,6 +31,7 @@ from hft_trl.reference.quantized import check_quantizable, load_quantized
 from hft_trl.report import StageRecord
 from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.compatibility import check_choice, check_settings
+from hft_trl.weights import weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -50,8 +51,6 @@ class Stage:
         hft ([`HFTConfig`], *optional*): Settings of HFT. `None` for an adapter.
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
         base ([`ModelArguments`], *optional*): The start model of the run's first stage, if it is another model.
-        memory (`Path`, *optional*): File with the rows of earlier tasks for a round of GEM.
-        adapter ([`Adapter`], *optional*): The adapter to train.
         auto_checkpointing (`bool`): Whether the recipe chooses the activation checkpointing.
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, after [`~Stage.load_data`].
     """
@@ -63,8 +62,6 @@ class Stage:
     hft: HFTConfig | None
     mixture: DatasetMixtureConfig | None = None
     base: ModelArguments | None = None
-    memory: Path | None = None
-    adapter: Adapter | None = None
     auto_checkpointing: bool = False
     train_dataset: Dataset | None = None
     eval_dataset: Dataset | None = None
@@ -149,6 +146,18 @@ class Stage:
         if self.data.reference_quantization is None:
             return None
         return load_quantized(self.model.model_name_or_path, self.data.reference_quantization, self.args)
+
+    def sources(self) -> set[Path]:
+        """Folders of the earlier stages that it starts from."""
+        return {Path(self.model.model_name_or_path)}
+
+    def saved_weights(self) -> list[Path]:
+        """Files with the weights of the finished stage."""
+        return list(weight_files(str(self.folder)).values())
+
+    def own_settings(self) -> dict[str, dict[str, Any]]:
+        """Settings of a subclass, by section, that the trained weights depend on."""
+        return {}
 
     def finished(self) -> bool:
         """Return whether an earlier run finished the stage."""
@@ -244,7 +253,6 @@ def make_stage(
     hft: HFTConfig | None,
     mixture: DatasetMixtureConfig | None = None,
     base: ModelArguments | None = None,
-    adapter: Adapter | None = None,
 ) -> Stage:
     """
     Build a stage: `"demo"` becomes the embedded files, and `args` say how to load the model.
@@ -279,4 +287,4 @@ def make_stage(
     # The trainer counts these itself and restores the count on resume
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, base, adapter=adapter)
+    return Stage(name, model, data, args, hft, mixture, base)

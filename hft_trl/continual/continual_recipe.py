@@ -1,0 +1,252 @@
+"""A continual run: its command line is parsed, and its rounds are planned and prepared."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+from trl import SFTConfig
+
+from hft_trl import demo
+from hft_trl.config import HFTConfig
+from hft_trl.continual.answers import check_lengths
+from hft_trl.continual.continual_arguments import ContinualArguments, LoRAArguments
+from hft_trl.continual.demo_tasks import write_benchmark
+from hft_trl.continual.gem import check_gem
+from hft_trl.continual.metrics import check_metrics
+from hft_trl.continual.rounds import ADAPTERS, Adapter, Round, plan_rounds
+from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
+from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
+from hft_trl.continual.text import check_tokenizer
+from hft_trl.errors import HFTError
+from hft_trl.files import write_json_once, writing
+from hft_trl.generate import most_tokens
+from hft_trl.processes import by_first_process
+from hft_trl.recipe.activation_checkpointing import settle_checkpointing
+from hft_trl.recipe.arguments import DataArguments, ModelArguments
+from hft_trl.recipe.folder import open_stages
+from hft_trl.recipe.locks import lock
+from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
+from hft_trl.recipe.rehearsal import rehearse
+from hft_trl.recipe.stage import make_stage
+from hft_trl.skeleton import build_on_meta
+
+logger = logging.get_logger(__name__)
+
+# Arguments of the trainer that the plan of a run notes
+NOTED = (
+    *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("max_steps", "max_length"),
+)
+
+
+KEYS = {
+    "": keys((ContinualArguments,)),
+    "model": keys((ModelArguments,)),
+    "hft": keys((HFTConfig,), RUN_LEVEL),
+    "lora": keys((LoRAArguments,)),
+    "sft": keys((SFTConfig,), OF_THE_RUN),
+}
+
+
+@dataclasses.dataclass
+class ContinualRecipe:
+    """A parsed continual run."""
+
+    run: ContinualArguments
+    model: ModelArguments  # the base
+    hft: HFTConfig  # what each round trains, unless it trains an adapter
+    lora: LoRAArguments  # the adapter of the approaches lora and o_lora
+    sft: dict[str, Any]  # the section sft of the file
+    sft_flags: list[str]  # and of the command line
+    auto_checkpointing: bool  # whether the recipe decides how much the rounds recompute
+
+    def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
+        """Build the trainer's arguments of a round. Epochs or `max_steps` in the settings override `epochs`."""
+        fixed = {"output_dir": str(folder), "num_train_epochs": epochs, "assistant_only_loss": False}
+        (args,) = parse_section("sft", (SFTConfig,), self.sft, self.sft_flags, fixed=fixed, without=OF_THE_RUN)
+        if args.packing:
+            raise HFTError("sft.packing is true, but rows of a task are not packed: drop it.")
+        if args.assistant_only_loss:
+            raise HFTError("sft.assistant_only_loss is true, but tasks have no chat form: drop it.")
+        if args.eval_strategy != "no":
+            raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
+        check_lengths(args.max_length, self.run.max_new_tokens)
+        if self.run.approach == "gem":
+            check_gem(args, self.hft)
+        return args
+
+    def tasks(self) -> tuple[list[Task], tuple[Row, ...]]:
+        """Read and check the tasks of the run, and the general rows for replay. All processes must call it."""
+        run, tasks, general = self.run, [], ()
+        folder = run.benchmark
+        if folder == "demo":
+            folder = f"{run.output_dir}/benchmark"
+            by_first_process(partial(_write_demo, Path(folder)))
+        if folder is not None:
+            tasks, general = read_benchmark(folder), read_replay(folder) if run.approach == "replay" else ()
+        if run.tasks is not None:
+            tasks += read_tasks(run.tasks)
+        check_names(tasks)
+        check_metrics(task.metric for task in tasks)
+        if run.approach == "replay" and not general:
+            logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
+        return tasks, general
+
+    def rounds(self, tasks: Sequence[Task], general: Sequence[Row] = ()) -> list[Round]:
+        """Plan the rounds, and write the rows that each trains on. All processes must call it."""
+        run, output, rounds, contents = self.run, Path(self.run.output_dir), [], {}
+        args, model = self.arguments(output, 1), self.model
+        structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+        max_length = check_lengths(args.max_length, run.max_new_tokens, most_tokens(structure))
+        plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
+        for number, plan in enumerate(plans):
+            rows = [row._asdict() for row in plan.rows]
+            memory = [{"task": task, **row._asdict()} for task, kept in plan.memories.items() for row in kept]
+            files = [rows_file(output, plan.name, rows), rows_file(output, plan.name, memory, "-memory")]
+            contents |= dict(zip(files, (rows, memory), strict=True))
+            args, model = self.arguments(output / plan.name, plan.epochs), self.model
+            start = output / plan.start if plan.start is not None else None
+            hft, adapter = self.hft, None
+            if run.approach in ADAPTERS:
+                hft, adapter = None, Adapter(self.lora, earlier=tuple(done.folder for done in rounds))
+            elif start is None:  # each round starts from the base, with a half of its own
+                hft = dataclasses.replace(hft, seed=hft.seed + number)
+            if run.approach == "lora":  # the previous round's adapter is trained further, on the base
+                adapter, start = Adapter(self.lora, start), None
+            if start is not None:  # a folder has no revision
+                model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
+            base = None if model is self.model else self.model
+            stage = make_stage(plan.name, model, DataArguments(str(files[0])), args, hft, base=base)
+            stage.auto_checkpointing = self.auto_checkpointing
+            memory_file = files[1] if memory else None
+            rounds.append(Round(**vars(stage), plan=plan, max_length=max_length, memory=memory_file, adapter=adapter))
+        by_first_process(partial(_write_rows, output, contents))
+        return rounds
+
+    def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Describe the run: its approach, its tasks, and the settings that its scores depend on."""
+        run, args = self.run, self.arguments(self.run.output_dir, 1)
+        settings = {
+            **{key: value for key, value in args.to_dict().items() if key in NOTED},
+            "epochs": [self.arguments(run.output_dir, task.epochs).num_train_epochs for task in tasks],
+            "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "dtype": self.model.dtype,
+            "revision": self.model.model_revision,
+            "max_new_tokens": run.max_new_tokens,
+            "train_sets": _digest([task.train for task in tasks]),
+            "test_sets": _digest([task.test for task in tasks]),
+        }
+        if run.approach in ADAPTERS:
+            settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
+            if run.approach == "lora":
+                del settings["lora.o_lora_lambda"]  # there is no penalty
+        elif run.method == "hft":
+            settings |= {f"hft.{key}": value for key, value in self.hft.selecting().items() if key != "method"}
+        for approach, key in (("replay", "replay_share"), ("gem", "gem_memory")):
+            if run.approach == approach:
+                settings[key] = vars(run)[key]
+        return {
+            "approach": run.approach,
+            "method": None if run.approach in ADAPTERS else run.method,
+            "model": demo.shown(self.model.model_name_or_path),
+            "tasks": [task.name for task in tasks],
+            "metrics": [task.metric for task in tasks],
+            "settings": settings,
+        }
+
+
+def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
+    """Plan the rounds, check and rehearse them, and open their folders. All processes must call it."""
+    run, (tasks, general) = recipe.run, recipe.tasks()
+    plan = recipe.plan(tasks)
+    if not run.overwrite:
+        check_plan(run.output_dir, plan)
+    rounds = recipe.rounds(tasks, general)
+    first = rounds[0]
+    first.check()
+    tokenizer = first.load_tokenizer()
+    check_tokenizer(tokenizer)
+    first.load_data()
+    rehearse([first], tokenizer)
+    settle_checkpointing(*rounds)
+    open_stages(rounds, run.overwrite)
+    write_plan(run.output_dir, plan, rounds, run.overwrite)
+    return rounds
+
+
+def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
+    """
+    Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
+
+    Args:
+        argv (`list[str]`):
+            The command line without the program's name.
+        default_config (`str` or `Path`, *optional*):
+            The YAML file to use without `--config`. Its benchmark is ignored if the command line has `tasks`.
+        help_text (`str`, *optional*):
+            What `--help` prints.
+
+    Raises:
+        [`HFTError`]: Naming the key, its section and the nearest valid key, or the invalid value.
+    """
+    answer_help(argv, help_text)
+    values, flags = read_sections(argv, default_config, KEYS)
+    given = {section: [flag[2:].partition("=")[0].replace("-", "_") for flag in flags[section]] for section in flags}
+    (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
+    if not names_config(argv):
+        check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
+        if "tasks" in given[""]:
+            values[""].pop("benchmark", None)
+    (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
+    check_evaluation(run, model)
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
+    trained, unused = "the model's own weights, no adapter", "lora"
+    if run.approach in ADAPTERS:
+        trained, unused = "an adapter, no half of the model", "hft"
+        if run.method == "hft" and ("method" in values[""] or "method" in given[""]):
+            raise HFTError(f"method is hft, but {run.approach} trains {trained}: drop it.")
+    if flags[unused]:  # a file may have both sections, for all approaches
+        raise HFTError(f"{unused}.{given[unused][0]} is given, but {run.approach} trains {trained}: drop it.")
+    for approach, section, key in (
+        ("replay", "", "replay_share"),
+        ("gem", "", "gem_memory"),
+        ("o_lora", "lora", "o_lora_lambda"),
+    ):
+        if run.approach != approach and key in given[section]:
+            name = f"{section}.{key}" if section else key
+            raise HFTError(f"{name} is given, but {run.approach} does not use it: drop it.")
+    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
+    hft = dataclasses.replace(hft, method=run.method)
+    auto = leaves_checkpointing(values["sft"], flags["sft"])
+    if auto and run.approach == "gem":
+        raise HFTError(
+            "sft.activation_checkpointing is auto, which does not count gem's gradients: set true or false."
+        )
+    recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
+    recipe.arguments(run.output_dir, 1)  # to find a mistake in them now
+    return recipe
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
+    with writing(output):
+        lock(output)
+        for path, rows in files.items():
+            if rows:
+                write_json_once(path, rows)
+
+
+def _write_demo(folder: Path) -> None:
+    with writing(folder):
+        lock(folder.parent)
+        write_benchmark(folder)

@@ -1,0 +1,182 @@
+"""The folder of a run: its plan, which fixes approach and tasks, its rows, and its scores."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hft_trl.continual.answers import Answered
+from hft_trl.continual.rounds import Round
+from hft_trl.errors import HFTError
+from hft_trl.files import read_json, read_object, write_json, write_json_once, writing
+from hft_trl.processes import by_first_process
+from hft_trl.recipe.folder import STAGE_FILE, finished
+
+PLAN_FILE = "plan.json"
+SCORES_FILE = "scores.json"
+VERSION = 1
+FIELDS = {
+    **dict.fromkeys(("approach", "model"), str),
+    **dict.fromkeys(("tasks", "metrics", "matrix", "op", "bwt", "rounds"), list),
+    **dict.fromkeys(("settings", "probes"), dict),
+    "method": str | None,
+}
+MEASURED = ("selection_digest", "share", "steps", "rows", "truncated_rows")  # of a round's record
+
+Scores = dict[str, Any]
+"""The content of `scores.json`."""
+
+
+def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "") -> Path:
+    """
+    Name the file of a round's rows, or of another kind of its rows such as `"-memory"`.
+
+    The name contains a digest of the rows: a run that is rejected later has not changed the rows of an earlier run.
+    """
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]
+    return output / f"{name}{kind}-{digest}.json"
+
+
+def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
+    """
+    Check that a folder belongs to a run with the same approach and tasks. New tasks may follow.
+
+    Other settings are compared round by round when the rounds' folders are opened.
+    """
+    path = Path(folder) / PLAN_FILE
+    try:
+        before = read_object(path, approach=str, tasks=list)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{path} cannot be read ({error}): pass --overwrite, or choose another output_dir.") from error
+    for key, now in (("approach", plan["approach"]), ("tasks", plan["tasks"][: len(before["tasks"])])):
+        if before[key] != now:
+            old, new = (run[key] if key == "approach" else ", ".join(map(str, run[key])) for run in (before, plan))
+            raise HFTError(
+                f"output_dir {str(folder)!r} was made with the {key} {old}, now it is {new}: choose another "
+                "output_dir, or pass --overwrite."
+            )
+
+
+def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
+    """
+    Write the plan of a run whose rounds' folders are locked. All processes must call it.
+
+    With `overwrite`, the results of an earlier run and those of its rounds that this run does not have are removed.
+    """
+
+    def write() -> None:
+        with writing(folder):
+            if overwrite:
+                _clear(Path(folder), rounds)
+            write_json_once(Path(folder) / PLAN_FILE, plan)
+
+    by_first_process(write)
+
+
+def _clear(folder: Path, rounds: Sequence[Round]) -> None:
+    for name in (SCORES_FILE, "report.md", "matrix.png", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+    ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
+    for path in set(folder.glob("round-*")) - ours:
+        if (path / STAGE_FILE).is_file():
+            shutil.rmtree(path)
+        elif path.is_file() and path.suffix == ".json":
+            path.unlink()
+
+
+def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
+    """
+    Compute overall performance and backward transfer after each round (paper, section 4.3).
+
+    A row of the matrix has the scores on the t tasks seen by then. OP_t is their mean. BWT_t is 1/t times the sum,
+    over the tasks of earlier rounds, of their score now less that after their own round. `bwt_t_minus_1` divides this
+    sum by the t - 1 earlier tasks, as most of the literature does.
+    """
+    found: dict[str, list[float | None]] = {"op": [], "bwt": [], "bwt_t_minus_1": []}
+    first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
+    earlier = 0
+    for row in matrix:
+        change = sum(row[task] - first[task] for task in range(earlier))
+        found["op"].append(sum(row) / len(row))
+        found["bwt"].append(change / len(row))
+        found["bwt_t_minus_1"].append(change / earlier if earlier else None)
+        earlier = len(row)
+    return found
+
+
+def score_rows(answered: Sequence[Mapping[str, Answered]]) -> list[list[Answered]]:
+    """List the newest result on each task after each round, from the results of the rounds' models."""
+    rows: list[list[Answered]] = []
+    newest: dict[str, Answered] = {}
+    for results in answered:
+        newest.update(results)
+        rows.append(list(newest.values()))
+    return rows
+
+
+def write_scores(
+    folder: str | Path,
+    rounds: Sequence[Round],
+    answered: Sequence[Mapping[str, Answered]],
+    probes: Mapping[str, Mapping[str, float | None]],
+) -> None:
+    """
+    Write `scores.json` to a run's folder. It contains no times: the same rounds give the same bytes.
+
+    Args:
+        rounds (`Sequence[Round]`):
+            The finished rounds.
+        answered (`Sequence[Mapping[str, Answered]]`):
+            The results of each round's model by task.
+        probes (`Mapping[str, Mapping[str, float | None]]`):
+            General abilities and knowledge after the last round, by model and name. If there are none, those that an
+            earlier call wrote after these rounds are kept.
+    """
+    folder, rows = Path(folder), score_rows(answered)
+    matrix = [[task.score for task in row] for row in rows]
+    before = read_scores(folder)
+    if not probes and before is not None and len(before["matrix"]) == len(matrix):
+        probes = before["probes"]
+    records = [vars(finished(planned)) for planned in rounds]
+    content = {
+        "version": VERSION,
+        **read_json(folder / PLAN_FILE),
+        "matrix": matrix,
+        **curves(matrix),
+        "probes": probes,
+        "rounds": [
+            {
+                "name": done.name,
+                "tasks": [task.name for task in done.plan.tasks],
+                **{key: record[key] for key in MEASURED},
+            }
+            for done, record in zip(rounds, records, strict=True)
+        ],
+        "empty_predictions": [[task.empty for task in row] for row in rows],
+        "truncated_prompts": [[task.truncated for task in row] for row in rows],
+    }
+    with writing(folder):
+        write_json(folder / SCORES_FILE, content, ensure_ascii=False)
+
+
+def read_scores(folder: str | Path) -> Scores | None:
+    """Read what [`write_scores`] wrote. Return `None` without a file, and reject an invalid one."""
+    path = Path(folder) / SCORES_FILE
+    try:
+        content = read_object(path, version=int, **FIELDS)
+        scores = [score for row in content["matrix"] for score in row]
+        if not scores or not all(isinstance(score, int | float) for score in scores):
+            raise ValueError("its 'matrix' is no list of rounds' scores")
+        if not all(isinstance(name, str) for name in (*content["tasks"], *content["metrics"])):
+            raise ValueError("its 'tasks' and 'metrics' are no names")
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError) as error:
+        raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
+    if content["version"] != VERSION:
+        raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
+    return content
