@@ -21,11 +21,10 @@ from hft_trl.frozen.quantized_linear import packed_away
 from hft_trl.names import named_parameters
 from hft_trl.reference import sharing
 from hft_trl.report import StageRecord, UnitChange
-from hft_trl.saved_models.diff import Moved
+from hft_trl.saved_models.comparison import relative_change
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import change, is_zero, same_bytes
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -144,9 +143,9 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]
             learns = unit.names[0] in trainable
-            known = {start: _relative_change(before[start], after, unit.names, moved=learns)}
+            known = {start: relative_change(before[start], after, unit.names, learns)}
             if base_model != start:
-                known[base_model] = _relative_change(before[base_model], after, unit.names)
+                known[base_model] = relative_change(before[base_model], after, unit.names)
             place = (unit.names[0], unit.layer, unit.category, unit.slot)
             found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
     except (HFTError, OSError, SafetensorError) as error:
@@ -161,13 +160,3 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
 
 def _with_revision(model: str, revision: str | None) -> str:
     return model if revision is None or Path(model).is_dir() else f"{model}@{revision}"
-
-
-def _relative_change(
-    before: SavedModel, after: SavedModel, names: tuple[str, ...], moved: bool = True
-) -> float | None:
-    """Arithmetic is done only where bytes differ; what has not `moved` is not even read, but for whether it is zero."""
-    pairs = [pair for name in names for pair in after.beside(before, name)]
-    if not moved or all(same_bytes(old, new) for old, new in pairs):
-        return 0.0 if any(not is_zero(old) for old, _ in pairs) else None
-    return Moved.total(change(names[0], old, new) for old, new in pairs).relative
