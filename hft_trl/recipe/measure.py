@@ -33,11 +33,11 @@ logger = logging.get_logger(__name__)
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the platform has a way to."""
+    """Start a new measurement of peak memory, where the platform supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # not every container lets a process do so
+        with contextlib.suppress(OSError):  # some containers do not allow it
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -53,23 +53,17 @@ def peak_memory() -> int:
 
 def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
-    What a trainer that has trained knows of its own run.
+    The record of a stage, from its trainer after `train`.
 
-    Args:
-        stage ([`Stage`]):
-            The stage.
-        trainer ([`ResumableMixin`]):
-            Its trainer, after `train`.
-        resumed_from ([`~transformers.TrainerState`], *optional*):
-            The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
-            else is of the whole stage.
+    With `resumed_from`, the state of the checkpoint that training resumed from, time and speed are those of the part
+    after it; all other figures are of the whole stage.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
     if resumed_from and resumed_from.global_step == trainer.state.global_step:
-        runtime = None  # a checkpoint of the last step is taken over, which is no training
+        runtime = None  # the checkpoint was of the last step, so nothing was trained
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     memory = (
@@ -82,7 +76,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         else (None, None)
     )
     optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
-    if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
+    if trainer.is_deepspeed_enabled:  # each process holds a part, as flat tensors
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, learns in sizes if learns)
@@ -118,18 +112,10 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
     """
-    How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
+    How far every unit of a stage's saved model moved from the stage's start model and from the run's (`base_model`).
 
-    Args:
-        stage ([`Stage`]):
-            The stage, whose trained model is in its folder.
-        selection ([`Selection`]):
-            Which units learned.
-        base_model (`str`):
-            Hub id or folder of the run's first start model.
-
-    Returns:
-        `list[UnitChange]`: One entry per unit; a figure is `None` where the files of one model hold no such tensor.
+    Every process has to call, and compares its share of the units. A figure is `None` where one model's files do not
+    hold the tensor, or hold it in another shape.
     """
     start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
     trainable, found, problem = set(selection.trainable), [], None
@@ -138,7 +124,7 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
         before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
-        # Dealt out by size, so that all processes have about the same to read.
+        # Distributed by size, so that all processes read about the same amount.
         largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]

@@ -17,20 +17,11 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Change:
-    """
-    How far tensors moved, one or several taken together.
+    """How far tensors moved, one or several taken together: L2 norms in float64, and numbers of elements."""
 
-    Args:
-        difference, base (`float`):
-            Norms (L2, in float64) of the task vector (tuned minus base) and of the base's weights.
-        moved, size (`int`):
-            Number of elements that differ in a bit, and of all elements. Where the types differ, values are compared bit
-            for bit in the type that holds both.
-    """
-
-    difference: float
+    difference: float  # norm of the task vector, which is tuned minus base
     base: float
-    moved: int
+    moved: int  # elements that differ in a bit; where the types differ, in the type that holds both values
     size: int
 
     @classmethod

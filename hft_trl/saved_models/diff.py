@@ -15,35 +15,18 @@ from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Uni
 
 @dataclass(frozen=True)
 class ModelDiff:
-    """
-    A tuned model beside its base.
-
-    Args:
-        base, tuned (`str`):
-            The two models, as the user named them.
-        selection ([`Selection`], *optional*):
-            The selection of the tuned model's training, `None` if it holds no `hft_selection.json`.
-        units (`list[tuple[Unit, Change]]`):
-            How far each unit moved.
-        frozen (`list[str]`):
-            Names of the parameters that the selection froze, as a whole or in some of their elements.
-        touched (`list[str]`):
-            Those of them that differ from the base in a bit that was frozen.
-        dtypes (`tuple[str, str]`):
-            Types of the frozen parameters (of all, if none is frozen) in the base's and in the tuned model's files.
-        is_start (`bool`, *optional*):
-            Whether the base is the model that training started from, by the digest of its weights in the selection.
-            `None` if the selection has no digest, or if it cannot be computed from the files.
-    """
+    """A tuned model beside its base, both named as the user named them."""
 
     base: str
     tuned: str
-    selection: Selection | None
+    selection: Selection | None  # None if the tuned model holds no hft_selection.json
     units: list[tuple[Unit, Change]]
-    frozen: list[str]
-    touched: list[str]
-    dtypes: tuple[str, str]
-    is_start: bool | None
+    frozen: list[str]  # parameters that were frozen as a whole or in some of their elements
+    touched: list[str]  # those of them that differ from the base in a bit that was frozen
+    dtypes: tuple[
+        str, str
+    ]  # in the base's and the tuned model's files, of the frozen parameters (of all if there are none)
+    is_start: bool | None  # whether training started from the base, by the digest in the selection; None if unknown
 
     @property
     def method(self) -> str | None:
@@ -74,11 +57,7 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
     """
     Compare tuned models with their base, a chunk of a tensor at a time. No model is loaded.
 
-    Args:
-        base (`str`):
-            Folder, hub id in the local cache, or `"demo"`.
-        tuned (`Iterable[str]`):
-            The tuned models, named in the same way.
+    Each is a folder, a hub id in the local cache, or `"demo"`.
 
     Raises:
         [`HFTError`]: If a tuned model differs from the base in architecture, vocabulary or shapes, or if its selection
@@ -106,9 +85,11 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
         )
 
     def touched(name: str) -> bool:
-        if name in selection.masked:
-            return _masked_moved(before, after, name, selection)
-        return any(part.moved for part in changes[name])
+        if name not in selection.masked:
+            return any(part.moved for part in changes[name])
+        old, new = before.parameter(name), after.parameter(name)
+        frozen_elements = ~selection.masks.draw(name, new.shape)
+        return change(old[frozen_elements], new[frozen_elements]).moved > 0
 
     return ModelDiff(
         base=before.name,
@@ -150,13 +131,6 @@ def _frozen(selection: Selection | None, names: list[str], model: str) -> list[s
         )
     learns = set(selection.trainable) - selection.masked.keys()
     return [name for name in names if name not in learns]
-
-
-def _masked_moved(before: SavedModel, after: SavedModel, name: str, selection: Selection) -> bool:
-    """Whether an element that the mask froze differs."""
-    old, new = before.parameter(name), after.parameter(name)
-    frozen = ~selection.masks.draw(name, new.shape)
-    return change(old[frozen], new[frozen]).moved > 0
 
 
 def _types(saved: SavedModel, names: Iterable[str]) -> str:

@@ -78,6 +78,17 @@ def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
 def _model_json(diff: "ModelDiff") -> dict[str, Any]:
     cells, totals = diff.grouped()
     old, new = diff.dtypes
+    units = [
+        {
+            "name": unit.name,
+            "layer": unit.layer,
+            "category": unit.category,
+            "slot": unit.slot,
+            "trainable": unit.trainable,
+            **moved.as_json(),
+        }
+        for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
+    ]
     return {
         "model": diff.tuned,
         "method": diff.method,
@@ -91,17 +102,7 @@ def _model_json(diff: "ModelDiff") -> dict[str, Any]:
         "verdict": verdict(diff),
         "categories": [{"category": name, **moved.as_json()} for name, moved in totals.items()],
         "layers": [{"layer": layer, "category": name, **moved.as_json()} for (layer, name), moved in cells.items()],
-        "units": [
-            {
-                "name": unit.name,
-                "layer": unit.layer,
-                "category": unit.category,
-                "slot": unit.slot,
-                "trainable": unit.trainable,
-                **moved.as_json(),
-            }
-            for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
-        ],
+        "units": units,
     }
 
 

@@ -139,15 +139,16 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
 
 def _check_tokens(before: SavedModel, after: SavedModel) -> None:
     ours, theirs = _tokenizer(before), _tokenizer(after)
-    if ours is not None and theirs is not None:
-        known = theirs.get_vocab()
-        # A token may have a new name (one of the reserved ones, put to use) but not another's number.
-        for token, number in ours.get_vocab().items():
-            if known.get(token, number) != number:
-                raise HFTError(
-                    f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
-                    f"of {after.name!r}: give the model that the tuned one started from."
-                )
+    if ours is None or theirs is None:
+        return
+    known = theirs.get_vocab()
+    # A token may have a new name (a reserved one that was put to use), but not another token's number.
+    for token, number in ours.get_vocab().items():
+        if known.get(token, number) != number:
+            raise HFTError(
+                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that of "
+                f"{after.name!r}: give the model that the tuned one started from."
+            )
 
 
 def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
@@ -260,7 +261,6 @@ stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
     # A card's base models are hub ids; folders are named only in the text.
     hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
-    models = [name.partition("@")[0] for name in hub]
-    tags = ["hft", title.lower()]
-    data = ModelCardData(base_model=models or None, library_name="transformers", tags=tags)
+    models = [name.partition("@")[0] for name in hub] or None
+    data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")

@@ -25,21 +25,11 @@ FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.t
 
 
 class Place(NamedTuple):
-    """
-    Where a tensor of a file belongs in the model.
+    """Where a tensor of a file belongs in the model."""
 
-    Args:
-        parameter (`str`):
-            Name of the parameter, the first of its names where it is tied.
-        piece (`str`):
-            Which piece of the parameter it is, where transformers fuses several tensors (experts) into one. Else empty.
-        pattern (`str`):
-            The pattern of transformers' conversion that the piece matches. Else empty.
-    """
-
-    parameter: str
-    piece: str
-    pattern: str
+    parameter: str  # the first name of a tied parameter
+    piece: str  # which piece of the parameter, where transformers fuses several tensors (experts) into one, else ""
+    pattern: str  # the pattern of transformers' conversion that the piece matches, else ""
 
 
 class SavedModel:
@@ -68,8 +58,8 @@ class SavedModel:
         self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None
         transforms = get_model_conversion_mapping(self.skeleton)
-        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
         _check_floating(self)
         self._key_at = {(place.parameter, place.piece): key for key, place in self.places.items()}
@@ -163,11 +153,9 @@ def _tensor_files(path: str, name: str) -> dict[str, Path]:
                 if key in files:
                     raise HFTError(f"{name!r} holds {key} twice, in {files[key].name} and {file.name}: save it again.")
                 files[key] = file
-    wrong = [key for key, file in listed.items() if files.get(key) != file]
-    if wrong:
-        raise HFTError(
-            f"{name!r} has no {wrong[0]} in {listed[wrong[0]].name}, where its index says it is: save it again."
-        )
+    wrong = next((key for key, file in listed.items() if files.get(key) != file), None)
+    if wrong is not None:
+        raise HFTError(f"{name!r} has no {wrong} in {listed[wrong].name}, where its index says it is: save it again.")
     return files
 
 
