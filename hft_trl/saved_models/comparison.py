@@ -71,8 +71,8 @@ def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str],
     """
     The relative change of some parameters taken together, with as little arithmetic as possible.
 
-    Norms are computed only where bytes differ. Parameters that have not `learned` are read only to see whether they are
-    zero, since a change from zero is undefined (`None`).
+    Norms are computed only where bytes differ. Parameters that have not `learned` are read only to see whether they
+    are zero, since a change from zero is undefined (`None`).
     """
     pairs = [pair for name in names for pair in after.pairs(before, name)]
     if not learned or all(same_bytes(old, new) for old, new in pairs):
@@ -106,8 +106,8 @@ def check_alike(base: SavedModel, tuned: SavedModel) -> None:
     ours, theirs = (len(next(saved.skeleton.get_input_embeddings().parameters())) for saved in (base, tuned))
     if ours != theirs:
         raise HFTError(
-            f"{base.name!r} has a vocabulary of {ours} tokens, {tuned.name!r} one of {theirs}: give the model that the "
-            "tuned one started from, with the same vocabulary."
+            f"{base.name!r} has a vocabulary of {ours} tokens, {tuned.name!r} one of {theirs}: give the model that "
+            "the tuned one started from, with the same vocabulary."
         )
     for first, second in ((base, tuned), (tuned, base)):
         for key in first.places:

@@ -81,7 +81,8 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
     unknown = next((name for name in frozen if not changes[name]), None)
     if unknown is not None:
         raise HFTError(
-            f"{unknown} is frozen in {after.name!r}, but no file holds it, so it cannot be compared: save the model again."
+            f"{unknown} is frozen in {after.name!r}, but no file holds it, so it cannot be compared: save the model "
+            "again."
         )
 
     def touched(name: str) -> bool:
@@ -110,18 +111,18 @@ def _is_start(before: SavedModel, after: SavedModel, start: dict[str, str | None
     """Compare the digest of the base with the selection's, in each type that training may have held the weights in."""
     if start is None or start["weights_digest"] is None:
         return None
-    known: dict[str, str | None] = {}
-    for dtypes in (after.dtypes(), before.dtypes(), dict.fromkeys(after.dtypes(), torch.float32)):
-        kinds = str(sorted(dtypes.items(), key=str))
-        if kinds not in known:
-            known[kinds] = before.digest(dtypes)
-            if known[kinds] == start["weights_digest"]:
+    held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.dtypes(), torch.float32)]
+    digests = []
+    for number, dtypes in enumerate(held):
+        if dtypes not in held[:number]:
+            digests.append(before.digest(dtypes))
+            if digests[-1] == start["weights_digest"]:
                 return True
-    return None if None in known.values() else False
+    return None if None in digests else False
 
 
 def _frozen(selection: Selection | None, names: list[str], model: str) -> list[str]:
-    """The parameters that did not learn as a whole: those frozen or masked, and those that the selection leaves out."""
+    """Parameters that did not learn as a whole: frozen, masked, or left out of the selection."""
     if selection is None or selection.config.method == "fft":
         return []
     unknown = {*selection.trainable, *selection.frozen}.difference(names)

@@ -45,8 +45,8 @@ def _start(diff: "ModelDiff") -> str:
         return ""
     start = diff.selection.start_model
     return (
-        f". Note that {diff.base} is not the model that its last stage started from, which was {start['name_or_path']} "
-        f"(weights {start['weights_digest'][:16]})"
+        f". Note that {diff.base} is not the model that its last stage started from, which was "
+        f"{start['name_or_path']} (weights {start['weights_digest'][:16]})"
     )
 
 
@@ -119,7 +119,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
-    """Draw layers by modules as a heat map, the models side by side on one scale, into a file whose ending is its format."""
+    """Draw layers by modules as a heat map, the models side by side on one scale."""
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")

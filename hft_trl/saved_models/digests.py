@@ -57,7 +57,7 @@ def _commit(name: str, revision: str) -> str | None:
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
     """
-    SHA-256 (hex) of the files and tokenizer folders that settings name, such as a template or DeepSpeed's configuration.
+    SHA-256 (hex) of the files and tokenizer folders that settings name, such as a template.
 
     The keys are the settings' names with `_content` appended.
     """
@@ -89,11 +89,8 @@ def _part_digest(part: DatasetConfig) -> str | None:
     names = [name for entry in patterns for name in ([entry] if isinstance(entry, str) else entry)]
     local = [str(base / name) for name in names if "://" not in name]  # Path.glob takes no absolute patterns
     files = [path for pattern in local for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    return (
-        combined_digest({str(place): content_digest(Path(path)) for place, path in enumerate(files)})
-        if files
-        else None
-    )
+    digests = {str(place): content_digest(Path(path)) for place, path in enumerate(files)}
+    return combined_digest(digests) if digests else None
 
 
 def _file_digests(folder: Path) -> dict[str, str]:

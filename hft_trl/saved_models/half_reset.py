@@ -39,8 +39,8 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     Set half of a tuned model's transformer layers back to its base, without training and without loading either.
 
     The choice is the one that training would make. What learns in a selection of these settings stays tuned (with
-    embedding, output head and final norm by default). All other parameters become the base's, bit for bit. Buffers stay
-    the tuned model's. Only a few chunks of one tensor are in memory at a time.
+    embedding, output head and final norm by default). All other parameters become the base's, bit for bit. Buffers
+    stay the tuned model's. Only a few chunks of one tensor are in memory at a time.
 
     Args:
         base (`str` or `Path`):
@@ -69,8 +69,8 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         )
     if config.strategy in ("importance", "element"):
         raise HFTError(
-            f"hft.strategy is {config.strategy!r}, but half-reset selects whole matrices by their shapes: use category, "
-            "layer or model."
+            f"hft.strategy is {config.strategy!r}, but half-reset selects whole matrices by their shapes: use "
+            "category, layer or model."
         )
     before, after, out = _open(base, tuned, out)
     selection = select(after.skeleton, config)
@@ -94,8 +94,8 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
         base, tuned, out:
             As for [`half_reset`].
         share (`float`):
-            The tuned model's part in `(1 - share) * base + share * tuned`, in [0, 1]. Averages are computed in float64 and
-            rounded to the tuned model's type.
+            The tuned model's part in `(1 - share) * base + share * tuned`, in [0, 1]. Averages are computed in float64
+            and rounded to the tuned model's type.
 
     Raises:
         [`HFTError`]: As for [`half_reset`], except for types, and if `share` is out of range.
@@ -131,8 +131,8 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
     needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
     if free < needed:
         raise HFTError(
-            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or choose "
-            "a folder on another disk."
+            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or "
+            "choose a folder on another disk."
         )
     return before, after, out
 
@@ -146,8 +146,8 @@ def _check_tokens(before: SavedModel, after: SavedModel) -> None:
     for token, number in ours.get_vocab().items():
         if known.get(token, number) != number:
             raise HFTError(
-                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that of "
-                f"{after.name!r}: give the model that the tuned one started from."
+                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
+                f"of {after.name!r}: give the model that the tuned one started from."
             )
 
 
@@ -166,9 +166,8 @@ def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, flo
         old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
         if share == 0 and torch.promote_types(old, new) != new:
             raise HFTError(
-                f"{after.places[key].parameter} is {short(old)} in {before.name!r} and {short(new)} in {after.name!r}, "
-                "which cannot hold all its values, so it cannot be set back bit for bit: save "
-                f"{after.name!r} in {short(old)} first."
+                f"{after.places[key].parameter} is {short(old)} in {before.name!r} and {short(new)} in {after.name!r},"
+                f" which cannot hold all its values: save {after.name!r} in {short(old)} first."
             )
 
 
@@ -221,7 +220,7 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
 
 
 def _header(path: Path) -> tuple[bytes, list[str]]:
-    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names as they lie in the file."""
+    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names in the file's order."""
     with path.open("rb") as file:
         length = file.read(8)
         text = file.read(int.from_bytes(length, "little"))
@@ -249,9 +248,9 @@ def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> 
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
     settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
     return f"""\
-A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged. Nothing
-was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: what it calls trainable
-stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
+A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged.
+Nothing was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: its trainable
+parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
 
 | category | share that stayed tuned |
 |---|---|

@@ -1,4 +1,4 @@
-"""A saved model, tensor by tensor, under the names that its parameters have once transformers has loaded it."""
+"""A saved model, tensor by tensor, under the names that its parameters have in transformers."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -62,10 +62,14 @@ class SavedModel:
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
         _check_floating(self)
-        self._key_at = {(place.parameter, place.piece): key for key, place in self.places.items()}
-        self._keys: dict[str, list[str]] = {}  # by the parameter that they belong to
+        # Tensors by parameter and piece. A tied parameter that is in the file under each of its names is read once,
+        # under the first.
+        self._pieces: dict[str, dict[str, str]] = {}
         for key in sorted(self.places, key=dot_natural_key):
-            self._keys.setdefault(self.places[key].parameter, []).append(key)
+            place = self.places[key]
+            pieces = self._pieces.setdefault(place.parameter, {})
+            if key == place.parameter or place.piece not in pieces:
+                pieces[place.piece] = key
 
     def tensor(self, key: str) -> torch.Tensor:
         """A tensor by its name in the file, mapped from the file's pages."""
@@ -77,22 +81,15 @@ class SavedModel:
     def counterpart(self, key: str, other: "SavedModel") -> torch.Tensor | None:
         """The other model's tensor that belongs where this model's tensor `key` belongs, `None` without one."""
         place = self.places[key]
-        # A tied head may be in the file beside the embedding that it shares a parameter with.
-        theirs = key if other.places.get(key) == place else other._key_at.get((place.parameter, place.piece))
+        theirs = other._pieces.get(place.parameter, {}).get(place.piece)
         return other.tensor(theirs) if theirs is not None else None
 
     def pairs(self, other: "SavedModel", parameter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The other model's and this model's tensors of a parameter, where both have them in one shape."""
-        pieces = set()
-        # A file may hold a tied parameter under each of its names: it is taken once, under its first.
-        for key in sorted(self._keys.get(parameter, ()), key=lambda key: key != parameter):
-            piece = self.places[key].piece
-            theirs = self.counterpart(key, other) if piece not in pieces else None
-            if theirs is not None:
-                pieces.add(piece)
-                ours = self.tensor(key)
-                if theirs.shape == ours.shape:
-                    yield theirs, ours
+        for key in self._pieces.get(parameter, {}).values():
+            theirs, ours = self.counterpart(key, other), self.tensor(key)
+            if theirs is not None and theirs.shape == ours.shape:
+                yield theirs, ours
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Type of each parameter on disk."""
@@ -106,7 +103,7 @@ class SavedModel:
         """
         digests = {}
         names = [name for name, _ in self.skeleton.named_parameters()]
-        if any(name not in self._keys or name not in dtypes for name in names):
+        if any(name not in self._pieces or name not in dtypes for name in names):
             return None
         for name in logging.tqdm(names, desc=f"Digest of {self.name}", disable=None, leave=False):
             digests[name] = fingerprint(self.parameter(name), dtypes[name])
@@ -114,10 +111,10 @@ class SavedModel:
 
     def parameter(self, name: str) -> torch.Tensor:
         """A whole parameter by its name in the model, fused where the file holds it in pieces."""
-        keys = self._keys[name]
+        keys = list(self._pieces[name].values())
         pattern = self.places[keys[0]].pattern
         if not pattern:
-            return self.tensor(name if name in keys else keys[0])
+            return self.tensor(keys[0])
         converter = copy.deepcopy(next(each for each in self._converters if pattern in each.source_patterns))
         for key in keys:
             converter.add_tensor(name, key, self.places[key].pattern, self.tensor(key))
@@ -195,7 +192,7 @@ def _places(
         converter = next(each for each in converters if pattern in each.source_patterns)
         if len(converter.target_patterns) > 1:
             raise HFTError(
-                f"{key} in {model!r} holds several parameters, {name} among them, which cannot be separated in the file: "
+                f"{key} in {model!r} holds several parameters, such as {name}, which cannot be separated in the file: "
                 "load the model and save it with save_pretrained(folder, save_original_format=False) first."
             )
         piece, _ = rename_source_key(key, renamings, [])
