@@ -3,12 +3,10 @@
 import hashlib
 import itertools
 import json
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -229,70 +227,3 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
                         f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
                         f"the frozen half could not keep its bits: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
                     )
-
-
-class Change(NamedTuple):
-    """
-    How far one tensor moved.
-
-    Args:
-        name (`str`):
-            The tensor's name.
-        difference, base (`float`):
-            Norms (L2, in float64) of the difference and of the base.
-        moved, size (`int`):
-            Number of elements that differ in a bit, and of all. Where the types differ, values are compared bit for bit
-            in the type that holds both.
-    """
-
-    name: str
-    difference: float
-    base: float
-    moved: int
-    size: int
-
-
-def change(name: str, before: torch.Tensor, after: torch.Tensor) -> Change:
-    """
-    Compare two tensors, a piece at a time.
-
-    Args:
-        name (`str`):
-            Name for the result.
-        before, after (`torch.Tensor`):
-            Tensors of one shape, whatever their types.
-
-    Returns:
-        [`Change`]: Norms, and the number of elements that differ.
-    """
-    common = torch.promote_types(before.dtype, after.dtype)
-    difference = base = 0.0
-    moved = 0
-    for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
-        old, new = old.to(common), new.to(common)
-        moved += int((_bits(old) != _bits(new)).sum())
-        old, new = old.double(), new.double()
-        difference += (new - old).square().sum().item()
-        base += old.square().sum().item()
-    return Change(name, math.sqrt(difference), math.sqrt(base), moved, before.numel())
-
-
-# Integers of as many bytes, by which elements are compared bit for bit.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(INTEGERS[tensor.element_size()])
-
-
-def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same type and the same bits, read no further than the first difference."""
-    if before.dtype != after.dtype:
-        return False
-    pieces = zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True)
-    return all(torch.equal(_bits(old), _bits(new)) for old, new in pieces)
-
-
-def is_zero(tensor: torch.Tensor) -> bool:
-    """Whether all elements are zero, read no further than the first that is not."""
-    return not any(bool(piece.any()) for piece in tensor.reshape(-1).split(CHUNK))

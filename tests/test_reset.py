@@ -266,7 +266,7 @@ def other_architecture(base, tuned):
 
 def narrower(base, tuned):
     tiny_llama(300).to(torch.bfloat16).save_pretrained(tuned)
-    return "float32.*bfloat16.*can't hold"
+    return "float32.*bfloat16.*cannot hold"
 
 
 def torn(base, tuned):

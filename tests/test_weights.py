@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hft_trl.errors import HFTError
+from hft_trl.saved_models.comparison import Change, change, is_zero, same_bytes
 from hft_trl.weights import (
     CHUNK,
-    change,
     check_readable,
     combined_digest,
     fingerprint,
     fingerprints,
-    is_zero,
     rounds,
-    same_bytes,
     weight_files,
 )
 
@@ -88,15 +86,14 @@ def test_a_change_counts_the_values_that_differ_in_a_bit(size, data):
     places = data.draw(st.sets(st.integers(0, size - 1), max_size=3)) if size else set()
     for number, place in enumerate(places):
         after[place] = (-0.0, 3.0, 4.0)[number]
-    found = change("a", before, after)
-    assert found == ("a", [0.0, 0.0, 3.0, 5.0][len(places)], 0.0, len(places), size)
+    assert change(before, after) == Change([0.0, 0.0, 3.0, 5.0][len(places)], 0.0, len(places), size)
 
 
 def test_a_change_of_type_alone_is_none_where_the_wider_type_holds_the_same_values():
     narrow = torch.tensor([1.5, -2.0, float("inf"), float("nan")], dtype=torch.bfloat16)
-    assert change("a", narrow, narrow.float()).moved == 0
-    assert change("a", narrow.float(), narrow).moved == 0
-    assert change("a", torch.tensor([0.1, 0.5]), torch.tensor([0.1, 0.5], dtype=torch.bfloat16)).moved == 1
+    assert change(narrow, narrow.float()).moved == 0
+    assert change(narrow.float(), narrow).moved == 0
+    assert change(torch.tensor([0.1, 0.5]), torch.tensor([0.1, 0.5], dtype=torch.bfloat16)).moved == 1
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 
 from hft_trl import demo
 from hft_trl.errors import HFTError, first_line
-from hft_trl.saved_models.digests import FILES
+from hft_trl.saved_models.saved_model import FILES
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 

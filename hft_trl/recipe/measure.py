@@ -19,11 +19,11 @@ from hft_trl.errors import HFTError, first_line
 from hft_trl.frozen.quantized_linear import packed_away
 from hft_trl.reference import sharing
 from hft_trl.report import StageRecord, UnitChange
-from hft_trl.saved_models.diff import Moved
+from hft_trl.saved_models.comparison import relative_change
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import change, is_zero, named_parameters, numel, same_bytes
+from hft_trl.weights import named_parameters, numel
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -32,11 +32,11 @@ logger = logging.get_logger(__name__)
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the platform has a way to."""
+    """Start a new measurement of peak memory, where the platform supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # not every container lets a process do so
+        with contextlib.suppress(OSError):  # some containers do not allow it
             Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -52,23 +52,17 @@ def peak_memory() -> int:
 
 def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """
-    What a trainer that has trained knows of its own run.
+    The record of a stage, from its trainer after `train`.
 
-    Args:
-        stage ([`Stage`]):
-            The stage.
-        trainer ([`ResumableMixin`]):
-            Its trainer, after `train`.
-        resumed_from ([`~transformers.TrainerState`], *optional*):
-            The state of the checkpoint that training went on from. Time and speed are those of the part after it, all
-            else is of the whole stage.
+    With `resumed_from`, the state of the checkpoint that training resumed from, time and speed are those of the part
+    after it; all other figures are of the whole stage.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
     if resumed_from and resumed_from.global_step == trainer.state.global_step:
-        runtime = None  # a checkpoint of the last step is taken over, which is no training
+        runtime = None  # the checkpoint was of the last step, so nothing was trained
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     memory = (
@@ -81,7 +75,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         else (None, None)
     )
     optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
-    if trainer.is_deepspeed_enabled:  # every process holds a part, of flat tensors that don't know of the whole
+    if trainer.is_deepspeed_enabled:  # each process holds a part, as flat tensors
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, learns in sizes if learns)
@@ -117,18 +111,10 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
     """
-    How far every unit moved, from the saved files. Every process has to call, and compares its share of the units.
+    How far every unit of a stage's saved model moved from the stage's start model and from the run's (`base_model`).
 
-    Args:
-        stage ([`Stage`]):
-            The stage, whose trained model is in its folder.
-        selection ([`Selection`]):
-            Which units learned.
-        base_model (`str`):
-            Hub id or folder of the run's first start model.
-
-    Returns:
-        `list[UnitChange]`: One entry per unit; a figure is `None` where the files of one model hold no such tensor.
+    Every process has to call, and compares its share of the units. A figure is `None` where one model's files do not
+    hold the tensor, or hold it in another shape.
     """
     start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
     trainable, found, problem = set(selection.trainable), [], None
@@ -137,14 +123,14 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
         before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
-        # Dealt out by size, so that all processes have about the same to read.
+        # Distributed by size, so that all processes read about the same amount.
         largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]
             learns = unit.names[0] in trainable
-            known = {start: _relative_change(before[start], after, unit.names, moved=learns)}
+            known = {start: relative_change(before[start], after, unit.names, learns)}
             if base_model != start:
-                known[base_model] = _relative_change(before[base_model], after, unit.names)
+                known[base_model] = relative_change(before[base_model], after, unit.names)
             place = (unit.names[0], unit.layer, unit.category, unit.slot)
             found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
     except (HFTError, OSError, SafetensorError) as error:
@@ -159,13 +145,3 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
 
 def _with_revision(model: str, revision: str | None) -> str:
     return model if revision is None or Path(model).is_dir() else f"{model}@{revision}"
-
-
-def _relative_change(
-    before: SavedModel, after: SavedModel, names: tuple[str, ...], moved: bool = True
-) -> float | None:
-    """Arithmetic is done only where bytes differ; what has not `moved` is not even read, but for whether it is zero."""
-    pairs = [pair for name in names for pair in after.beside(before, name)]
-    if not moved or all(same_bytes(old, new) for old, new in pairs):
-        return 0.0 if any(not is_zero(old) for old, _ in pairs) else None
-    return Moved.total(change(names[0], old, new) for old, new in pairs).relative

@@ -10,24 +10,18 @@ from hft_trl.report.movement_plot import change_figure
 from hft_trl.report.plots import plain, save_figure
 from hft_trl.report.record import UnitChange
 from hft_trl.report.tables import Grid, change, count, percent
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
+from hft_trl.selection import LAYER_CATEGORIES
 
 if TYPE_CHECKING:
-    from hft_trl.saved_models.diff import ModelDiff, Moved
-
-COLUMNS = ["change", "moved"]
+    from hft_trl.saved_models.comparison import Change
+    from hft_trl.saved_models.diff import ModelDiff
 
 
 def verdict(diff: "ModelDiff") -> str:
     """
-    Say in one sentence whether the frozen half is the base's.
+    State in one sentence whether the frozen half equals the base's.
 
-    Args:
-        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
-            The comparison.
-
-    Returns:
-        `str`: The sentence. It holds "frozen half byte-identical" exactly when that is so.
+    The sentence contains "frozen half byte-identical" exactly when it does.
     """
     total = f"{len(diff.frozen)} of {len(diff.frozen)} parameters"
     if diff.selection is not None and diff.selection.masks is not None:
@@ -51,22 +45,13 @@ def _start(diff: "ModelDiff") -> str:
         return ""
     start = diff.selection.start_model
     return (
-        f". Note that {diff.base} is not the model that its last stage started from, which was {start['name_or_path']} "
-        f"(weights {start['weights_digest'][:16]})"
+        f". Note that {diff.base} is not the model that its last stage started from, which was "
+        f"{start['name_or_path']} (weights {start['weights_digest'][:16]})"
     )
 
 
 def layer_grid(diff: "ModelDiff") -> Grid:
-    """
-    A row a layer, with change and moved share of each category.
-
-    Args:
-        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
-            The comparison.
-
-    Returns:
-        [`Grid`]: The table; its last row is that of all layers.
-    """
+    """A table with a row per layer, of change and moved share by category. Its last row is that of all layers."""
     cells, totals = diff.grouped()
     categories = [name for name in totals if name in LAYER_CATEGORIES]
     rows = [
@@ -79,39 +64,31 @@ def layer_grid(diff: "ModelDiff") -> Grid:
 
 
 def category_grid(diff: "ModelDiff") -> Grid:
-    """
-    A row a category, in the layers and outside of them.
-
-    Args:
-        diff ([`~hft_trl.saved_models.diff.ModelDiff`]):
-            The comparison.
-
-    Returns:
-        [`Grid`]: The table.
-    """
+    """A table with a row per category, inside and outside the layers."""
     _, totals = diff.grouped()
-    order = [name for name in (*LAYER_CATEGORIES, *OUTER_CATEGORIES) if name in totals]
-    rows = [[name, count(totals[name].size), *_pair(totals[name])] for name in order]
-    return Grid(f"{_title(diff)}: change by category", ["category", "parameters", *COLUMNS], rows)
+    rows = [[name, count(total.size), *_pair(total)] for name, total in totals.items()]
+    return Grid(f"{_title(diff)}: change by category", ["category", "parameters", "change", "moved"], rows)
 
 
 def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
-    """
-    Everything that was measured.
-
-    Args:
-        diffs (`Sequence[ModelDiff]`):
-            The comparisons with one base.
-
-    Returns:
-        `dict[str, Any]`: Plain JSON.
-    """
+    """All figures as plain JSON."""
     return {"base": diffs[0].base, "models": [_model_json(diff) for diff in diffs]}
 
 
 def _model_json(diff: "ModelDiff") -> dict[str, Any]:
     cells, totals = diff.grouped()
     old, new = diff.dtypes
+    units = [
+        {
+            "name": unit.name,
+            "layer": unit.layer,
+            "category": unit.category,
+            "slot": unit.slot,
+            "trainable": unit.trainable,
+            **moved.as_json(),
+        }
+        for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
+    ]
     return {
         "model": diff.tuned,
         "method": diff.method,
@@ -125,50 +102,24 @@ def _model_json(diff: "ModelDiff") -> dict[str, Any]:
         "verdict": verdict(diff),
         "categories": [{"category": name, **moved.as_json()} for name, moved in totals.items()],
         "layers": [{"layer": layer, "category": name, **moved.as_json()} for (layer, name), moved in cells.items()],
-        "units": [
-            {
-                "name": unit.name,
-                "layer": unit.layer,
-                "category": unit.category,
-                "slot": unit.slot,
-                "trainable": unit.trainable,
-                **moved.as_json(),
-            }
-            for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
-        ],
+        "units": units,
     }
 
 
 def check_picture(path: str | Path) -> None:
-    """
-    See that a picture can be written, before models are compared.
-
-    Raises:
-        [`HFTError`]: If its folder can't be written or its ending is no format.
-    """
+    """Check, before models are compared, that a picture can be written."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in formats:
-        raise HFTError(f"plot {str(path)!r} has no ending of a picture: choose another file, such as diff.png.")
+        raise HFTError(f"plot {str(path)!r} does not end in a picture format: choose another file, such as diff.png.")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise HFTError(f"plot {str(path)!r} can't be written there: choose another file, such as diff.png.")
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
-    """
-    Draw layers by modules as a heat map, the models side by side on one scale.
-
-    Args:
-        diffs (`Sequence[ModelDiff]`):
-            The comparisons with one base.
-        path (`str` or `Path`):
-            File to write; its ending says the format.
-
-    Raises:
-        [`HFTError`]: If there is nothing to draw, or the file can't be written.
-    """
+    """Draw layers by modules as a heat map, the models side by side on one scale."""
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
@@ -189,11 +140,11 @@ def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
 
 
 def _title(diff: "ModelDiff", width: int | None = None) -> str:
-    """The model and how it was tuned; of a name longer than `width`, the end."""
+    """The model and its method; a name longer than `width` is cut to its end."""
     cut = width is not None and len(diff.tuned) > width
     name = f"...{diff.tuned[-width:]}" if cut else diff.tuned
     return f"{name} ({diff.method.upper()})" if diff.method else name
 
 
-def _pair(moved: "Moved | None") -> tuple[str, str]:
+def _pair(moved: "Change | None") -> tuple[str, str]:
     return (change(None), percent(None)) if moved is None else (change(moved.relative), percent(moved.share))

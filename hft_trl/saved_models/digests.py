@@ -1,4 +1,4 @@
-"""Digests of what settings refer to: saved models, data files, templates. Equal exactly when the contents are equal."""
+"""Digests of what settings name: saved models, data files, templates. Equal exactly when the contents are equal."""
 
 import dataclasses
 import glob
@@ -17,45 +17,25 @@ from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe.data import content_digest
+from hft_trl.saved_models.saved_model import FILES
 from hft_trl.weights import combined_digest, fingerprints, tensors, weight_files
-
-# What a model answers and learns depends on these beside the weights.
-FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 State = tuple[int, int, int]
 """Inode, size and time of the last change: a file whose state is as before is not read again by the same process."""
 
 
 def model_digest(folder: Path) -> str:
-    """
-    One SHA-256 (hex) for what a saved model answers with: weights, configs and tokenizer.
-
-    Args:
-        folder (`Path`):
-            Folder of the model, in safetensors.
-
-    Returns:
-        `str`: The same for the same tensors and settings, however the weights are sharded.
-
-    Raises:
-        [`HFTError`]: If there is no whole set of safetensors files.
-    """
+    """SHA-256 (hex) of a saved model's weights, configs and tokenizer, however the weights are sharded."""
     return combined_digest(_tensor_digests(folder) | _file_digests(folder))
 
 
 def start_model(name: str, revision: str) -> dict[str, str | None]:
     """
-    What a stage's start model is, beside its name.
-
-    Args:
-        name (`str`):
-            Folder or hub id.
-        revision (`str`):
-            Branch, tag or commit of a hub id.
+    The contents of a stage's start model: digests of a folder, the commit of a hub id.
 
     Returns:
-        `dict[str, str | None]`: Digests of a folder's `weights` and other `files`, `None` where there are none yet; of a hub id
-        `model_revision`, the commit if the local cache knows it.
+        `dict[str, str | None]`: Of a folder its `weights` and other `files`, `None` if it is not trained yet. Of a hub
+        id its `model_revision`, the commit if the local cache knows it.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -77,20 +57,15 @@ def _commit(name: str, revision: str) -> str | None:
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
     """
-    Digests of the files that settings name, such as a template or DeepSpeed's configuration, and of tokenizers in folders.
+    SHA-256 (hex) of the files and tokenizer folders that settings name, such as a template.
 
-    Args:
-        settings (`Mapping[str, Any]`):
-            Settings by name.
-
-    Returns:
-        `dict[str, str | None]`: SHA-256 (hex) by the setting's name and `_content`.
+    The keys are the settings' names with `_content` appended.
     """
     found = {}
     for key, value in settings.items():
         if not isinstance(value, str) or not value:
             continue
-        # os.path's functions say no of a text that is too long to be a path, where Path's raise
+        # os.path.isfile returns False for a text that is too long to be a path, where Path.is_file raises
         if Path(value).suffix and os.path.isfile(value):  # noqa: PTH113
             found[f"{key}_content"] = content_digest(Path(value))
         elif os.path.isfile(f"{value}/tokenizer_config.json"):  # noqa: PTH113
@@ -99,40 +74,27 @@ def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def mixture_parts(mixture: DatasetMixtureConfig) -> dict[str, Any]:
-    """
-    TRL's mixture of data sets as plain JSON, with the digest of each part's local files as its `content`.
-
-    Args:
-        mixture ([`~trl.DatasetMixtureConfig`]):
-            The mixture.
-    """
+    """TRL's mixture of data sets as plain JSON, with the digest of each part's local files as its `content`."""
     parts = [{**dataclasses.asdict(part), "content": _part_digest(part)} for part in mixture.datasets]
     return {"datasets": parts, "test_split_size": mixture.test_split_size}
 
 
 def _part_digest(part: DatasetConfig) -> str | None:
-    """Patterns are relative to the folder if `path` is one, otherwise to the working directory, as datasets reads them."""
+    """Patterns are relative to `path` if it is a folder, otherwise to the working directory, as in datasets."""
     folder = part.path if Path(part.path).is_dir() else ""
     base = Path(folder, part.data_dir or "").expanduser()
     if part.data_files is None:
         return content_digest(base) if folder or part.data_dir else None
-    patterns = list(part.data_files.values()) if isinstance(part.data_files, dict) else part.data_files
-    names = [name for entry in _listed(patterns) for name in _listed(entry)]
+    patterns = list(part.data_files.values()) if isinstance(part.data_files, dict) else [part.data_files]
+    names = [name for entry in patterns for name in ([entry] if isinstance(entry, str) else entry)]
     local = [str(base / name) for name in names if "://" not in name]  # Path.glob takes no absolute patterns
     files = [path for pattern in local for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    return (
-        combined_digest({str(place): content_digest(Path(path)) for place, path in enumerate(files)})
-        if files
-        else None
-    )
-
-
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+    digests = {str(place): content_digest(Path(path)) for place, path in enumerate(files)}
+    return combined_digest(digests) if digests else None
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    # A pattern may fit a folder that the user keeps there
+    # A pattern may match a folder that the user keeps there
     files = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
     return {f"file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

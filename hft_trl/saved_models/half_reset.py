@@ -1,4 +1,4 @@
-"""Half-Reset: a part of a tuned model set back to its base, or both averaged, written tensor by tensor."""
+"""Half-Reset: set a part of a tuned model back to its base, or average both, tensor by tensor."""
 
 import dataclasses
 import json
@@ -12,19 +12,9 @@ from typing import BinaryIO
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import (
-    ADDED_TOKENS_FILE,
-    CHAT_TEMPLATE_DIR,
-    CHAT_TEMPLATE_FILE,
-    FULL_TOKENIZER_FILE,
-    SPECIAL_TOKENS_MAP_FILE,
-    TOKENIZER_CONFIG_FILE,
-)
+from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR, FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import (
-    CONFIG_NAME,
     FEATURE_EXTRACTOR_NAME,
-    GENERATION_CONFIG_NAME,
-    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -35,63 +25,51 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, resolved, sync, writing
-from hft_trl.saved_models.saved_model import SavedModel, check_alike
+from hft_trl.saved_models.comparison import check_alike
+from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
 
-# What goes with the weights and is not a leftover of training; a tokenizer's class names its own files besides.
-COMPANIONS = (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    FULL_TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    SPECIAL_TOKENS_MAP_FILE,
-    ADDED_TOKENS_FILE,
-    CHAT_TEMPLATE_FILE,
-    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    CHAT_TEMPLATE_DIR,
-    PROCESSOR_NAME,
-    FEATURE_EXTRACTOR_NAME,
-)
+# Copied with the weights. A tokenizer's class names further files.
+COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
     """
     Set half of a tuned model's transformer layers back to its base, without training and without loading either.
 
-    The choice is the one that training would make: what learns in a selection of these settings stays as it is in the
-    tuned model (embedding, output head and final norm by default), and all other parameters become the base's, bit for
-    bit. Buffers stay the tuned model's. Needs no more memory than a few pieces of one tensor.
+    The choice is the one that training would make. What learns in a selection of these settings stays tuned (with
+    embedding, output head and final norm by default). All other parameters become the base's, bit for bit. Buffers
+    stay the tuned model's. Only a few chunks of one tensor are in memory at a time.
 
     Args:
         base (`str` or `Path`):
-            Folder, hub id in the local cache, or `"demo"`: the model that tuning started from.
+            The model that tuning started from: folder, hub id in the local cache, or `"demo"`.
         tuned (`str` or `Path`):
-            The tuned model, the same way.
+            The tuned model, named in the same way.
         out (`str` or `Path`):
             New or empty folder. It appears whole or not at all, in the tuned model's shards.
         config ([`HFTConfig`], *optional*):
-            `ratio` is the share of the layers' parameters that stays tuned. The draw follows on from no earlier
-            selection, so `reselect` has to be `"fresh"`, and `method` `"hft"`. Strategies `"importance"` and `"element"` are
-            refused.
+            `ratio` is the share of the layers' parameters that stays tuned. `reselect` must be `"fresh"` and `method`
+            `"hft"`. Strategies `"importance"` and `"element"` are rejected.
 
     Returns:
-        [`Selection`]: What stayed tuned (`trainable`) and what was set back.
+        [`Selection`]: What stayed tuned (`trainable`) and what was set back (`frozen`).
 
     Raises:
-        [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type can't hold
-            the base's values, or if `out` holds anything or can't be written.
+        [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type cannot
+            hold the base's values, or if `out` is not empty or cannot be written.
     """
     base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
     if (config.method, config.reselect) != ("hft", "fresh"):
         raise HFTError(
-            f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: a half is reset by a draw of its own, so "
-            "leave them at 'hft' and 'fresh'."
+            f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: half-reset makes a selection of "
+            "its own, so leave them at 'hft' and 'fresh'."
         )
     if config.strategy in ("importance", "element"):
         raise HFTError(
-            f"hft.strategy is {config.strategy!r}, but a half is reset from the models' shapes, whole matrices at a time: use "
+            f"hft.strategy is {config.strategy!r}, but half-reset selects whole matrices by their shapes: use "
             "category, layer or model."
         )
     before, after, out = _open(base, tuned, out)
@@ -110,29 +88,33 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
 
 def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) -> None:
     """
-    Average a tuned model and its base, the baseline to Half-Reset: `(1 - share) * base + share * tuned`, all parameters.
+    Average all parameters of a tuned model and its base, as a baseline for Half-Reset.
 
     Args:
         base, tuned, out:
             As for [`half_reset`].
         share (`float`):
-            The tuned model's part, in [0, 1]. Averages are computed in float64 and rounded to the tuned model's type.
+            The tuned model's part in `(1 - share) * base + share * tuned`, in [0, 1]. Averages are computed in float64
+            and rounded to the tuned model's type.
 
     Raises:
-        [`HFTError`]: As [`half_reset`] does, apart from types, and if `share` is out of its range.
+        [`HFTError`]: As for [`half_reset`], except for types, and if `share` is out of range.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
     base, tuned = str(base), str(tuned)
     before, after, out = _open(base, tuned, out)
-    text = f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was trained."
+    text = (
+        f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was "
+        "trained."
+    )
     with _new_folder(out) as folder:
         _write_weights(before, after, dict.fromkeys(after.places, float(share)), folder)
         _write_card(folder, before, after, "Blend", text)
 
 
 def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
-    """Both models and the folder to write, once all is checked that can be checked before a byte is written."""
+    """Both models and the resolved folder, after all checks that are possible before a byte is written."""
     out = Path(out)
     with writing(out):
         empty = out.is_dir() and not any(out.iterdir())
@@ -140,32 +122,33 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
     if taken:
         raise HFTError(f"out {str(out)!r} exists already: choose a new folder.")
     if out.is_mount():
-        raise HFTError(f"out {str(out)!r} is a mount point, which can't be replaced: choose a new folder in it.")
+        raise HFTError(f"out {str(out)!r} is a mount point, which cannot be replaced: choose a new folder in it.")
     before, after = SavedModel(base), SavedModel(tuned)
     check_alike(before, after)
     _check_tokens(before, after)
-    out = resolved(out)  # a link to an empty folder can't be replaced by a folder
+    out = resolved(out)  # a link to an empty folder cannot be replaced by a folder
     here = next(path for path in out.parents if path.exists())
     needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
     if free < needed:
         raise HFTError(
-            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or choose "
-            "a folder on another disk."
+            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or "
+            "choose a folder on another disk."
         )
     return before, after, out
 
 
 def _check_tokens(before: SavedModel, after: SavedModel) -> None:
     ours, theirs = _tokenizer(before), _tokenizer(after)
-    if ours is not None and theirs is not None:
-        known = theirs.get_vocab()
-        # A token may have a new name (one of the reserved ones, put to use) but not another's number.
-        for token, number in ours.get_vocab().items():
-            if known.get(token, number) != number:
-                raise HFTError(
-                    f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
-                    f"of {after.name!r}: give the model that the tuned one started from."
-                )
+    if ours is None or theirs is None:
+        return
+    known = theirs.get_vocab()
+    # A token may have a new name (a reserved one that was put to use), but not another token's number.
+    for token, number in ours.get_vocab().items():
+        if known.get(token, number) != number:
+            raise HFTError(
+                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
+                f"of {after.name!r}: give the model that the tuned one started from."
+            )
 
 
 def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
@@ -174,33 +157,28 @@ def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(saved.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):  # one that this machine can't load
+    except (OSError, ValueError, KeyError, ImportError):  # one that this machine cannot load
         return None
 
 
 def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, float]) -> None:
     for key, share in shares.items():
-        place = after.places[key]
-        old, new = before.tensor(before.counterpart(key, place)).dtype, after.tensor(key).dtype
+        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
         if share == 0 and torch.promote_types(old, new) != new:
             raise HFTError(
-                f"{place.parameter} is {_short(old)} in {before.name!r} and {_short(new)} in {after.name!r}, which can't hold "
-                f"all its values, so it can't be set back bit for bit: save {after.name!r} in {_short(old)} first."
+                f"{after.places[key].parameter} is {short(old)} in {before.name!r} and {short(new)} in {after.name!r},"
+                f" which cannot hold all its values: save {after.name!r} in {short(old)} first."
             )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when all is in it and on disk, and is removed on an error."""
+    """A temporary folder that becomes `out` once its files are on disk, and is removed after an error."""
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder = temporary / out.name  # mkdtemp's own folder may be entered by its owner alone
+        folder = temporary / out.name  # only its owner may enter mkdtemp's own folder
         folder.mkdir()
         yield folder
         flush(folder)
@@ -217,18 +195,17 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _copy_companions(after: SavedModel, folder: Path) -> None:
     root, tokenizer = next(iter(after.files.values())).parent, _tokenizer(after)
-    names = {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}
+    patterns = {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}
     if set(after.files.values()) != {root / SAFE_WEIGHTS_NAME}:
-        names.add(SAFE_WEIGHTS_INDEX_NAME)
-    for name in names:
-        if (root / name).is_dir():
-            shutil.copytree(root / name, folder / name)
-        elif (root / name).is_file():
-            shutil.copyfile(root / name, folder / name)
+        patterns.add(SAFE_WEIGHTS_INDEX_NAME)
+    for path in {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}:
+        shutil.copyfile(path, folder / path.name)
+    if (root / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """The tuned model's files anew: its headers as they are, and the values in between."""
+    """Copy the tuned model's files with their headers, and with the mixed values in between."""
     _copy_companions(after, folder)
     paths = sorted(set(after.files.values()))
     total = sum(path.stat().st_size for path in paths)
@@ -243,7 +220,7 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
 
 
 def _header(path: Path) -> tuple[bytes, list[str]]:
-    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names as they lie in the file."""
+    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names in the file's order."""
     with path.open("rb") as file:
         length = file.read(8)
         text = file.read(int.from_bytes(length, "little"))
@@ -257,7 +234,7 @@ def _pieces(before: SavedModel, after: SavedModel, key: str, share: float) -> It
     if share == 1:
         yield from new.split(CHUNK)
         return
-    old = before.tensor(before.counterpart(key, after.places[key])).reshape(-1)
+    old = after.counterpart(key, before).reshape(-1)
     for start, end in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
         mixed = start if share == 0 else torch.lerp(start.double(), end.double(), share)
         yield mixed.to(new.dtype)
@@ -271,9 +248,9 @@ def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> 
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
     settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
     return f"""\
-A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is as it was. Nothing
-was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: what it calls trainable
-stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
+A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged.
+Nothing was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: its trainable
+parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
 
 | category | share that stayed tuned |
 |---|---|
@@ -281,9 +258,8 @@ stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/
 
 
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
-    # A card's base models are hub ids; folders are named in the text alone.
+    # A card's base models are hub ids; folders are named only in the text.
     hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
-    models = [name.partition("@")[0] for name in hub]
-    tags = ["hft", title.lower()]
-    data = ModelCardData(base_model=models or None, library_name="transformers", tags=tags)
+    models = [name.partition("@")[0] for name in hub] or None
+    data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")
