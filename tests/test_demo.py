@@ -30,7 +30,7 @@ from hft_trl.demo.data import (
 from hft_trl.demo.probe_data import is_right, write_probes
 from hft_trl.demo.probes import completes, evaluate, recall
 from hft_trl.demo.world import PHRASINGS, VALUES, make_world
-from hft_trl.generate import chat
+from hft_trl.chat import chat
 
 WORLD = make_world()
 

@@ -1,50 +1,42 @@
-"""Replies in the format of AlpacaEval, for its own judge."""
+"""Replies of a model in the file format of AlpacaEval's judge."""
 
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from hft_trl.chat import load_tokenizer
+from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.evaluation.models import find_models
+from hft_trl.evaluation.run import find_models
 from hft_trl.files import read_json, write_json
-from hft_trl.generate import chat
 
 Row = dict[str, str]
 
 
 def read_prompts(path: Path) -> list[Row]:
     """
-    Read AlpacaEval's prompts.
+    Read `instruction` and `dataset` (`""` where it is missing) of each prompt.
 
-    Args:
-        path (`Path`):
-            A JSON list of objects with `instruction`, and `dataset` where it is known: `alpaca_eval.json` of the data set
-            `tatsu-lab/alpaca_eval`, or an outputs file of any model. What else the objects hold is left aside.
-
-    Returns:
-        `list[dict[str, str]]`: `instruction` and `dataset` of each.
-
-    Raises:
-        [`HFTError`]: If there is no such file, or it is another kind of file.
+    The file is a JSON list of objects with an `instruction`: `alpaca_eval.json` of the data set
+    `tatsu-lab/alpaca_eval`, or an outputs file of any model. Any other file raises an [`HFTError`].
     """
+    what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
     try:
         content = read_json(path)
     except OSError as error:
-        raise HFTError(
-            f"the prompts {str(path)!r} can't be read ({error.strerror}): give a local copy of alpaca_eval.json."
-        ) from error
+        raise HFTError(f"{what} cannot be read ({error.strerror}): {remedy}") from error
     except ValueError as error:
-        raise HFTError(f"the prompts {str(path)!r} are no JSON ({error}): give a copy of alpaca_eval.json.") from error
+        raise HFTError(f"{what} are not JSON ({error}): {remedy}") from error
     if not isinstance(content, list) or not content:
-        raise HFTError(f"the prompts {str(path)!r} hold no list of objects: give a copy of alpaca_eval.json.")
+        raise HFTError(f"{what} are not a list of objects: {remedy}")
     for number, row in enumerate(content):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise HFTError(f"row {number} of the prompts {str(path)!r} has no text named 'instruction'.")
+            raise HFTError(f"row {number} of {what} has no text named 'instruction': {remedy}")
     return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", ""))} for row in content]
 
 
@@ -59,29 +51,9 @@ def replies(
     max_new_tokens: int = 2048,
 ) -> list[Row]:
     """
-    Greedy replies of a model in its chat form.
+    Greedy replies of the model `name` to the rows of [`read_prompts`], asked with the chat template.
 
-    Args:
-        name (`str`):
-            Folder or hub id of the model, or `"demo"`.
-        rows (`list[dict[str, str]]`):
-            What [`read_prompts`] gives.
-        generator (`str`):
-            Name of the model in the outputs.
-        chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are loaded, `"auto"` for the file's.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts in a batch.
-        max_new_tokens (`int`, *optional*, defaults to `2048`):
-            Longest reply, in tokens.
-
-    Returns:
-        `list[dict[str, str]]`: `instruction`, `output`, `generator` and `dataset` of each prompt, in order.
-
-    Raises:
-        [`HFTError`]: If there is no such model.
+    Each row of the result has `instruction`, `output`, `generator` (the name in the outputs) and `dataset`.
     """
     (folder,) = find_models([name]).values()
     tokenizer = load_tokenizer(str(folder), chat_template)
@@ -92,48 +64,30 @@ def replies(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     outputs = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
     return [
-        {
-            "instruction": row["instruction"],
-            "output": output,
-            "generator": generator,
-            "dataset": row["dataset"],
-        }
+        {"instruction": row["instruction"], "output": output, "generator": generator, "dataset": row["dataset"]}
         for row, output in zip(rows, outputs, strict=True)
     ]
 
 
 def check_output(path: Path) -> None:
-    """
-    See that an outputs file can be written, before hours of replies.
-
-    Raises:
-        [`HFTError`]: If it can't.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Check that the outputs file can be written, before the replies are generated."""
+    with _writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error
 
 
 def write_outputs(rows: list[Row], path: Path) -> None:
-    """
-    Write an outputs file.
+    """Write the outputs file."""
+    with _writing(path):
+        write_json(path, rows, ensure_ascii=False)
 
-    Args:
-        rows (`list[dict[str, str]]`):
-            What [`replies`] gives.
-        path (`Path`):
-            The file. Its folder is made if it is missing.
 
-    Raises:
-        [`HFTError`]: If it can't be written.
-    """
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, rows, ensure_ascii=False)
+        yield
     except OSError as error:
-        raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error
+        raise HFTError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
