@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from hft_trl import HFTError
-from hft_trl.cli import app
 from hft_trl.chat import chat
+from hft_trl.cli import app
 
 PROMPTS = [
     {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},

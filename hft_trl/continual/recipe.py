@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
+from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
 from hft_trl.continual.arguments import ContinualArguments
@@ -22,7 +23,6 @@ from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
 from hft_trl.continual.tasks import Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
-from hft_trl.chat import most_tokens
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import Adapter, DataArguments, LoRAArguments, ModelArguments
 from hft_trl.recipe.locks import lock
