@@ -17,13 +17,13 @@ from hft_trl.errors import HFTError, first_line
 
 @cache
 def tulu_template(bos: bool = False) -> str:
-    """Tülu's chat template with generation markers, with `bos` after the beginning-of-sequence token."""
+    """Return Tülu's chat template with generation markers. With `bos` a chat begins with the BOS token."""
     template = files("hft_trl").joinpath("tulu.jinja").read_text(encoding="utf-8")
     return "{{- bos_token -}}\n" + template if bos else template
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts its beginning-of-sequence token before plain text, as Llama's does and Qwen's does not."""
+    """Return whether a tokenizer starts plain text with its BOS token, as Llama's does, unlike Qwen's."""
     return tokenizer.bos_token_id is not None and tokenizer("text")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -63,7 +63,7 @@ def load_tokenizer(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A one-turn prompt as token ids, in the tokenizer's chat template, or in Tülu's if it has none."""
+    """Tokenize a one-turn prompt in the tokenizer's chat template, or in Tülu's if it has none."""
     template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
     try:
         return tokenizer.apply_chat_template(
@@ -120,7 +120,7 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is restored afterwards."""
+    """Put a model into evaluation mode without gradients, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -132,7 +132,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own settings, which `generate` would mix in: some models ship a repetition penalty."""
+    """Replace the model's own settings, which `generate` mixes in (such as a repetition penalty)."""
     own = model.generation_config
     model.generation_config = settings
     try:
@@ -149,7 +149,7 @@ def chat(
     batch_size: int = 256,
     progress: bool = False,
 ) -> list[str]:
-    """Greedy replies to one-turn prompts, see [`prompt_ids`] for their form and [`complete`] for the arguments."""
+    """Generate greedy replies to one-turn prompts in the form of [`prompt_ids`], as [`complete`] does."""
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     return complete(model, tokenizer, rows, max_new_tokens, batch_size, progress)
 
@@ -163,7 +163,7 @@ def complete(
     progress: bool = False,
 ) -> list[str]:
     """
-    Greedy continuations of rows of token ids, without special tokens and surrounding white space.
+    Generate greedy continuations of rows of token ids, without special tokens and outer white space.
 
     Of the model's generation config only the end-of-sequence tokens count. The tokenizer needs a padding token. A row
     that leaves no position for a continuation raises an [`HFTError`]. `progress` shows a bar on standard error.
@@ -202,6 +202,6 @@ def complete(
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
-    """The number of positions of a model, `None` for a model without a limit (state space models)."""
+    """Return the number of positions of a model, `None` without a limit (state space models)."""
     config = model.config.get_text_config()
     return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None

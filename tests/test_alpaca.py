@@ -83,7 +83,7 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
 def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
     prompts = tmp_path / "alpaca_eval.json"
     prompts.write_text(json.dumps(PROMPTS))
-    monkeypatch.setattr("hft_trl.evaluation.alpaca.replies", lambda *_, **__: pytest.fail("the model was asked"))
+    monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
     assert "cannot be written (Is a directory)" in result.output.replace("\n", " ")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hft_trl.cli.shared import quiet
+from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
 
@@ -31,22 +31,16 @@ def evaluate_command(
     ],
     suite: Annotated[str, typer.Option(help="general, knowledge or demo; several with commas.")] = "demo",
     base: Annotated[str | None, typer.Option(help="Model to compare with; by default the first MODEL.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for evaluation.json, evaluation.md and evaluation.png.")] = Path(
-        "runs/evaluation"
-    ),
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Number of items of each (sub)task; by default all.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for evaluation.json, .md and .png.")] = Path("runs/evaluation"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each (sub)task; by default all.")] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     chat_template: ChatTemplate = None,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run code that a model wrote (HumanEval), with the rights of this user.")
     ] = False,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder of finished tasks; by default ~/.cache/hft_trl/evaluation.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    cache: Annotated[Path | None, typer.Option(help="Cache folder; by default ~/.cache/hft_trl/evaluation.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """
     Evaluate models with lm-evaluation-harness, side by side with their base.
@@ -84,9 +78,7 @@ def evaluate_command(
 def generate_command(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model, or demo for the embedded model.")],
     prompts: Annotated[Path, typer.Option(help="Local copy of AlpacaEval's alpaca_eval.json.")],
-    alpaca_eval: Annotated[
-        bool, typer.Option("--alpaca-eval", help="Write the outputs file that alpaca_eval judges.")
-    ] = False,
+    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write alpaca_eval's format.")] = False,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/alpaca_eval/outputs.json"),
     generator: Annotated[str | None, typer.Option(help="Name in the outputs; by default MODEL.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts; by default all.")] = None,
@@ -103,18 +95,17 @@ def generate_command(
     if not alpaca_eval:
         raise HFTError("the format of the outputs is missing: pass --alpaca-eval, the only format so far.")
     with quiet():
-        from hft_trl.evaluation.alpaca import check_output, read_prompts, replies, write_outputs
+        from hft_trl.evaluation.alpaca import write_replies
 
-        rows = read_prompts(prompts)[:limit]
-        check_output(output)
-        rows = replies(
+        written = write_replies(
             model,
-            rows,
+            prompts,
+            output,
             generator or model,
+            limit=limit,
             chat_template=chat_template,
             dtype=dtype,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )
-        write_outputs(rows, output)
-    typer.echo(f"Written: {output}, {len(rows)} replies")
+    typer.echo(f"Written: {output}, {written} replies")

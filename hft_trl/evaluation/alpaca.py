@@ -40,21 +40,29 @@ def read_prompts(path: Path) -> list[Row]:
     return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", ""))} for row in content]
 
 
-def replies(
+def write_replies(
     name: str,
-    rows: list[Row],
+    prompts: Path,
+    output: Path,
     generator: str,
     *,
+    limit: int | None = None,
     chat_template: str | None = None,
     dtype: str = "auto",
     batch_size: int = 16,
     max_new_tokens: int = 2048,
-) -> list[Row]:
+) -> int:
     """
-    Greedy replies of the model `name` to the rows of [`read_prompts`], asked with the chat template.
+    Write the greedy replies of the model `name` to a file of prompts, and return their number.
 
-    Each row of the result has `instruction`, `output`, `generator` (the name in the outputs) and `dataset`.
+    Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
     """
+    rows = read_prompts(prompts)[:limit]
+    with _writing(output):  # checked before the replies are generated
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     (folder,) = find_models([name]).values()
     tokenizer = load_tokenizer(str(folder), chat_template)
     if tokenizer.pad_token is None:
@@ -62,26 +70,14 @@ def replies(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with as_user_error(f"the model {name!r}"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    outputs = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
-    return [
-        {"instruction": row["instruction"], "output": output, "generator": generator, "dataset": row["dataset"]}
-        for row, output in zip(rows, outputs, strict=True)
+    replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
+    answered = [
+        {"instruction": row["instruction"], "output": reply, "generator": generator, "dataset": row["dataset"]}
+        for row, reply in zip(rows, replies, strict=True)
     ]
-
-
-def check_output(path: Path) -> None:
-    """Check that the outputs file can be written, before the replies are generated."""
-    with _writing(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-
-
-def write_outputs(rows: list[Row], path: Path) -> None:
-    """Write the outputs file."""
-    with _writing(path):
-        write_json(path, rows, ensure_ascii=False)
+    with _writing(output):
+        write_json(output, answered, ensure_ascii=False)
+    return len(answered)
 
 
 @contextmanager

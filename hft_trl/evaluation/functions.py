@@ -45,13 +45,13 @@ def grade_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, f
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that one of `k` samples drawn without replacement passes (the unbiased estimate of HumanEval)."""
+    """Estimate without bias the chance that one of `k` samples passes (HumanEval's paper)."""
     return 1 - comb(samples - passed, k) / comb(samples, k)
 
 
 def passes(program: str) -> bool:
     """
-    Run a program in its own process and an empty folder, and return whether it ended in time and without an error.
+    Return whether a program ends in time and without an error, in its own process and an empty folder.
 
     This keeps a program from hanging or crashing the evaluation. It is no sandbox: the program has all the rights of
     the user.

@@ -48,7 +48,7 @@ class SharedOutLM(HFLM):
 
 
 def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    """Load tasks, and download their data: the result of the harness's `TaskManager.load` by task."""
+    """Load tasks and download their data. Returns the harness's `TaskManager.load` by task."""
     # Reading the harness's thousands of task files takes longer than the embedded world's suite
     manager = TaskManager(include_path=str(TASKS), include_defaults=any("hft_demo" not in task.name for task in tasks))
     loaded = {}

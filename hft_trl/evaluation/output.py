@@ -1,4 +1,4 @@
-"""Output of an evaluation: tables on the terminal, `evaluation.json`, `evaluation.md` and `evaluation.png`."""
+"""Output of an evaluation: tables on the terminal, and `evaluation.json`, `.md` and `.png`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ ERROR_OF_AVERAGE = (
 
 
 def score_grids(evaluation: Evaluation) -> list[Grid]:
-    """One table for each suite: a row for each model, a column for each heading, then the average."""
+    """Make a table for each suite: a row for each model, a column for each heading, then the average."""
     base = evaluation.base
     against = f", in brackets the difference to {base}" if len(evaluation.models) > 1 else ""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"

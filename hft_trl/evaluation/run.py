@@ -153,7 +153,7 @@ def evaluate_models(
 
 
 def _task_digest() -> str:
-    """SHA-256 (hex) of our tasks: their files, the code that runs and grades them, and the embedded world's probes."""
+    """Return the SHA-256 (hex) of our tasks: their files, the code that grades them, and the probes."""
     digest = hashlib.sha256()
     here, world = Path(__file__).parent, Path(demo.__file__).parent
     code = [here / "functions.py", here / "harness.py", world / "probe_data.py", world / "data.py"]
@@ -163,7 +163,7 @@ def _task_digest() -> str:
 
 
 def _broadcast(value: Any) -> Any:
-    """The first process's value, in every process."""
+    """Return the first process's value in every process."""
     return broadcast_object_list([value])[0]
 
 

@@ -35,7 +35,7 @@ class Evaluation:
         return next(iter(self.models))
 
     def average(self, suite: str, model: str) -> Score:
-        """The mean of a suite's averaged scores. Its standard error assumes that the errors are independent."""
+        """Return the mean score of a suite. Its standard error assumes that the scores' are independent."""
         scores = [self.scores[suite][model][heading] for heading in self.averaged[suite]]
         values, errors = [score.value for score in scores], [score.stderr for score in scores]
         if None in values:
@@ -44,16 +44,16 @@ class Evaluation:
         return Score(sum(values) / len(values), stderr)
 
     def columns(self, suite: str, model: str) -> dict[str, Score]:
-        """The scores of a model on a suite by heading, then their average."""
+        """Return the scores of a model on a suite by heading, then their average."""
         return {**self.scores[suite][model], AVERAGE: self.average(suite, model)}
 
     def difference(self, suite: str, model: str, heading: str) -> float | None:
-        """A score minus the base's, in percentage points; `None` for the base and where a value is missing."""
+        """Return a score minus the base's in percentage points; `None` for the base or without a value."""
         own, other = (self.columns(suite, name)[heading].value for name in (model, self.base))
         return None if model == self.base or own is None or other is None else own - other
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and the name of the base, with the averages among the scores and each score's difference."""
+        """Return the fields and the base's name, with averages among the scores and each one's difference."""
         content = asdict(self)
         content["scores"] = {
             suite: {

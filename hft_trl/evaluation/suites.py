@@ -57,7 +57,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
 
 
 def parse_suites(names: str) -> list[str]:
-    """Read a comma-separated list of [`SUITES`] and check that they exist and that the harness is installed."""
+    """Read a comma-separated list of [`SUITES`], and check that the harness is installed."""
     suites = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
@@ -76,10 +76,10 @@ def check_harness() -> None:
 
 
 def headings(suite: str) -> list[str]:
-    """The headings of all figures of a suite, including those that run code."""
+    """Return the headings of all figures of a suite, including those that run code."""
     return [heading for task in SUITES[suite] for heading in task.figures]
 
 
 def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
-    """The tasks to run by suite, without those that run code unless `run_code` is set."""
+    """Return the tasks to run by suite, without those that run code unless `run_code` is set."""
     return {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}
