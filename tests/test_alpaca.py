@@ -61,8 +61,8 @@ def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read"),
-        ("{", "not JSON"),
+        (None, "cannot be read as JSON (No such file"),
+        ("{", "cannot be read as JSON (Expecting property name"),
         ("{}", "not a list"),
         ("[]", "not a list"),
         ('[{"instruction": "a"}, {"question": "b"}]', "row 1"),

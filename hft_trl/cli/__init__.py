@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,7 +13,7 @@ from hft_trl.demo import model_path
 from hft_trl.environment import package_version
 from hft_trl.errors import exit_on_user_error
 from hft_trl.report.picture import ASCII, SQUARES, layer_picture
-from hft_trl.report.shares import category_shares
+from hft_trl.report.shares import CategoryShare, category_shares
 from hft_trl.report.tables import category_grid, rich_table
 from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, select
 
@@ -28,8 +28,6 @@ app.add_typer(evaluate.app)
 app.add_typer(saved_models.app)
 app.add_typer(plan.app)
 app.add_typer(continual.app, name="continual")
-
-
 main = app  # entry point of the console script
 
 
@@ -87,8 +85,20 @@ def select_command(
         selection = previous if stored else select(skeleton, config, previous)
         selection.apply(skeleton)  # rejects the stored selection of another model
         units = find_units(skeleton, selection.config.exclude)
+        shares = category_shares(units, selection.trainable, selection.masked)
     if as_json:
-        typer.echo(json.dumps(_as_json(model, stored, selection, units), indent=2))
+        content = {
+            "model": model,
+            "stored": stored,
+            "config": selection.config.selecting(),
+            "seed": selection.seed,
+            "share": selection.share,
+            "digest": selection.digest,
+            "categories": [{**dataclasses.asdict(row), "share": row.share} for row in shares],
+            "trainable": list(selection.trainable),
+            "frozen": list(selection.frozen),
+        }
+        typer.echo(json.dumps(content, indent=2))
         return
     if stored:
         heading = f"{model} was trained with this half ({SELECTION_FILE})"
@@ -96,27 +106,10 @@ def select_command(
         heading = f"What the next stage from {model} would train, {selection.config.reselect} selection"
     else:
         heading = f"What a first stage from {model} would train"
-    _show(heading, selection, units)
+    _show(heading, selection, units, shares)
 
 
-def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "stored": stored,
-        "config": selection.config.selecting(),
-        "seed": selection.seed,
-        "share": selection.share,
-        "digest": selection.digest,
-        "categories": [
-            {**dataclasses.asdict(row), "share": row.share}
-            for row in category_shares(units, selection.trainable, selection.masked)
-        ],
-        "trainable": list(selection.trainable),
-        "frozen": list(selection.frozen),
-    }
-
-
-def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
+def _show(heading: str, selection: Selection, units: list[Unit], shares: list[CategoryShare]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -128,7 +121,7 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
     drawn = f"ratio {config.ratio:g}, strategy {config.strategy}" if config.method == "hft" else "all learns (FFT)"
     console.print(Text(heading, "bold"), soft_wrap=True)
     console.print(Text(f"{drawn}, seed {selection.seed}, digest {selection.digest[:16]}\n"), soft_wrap=True)
-    console.print(rich_table(category_grid(category_shares(units, selection.trainable, selection.masked))))
+    console.print(rich_table(category_grid(shares)))
     console.print(picture, soft_wrap=True)
     if selection.masks is not None:
         text = f"In the layers {marks[0]} is a matrix of which {selection.share['layers']:.2%} of the elements learn."

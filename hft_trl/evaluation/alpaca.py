@@ -28,10 +28,8 @@ def read_prompts(path: Path) -> list[Row]:
     what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
     try:
         content = read_json(path)
-    except OSError as error:
-        raise HFTError(f"{what} cannot be read ({error.strerror}): {remedy}") from error
-    except ValueError as error:
-        raise HFTError(f"{what} are not JSON ({error}): {remedy}") from error
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{what} cannot be read as JSON ({getattr(error, 'strerror', error)}): {remedy}") from error
     if not isinstance(content, list) or not content:
         raise HFTError(f"{what} are not a list of objects: {remedy}")
     for number, row in enumerate(content):

@@ -68,23 +68,11 @@ def evaluate_models(
     """
     Evaluate models on suites. Every process has to call, and gets the result.
 
-    Args:
-        models (`dict[str, Path]`):
-            Folders of the models by name, the base first, from [`find_models`].
-        suites (`Iterable[str]`):
-            Names of [`~hft_trl.evaluation.SUITES`].
-        chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are loaded, `"auto"` for the file's.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Batch size of each process.
-        limit (`int`, *optional*):
-            Number of items of each (sub)task, at least the number of processes. By default all.
-        run_code (`bool`, *optional*, defaults to `False`):
-            Whether tasks may run code that a model wrote. Otherwise they are skipped.
-        cache (`Path`, *optional*):
-            Folder of finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
+    `models` are folders by name, the base first, from [`find_models`]; `suites` are names of
+    [`~hft_trl.evaluation.SUITES`]. `chat_template` is `"tulu"` or the path of a `.jinja` file, by default the
+    tokenizer's own, and Tülu's if it has none. `limit` is the number of items of each (sub)task, at least the number of
+    processes. Without `run_code`, tasks that run code that a model wrote are skipped. `cache` is the folder of finished
+    tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
     check_harness()
     check_launch()  # FSDP may leave every process but the first with empty weights
