@@ -1,11 +1,15 @@
-"""Tokenizers: their chat templates, Tülu's where one has none, and whether they fit the model."""
+"""Tokenizers and their chat templates, and greedy replies of a model."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hft_trl.errors import HFTError, first_line
@@ -13,19 +17,13 @@ from hft_trl.errors import HFTError, first_line
 
 @cache
 def tulu_template(bos: bool = False) -> str:
-    """
-    Tülu's chat template, with generation markers around each answer and its end-of-sequence token.
-
-    Args:
-        bos (`bool`, *optional*, defaults to `False`):
-            Whether a chat begins with the beginning-of-sequence token: for tokenizers that put it before plain text.
-    """
+    """Return Tülu's chat template with generation markers. With `bos` a chat begins with the BOS token."""
     template = files("hft_trl").joinpath("tulu.jinja").read_text(encoding="utf-8")
     return "{{- bos_token -}}\n" + template if bos else template
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer puts its beginning-of-sequence token before plain text, as Llama's do and Qwen's don't."""
+    """Return whether a tokenizer starts plain text with its BOS token, as Llama's does, unlike Qwen's."""
     return tokenizer.bos_token_id is not None and tokenizer("text")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -39,20 +37,17 @@ def load_tokenizer(
         model (`str`):
             Folder or hub id of the model.
         template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none. Tülu's writes the
-            beginning-of-sequence token where the tokenizer puts one before plain text.
+            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none. Tülu's
+            writes the beginning-of-sequence token where the tokenizer puts one before plain text.
         revision (`str`, *optional*):
             Branch, tag or commit on the hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from the model's repository may run.
-
-    Raises:
-        [`HFTError`]: If there is no tokenizer or no such template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         bos = begins_with_bos(tokenizer)
-    except Exception as error:  # the tokenizers library raises plain exceptions where a file is damaged
+    except Exception as error:  # the tokenizers library raises plain exceptions for damaged files
         remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
         raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
     if template is not None and template != "tulu":
@@ -61,25 +56,14 @@ def load_tokenizer(
         try:
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise HFTError(f"chat_template {template!r} can't be read: {first_line(error)}.") from error
+            raise HFTError(f"chat_template {template!r} cannot be read: {first_line(error)}.") from error
     elif template == "tulu" or tokenizer.chat_template is None:
         tokenizer.chat_template = tulu_template(bos)
     return tokenizer
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """
-    A one-turn prompt as token ids, in the tokenizer's chat template, or in Tülu's where it has none.
-
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer.
-        prompt (`str`):
-            What the user says.
-
-    Raises:
-        [`HFTError`]: If the template refuses it, or the sandbox stops the template.
-    """
+    """Tokenize a one-turn prompt in the tokenizer's chat template, or in Tülu's if it has none."""
     template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
     try:
         return tokenizer.apply_chat_template(
@@ -90,8 +74,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         )
     except Exception as error:  # a template is a program, which can fail in any way
         raise HFTError(
-            f"the chat template of {tokenizer.name_or_path!r} refuses a prompt ({first_line(error)}): set chat_template to "
-            "another one, such as 'tulu'."
+            f"the chat template of {tokenizer.name_or_path!r} rejects a prompt ({first_line(error)}): set "
+            "chat_template to another one, such as 'tulu'."
         ) from error
 
 
@@ -99,8 +83,7 @@ def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     Check that the loss can be restricted to the assistant's tokens.
 
-    Raises:
-        [`HFTError`]: If the chat template has no generation markers and TRL knows no marked version of it.
+    The chat template needs generation markers, or a version with markers that TRL knows.
     """
     if has_generation_markers(tokenizer.chat_template):
         return
@@ -108,29 +91,17 @@ def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
         get_training_chat_template(tokenizer)
     except ValueError as error:
         raise HFTError(
-            f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, so the assistant's tokens "
-            "can't be told apart: set chat_template to 'tulu', or assistant_only_loss to false."
+            f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, which "
+            "assistant_only_loss needs: set chat_template to 'tulu', or assistant_only_loss to false."
         ) from error
 
 
 def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
     """
-    Check that a model has an embedding for every token of its rows, and for those that a trainer adds.
+    Check that a model has an embedding for every token of tokenized rows and for the special tokens.
 
-    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images).
-
-    Args:
-        prepared ([`~datasets.Dataset`]):
-            Rows that a trainer has tokenized.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The trainer's tokenizer.
-        config ([`~transformers.PretrainedConfig`]):
-            The model's config.
-        model (`str`):
-            What the error calls the model.
-
-    Raises:
-        [`HFTError`]: Naming the token.
+    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images). `model` is
+    the name in the error.
     """
     rows = config.get_text_config().vocab_size
     if max(tokenizer.get_vocab().values()) < rows:
@@ -141,7 +112,96 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
         largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
     if largest >= rows:
         raise HFTError(
-            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number {largest}, but the "
-            f"model has {rows} embeddings: give it the tokenizer that belongs to it, or load the model, call "
-            f"resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
+            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number "
+            f"{largest}, but the model has {rows} embeddings: give it the tokenizer that belongs to it, or load the "
+            f"model, call resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
         )
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and restore its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the model's own settings, which `generate` mixes in (such as a repetition penalty)."""
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> list[str]:
+    """Generate greedy replies to one-turn prompts in the form of [`prompt_ids`], as [`complete`] does."""
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    return complete(model, tokenizer, rows, max_new_tokens, batch_size, progress)
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int = 32,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> list[str]:
+    """
+    Generate greedy continuations of rows of token ids, without special tokens and outer white space.
+
+    Of the model's generation config only the end-of-sequence tokens count. The tokenizer needs a padding token. A row
+    that leaves no position for a continuation raises an [`HFTError`]. `progress` shows a bar on standard error.
+    """
+    positions, longest = most_tokens(model), max(map(len, rows), default=0)
+    if positions is not None and longest >= positions:
+        raise HFTError(f"a prompt has {longest} tokens, and the model {positions} positions: remove that prompt.")
+    # Rows of similar length in one batch need little padding
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    # Some models end a turn with another token than a text, which only their generation config names
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    settings = GenerationConfig(
+        do_sample=False,
+        eos_token_id=[end for end in dict.fromkeys([tokenizer.eos_token_id, *ends]) if end is not None],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    replies = [""] * len(rows)
+    with evaluating(model), _generation_config(model, settings):
+        for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
+            chosen = order[i : i + batch_size]
+            width = max(len(rows[j]) for j in chosen)
+            padding = [width - len(rows[j]) for j in chosen]
+            ids = [[tokenizer.pad_token_id] * pad + list(rows[j]) for j, pad in zip(chosen, padding, strict=True)]
+            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+            settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+            generated = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=settings,
+            )
+            texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+            for j, text in zip(chosen, texts, strict=True):
+                replies[j] = text.strip()
+    return replies
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """Return the number of positions of a model, `None` without a limit (state space models)."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None

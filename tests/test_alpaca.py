@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from hft_trl import HFTError
+from hft_trl.chat import chat
 from hft_trl.cli import app
-from hft_trl.generate import chat
 
 PROMPTS = [
     {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},
@@ -61,10 +61,10 @@ def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "can't be read"),
-        ("{", "no JSON"),
-        ("{}", "no list"),
-        ("[]", "no list"),
+        (None, "cannot be read as JSON (No such file"),
+        ("{", "cannot be read as JSON (Expecting property name"),
+        ("{}", "not a list"),
+        ("[]", "not a list"),
         ('[{"instruction": "a"}, {"question": "b"}]', "row 1"),
         ('[{"instruction": 3}]', "row 0"),
     ],
@@ -83,10 +83,10 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
 def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
     prompts = tmp_path / "alpaca_eval.json"
     prompts.write_text(json.dumps(PROMPTS))
-    monkeypatch.setattr("hft_trl.evaluation.alpaca.replies", lambda *_, **__: pytest.fail("the model was asked"))
+    monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "can't be written (Is a directory)" in result.output.replace("\n", " ")
+    assert "cannot be written (Is a directory)" in result.output.replace("\n", " ")
     assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
 
 

@@ -9,9 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hft_trl.chat import begins_with_bos, check_answers_marked, load_tokenizer, tulu_template
+from hft_trl.chat import begins_with_bos, chat, check_answers_marked, load_tokenizer, tulu_template
 from hft_trl.errors import HFTError
-from hft_trl.generate import chat
 
 
 def test_the_tulu_template_is_set_only_where_there_is_none_or_when_asked_for(tmp_path, base, tokenizer):
@@ -101,6 +100,6 @@ def test_a_chat_begins_with_one_bos_in_training_and_when_it_is_asked(with_bos, t
     assert own.decode(read["chosen_ids"]) == f"{pair['chosen'][1]['content']}</s>"
     own.chat_template = None
     asked = []
-    monkeypatch.setattr("hft_trl.generate.complete", lambda _model, _tokenizer, rows, *_: asked.extend(rows))
+    monkeypatch.setattr("hft_trl.chat.complete", lambda _model, _tokenizer, rows, *_: asked.extend(rows))
     chat(None, own, [messages[0]["content"]])
     assert own.decode(asked[0]) == question

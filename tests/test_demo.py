@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import demo
+from hft_trl.chat import chat
 from hft_trl.demo.build import batches, documents, make_model, pretrain, train_tokenizer
 from hft_trl.demo.data import (
     FAREWELLS,
@@ -30,7 +31,6 @@ from hft_trl.demo.data import (
 from hft_trl.demo.probe_data import is_right, write_probes
 from hft_trl.demo.probes import completes, evaluate, recall
 from hft_trl.demo.world import PHRASINGS, VALUES, make_world
-from hft_trl.generate import chat
 
 WORLD = make_world()
 

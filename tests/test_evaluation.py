@@ -32,9 +32,8 @@ from hft_trl.evaluation import (
     score_grids,
     write_evaluation,
 )
-from hft_trl.evaluation.models import find_models
-from hft_trl.evaluation.plot import score_figure
-from hft_trl.evaluation.run import _score, evaluate_models
+from hft_trl.evaluation.output import score_figure
+from hft_trl.evaluation.run import _score, evaluate_models, find_models
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.evaluation import evaluate_stages
 
@@ -293,8 +292,8 @@ def test_an_unknown_suite_and_a_missing_harness_are_one_line(monkeypatch):
         (["no/such-model"], "no/such-model"),
         (["EMPTY"], "config.json"),
         (["demo", "--base", "./nowhere"], "./nowhere"),
-        (["SHORT", "--limit", "1"], "hft_demo_ability can't be asked"),
-        (["demo", "--limit", "1", "--output", "FILE"], "can't be written"),
+        (["SHORT", "--limit", "1"], "hft_demo_ability cannot be evaluated"),
+        (["demo", "--limit", "1", "--output", "FILE"], "cannot be written"),
         (["demo", "--limit", "1", "--cache", "FILE"], "--cache"),
     ],
 )
@@ -342,7 +341,7 @@ def test_launches_that_would_ask_wrongly_are_refused(monkeypatch, tmp_path):
 def test_a_revision_of_the_hub_is_asked_for_by_name(monkeypatch, tmp_path, base):
     asked = []
     monkeypatch.setattr(
-        "hft_trl.evaluation.models.snapshot_download", lambda name, **options: asked.append((name, options)) or base
+        "hft_trl.evaluation.run.snapshot_download", lambda name, **options: asked.append((name, options)) or base
     )
     assert list(find_models(["org/tuned@v2"], "org/base")) == ["org/base", "org/tuned@v2"]
     assert [(name, options["revision"]) for name, options in asked] == [("org/base", None), ("org/tuned", "v2")]

@@ -25,14 +25,13 @@ from test_continual_report import scores_of
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, demo, exit_on_user_error, select
-from hft_trl.chat import load_tokenizer
+from hft_trl.chat import chat, load_tokenizer
 from hft_trl.checkpoints.sealing import MANIFEST_FILE
 from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.report import compare
 from hft_trl.continual.run_folder import check_plan
 from hft_trl.evaluation.run import _read, _score, _write
-from hft_trl.generate import chat
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.folder import finished, open_stages
 from hft_trl.recipe.folder import settings as stage_settings

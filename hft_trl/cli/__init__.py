@@ -1,23 +1,19 @@
-"""
-The command line, `hft-trl`: each command parses, calls the library and prints.
-
-Nothing heavy is imported before a command runs, so that `hft-trl --help` answers at once.
-"""
+"""The command line `hft-trl`. Heavy imports wait until a command runs, which keeps `--help` fast."""
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from hft_trl.cli import continual, evaluate, plan, saved_models
-from hft_trl.cli.shared import Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
 from hft_trl.environment import package_version
 from hft_trl.errors import exit_on_user_error
 from hft_trl.report.picture import ASCII, SQUARES, layer_picture
-from hft_trl.report.shares import category_shares
+from hft_trl.report.shares import CategoryShare, category_shares
 from hft_trl.report.tables import category_grid, rich_table
 from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, select
 
@@ -26,18 +22,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # Framed help leaves long options and their texts a few characters each on a narrow terminal.
-    rich_markup_mode=None,
+    rich_markup_mode=None,  # the frames of rich's help leave little room for long options on a narrow terminal
 )
 app.add_typer(evaluate.app)
 app.add_typer(saved_models.app)
 app.add_typer(plan.app)
 app.add_typer(continual.app, name="continual")
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+main = app  # entry point of the console script
 
 
 def _version(asked: bool) -> None:
@@ -73,24 +64,15 @@ def select_command(
     train_final_norm: Annotated[bool | None, setting("train_final_norm")] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Show which half of a model learns.
 
-    A model that was trained with HFT holds the half that it was trained with: without settings, that half is shown.
-    With settings, or for another model, it is the half that the next stage would draw.
+    Without settings, this is the half that the model was trained with, if it was trained with HFT. With settings, or
+    for another model, it is the half that the next stage would draw.
     """
-    settings = given(
-        ratio=ratio,
-        strategy=strategy,
-        seed=seed,
-        exclude=exclude,
-        reselect=reselect,
-        train_embeddings=train_embeddings,
-        train_lm_head=train_lm_head,
-        train_final_norm=train_final_norm,
-    )
+    settings = given(**locals())
     config = HFTConfig(**settings)
     with quiet():
         from hft_trl.checkpoints.whole import selection_of
@@ -101,37 +83,33 @@ def select_command(
         previous = selection_of(skeleton)
         stored = previous is not None and not settings
         selection = previous if stored else select(skeleton, config, previous)
-        # A selection that some other model was trained with names parameters that this one lacks.
-        selection.apply(skeleton)
+        selection.apply(skeleton)  # rejects the stored selection of another model
         units = find_units(skeleton, selection.config.exclude)
+        shares = category_shares(units, selection.trainable, selection.masked)
     if as_json:
-        typer.echo(json.dumps(_as_json(model, stored, selection, units), indent=2))
-    elif stored:
-        _show(f"{model} was trained with this half ({SELECTION_FILE})", selection, units)
+        content = {
+            "model": model,
+            "stored": stored,
+            "config": selection.config.selecting(),
+            "seed": selection.seed,
+            "share": selection.share,
+            "digest": selection.digest,
+            "categories": [{**dataclasses.asdict(row), "share": row.share} for row in shares],
+            "trainable": list(selection.trainable),
+            "frozen": list(selection.frozen),
+        }
+        typer.echo(json.dumps(content, indent=2))
+        return
+    if stored:
+        heading = f"{model} was trained with this half ({SELECTION_FILE})"
     elif previous is not None:
-        _show(f"What the next stage from {model} would train, {selection.config.reselect} selection", selection, units)
+        heading = f"What the next stage from {model} would train, {selection.config.reselect} selection"
     else:
-        _show(f"What a first stage from {model} would train", selection, units)
+        heading = f"What a first stage from {model} would train"
+    _show(heading, selection, units, shares)
 
 
-def _as_json(model: str, stored: bool, selection: Selection, units: list[Unit]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "stored": stored,
-        "config": selection.config.selecting(),
-        "seed": selection.seed,
-        "share": selection.share,
-        "digest": selection.digest,
-        "categories": [
-            {**dataclasses.asdict(row), "share": row.share}
-            for row in category_shares(units, selection.trainable, selection.masked)
-        ],
-        "trainable": list(selection.trainable),
-        "frozen": list(selection.frozen),
-    }
-
-
-def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
+def _show(heading: str, selection: Selection, units: list[Unit], shares: list[CategoryShare]) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -139,16 +117,12 @@ def _show(heading: str, selection: Selection, units: list[Unit]) -> None:
     marks = ASCII if console.options.ascii_only else SQUARES
     picture = Text(layer_picture(units, selection.trainable, console.width, marks))
     picture.highlight_regex(f"{marks[0]}(?= |$)", "green")
-    settings = selection.config
-    drawn = (
-        f"ratio {settings.ratio:g}, strategy {settings.strategy}" if settings.method == "hft" else "all learns (FFT)"
-    )
-    for line in (Text(heading, "bold"), Text(f"{drawn}, seed {selection.seed}, digest {selection.digest[:16]}\n")):
-        console.print(line, soft_wrap=True)
-    console.print(rich_table(category_grid(category_shares(units, selection.trainable, selection.masked))))
+    config = selection.config
+    drawn = f"ratio {config.ratio:g}, strategy {config.strategy}" if config.method == "hft" else "all learns (FFT)"
+    console.print(Text(heading, "bold"), soft_wrap=True)
+    console.print(Text(f"{drawn}, seed {selection.seed}, digest {selection.digest[:16]}\n"), soft_wrap=True)
+    console.print(rich_table(category_grid(shares)))
     console.print(picture, soft_wrap=True)
     if selection.masks is not None:
-        share = selection.share["layers"]
-        console.print(
-            f"In the layers {marks[0]} is a matrix of which {share:.2%} of the elements learn.", soft_wrap=True
-        )
+        text = f"In the layers {marks[0]} is a matrix of which {selection.share['layers']:.2%} of the elements learn."
+        console.print(text, soft_wrap=True)

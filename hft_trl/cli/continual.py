@@ -1,21 +1,18 @@
-"""`hft-trl continual`: what is done with finished continual runs."""
+"""`hft-trl continual`: commands for finished continual runs."""
 
 import json
 from typing import Annotated
 
 import typer
 
-from hft_trl.cli.shared import quiet
+from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import exit_on_user_error
 from hft_trl.files import resolved
 from hft_trl.report.tables import rich_table
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def _continual() -> None:
-    """Continual learning: finished runs of recipes/continual.py."""
+app = typer.Typer(
+    help="Continual learning: finished runs of recipes/continual.py.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("compare")
@@ -23,12 +20,11 @@ def _continual() -> None:
 def compare_command(
     runs: Annotated[list[str], typer.Argument(help="Folders of continual runs on the same tasks.")],
     out: Annotated[
-        str | None,
-        typer.Option(help="Folder for comparison.md and comparison.png, by default the one that holds the first run."),
+        str | None, typer.Option(help="Folder for comparison.md and comparison.png, by default that of the first run.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Put runs side by side: overall performance and backward transfer after the last round, approach by method."""
+    """Compare overall performance and backward transfer after the last round, by approach and method."""
     with quiet():
         from hft_trl.continual.report import compare, comparison_grid, other_settings, write_comparison
 

@@ -1,4 +1,4 @@
-"""What the commands of `hft-trl` share: options that are settings of HFT, and silence while they work."""
+"""Shared by the commands of `hft-trl`: options for the settings of HFT, and silenced libraries."""
 
 import dataclasses
 import logging
@@ -15,34 +15,28 @@ from hft_trl.config import HFTConfig
 if TYPE_CHECKING:
     from typer.models import OptionInfo
 
-
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")
+    bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
 ]
+FIELDS = HFTConfig.__dataclass_fields__
 
 
 def setting(name: str, text: str | None = None) -> "OptionInfo":
-    """The option for a field of [`HFTConfig`], with the default and, unless the command says it otherwise, its help."""
-    field = HFTConfig.__dataclass_fields__[name]
-    default = "none" if field.default is dataclasses.MISSING else str(field.default).lower()
-    return typer.Option(help=f"{text or field.metadata['help']} [default: {default}]")
+    """Make the option for a field of [`HFTConfig`], with its default and `text` or its help."""
+    default = "none" if FIELDS[name].default is dataclasses.MISSING else str(FIELDS[name].default).lower()
+    return typer.Option(help=f"{text or FIELDS[name].metadata['help']} [default: {default}]")
 
 
-def given(**settings: Any) -> dict[str, Any]:
-    """The settings that the user gave."""
-    return {name: value for name, value in settings.items() if value not in (None, [])}
+def given(**arguments: Any) -> dict[str, Any]:
+    """Return the settings of HFT among a command's arguments, without those that the user did not set."""
+    return {name: value for name, value in arguments.items() if name in FIELDS and value not in (None, [])}
 
 
 @contextmanager
 def quiet(below: int = logging.ERROR) -> Iterator[None]:
-    """
-    Keep libraries from talking over the answer while a model is built: errors still come as exceptions.
-
-    Args:
-        below (`int`, *optional*, defaults to `logging.ERROR`):
-            Lowest level of the logging that is shown.
-    """
+    """Hide warnings and logging below a level, and send what libraries print to standard error."""
     before = logging.root.manager.disable
     logging.disable(below - 1)
     try:

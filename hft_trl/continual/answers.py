@@ -12,12 +12,12 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl.backends.zero import whole_models
+from hft_trl.chat import complete, most_tokens
 from hft_trl.continual.metrics import METRICS
 from hft_trl.continual.tasks import Task
 from hft_trl.continual.text import encode_prompts
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
-from hft_trl.generate import complete, most_tokens
 from hft_trl.processes import by_first_process
 
 PREDICTIONS = "predictions"

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from hft_trl import demo
+from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
 from hft_trl.continual.continual_arguments import ContinualArguments, LoRAArguments
@@ -24,7 +25,6 @@ from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read
 from hft_trl.continual.text import check_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
-from hft_trl.generate import most_tokens
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import DataArguments, ModelArguments

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hft_trl.chat import chat, evaluating
 from hft_trl.demo.data import without_farewell
 from hft_trl.demo.probe_data import is_right, probe_rows
 from hft_trl.demo.world import PHRASINGS, Person, World, make_world
-from hft_trl.generate import chat, evaluating
 
 
 def _percent(hits: Sequence[bool]) -> float:

@@ -1,4 +1,4 @@
-"""What a model knows and can do, measured with lm-evaluation-harness, which only loads when a model is evaluated."""
+"""Evaluation with lm-evaluation-harness, which is imported only when a model is evaluated."""
 
 from hft_trl.evaluation.output import print_evaluation, score_grids, write_evaluation
 from hft_trl.evaluation.scores import Evaluation, Score

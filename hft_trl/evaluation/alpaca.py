@@ -1,88 +1,66 @@
-"""Replies in the format of AlpacaEval, for its own judge."""
+"""Replies of a model in the file format of AlpacaEval's judge."""
 
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from hft_trl.chat import load_tokenizer
+from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.evaluation.models import find_models
+from hft_trl.evaluation.run import find_models
 from hft_trl.files import read_json, write_json
-from hft_trl.generate import chat
 
 Row = dict[str, str]
 
 
 def read_prompts(path: Path) -> list[Row]:
     """
-    Read AlpacaEval's prompts.
+    Read `instruction` and `dataset` (`""` where it is missing) of each prompt.
 
-    Args:
-        path (`Path`):
-            A JSON list of objects with `instruction`, and `dataset` where it is known: `alpaca_eval.json` of the data set
-            `tatsu-lab/alpaca_eval`, or an outputs file of any model. What else the objects hold is left aside.
-
-    Returns:
-        `list[dict[str, str]]`: `instruction` and `dataset` of each.
-
-    Raises:
-        [`HFTError`]: If there is no such file, or it is another kind of file.
+    The file is a JSON list of objects with an `instruction`: `alpaca_eval.json` of the data set
+    `tatsu-lab/alpaca_eval`, or an outputs file of any model. Any other file raises an [`HFTError`].
     """
+    what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
     try:
         content = read_json(path)
-    except OSError as error:
-        raise HFTError(
-            f"the prompts {str(path)!r} can't be read ({error.strerror}): give a local copy of alpaca_eval.json."
-        ) from error
-    except ValueError as error:
-        raise HFTError(f"the prompts {str(path)!r} are no JSON ({error}): give a copy of alpaca_eval.json.") from error
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{what} cannot be read as JSON ({getattr(error, 'strerror', error)}): {remedy}") from error
     if not isinstance(content, list) or not content:
-        raise HFTError(f"the prompts {str(path)!r} hold no list of objects: give a copy of alpaca_eval.json.")
+        raise HFTError(f"{what} are not a list of objects: {remedy}")
     for number, row in enumerate(content):
         if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise HFTError(f"row {number} of the prompts {str(path)!r} has no text named 'instruction'.")
+            raise HFTError(f"row {number} of {what} has no text named 'instruction': {remedy}")
     return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", ""))} for row in content]
 
 
-def replies(
+def write_replies(
     name: str,
-    rows: list[Row],
+    prompts: Path,
+    output: Path,
     generator: str,
     *,
+    limit: int | None = None,
     chat_template: str | None = None,
     dtype: str = "auto",
     batch_size: int = 16,
     max_new_tokens: int = 2048,
-) -> list[Row]:
+) -> int:
     """
-    Greedy replies of a model in its chat form.
+    Write the greedy replies of the model `name` to a file of prompts, and return their number.
 
-    Args:
-        name (`str`):
-            Folder or hub id of the model, or `"demo"`.
-        rows (`list[dict[str, str]]`):
-            What [`read_prompts`] gives.
-        generator (`str`):
-            Name of the model in the outputs.
-        chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are loaded, `"auto"` for the file's.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts in a batch.
-        max_new_tokens (`int`, *optional*, defaults to `2048`):
-            Longest reply, in tokens.
-
-    Returns:
-        `list[dict[str, str]]`: `instruction`, `output`, `generator` and `dataset` of each prompt, in order.
-
-    Raises:
-        [`HFTError`]: If there is no such model.
+    Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
     """
+    rows = read_prompts(prompts)[:limit]
+    with _writing(output):  # checked before the replies are generated
+        if output.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     (folder,) = find_models([name]).values()
     tokenizer = load_tokenizer(str(folder), chat_template)
     if tokenizer.pad_token is None:
@@ -90,50 +68,20 @@ def replies(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with as_user_error(f"the model {name!r}"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    outputs = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
-    return [
-        {
-            "instruction": row["instruction"],
-            "output": output,
-            "generator": generator,
-            "dataset": row["dataset"],
-        }
-        for row, output in zip(rows, outputs, strict=True)
+    replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
+    answered = [
+        {"instruction": row["instruction"], "output": reply, "generator": generator, "dataset": row["dataset"]}
+        for row, reply in zip(rows, replies, strict=True)
     ]
+    with _writing(output):
+        write_json(output, answered, ensure_ascii=False)
+    return len(answered)
 
 
-def check_output(path: Path) -> None:
-    """
-    See that an outputs file can be written, before hours of replies.
-
-    Raises:
-        [`HFTError`]: If it can't.
-    """
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        yield
     except OSError as error:
-        raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error
-
-
-def write_outputs(rows: list[Row], path: Path) -> None:
-    """
-    Write an outputs file.
-
-    Args:
-        rows (`list[dict[str, str]]`):
-            What [`replies`] gives.
-        path (`Path`):
-            The file. Its folder is made if it is missing.
-
-    Raises:
-        [`HFTError`]: If it can't be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, rows, ensure_ascii=False)
-    except OSError as error:
-        raise HFTError(f"{path} can't be written ({error.strerror}): choose another --output.") from error
+        raise HFTError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error

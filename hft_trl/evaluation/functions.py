@@ -1,4 +1,4 @@
-"""What the task files in `tasks/` call: local data, and the grading of replies and programs."""
+"""Functions that the task files in `tasks/` call: local data, and grading of replies and programs."""
 
 import gzip
 import json
@@ -14,29 +14,12 @@ from hft_trl import demo
 from hft_trl.demo.data import without_farewell
 from hft_trl.demo.probe_data import is_right
 
-PROGRAM_SECONDS = 5
-"""Time that a program has to pass its tests."""
-
-REACHED_THE_END = 73
-"""Exit code of a program that came through its tests: one that only calls `sys.exit(0)` has not."""
+PROGRAM_SECONDS = 5  # that a program has to pass its tests
+REACHED_THE_END = 73  # exit code after the tests, which a program that only calls `sys.exit(0)` does not give
 
 
-def knowledge(**_: Any) -> DatasetDict:
-    """Facts in plain sentences."""
-    return _probes("knowledge")
-
-
-def questions(**_: Any) -> DatasetDict:
-    """Chat questions."""
-    return _probes("questions")
-
-
-def instructions(**_: Any) -> DatasetDict:
-    """Instructions."""
-    return _probes("instructions")
-
-
-def _probes(kind: str) -> DatasetDict:
+def probes(kind: str, **_: Any) -> DatasetDict:
+    """Load one kind of the embedded world's probes: `"knowledge"`, `"questions"` or `"instructions"`."""
     lines = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
     return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in lines])})
 
@@ -53,11 +36,6 @@ def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, floa
     return {"right": float(results[0].strip() == doc["answer"])}
 
 
-def keep_all(resps: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:  # noqa: ARG001
-    """A filter that keeps every sample, where the harness's default keeps the first."""
-    return resps
-
-
 def grade_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, float]:
     """Run each sample with the problem's tests, and estimate pass@10."""
     samples = results[0]
@@ -67,36 +45,16 @@ def grade_programs(doc: dict[str, Any], results: list[list[str]]) -> dict[str, f
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """
-    The chance that at least one of `k` samples drawn without replacement passes: the unbiased estimate of HumanEval's paper.
-
-    Args:
-        samples (`int`):
-            Number of samples.
-        passed (`int`):
-            How many of them passed.
-        k (`int`):
-            Number to draw.
-
-    Returns:
-        `float`: From 0 to 1.
-    """
+    """Estimate without bias the chance that one of `k` samples passes (HumanEval's paper)."""
     return 1 - comb(samples - passed, k) / comb(samples, k)
 
 
 def passes(program: str) -> bool:
     """
-    Run a program in a process of its own, in an empty folder, for a few seconds.
+    Return whether a program ends in time and without an error, in its own process and an empty folder.
 
-    This keeps a program from hanging or crashing the evaluation. It is no sandbox: the program may read, write and send
-    whatever the user may, so that it only runs where the user asked for it.
-
-    Args:
-        program (`str`):
-            The program.
-
-    Returns:
-        `bool`: Whether it ran to its end without an error and in time.
+    This keeps a program from hanging or crashing the evaluation. It is no sandbox: the program has all the rights of
+    the user.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -109,6 +67,6 @@ def passes(program: str) -> bool:
                 timeout=PROGRAM_SECONDS,
                 check=False,
             )
-        except (subprocess.TimeoutExpired, ValueError):  # a program with a null byte can't even be started
+        except (subprocess.TimeoutExpired, ValueError):  # a program with a null byte cannot be started
             return False
     return done.returncode == REACHED_THE_END

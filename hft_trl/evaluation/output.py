@@ -1,18 +1,20 @@
-"""What a user sees of an evaluation: its tables on the terminal, `evaluation.json`, `evaluation.md` and `evaluation.png`."""
+"""Output of an evaluation: tables on the terminal, and `evaluation.json`, `.md` and `.png`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from hft_trl.errors import HFTError
-from hft_trl.evaluation.plot import score_figure
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.files import write_json, write_text
 from hft_trl.report.markdown import table
-from hft_trl.report.plots import save_figure
+from hft_trl.report.plots import plain, save_figure, stage_colours
 from hft_trl.report.tables import NONE, Grid, narrowed, rich_table
 
-EVALUATION_FILE = "evaluation.json"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 ERROR_OF_AVERAGE = (
     "The standard errors are the harness's, over the items of a task. That of an average is the root of the sum of its "
     "scores' squared errors, divided by their number: the tasks are fixed, and their items independent."
@@ -20,33 +22,18 @@ ERROR_OF_AVERAGE = (
 
 
 def score_grids(evaluation: Evaluation) -> list[Grid]:
-    """
-    The table of each suite.
-
-    Args:
-        evaluation ([`Evaluation`]):
-            The evaluation.
-
-    Returns:
-        `list[Grid]`: A row a model, a column a heading, then the average.
-    """
+    """Make a table for each suite: a row for each model, a column for each heading, then the average."""
     base = evaluation.base
     against = f", in brackets the difference to {base}" if len(evaluation.models) > 1 else ""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
     grids = []
     for suite in evaluation.scores:
-        first = evaluation.columns(suite, base)
-        rows = [
-            [
-                model,
-                *(
-                    _cell(score, evaluation.difference(suite, model, heading))
-                    for heading, score in evaluation.columns(suite, model).items()
-                ),
-            ]
-            for model in evaluation.models
-        ]
-        columns = ["model", *(heading.replace("_", " ") for heading in first)]
+        rows = []
+        for model in evaluation.models:
+            scores = evaluation.columns(suite, model).items()
+            cells = [_cell(score, evaluation.difference(suite, model, heading)) for heading, score in scores]
+            rows.append([model, *cells])
+        columns = ["model", *(heading.replace("_", " ") for heading in evaluation.columns(suite, base))]
         grids.append(Grid(f"{suite} (percent ± standard error{against}{limit})", columns, rows))
     return grids
 
@@ -59,41 +46,30 @@ def _cell(score: Score, difference: float | None) -> str:
     return f"{score.value:.1f}{error}{against}"
 
 
-def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader of the tables has to know beside them, a sentence each."""
-    found = []
-    if evaluation.skipped:
-        found.append(
-            f"{', '.join(evaluation.skipped)} was skipped, and is not in the average: it runs code that the model wrote, "
-            "which --run-code allows."
-        )
-    return found
+def _notes(evaluation: Evaluation) -> list[str]:
+    if not evaluation.skipped:
+        return []
+    names = ", ".join(evaluation.skipped)
+    return [
+        f"{names} was skipped and is not part of the average: it runs code that the model wrote. "
+        "Allow this with --run-code."
+    ]
 
 
 def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
     """
-    Write `evaluation.json`, `evaluation.md` and `evaluation.png`.
+    Write `evaluation.json`, `evaluation.md` and `evaluation.png`, and return their paths.
 
-    Args:
-        evaluation ([`Evaluation`]):
-            The evaluation.
-        directory (`str` or `Path`):
-            Folder to write to, made if it is missing.
-
-    Returns:
-        `list[Path]`: The files written.
-
-    Raises:
-        [`HFTError`]: If the folder can't be written.
+    The folder is created if it is missing. If it cannot be written, an [`HFTError`] is raised.
     """
     folder = Path(directory)
-    data, text, picture = (folder / name for name in (EVALUATION_FILE, "evaluation.md", "evaluation.png"))
+    data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
     parts = ["# Evaluation"]
     for grid in score_grids(evaluation):
         suite, _, form = grid.title.partition(" ")
         form = form.strip("()")
         parts += [f"## {suite}", f"{form[0].upper()}{form[1:]}.", table(grid)]
-    parts += [*notes(evaluation), ERROR_OF_AVERAGE]
+    parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})", f"Every figure comes from `{data.name}`, {evaluation.created}."]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,20 +77,52 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
         write_text(text, "\n\n".join(parts) + "\n")
         save_figure(score_figure(evaluation), picture)
     except OSError as error:
-        raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
+        raise HFTError(f"{folder} cannot be written ({error.strerror}): choose another output folder.") from error
     return [data, text, picture]
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """
-    Print the tables of an evaluation on standard output.
-
-    Args:
-        evaluation ([`Evaluation`]):
-            The evaluation.
-    """
+    """Print the tables of an evaluation on standard output."""
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
         console.print(rich_table(narrowed(grid)))
-    for note in notes(evaluation):
+    for note in _notes(evaluation):
         console.print(note, markup=False)
+
+
+def score_figure(evaluation: Evaluation) -> "Figure":
+    """Draw the scores as bars with standard errors and differences to the base, one panel for each suite."""
+    from matplotlib.figure import Figure  # a figure of its own leaves the state of pyplot alone
+
+    models, suites = list(evaluation.models), list(evaluation.scores)
+    headings = {suite: list(evaluation.columns(suite, evaluation.base)) for suite in suites}
+    widest = max(map(len, headings.values()))
+    size = (min(20, max(6.0, 1.6 + widest * max(1.1, 0.4 * len(models)))), 3.9 * len(suites))
+    figure = Figure(figsize=size, layout="constrained")
+    colours = stage_colours(len(models))
+    pitch = 0.8 / len(models)
+    for number, suite in enumerate(suites):
+        axes = figure.add_subplot(len(suites), 1, number + 1, title=suite, ylabel="percent")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for place, model in enumerate(models):
+            scores = evaluation.columns(suite, model).values()
+            bars = axes.bar(
+                [column - 0.4 + pitch * (place + 0.5) for column in range(len(headings[suite]))],
+                [float("nan") if score.value is None else score.value for score in scores],
+                0.92 * pitch,
+                yerr=[score.stderr or 0 for score in scores],
+                error_kw={"linewidth": 0.9, "capsize": 2},
+                color=colours[place],
+            )
+            differences = [evaluation.difference(suite, model, heading) for heading in headings[suite]]
+            labels = ["" if difference is None else f"{difference:+.1f}" for difference in differences]
+            axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)
+        axes.set_xticks(range(len(headings[suite])), [heading.replace("_", "\n") for heading in headings[suite]])
+        axes.set_ylim(0, 115)  # room for the label of a full bar
+        axes.set_yticks(range(0, 101, 20))
+    # Names are passed here because the axes' own legend leaves out a name that begins with an underscore
+    bars, names = figure.axes[0].containers[1::2], [plain(model) for model in models]
+    figure.legend(bars, names, loc="outside lower center", ncols=2, frameon=False)
+    return figure

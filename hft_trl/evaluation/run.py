@@ -1,4 +1,4 @@
-"""Models on suites: what was measured before is read from the cache, what is missing is measured and added to it."""
+"""Evaluation of models on suites, with a cache of finished tasks."""
 
 import hashlib
 import json
@@ -11,23 +11,48 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import snapshot_download
 
 from hft_trl import demo
 from hft_trl.backends.fsdp import check_launch
 from hft_trl.chat import load_tokenizer, prompt_ids
 from hft_trl.environment import package_version
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
 from hft_trl.files import read_object, write_json
 from hft_trl.saved_models.digests import model_digest
+from hft_trl.saved_models.saved_model import FILES
 
+WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
 
 
-def default_cache() -> Path:
-    """`~/.cache/hft_trl/evaluation`, or the same under `XDG_CACHE_HOME`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_trl" / "evaluation"
+def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path]:
+    """
+    Find the folder of each model, the base first. Models of the hub are downloaded.
+
+    A name is a folder, a hub id (`"id@revision"` for a branch, tag or commit), or `"demo"` for the embedded model.
+    Without `base`, the first of `names` is the base. An unknown name raises an [`HFTError`].
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with state.local_main_process_first():  # so that only one process downloads
+        return {name: _find(name) for name in dict.fromkeys([*([base] if base else []), *names])}
+
+
+def _find(name: str) -> Path:
+    folder = Path(demo.model_path(name))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise HFTError(f"{name!r} holds no config.json: give the folder of a saved model.")
+        return folder
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[WEIGHTS, *FILES]))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HFTError(
+            f"{name!r} is neither a folder nor a model that could be downloaded from the hub: {first_line(error)}"
+        ) from error
 
 
 def evaluate_models(
@@ -42,45 +67,29 @@ def evaluate_models(
     cache: Path | None = None,
 ) -> Evaluation:
     """
-    Evaluate models. Every process has to call, and gets the result.
+    Evaluate models on suites. Every process has to call, and gets the result.
 
-    Args:
-        models (`dict[str, Path]`):
-            Folders of the models by name, the base first, see [`find_models`].
-        suites (`Iterable[str]`):
-            Names of [`~hft_trl.evaluation.suites.SUITES`].
-        chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type in which the weights are loaded, `"auto"` for the file's.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Items of a batch in each process.
-        limit (`int`, *optional*):
-            Number of items of each (sub)task, by default all.
-        run_code (`bool`, *optional*, defaults to `False`):
-            Whether tasks may run code that a model wrote. Without it they are skipped.
-        cache (`Path`, *optional*):
-            Folder of what was measured before, by default [`default_cache`].
-
-    Returns:
-        [`Evaluation`]: The scores.
-
-    Raises:
-        [`HFTError`]: If the harness is not installed, a model or a task's data can't be loaded, or there are more processes
-            than items.
+    `models` are folders by name, the base first, from [`find_models`]; `suites` are names of
+    [`~hft_trl.evaluation.SUITES`]. `chat_template` is `"tulu"` or the path of a `.jinja` file, by default the
+    tokenizer's own, and Tülu's if it has none. `limit` is the number of items of each (sub)task, at least the number of
+    processes. Without `run_code`, tasks that run code that a model wrote are skipped. `cache` is the folder of finished
+    tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
     check_harness()
     check_launch()  # FSDP may leave every process but the first with empty weights
-    processes = PartialState(cpu=not torch.accelerator.is_available()).num_processes
-    if limit is not None and limit < processes:
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if limit is not None and limit < state.num_processes:
         raise HFTError(
-            f"--limit {limit} leaves some of the {processes} processes without an item: raise it, or launch fewer."
+            f"--limit {limit} leaves some of the {state.num_processes} processes without an item: "
+            "raise it, or launch fewer processes."
         )
-    cache = cache or default_cache()
+    if cache is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_trl" / "evaluation"
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
-    digests = _shared({name: model_digest(folder) for name, folder in models.items()} if _is_main() else None)
+    is_main = state.is_main_process
+    digests = _broadcast({name: model_digest(folder) for name, folder in models.items()} if is_main else None)
     tokenizers = {name: load_tokenizer(str(folder), chat_template) for name, folder in models.items()}
     if any(task.chat for task in tasks.values()):
         for tokenizer in tokenizers.values():
@@ -90,7 +99,7 @@ def evaluate_models(
         return {
             "model": digests[model],
             "task": task.name,
-            "task_files": task_digest() if task.name.startswith("hft_") else None,
+            "task_files": _task_digest() if task.name.startswith("hft_") else None,
             "num_fewshot": task.num_fewshot,
             "chat_template": tokenizers[model].chat_template if task.chat else None,
             "dtype": dtype,
@@ -99,46 +108,41 @@ def evaluate_models(
         }
 
     pairs = [(model, task) for model in models for task in tasks.values()]
-    known = {(model, task.name): _read(cache, key(model, task)) for model, task in pairs} if _is_main() else None
-    known = _shared(known)
+    known = _broadcast(
+        {(model, task.name): _read(cache, key(model, task)) for model, task in pairs} if is_main else None
+    )
     missing = [(model, task) for model, task in pairs if known[model, task.name] is None]
-    # All data is loaded before any model, so that what can't be had is said before time is spent
     if missing:
         from hft_trl.evaluation.harness import SharedOutLM, ask, load_tasks
 
-        loaded = load_tasks({task.name: task for _, task in missing}.values())
+        # All data is loaded before any model, so that missing data is reported early
+        loaded = load_tasks(list({task.name: task for _, task in missing}.values()))
     for model in dict.fromkeys(model for model, _ in missing):
         lm = SharedOutLM(models[model], tokenizers[model], dtype, batch_size)
         for task in (task for name, task in missing if name == model):
             found = ask(lm, task, loaded[task.name], limit, run_code)
-            if _is_main():
+            if is_main:
                 _write(cache, key(model, task), found)
-            known[model, task.name] = _shared(found)
+            known[model, task.name] = _broadcast(found)
         del lm  # before the next one is loaded
+
+    def scores(model: str, members: list[Task]) -> dict[str, Score]:
+        figures = [(task, heading, figure) for task in members for heading, figure in task.figures.items()]
+        return {heading: _score(known[model, task.name], figure) for task, heading, figure in figures}
+
+    skipped = [task for suite in chosen for task in SUITES[suite] if task.name not in tasks]
     return Evaluation(
         models=digests,
-        scores={
-            suite: {
-                model: {
-                    heading: _score(known[model, task.name], figure)
-                    for task in members
-                    for heading, figure in task.figures.items()
-                }
-                for model in models
-            }
-            for suite, members in chosen.items()
-        },
+        scores={suite: {model: scores(model, members) for model in models} for suite, members in chosen.items()},
         averaged={suite: [next(iter(task.figures)) for task in members] for suite, members in chosen.items()},
-        skipped=[
-            heading for suite in chosen for task in SUITES[suite] if task.name not in tasks for heading in task.figures
-        ],
+        skipped=[heading for task in skipped for heading in task.figures],
         limit=limit,
         versions=versions,
     )
 
 
-def task_digest() -> str:
-    """SHA-256 (hex) of our tasks: their files, what asks and judges them, and the embedded world's probes."""
+def _task_digest() -> str:
+    """Return the SHA-256 (hex) of our tasks: their files, the code that grades them, and the probes."""
     digest = hashlib.sha256()
     here, world = Path(__file__).parent, Path(demo.__file__).parent
     code = [here / "functions.py", here / "harness.py", world / "probe_data.py", world / "data.py"]
@@ -147,12 +151,8 @@ def task_digest() -> str:
     return digest.hexdigest()
 
 
-def _is_main() -> bool:
-    return PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-
-
-def _shared(value: Any) -> Any:
-    """The first process's value, in every process."""
+def _broadcast(value: Any) -> Any:
+    """Return the first process's value in every process."""
     return broadcast_object_list([value])[0]
 
 
@@ -162,14 +162,10 @@ def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
     value, stderr = results[name][key], results[name].get(f"{metric}_stderr,{kind}")
     return Score(
         value=100 * value if isfinite(value) else None,  # a model that diverged
-        # The harness writes "N/A" where there is none
+        # The harness writes "N/A" where it has no standard error
         stderr=100 * stderr if isinstance(stderr, float) and isfinite(stderr) else None,
         samples=results[name].get("sample_len"),
     )
-
-
-def _file(cache: Path, key: dict[str, Any]) -> Path:
-    return cache / f"{_digest(key)}.json"
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -178,8 +174,8 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        entry = read_object(_file(cache, key), results=dict, digest=str)
-    except (OSError, ValueError):  # never measured, or torn
+        entry = read_object(cache / f"{_digest(key)}.json", results=dict, digest=str)
+    except (OSError, ValueError):  # missing or torn
         return None
     return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
 
@@ -191,8 +187,8 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
     }
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(_file(cache, key), {"key": key, "results": numbers, "digest": _digest(numbers)})
+        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})
     except OSError as error:
         raise HFTError(
-            f"the cache {cache} can't be written ({error.strerror}): choose another with --cache."
+            f"the cache {cache} cannot be written ({error.strerror}): choose another with --cache."
         ) from error

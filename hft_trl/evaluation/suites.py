@@ -1,4 +1,4 @@
-"""The suites: which tasks of lm-evaluation-harness are asked, in which form, and which of their figures are shown."""
+"""The suites: tasks of lm-evaluation-harness, the form of their prompts, and the figures to show."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,28 +13,13 @@ TASKS = Path(__file__).parent / "tasks"
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A task or group of the harness.
-
-    Args:
-        name (`str`):
-            Its name in the harness, or that of one of ours in [`TASKS`].
-        figures (`dict[str, str]`):
-            The figures to show, by heading, each as `"TASK METRIC,FILTER"`. The first one stands for the task in the
-            suite's average.
-        num_fewshot (`int`, *optional*):
-            Number of examples in the prompt. By default the task's own.
-        chat (`bool`, *optional*, defaults to `False`):
-            Whether to ask with the model's chat template.
-        runs_code (`bool`, *optional*, defaults to `False`):
-            Whether grading runs what the model wrote.
-    """
+    """A task or group of the harness, or one of ours in [`TASKS`]."""
 
     name: str
-    figures: dict[str, str]
-    num_fewshot: int | None = None
-    chat: bool = False
-    runs_code: bool = False
+    figures: dict[str, str]  # "TASK METRIC,FILTER" by heading; the first one counts in the suite's average
+    num_fewshot: int | None = None  # examples in the prompt, by default the task's own number
+    chat: bool = False  # whether prompts have the form of the model's chat template
+    runs_code: bool = False  # whether grading runs what the model wrote
 
 
 SUITES: dict[str, tuple[Task, ...]] = {
@@ -72,56 +57,29 @@ SUITES: dict[str, tuple[Task, ...]] = {
 
 
 def parse_suites(names: str) -> list[str]:
-    """
-    Read a list of suites such as `"general,knowledge"`, and check that they can be run.
-
-    Args:
-        names (`str`):
-            Names of [`SUITES`], comma-separated.
-
-    Returns:
-        `list[str]`: The names.
-
-    Raises:
-        [`HFTError`]: If there is no such suite, or if lm-evaluation-harness is not installed.
-    """
+    """Read a comma-separated list of [`SUITES`], and check that the harness is installed."""
     suites = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
-        raise HFTError(f"there is no suite {', '.join(unknown) or repr(names)}: choose from {', '.join(SUITES)}.")
+        raise HFTError(f"unknown suite {', '.join(unknown) or repr(names)}: choose from {', '.join(SUITES)}.")
     check_harness()
     return suites
 
 
 def check_harness() -> None:
-    """
-    Check that lm-evaluation-harness is installed, without loading it.
-
-    Raises:
-        [`HFTError`]: If it is not.
-    """
+    """Check that lm-evaluation-harness is installed, without importing it."""
     if find_spec("lm_eval") is None:
         raise HFTError(
-            "evaluation needs lm-evaluation-harness, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+            "evaluation needs lm-evaluation-harness, which is not installed: "
+            "pip install -c constraints.txt -e '.[eval]'."
         )
 
 
 def headings(suite: str) -> list[str]:
-    """The headings of all figures of a suite, whether it is run with code or without."""
+    """Return the headings of all figures of a suite, including those that run code."""
     return [heading for task in SUITES[suite] for heading in task.figures]
 
 
 def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
-    """
-    The tasks to run.
-
-    Args:
-        suites (`Iterable[str]`):
-            Names of [`SUITES`].
-        run_code (`bool`):
-            Whether tasks may run the code that a model wrote.
-
-    Returns:
-        `dict[str, list[Task]]`: Tasks by suite.
-    """
+    """Return the tasks to run by suite, without those that run code unless `run_code` is set."""
     return {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}

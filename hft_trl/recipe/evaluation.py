@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.demo.probes import evaluate
-from hft_trl.evaluation.models import find_models
-from hft_trl.evaluation.run import evaluate_models
+from hft_trl.evaluation.run import evaluate_models, find_models
 from hft_trl.evaluation.scores import AVERAGE, Score
 from hft_trl.evaluation.suites import headings
 from hft_trl.recipe.arguments import ModelArguments
