@@ -6,7 +6,7 @@ python benchmarks/continual.py --seeds 5 --output_dir docs/continual
 ```
 
 A run is `recipes/continual.py` in a process of its own with one thread, as many at a time as there are cores. The same
-command again goes on where it was interrupted. A seed decides the selection, the order of the rows, adapters' first values
+command resumes an interrupted one. A seed decides the selection, the order of the rows, adapters' first values
 and which rows are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.max_steps 4`.
 
 In `output_dir`: `scores/` (the `scores.json` of each run), `results.md` and `grid.png`. The paired tests need scipy:
@@ -18,25 +18,21 @@ import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
-from hft_trl.errors import STOPPED
 from hft_trl.experiments.paired_tests import check_tests, compare, difference_cells, mean_cell
-from hft_trl.experiments.trials import Scores, settle_settings
+from hft_trl.experiments.runner import Point, check_settings, run_points
+from hft_trl.experiments.trials import Scores
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.markdown import table
@@ -90,51 +86,14 @@ def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str
     """The command of one run."""
     words = ["--approach", run.approach, "--output_dir", str(folder.resolve()), "--sft.seed", str(seed)]
     words += ["--method", run.method, "--hft.seed", str(seed)] if run.method else ADAPTER_FLAGS
-    return [sys.executable, "recipes/continual.py", *words, "--sft.disable_tqdm", "true", *flags]
+    return [sys.executable, str(ROOT / "recipes" / "continual.py"), *words, "--sft.disable_tqdm", "true", *flags]
 
 
-class Children:
-    """The processes of the runs, which can be told to end: they save what they have, and go on from it another time."""
-
-    def __init__(self) -> None:
-        self.lock, self.running, self.stopped = threading.Lock(), set(), False
-
-    def run(self, words: list[str], log: IO[str]) -> int:
-        """Wait for a command's end and return its exit status, that of a SIGTERM where no command may begin any more."""
-        with self.lock:
-            if self.stopped:
-                return STOPPED
-            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-            child = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-            self.running.add(child)
-        code = child.wait()
-        with self.lock:
-            self.running.remove(child)
-        return code
-
-    def stop(self) -> None:
-        """Send a SIGTERM to every process, and let none begin."""
-        with self.lock:
-            self.stopped = True
-            for child in self.running:
-                child.terminate()
-
-
-def make(run: Run, seed: int, output: Path, flags: list[str], children: Children) -> None:
-    """Make one run, keep its scores, and remove its models."""
-    kept, folder = output / "scores" / f"{run.name}-{seed}.json", output / "runs" / f"{run.name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (output / "runs" / f"{run.name}-{seed}.log").open("a", encoding="utf-8") as log:
-        words = command(run, seed, folder, flags)
-        for _ in range(2):  # one that a signal ended goes on where it was
-            code = children.run(words, log)
-            if code >= 0:
-                break
-    if code:
-        raise HFTError(f"{shlex.join(words)} ended with {code}: its last words are in {log.name}.")
-    shutil.copy(folder / "scores.json", kept.with_suffix(".part"))
-    kept.with_suffix(".part").replace(kept)
-    shutil.rmtree(folder)
+def point(run: Run, seed: int, output: Path, flags: Iterable[str]) -> Point:
+    """What the runner needs to know of one run: the recipe's scores are kept, its models are removed."""
+    name = f"{run.name}-{seed}"
+    folder = output / "runs" / name
+    return Point(name, tuple(command(run, seed, folder, flags)), makes=folder / "scores.json", folder=folder)
 
 
 def read(output: Path, runs: Iterable[Run]) -> Scores:
@@ -219,7 +178,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--approaches must be of {', '.join(sorted(known))}")
     own = next((flag for flag in flags if OWN.fullmatch(flag.partition("=")[0])), None)
     if own is not None:
-        parser.error(f"{own} is what the runs differ in, so it can't be the same for all: drop it")
+        parser.error(f"{own} is what the runs differ in and cannot be the same for all: drop it")
     for name in ("seeds", "workers"):
         if vars(options)[name] < 1:
             parser.error(f"--{name} {vars(options)[name]}: it must be at least 1")
@@ -229,27 +188,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, console = Path(options.output_dir), Console()
     check_tests()
-    settle_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
+    check_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
     runs = [run for run in GRID if run.approach in options.approaches]
 
     # Make what has no scores yet
-    asked = [(run, seed) for seed in range(1, options.seeds + 1) for run in runs]
-    missing = [(run, seed) for run, seed in asked if not (output / "scores" / f"{run.name}-{seed}.json").exists()]
+    points = [point(run, seed, output, flags) for seed in range(1, options.seeds + 1) for run in runs]
+    done = sum(each.finished(output) for each in points)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.workers) as pool:
-        bar = progress.add_task("runs", total=len(asked), completed=len(asked) - len(missing))
-        children = Children()
-        futures = [pool.submit(make, run, seed, output, flags, children) for run, seed in missing]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            children.stop()
-            raise
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(points), completed=done)
+        for _ in run_points(points, output, options.workers):
+            progress.advance(bar)
 
-    # Say what they say
+    # Report them
     scores, found = read(output, GRID), environment()
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "python"))
     means, differences = grids([run for run in GRID if run.name in scores], scores)

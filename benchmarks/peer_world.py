@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import multiprocessing
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -14,9 +13,9 @@ from peer_trainers import make_trainer, number_of_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from hft_trl import demo
+from hft_trl import demo, exit_on_user_error
 from hft_trl.demo.probes import evaluate
-from hft_trl.experiments.trials import settle_process
+from hft_trl.experiments.runner import Point, result_file, run_points
 from hft_trl.files import write_json
 from hft_trl.recipe import parse_recipe
 
@@ -81,8 +80,11 @@ def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
 
 def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
     """Make one model and write what it answers to the embedded world's questions."""
-    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
-        model = train(trial, folder, flags)
+    if trial.peer == BASE:
+        model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
+            model = train(trial, folder, flags)
     write_scores(output, trial, evaluate(model, AutoTokenizer.from_pretrained(demo.MODEL)))
 
 
@@ -114,7 +116,7 @@ def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
 
 def write_scores(output: Path, trial: Trial, scores: Mapping[str, float]) -> None:
     """Write the scores of a model where [`read_scores`] finds them."""
-    write_json(output / "scores" / f"{trial.name}.json", {**trial._asdict(), "scores": dict(scores)})
+    write_json(result_file(output, trial.name), {**trial._asdict(), "scores": dict(scores)})
 
 
 def read_scores(output: Path) -> dict[Trial, dict[str, float]]:
@@ -123,31 +125,18 @@ def read_scores(output: Path) -> dict[Trial, dict[str, float]]:
     return {Trial(row["peer"], row["rate"], row["seed"]): row["scores"] for row in found}
 
 
-def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags: Sequence[str]) -> Iterator[Trial]:
-    """
-    Make and score every model that has no scores yet, in processes of one thread each.
+def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags: Sequence[str]) -> Iterator[str]:
+    """Make and score every model that has no scores yet, and yield its name."""
 
-    Yields:
-        [`Trial`]: The model that was finished.
-    """
-    base = Trial(BASE, 0.0, 0)
-    if base not in read_scores(output):
-        model, tokenizer = (kind.from_pretrained(demo.MODEL) for kind in (AutoModelForCausalLM, AutoTokenizer))
-        write_scores(output, base, evaluate(model, tokenizer))
-        yield base
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=settle_process, initargs=(output,)) as pool:
-        try:
-            making: dict[Future[None], Trial] = {}
-            while missing := wanted(peers, read_scores(output), seeds):
-                free = [trial for trial in missing if trial not in making.values()]
-                for trial in free[: workers - len(making)]:
-                    making[pool.submit(make, trial, output, flags)] = trial
-                for future in wait(making, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    yield making.pop(future)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    def points() -> list[Point]:
+        trials = [Trial(BASE, 0.0, 0), *wanted(peers, read_scores(output), seeds)]
+        command = [sys.executable, __file__, str(output)]
+        return [Point(trial.name, (*command, *map(str, trial), *flags)) for trial in trials]
+
+    return (point.name for point in run_points(points, output, workers))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        output, peer, rate, seed, *flags = sys.argv[1:]
+        make(Trial(peer, float(rate), int(seed)), Path(output), flags)

@@ -45,7 +45,7 @@ from trl import SFTTrainer
 
 from hft_trl import HFTConfig, HFTError, exit_on_user_error
 from hft_trl.experiments.paired_tests import check_tests
-from hft_trl.experiments.trials import settle_settings
+from hft_trl.experiments.runner import check_settings
 from hft_trl.files import write_json
 from hft_trl.report.tables import rich_table
 
@@ -154,12 +154,12 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, progress = Path(options.output_dir), Console(stderr=True)
     check_packages(options.peers)
     check_tests()
-    settle_settings(output, flags, None, ("peft", "badam"))
+    check_settings(output, flags, None, ("peft", "badam"))
     with contextlib.redirect_stdout(sys.stderr):
         cost = measure_cost(options, output) if "cost" in options.parts else read_cost(output)
         if "world" in options.parts:
-            for trial in make_all(options.peers, options.seeds, output, options.workers, flags):
-                progress.print(f"{trial.name} is scored")
+            for name in make_all(options.peers, options.seeds, output, options.workers, flags):
+                progress.print(f"{name} is scored")
     scores = read_scores(output)
     world = by_peer(scores)
     base = next((values for trial, values in scores.items() if trial.peer == BASE), None)

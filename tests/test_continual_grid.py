@@ -11,6 +11,7 @@ from warm import ROOT
 
 from hft_trl import HFTError, demo
 from hft_trl.continual.recipe import ContinualArguments, parse_continual
+from hft_trl.experiments.runner import run_points
 
 GRID = runpy.run_path(str(ROOT / "benchmarks" / "continual.py"))
 
@@ -92,9 +93,8 @@ def test_scores_of_another_run_than_their_name_says_are_refused(tmp_path):
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path):
-    (tmp_path / "scores").mkdir()
     with pytest.raises(HFTError, match=r"ended with 2: its last words are in .*multitask-hft-1\.log"):
-        GRID["make"](GRID["Run"]("multitask", "hft"), 1, tmp_path, ["--no_such_flag"], GRID["Children"]())
+        list(run_points([GRID["point"](GRID["Run"]("multitask", "hft"), 1, tmp_path, ["--no_such_flag"])], tmp_path))
 
 
 SLOW = """
