@@ -20,9 +20,9 @@ from hft_trl.files import write_json
 from hft_trl.recipe import parse_recipe
 
 FIRST_RATE = {"lora": 4e-3, "badam": 4e-3, "badam_all": 2e-3}
-"""Where the way to the best rate begins, for others than those that begin at the demo's."""
+"""First rate of the search for the best, for peers that do not begin at the demo's."""
 DEMO_RATE = 1e-3
-RATE_SEED = 10  # kept apart: the figures are those of seeds 1 and up
+RATE_SEED = 10  # only chooses the rates: the figures are of seeds 1 and up
 BASE = "base"
 
 
@@ -42,12 +42,12 @@ Scores = Mapping[Trial, Mapping[str, float]]
 
 
 def both(scores: Mapping[str, float]) -> float:
-    """What a learning rate is chosen by: the mean of knowledge and ability."""
+    """Mean of knowledge and ability, by which a learning rate is chosen."""
     return fmean((scores["knowledge"], scores["ability"]))
 
 
 def tried(peer: str, scores: Scores) -> dict[float, float]:
-    """[`both`] by learning rate, of the seed that is kept for it."""
+    """[`both`] by learning rate, on the seed of the rates."""
     return {
         trial.rate: both(found) for trial, found in scores.items() if (trial.peer, trial.seed) == (peer, RATE_SEED)
     }
@@ -59,14 +59,14 @@ def best_rate(peer: str, scores: Scores) -> float | None:
 
 
 def next_rate(peer: str, scores: Scores) -> float | None:
-    """The rate to try next on the way to the best, `None` at the end of it."""
+    """The rate to try next in the search for the best, `None` when it is found."""
     known = tried(peer, scores)
     best = max(sorted(known), key=lambda rate: known[rate], default=FIRST_RATE.get(peer, DEMO_RATE))
     return next((rate for rate in (best, best / 2, 2 * best) if rate not in known), None)
 
 
 def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
-    """What can be made now: of every peer the next learning rate, then, where that is chosen, the models seed by seed."""
+    """Models that can be made now: each peer's next learning rate or, once its rate is chosen, its seeds."""
     trials = []
     for peer in peers:
         rate = next_rate(peer, scores)
@@ -79,7 +79,7 @@ def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
 
 
 def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
-    """Make one model and write what it answers to the embedded world's questions."""
+    """Make one model and write its scores on the embedded world."""
     if trial.peer == BASE:
         model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     else:
@@ -89,7 +89,7 @@ def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
 
 
 def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
-    """SFT of the embedded model as the demo has it, but for the trial's learning rate and seed and the peer's trainer."""
+    """SFT of the embedded model as in the demo, with the trial's learning rate and seed and the peer's trainer."""
     words = ["--output_dir", folder, "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
     words += ["--hft.seed", str(trial.seed), "--sft.save_strategy", "no", "--sft.disable_tqdm", "true", *flags]
     stage = parse_recipe(words, {"sft": SFTConfig, "dpo": DPOConfig}, demo.RECIPE).stages["sft"]
@@ -97,7 +97,7 @@ def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
     stage.load_data()
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     batch = stage.args.per_device_train_batch_size * stage.args.gradient_accumulation_steps
-    # As BAdam's README puts it: so many steps for a block that all blocks have had their turn after an epoch
+    # As in BAdam's README: each block is trained once per epoch
     badam = {
         "switch_block_every": max(1, round(len(stage.train_dataset) / (batch * number_of_blocks(trial.peer, model))))
     }

@@ -17,7 +17,7 @@ from hft_trl.redact import redact
 
 SETTINGS_FILE = "settings.json"
 POLL_SECONDS = 0.1
-# Ends with its parent, so that a killed runner leaves no process behind that would write into the folders of the next call
+# The command ends with its parent: a killed runner leaves no process that writes into the folders of the next call
 START = (
     "import ctypes, os, sys\n"
     "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM\n"
@@ -28,19 +28,19 @@ START = (
 @dataclass(frozen=True)
 class Point:
     """
-    A result, or several, that one process makes.
+    A process and the results that it makes.
 
     Args:
         name (`str`):
             Name of the point and of its log.
         command (`tuple[str, ...]`):
-            Command that makes the results. It saves and exits at SIGTERM, and resumes when it is started again.
+            Command that makes the results. It should resume when it is started again.
         results (`tuple[str, ...]`, *optional*):
-            Names of the results, each a file `scores/NAME.json` in the output folder. Defaults to the point's name.
+            Names of the results, each a file `scores/NAME.json`. Defaults to the point's name.
         makes (`Path`, *optional*):
-            JSON file that the command leaves and that becomes the result. By default the command writes to `scores/`.
+            JSON file of the command that becomes the result. By default the command writes to `scores/` itself.
         folder (`Path`, *optional*):
-            Folder that is not needed any more when the point is finished.
+            Folder that is removed when the point is finished.
     """
 
     name: str
@@ -69,14 +69,14 @@ def run_points(
     """
     Run the command of every point that is not finished, and yield each point when it is.
 
-    Results appear whole or not at all. Where a command fails or the caller stops, the others get a SIGTERM.
+    Where a command fails or the caller stops, the other processes get a SIGTERM.
 
     Args:
         points (`Iterable[Point]` or `Callable`):
-            The points, or a function that returns them. It is called whenever a point is finished, so that later points can
-            depend on earlier results.
+            The points, or a function that returns them. It is called again whenever a point is finished, so that later
+            points can depend on earlier results.
         output (`Path`):
-            Folder of `scores/` and of the logs `runs/NAME.log`.
+            Folder of the results `scores/NAME.json` and of the logs `runs/NAME.log`.
         workers (`int`, *optional*):
             Number of processes, each with one thread. Defaults to the number of cores.
 
@@ -116,17 +116,7 @@ def check_settings(
     output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
 ) -> None:
     """
-    Create the output folder, and record what all of its results share: flags and versions of the libraries.
-
-    Args:
-        output (`Path`):
-            The folder.
-        flags (`list[str]`):
-            Flags of every run.
-        more (`Mapping[str, str]`, *optional*):
-            Further settings, by name.
-        packages (`Iterable[str]`, *optional*):
-            Packages whose versions are recorded with those of torch, transformers and trl.
+    Create the output folder and record what all of its results share: flags, more settings, and versions of libraries.
 
     Raises:
         [`HFTError`]: If the folder holds results of other settings or versions, or cannot be written.
@@ -168,7 +158,7 @@ def _wait_for_any(running: dict[Point, subprocess.Popen]) -> list[Point]:
 
 def _keep(point: Point, output: Path) -> None:
     if point.makes is not None and point.makes.exists():
-        with replacing(point.files(output)[0]) as new:
+        with replacing(point.files(output)[0]) as new:  # appears whole or not at all
             shutil.copy(point.makes, new)
     if not point.finished(output):
         raise _error(point, output, "ended without its result")

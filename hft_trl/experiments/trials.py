@@ -1,4 +1,4 @@
-"""Models of the paper's questions on the embedded world: made, scored and removed, one process per start and seed."""
+"""Models for the paper's questions on the embedded world, one process per seed and model that starts from the base."""
 
 import dataclasses
 import re
@@ -32,24 +32,15 @@ def run_trials(
     flags: Iterable[str] = (),
 ) -> Iterator[tuple[int, int]]:
     """
-    Make and score every model that is not scored yet. The same call resumes an interrupted one.
+    Make and score every model that is not scored yet; yield how many are scored, and their total.
+
+    A seed decides the selection, the order of the data and every random state.
 
     Args:
         runs (`Iterable[Run]`):
             The runs, each after the one it starts from.
-        seeds (`int`):
-            Number of seeds. A seed decides the selection, the order of the data and every random state.
-        sweep_seeds (`int`):
-            Number of seeds for the runs of a sweep.
-        output_dir (`str` or `Path`):
-            Where scores are kept.
-        workers (`int`, *optional*):
-            Number of processes, each with one thread. Defaults to the number of cores.
         flags (`Iterable[str]`, *optional*):
             Flags of `recipes/sft_then_dpo.py` for every run, such as `--sft.max_steps 100`.
-
-    Yields:
-        `tuple[int, int]`: Number of models that are scored, and their total.
 
     Raises:
         [`HFTError`]: If a flag does not exist or is one that the runs differ in, or if the folder holds scores of other
@@ -62,9 +53,10 @@ def run_trials(
     for root in (run for run in runs if run.start in ("", BASE)):
         family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
         for seed in range(1, 2 if root.name == BASE else max(seeds, sweep_seeds) + 1):
-            asked = [run for run in family if seed <= (sweep_seeds if run.sweep else seeds)]
+            asked = [run.name for run in family if seed <= (sweep_seeds if run.sweep else seeds)]
             if asked:
-                points.append(_point(asked, root, seed, output, flags))
+                command = (sys.executable, "-m", __name__, str(output), str(seed), ",".join(asked), *flags)
+                points.append(Point(f"{root.name}-{seed}", command, tuple(f"{name}-{seed}" for name in asked)))
     points.sort(key=lambda point: -len(point.results))  # the longest first, so that all cores are busy to the end
     files = [file for point in points for file in point.files(output)]
     yield sum(file.exists() for file in files), len(files)
@@ -72,26 +64,8 @@ def run_trials(
         yield sum(file.exists() for file in files), len(files)
 
 
-def _point(family: list[Run], root: Run, seed: int, output: Path, flags: list[str]) -> Point:
-    names = [run.name for run in family]
-    command = [sys.executable, "-m", "hft_trl.experiments.trials", str(output), str(seed), ",".join(names), *flags]
-    return Point(f"{root.name}-{seed}", tuple(command), tuple(f"{name}-{seed}" for name in names))
-
-
 def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str]) -> None:
-    """
-    Make a model and those that start from it, and write the scores of each. Models are removed at the end.
-
-    Args:
-        family (`list[Run]`):
-            A run that starts from the base, then those that start from it.
-        seed (`int`):
-            The seed.
-        output (`Path`):
-            The folder of all trials.
-        flags (`list[str]`):
-            Flags of `recipes/sft_then_dpo.py`.
-    """
+    """Make a model and those that start from it, write the scores of each, and remove the models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hft_trl.demo.probes import evaluate
