@@ -5,9 +5,9 @@ Every approach of continual learning with each method, over seeds, on the embedd
 python benchmarks/continual.py --seeds 5 --output_dir docs/continual
 ```
 
-A run is `recipes/continual.py` in its own process with one thread, as many at a time as there are cores. The same command
-resumes an interrupted run. A seed decides the selection, the order of the rows, the adapters' first values and which rows
-are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.max_steps 4`.
+A run is `recipes/continual.py` in its own process with one thread, as many at a time as there are cores. The same
+command resumes an interrupted run. A seed decides the selection, the order of the rows, the adapters' first values and
+which rows are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.max_steps 4`.
 
 In `output_dir`: `scores/` (the `scores.json` of each run), `results.md` and `grid.png`. The paired tests need scipy:
 `pip install -c constraints.txt -e ".[eval,continual]"`.
@@ -200,11 +200,11 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     text = f"""# Continual learning on the embedded mini benchmark
 
 Made by `python benchmarks/continual.py {command_line}` until {date} on {os.cpu_count()} cores
-({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of eight
-rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in the base.
-Seeds differ in all but the tasks: every test set has 32 to 64 rows, and the deviations do not include their choice.
-Adapters learn at {ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 of the 192 rows of each earlier task, replay
-mixes in 10 % and general chats.
+({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of
+eight rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in
+the base. Seeds differ in all but the tasks: every test set has 32 to 64 rows, and the deviations do not include their
+choice. Adapters learn at {ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 of the 192 rows of each earlier task,
+replay mixes in 10 % and general chats.
 
 {table(means)}
 

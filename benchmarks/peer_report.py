@@ -134,8 +134,8 @@ def write_results(tables: Sequence[Grid], cost: dict[str, Any], output: Path) ->
         measured = ", ".join([cost["date"][:10], cost["machine"], load, row["measured"], *settings])
         shape = f"\nTime and memory: {measured}."
     compared = "".join(
-        "\nHFT less the peer, seed by seed; p is from a two-sided paired t-test, not corrected for multiple comparisons."
-        f"\n\n{table(grid)}\n"
+        "\nHFT less the peer, seed by seed; p is from a two-sided paired t-test, not corrected for multiple "
+        f"comparisons.\n\n{table(grid)}\n"
         for grid in tables[1:]
     )
     text = f"""# HFT and its peers

@@ -60,7 +60,7 @@ def number_of_blocks(peer: str, model: PreTrainedModel) -> int:
 
 
 def make_trainer(peer: str, half: HFTConfig, badam: dict[str, Any], **given: Any) -> SFTTrainer:
-    """Make a peer's trainer. `given` are the arguments of [`~trl.SFTTrainer`], whose `model` is a model, not a name."""
+    """Make a peer's trainer. `given` are the arguments of [`~trl.SFTTrainer`], `model` a model, not a name."""
     if peer == "hft":
         return HFTSFTTrainer(**given, hft_config=half)
     if peer == "lora":

@@ -10,14 +10,15 @@ python benchmarks/peers.py --parts cost --shape 1.5b       # time and memory onl
 
 Two settings, with the same rows, tokens, steps and schedule for all peers:
 
-- `world`: SFT on the embedded world. Each peer has its own learning rate: from the demo's, it is doubled or halved while
-  the mean of knowledge and ability rises, on a seed that is not used for the figures. Then come the seeds of the figures.
-- `cost`: time and memory of a step of a larger shape with random weights, as in `benchmarks/step.py`. The rounds are two
-  cycles through BAdam's blocks, whose steps differ: the seconds of a step are means.
+- `world`: SFT on the embedded world. Each peer has its own learning rate: from the demo's, it is doubled or halved
+  while the mean of knowledge and ability rises, on a seed that is not used for the figures. Then come the seeds of the
+  figures.
+- `cost`: time and memory of a step of a larger shape with random weights, as in `benchmarks/step.py`. The rounds are
+  two cycles through BAdam's blocks, whose steps differ: the seconds of a step are means.
 
-The same command resumes an interrupted run: the scores of a model are a file, and so is the cost. The cost is not measured
-again for the same or fewer peers, and never overwritten by one of other settings or peers. Flags that begin with `--sft.`
-hold for every model of the world, such as `--sft.max_steps 4`.
+The same command resumes an interrupted run: the scores of a model are a file, and so is the cost. The cost is not
+measured again for the same or fewer peers, and never overwritten by one of other settings or peers. Flags that begin
+with `--sft.` hold for every model of the world, such as `--sft.max_steps 4`.
 """
 
 import argparse

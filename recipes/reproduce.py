@@ -1,7 +1,7 @@
 """
 The paper's questions on the embedded world: base, FFT and HFT for SFT; FFT and HFT for DPO from either; Half-Reset and
-averaging; strategies; ratios from 0.1 to 1.0; embedding and head; a fresh, the same or the other half; a frozen half in 8
-or 4 bits.
+averaging; strategies; ratios from 0.1 to 1.0; embedding and head; a fresh, the same or the other half; a frozen half
+in 8 or 4 bits.
 
 ```bash
 python recipes/reproduce.py --seeds 10

@@ -61,7 +61,8 @@ def test_a_point_without_its_result_is_named(tmp_path):
 
 
 def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missing(tmp_path):
-    slow = f"open({str(tmp_path / 'started')!r}, 'w').write(str(__import__('os').getpid()))\nimport time; time.sleep(3600)"
+    started = str(tmp_path / "started")
+    slow = f"import os, time; open({started!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
     script = (
         "import pathlib; from hft_trl.experiments.runner import Point, run_points\n"
         f"output = pathlib.Path({str(tmp_path)!r})\n"

@@ -44,7 +44,7 @@ def question_figure(question: Question, scores: Scores) -> "Figure | None":
 
 
 def draw_bars(axes: "Axes", bars: Iterable[tuple[Sequence[float], str]], spread: float) -> None:
-    """Draw a bar of each colour at the mean of its values, with their standard deviation and a point for every value."""
+    """Draw a bar for each list of values and colour: mean, standard deviation, and a point per value."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)

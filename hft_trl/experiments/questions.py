@@ -25,8 +25,8 @@ class Question(NamedTuple):
     """
     Runs that answer a question of the paper together.
 
-    `runs` are names of runs by their label, in the order of the table, `against` is the label with which the others are
-    compared, and `scores` are the probes that answer the question.
+    `runs` are names of runs by their label, in the order of the table, `against` is the label with which the others
+    are compared, and `scores` are the probes that answer the question.
     """
 
     name: str
@@ -47,7 +47,7 @@ RUNS = {
         _sft("sft-fft", sweep=False, method="fft"),
         _sft("sft-hft", sweep=False),
         *(Run(f"dpo-{b}-from-{a}", f"sft-{a}", "dpo", {"method": b}) for a, b in product(("fft", "hft"), repeat=2)),
-        *(Run(f"reset-{name}", "sft-fft", "half-reset", {"strategy": name}) for name in ("category", "layer", "model")),
+        *(Run(f"reset-{how}", "sft-fft", "half-reset", {"strategy": how}) for how in ("category", "layer", "model")),
         Run("blend", "sft-fft", "blend", {}),
         *(_sft(f"sft-{strategy}", strategy=strategy) for strategy in ("layer", "model")),
         *(_sft(f"sft-ratio-{ratio}", ratio=ratio) for ratio in RATIOS if ratio != 0.5),
@@ -56,8 +56,8 @@ RUNS = {
         _sft("sft-no-head", train_lm_head=False),
         _sft("sft-neither", train_embeddings=False, train_lm_head=False),
         *(
-            _sft(f"sft-{name.replace('_', '-')}-{order}", strategy="importance", importance=name, importance_order=order)
-            for name, order in product(("weight_norm", "gradient_norm"), ("most", "least"))
+            _sft(f"sft-{by.replace('_', '-')}-{order}", strategy="importance", importance=by, importance_order=order)
+            for by, order in product(("weight_norm", "gradient_norm"), ("most", "least"))
         ),
         _sft("sft-element", strategy="element"),
         *(Run(f"dpo-{again}", "sft-hft", "dpo", {"reselect": again}, sweep=True) for again in ("same", "complement")),

@@ -43,8 +43,8 @@ def run_trials(
             Flags of `recipes/sft_then_dpo.py` for every run, such as `--sft.max_steps 100`.
 
     Raises:
-        [`HFTError`]: If a flag does not exist or is one that the runs differ in, or if the folder holds scores of other
-            flags or versions.
+        [`HFTError`]: If a flag does not exist or is one that the runs differ in, or if the folder holds scores of
+            other flags or versions.
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
     _check_flags(output, flags)
