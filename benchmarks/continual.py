@@ -203,8 +203,8 @@ Made by `python benchmarks/continual.py {command_line}` until {date} on {os.cpu_
 ({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of
 eight rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in
 the base. Seeds differ in all but the tasks: every test set has 32 to 64 rows, and the deviations do not include their
-choice. Adapters learn at {ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 of the 192 rows of each earlier task,
-replay mixes in 10 % and general chats.
+choice. Adapters learn at {ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 of the 192 rows of each earlier
+task, replay mixes in 10 % and general chats.
 
 {table(means)}
 

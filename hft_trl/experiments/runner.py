@@ -1,4 +1,11 @@
-"""Run many methods, learning rates and seeds, one process per point. The same call resumes an interrupted one."""
+"""
+Run many methods, learning rates and seeds, one process per point. The same call resumes an interrupted one.
+
+    words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
+    points = [Point("rate-1e-4", words, makes=Path("runs/rates/1e-4/scores.json"))]
+    for point in run_points(points, Path("runs/rates")):
+        print(point.name)  # runs/rates/scores/rate-1e-4.json exists
+"""
 
 import os
 import shlex
@@ -171,4 +178,7 @@ def _log(point: Point, output: Path) -> Path:
 
 
 def _error(point: Point, output: Path, what: str) -> HFTError:
-    return HFTError(f"{shlex.join(redact(point.command))} {what}: its last words are in {_log(point, output)}.")
+    log = _log(point, output)
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    return HFTError(f"{shlex.join(redact(point.command))} {what}. {log} ends with: {last}")
