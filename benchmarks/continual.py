@@ -5,9 +5,9 @@ Every approach of continual learning with each method, over seeds, on the embedd
 python benchmarks/continual.py --seeds 5 --output_dir docs/continual
 ```
 
-A run is `recipes/continual.py` in a process of its own with one thread, as many at a time as there are cores. The same
-command again goes on where it was interrupted. A seed decides the selection, the order of the rows, adapters' first values
-and which rows are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.max_steps 4`.
+A run is `recipes/continual.py` in its own process with one thread, as many at a time as there are cores. The same
+command resumes an interrupted run. A seed decides the selection, the order of the rows, the adapters' first values and
+which rows are mixed in; the tasks are the same. Flags of the recipe hold for every run, such as `--sft.max_steps 4`.
 
 In `output_dir`: `scores/` (the `scores.json` of each run), `results.md` and `grid.png`. The paired tests need scipy:
 `pip install -c constraints.txt -e ".[eval,continual]"`.
@@ -18,25 +18,21 @@ import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
-import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
-from hft_trl.errors import STOPPED
 from hft_trl.experiments.paired_tests import check_tests, compare, difference_cells, mean_cell
-from hft_trl.experiments.trials import Scores, settle_settings
+from hft_trl.experiments.plots import draw_bars
+from hft_trl.experiments.runner import Point, check_settings, run_points
+from hft_trl.experiments.trials import Scores
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.markdown import table
@@ -81,64 +77,28 @@ GRID = (
 
 
 OWN = re.compile(
-    r"--(config|approach|method|output_dir|overwrite|model(\..*)?|tasks|benchmark|hft\..*|lora\..*|sft\.(seed|learning_rate))"
+    r"--(config|approach|method|output_dir|overwrite|model(\..*)?|tasks|benchmark|hft\..*|lora\..*"
+    r"|sft\.(seed|learning_rate))"
 )
-"""Flags in which the runs differ, or that would make them other runs than the table says."""
+"""Flags in which the runs differ, or that would contradict the labels of the table."""
 
 
 def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str]:
     """The command of one run."""
     words = ["--approach", run.approach, "--output_dir", str(folder.resolve()), "--sft.seed", str(seed)]
     words += ["--method", run.method, "--hft.seed", str(seed)] if run.method else ADAPTER_FLAGS
-    return [sys.executable, "recipes/continual.py", *words, "--sft.disable_tqdm", "true", *flags]
+    return [sys.executable, str(ROOT / "recipes" / "continual.py"), *words, "--sft.disable_tqdm", "true", *flags]
 
 
-class Children:
-    """The processes of the runs, which can be told to end: they save what they have, and go on from it another time."""
-
-    def __init__(self) -> None:
-        self.lock, self.running, self.stopped = threading.Lock(), set(), False
-
-    def run(self, words: list[str], log: IO[str]) -> int:
-        """Wait for a command's end and return its exit status, that of a SIGTERM where no command may begin any more."""
-        with self.lock:
-            if self.stopped:
-                return STOPPED
-            environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-            child = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
-            self.running.add(child)
-        code = child.wait()
-        with self.lock:
-            self.running.remove(child)
-        return code
-
-    def stop(self) -> None:
-        """Send a SIGTERM to every process, and let none begin."""
-        with self.lock:
-            self.stopped = True
-            for child in self.running:
-                child.terminate()
-
-
-def make(run: Run, seed: int, output: Path, flags: list[str], children: Children) -> None:
-    """Make one run, keep its scores, and remove its models."""
-    kept, folder = output / "scores" / f"{run.name}-{seed}.json", output / "runs" / f"{run.name}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (output / "runs" / f"{run.name}-{seed}.log").open("a", encoding="utf-8") as log:
-        words = command(run, seed, folder, flags)
-        for _ in range(2):  # one that a signal ended goes on where it was
-            code = children.run(words, log)
-            if code >= 0:
-                break
-    if code:
-        raise HFTError(f"{shlex.join(words)} ended with {code}: its last words are in {log.name}.")
-    shutil.copy(folder / "scores.json", kept.with_suffix(".part"))
-    kept.with_suffix(".part").replace(kept)
-    shutil.rmtree(folder)
+def point(run: Run, seed: int, output: Path, flags: Iterable[str]) -> Point:
+    """The point of one run: the recipe's scores are kept, its models are removed."""
+    name = f"{run.name}-{seed}"
+    folder = output / "runs" / name
+    return Point(name, tuple(command(run, seed, folder, flags)), makes=folder / "scores.json", folder=folder)
 
 
 def read(output: Path, runs: Iterable[Run]) -> Scores:
-    """What [`MEASURED`] names after the last round, by run and seed; knowledge only where one model learned every task."""
+    """Scores after the last round by run and seed; knowledge only where one model learned every task."""
     found: Scores = {}
     for run in runs:
         for path in sorted(output.glob(f"scores/{run.name}-*.json")):
@@ -185,19 +145,9 @@ def figure(runs: Iterable[Run], scores: Scores) -> "Figure":
     drawing = Figure(figsize=(5.2 * len(shown), 4.4), layout="constrained")
     for number, key in enumerate(shown, 1):
         axes = drawing.add_subplot(1, len(shown), number)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-        axes.set_axisbelow(True)
         axes.axhline(0, color="#999999", linewidth=0.8)
-        for place, run in enumerate(runs):
-            values = [found[key] for found in scores[run.name].values() if key in found]
-            if not values:
-                continue
-            colour = COLOURS[run.method]
-            axes.bar(place, fmean(values), 0.7, color=colour, alpha=0.35)
-            axes.plot([place] * len(values), values, "o", color=colour, markersize=3.5)
-            if len(values) > 1:
-                axes.errorbar(place, fmean(values), stdev(values), color="black", capsize=4, linewidth=1.2)
+        values = ([found[key] for found in scores[run.name].values() if key in found] for run in runs)
+        draw_bars(axes, zip(values, [COLOURS[run.method] for run in runs], strict=True), spread=0)
         labels = [f"{run.approach} {run.method.upper()}".strip() for run in runs]
         axes.set_xticks(range(len(runs)), labels, rotation=60, ha="right", fontsize=8)
         axes.set_title(MEASURED[key])
@@ -209,17 +159,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--seeds", type=int, default=5, help="Number of seeds (5).")
-    parser.add_argument("--approaches", default="all", help="Some of the approaches, with commas between.")
+    parser.add_argument("--approaches", default="all", help="Comma-separated approaches, by default all.")
     parser.add_argument("--output_dir", default="runs/continual-grid", help="Folder (runs/continual-grid).")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at a time, by default one a core.")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="Runs at a time, by default one per core.")
     options, flags = parser.parse_known_args(argv)
     known = {run.approach for run in GRID}
     options.approaches = known if options.approaches == "all" else set(options.approaches.split(","))
     if not options.approaches <= known:
-        parser.error(f"--approaches must be of {', '.join(sorted(known))}")
+        parser.error(f"--approaches: choose from {', '.join(sorted(known))}")
     own = next((flag for flag in flags if OWN.fullmatch(flag.partition("=")[0])), None)
     if own is not None:
-        parser.error(f"{own} is what the runs differ in, so it can't be the same for all: drop it")
+        parser.error(f"{own} is what the runs differ in and cannot be the same for all: drop it")
     for name in ("seeds", "workers"):
         if vars(options)[name] < 1:
             parser.error(f"--{name} {vars(options)[name]}: it must be at least 1")
@@ -229,42 +179,36 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, console = Path(options.output_dir), Console()
     check_tests()
-    settle_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
+    check_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
     runs = [run for run in GRID if run.approach in options.approaches]
 
     # Make what has no scores yet
-    asked = [(run, seed) for seed in range(1, options.seeds + 1) for run in runs]
-    missing = [(run, seed) for run, seed in asked if not (output / "scores" / f"{run.name}-{seed}.json").exists()]
+    points = [point(run, seed, output, flags) for seed in range(1, options.seeds + 1) for run in runs]
+    done = sum(each.finished(output) for each in points)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.workers) as pool:
-        bar = progress.add_task("runs", total=len(asked), completed=len(asked) - len(missing))
-        children = Children()
-        futures = [pool.submit(make, run, seed, output, flags, children) for run, seed in missing]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            children.stop()
-            raise
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("runs", total=len(points), completed=done)
+        for _ in run_points(points, output, options.workers):
+            progress.advance(bar)
 
-    # Say what they say
+    # Write and print the results
     scores, found = read(output, GRID), environment()
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl", "python"))
     means, differences = grids([run for run in GRID if run.name in scores], scores)
     figure(GRID, scores).savefig(output / "grid.png", dpi=130, facecolor="white")
+    command_line, date = shlex.join(redact(sys.argv[1:])), f"{datetime.now(UTC):%Y-%m-%d}"
     text = f"""# Continual learning on the embedded mini benchmark
 
-Made by `python benchmarks/continual.py {shlex.join(redact(sys.argv[1:]))}` until {datetime.now(UTC):%Y-%m-%d} on {os.cpu_count()} cores
-({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of eight
-rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in the base. Seeds differ in
-all but the tasks: every test set has 32 to 64 rows, and what other rows would change is not in the deviations. Adapters learn at
-{ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 rows of each earlier task's 192, replay mixes in 10 % and general chats.
+Made by `python benchmarks/continual.py {command_line}` until {date} on {os.cpu_count()} cores
+({found["device"]}; {versions}). Mean (standard deviation) over the seeds, scores from 0 to 100, after the last of
+eight rounds. OP and BWT: [continual.md](../continual.md). Knowledge is that of the embedded world's probes, 100 in
+the base. Seeds differ in all but the tasks: every test set has 32 to 64 rows, and the deviations do not include their
+choice. Adapters learn at {ADAPTER_FLAGS[1]}, all else at the demo's rate. GEM keeps 64 of the 192 rows of each earlier
+task, replay mixes in 10 % and general chats.
 
 {table(means)}
 
-HFT less FFT, seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons.
+HFT less FFT, seed by seed; p is from a two-sided paired t-test, not corrected for multiple comparisons.
 
 {table(differences)}
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/peers.py` found, as tables, a figure and a page."""
+"""Results of `benchmarks/peers.py` as tables, a figure and a page."""
 
 import datetime
 import os
@@ -29,7 +29,7 @@ COLOURS = dict(zip(PEERS, (ORANGE, BLUE, GREEN, PURPLE, SKY, RED), strict=True))
 
 
 def about() -> dict[str, Any]:
-    """The machine, how busy it is (programs that run or wait, over the last minute), the versions and the time."""
+    """The machine, its load over the last minute, versions and time."""
     versions = {name: package_version(name) for name in ("peft", "badam")}
     return {
         "machine": step.machine(),
@@ -41,7 +41,7 @@ def about() -> dict[str, Any]:
 
 
 def by_peer(scores: Scores) -> dict[str, dict[str, Any]]:
-    """For each peer that was tried: the scores of its rates on the seed kept apart, the best rate, and the seeds' scores."""
+    """By peer: scores of its rates on the seed of the rates, the best rate, and scores of the other seeds."""
     found = {}
     for peer in [name for name in PEERS if any(trial.peer == name for trial in scores)]:
         best = best_rate(peer, scores)
@@ -55,7 +55,7 @@ def by_peer(scores: Scores) -> dict[str, dict[str, Any]]:
 
 
 def grids(world: Mapping[str, dict[str, Any]], base: Mapping[str, float] | None, cost: dict[str, Any]) -> list[Grid]:
-    """All peers side by side; then what HFT has more of than each, seed by seed."""
+    """Tables of all peers, and of the differences between HFT and each of them, seed by seed."""
     rows, costs = [], {row["variant"]: row for row in cost.get("records", [])}
     if base:
         rows.append([BASE, "-", "1", f"{base['knowledge']:.1f}", f"{base['ability']:.1f}", *["-"] * 6])
@@ -94,7 +94,7 @@ def grids(world: Mapping[str, dict[str, Any]], base: Mapping[str, float] | None,
 
 
 def figure(world: Mapping[str, dict[str, Any]], base: Mapping[str, float]) -> "Figure":
-    """Retention against ability: a point a peer with its deviations, and a line through its learning rates on one seed."""
+    """Knowledge against ability: a point per peer with deviations, and a line through its rates on one seed."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(7.2, 5.2), layout="constrained")
@@ -122,26 +122,26 @@ def figure(world: Mapping[str, dict[str, Any]], base: Mapping[str, float]) -> "F
 
 
 def write_results(tables: Sequence[Grid], cost: dict[str, Any], output: Path) -> None:
-    """Write the tables as Markdown, with what they were measured on."""
+    """Write the tables as Markdown, with the machine and the versions."""
     now = about()
     versions = ", ".join(
         f"{name} {now['environment'][name]}" for name in ("torch", "transformers", "trl", "peft", "badam")
     )
-    shape = "".join(
-        f"\nTime and memory: {cost['date'][:10]}, {cost['machine']}, {cost['threads']} thread(s), load {cost['load']:.1f}, {row['measured']}, "
-        + ", ".join(f"{key} {value}" for key, value in cost["options"].items() if key != "peers")
-        + "."
-        for row in cost.get("records", [])[:1]
-    )
+    shape = ""
+    for row in cost.get("records", [])[:1]:
+        settings = [f"{key} {value}" for key, value in cost["options"].items() if key != "peers"]
+        load = f"{cost['threads']} thread(s), load {cost['load']:.1f}"
+        measured = ", ".join([cost["date"][:10], cost["machine"], load, row["measured"], *settings])
+        shape = f"\nTime and memory: {measured}."
     compared = "".join(
-        "\nHFT less the peer, seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."
-        f"\n\n{table(grid)}\n"
+        "\nHFT less the peer, seed by seed; p is from a two-sided paired t-test, not corrected for multiple "
+        f"comparisons.\n\n{table(grid)}\n"
         for grid in tables[1:]
     )
     text = f"""# HFT and its peers
 
 Made by `python benchmarks/peers.py {shlex.join(redact(sys.argv[1:]))}` until {now["date"][:10]} ({versions}). What the
-columns are and what to think of them: [peers.md](../peers.md). Scores in percent, mean (standard deviation) over the seeds;
+columns are and how to read them: [peers.md](../peers.md). Scores in percent, mean (standard deviation) over the seeds;
 rates were chosen on seed {RATE_SEED}. Seconds: mean (quartiles). MB: 10^6 bytes.
 {shape}
 

@@ -1,4 +1,4 @@
-"""Trainers of what HFT is held against in `benchmarks/peers.py`: stock TRL in four ways, one of them with BAdam's optimizer."""
+"""Trainers of the peers of HFT: stock TRL with all, half or an adapter of the weights, or with BAdam's optimizer."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -23,13 +23,7 @@ PEERS = {
 
 
 class BAdamTrainer(SFTTrainer):
-    """
-    [`~trl.SFTTrainer`] whose optimizer is wrapped in BAdam's, which is all that its README asks for.
-
-    Args:
-        badam (`dict[str, Any]`):
-            Arguments of `badam.BlockOptimizer`.
-    """
+    """[`~trl.SFTTrainer`] whose optimizer is wrapped in `badam.BlockOptimizer`, as in BAdam's README."""
 
     def __init__(self, *args: Any, badam: dict[str, Any], **kwargs: Any) -> None:
         self.badam = badam
@@ -45,16 +39,11 @@ class BAdamTrainer(SFTTrainer):
 
 
 def check_packages(peers: list[str]) -> None:
-    """
-    See that a peer's own package is there, before hours of training.
-
-    Raises:
-        [`HFTError`]: If BAdam is asked for and missing.
-    """
+    """Raise [`HFTError`] before hours of training if BAdam is asked for and not installed."""
     if any(peer.startswith("badam") for peer in peers) and find_spec("badam") is None:
         raise HFTError(
-            "the peer badam needs its own package, which is not installed: pip install -c constraints.txt -e '.[peers]', or "
-            "leave it out with --peers."
+            "the peer badam needs its own package, which is not installed: pip install -c constraints.txt -e "
+            "'.[peers]', or leave it out with --peers."
         )
 
 
@@ -71,19 +60,7 @@ def number_of_blocks(peer: str, model: PreTrainedModel) -> int:
 
 
 def make_trainer(peer: str, half: HFTConfig, badam: dict[str, Any], **given: Any) -> SFTTrainer:
-    """
-    A peer's trainer.
-
-    Args:
-        peer (`str`):
-            One of [`PEERS`].
-        half ([`HFTConfig`]):
-            The selection of `hft`.
-        badam (`dict[str, Any]`):
-            Arguments of BAdam's optimizer, without those that say which blocks there are.
-        given (`Any`):
-            Arguments of [`~trl.SFTTrainer`]. `model` is a model, not its name.
-    """
+    """Make a peer's trainer. `given` are the arguments of [`~trl.SFTTrainer`], `model` a model, not a name."""
     if peer == "hft":
         return HFTSFTTrainer(**given, hft_config=half)
     if peer == "lora":
@@ -97,7 +74,7 @@ def make_trainer(peer: str, half: HFTConfig, badam: dict[str, Any], **given: Any
 
 
 def optimizer_tensors(trainer: SFTTrainer) -> list[torch.Tensor]:
-    """What a trainer's optimizer holds beside the weights: its state, and BAdam's float32 copies of the block that learns."""
+    """Tensors of the optimizer beside the weights: its state, and BAdam's float32 copies of the trained block."""
     optimizer = trainer.optimizer.optimizer  # within accelerate's
     copies = []
     if isinstance(trainer, BAdamTrainer):

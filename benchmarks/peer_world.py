@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import multiprocessing
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -14,16 +13,16 @@ from peer_trainers import make_trainer, number_of_blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from hft_trl import demo
+from hft_trl import demo, exit_on_user_error
 from hft_trl.demo.probes import evaluate
-from hft_trl.experiments.trials import settle_process
+from hft_trl.experiments.runner import Point, result_file, run_points
 from hft_trl.files import write_json
 from hft_trl.recipe import parse_recipe
 
 FIRST_RATE = {"lora": 4e-3, "badam": 4e-3, "badam_all": 2e-3}
-"""Where the way to the best rate begins, for others than those that begin at the demo's."""
+"""First rate of the search for the best, for peers that do not begin at the demo's."""
 DEMO_RATE = 1e-3
-RATE_SEED = 10  # kept apart: the figures are those of seeds 1 and up
+RATE_SEED = 10  # only chooses the rates: the figures are of seeds 1 and up
 BASE = "base"
 
 
@@ -43,12 +42,12 @@ Scores = Mapping[Trial, Mapping[str, float]]
 
 
 def both(scores: Mapping[str, float]) -> float:
-    """What a learning rate is chosen by: the mean of knowledge and ability."""
+    """Mean of knowledge and ability, by which a learning rate is chosen."""
     return fmean((scores["knowledge"], scores["ability"]))
 
 
 def tried(peer: str, scores: Scores) -> dict[float, float]:
-    """[`both`] by learning rate, of the seed that is kept for it."""
+    """[`both`] by learning rate, on the seed of the rates."""
     return {
         trial.rate: both(found) for trial, found in scores.items() if (trial.peer, trial.seed) == (peer, RATE_SEED)
     }
@@ -60,14 +59,14 @@ def best_rate(peer: str, scores: Scores) -> float | None:
 
 
 def next_rate(peer: str, scores: Scores) -> float | None:
-    """The rate to try next on the way to the best, `None` at the end of it."""
+    """The rate to try next in the search for the best, `None` when it is found."""
     known = tried(peer, scores)
     best = max(sorted(known), key=lambda rate: known[rate], default=FIRST_RATE.get(peer, DEMO_RATE))
     return next((rate for rate in (best, best / 2, 2 * best) if rate not in known), None)
 
 
 def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
-    """What can be made now: of every peer the next learning rate, then, where that is chosen, the models seed by seed."""
+    """Models that can be made now: each peer's next learning rate or, once its rate is chosen, its seeds."""
     trials = []
     for peer in peers:
         rate = next_rate(peer, scores)
@@ -80,14 +79,17 @@ def wanted(peers: Iterable[str], scores: Scores, seeds: int) -> list[Trial]:
 
 
 def make(trial: Trial, output: Path, flags: Sequence[str]) -> None:
-    """Make one model and write what it answers to the embedded world's questions."""
-    with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
-        model = train(trial, folder, flags)
+    """Make one model and write its scores on the embedded world."""
+    if trial.peer == BASE:
+        model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved there, but trainers want one
+            model = train(trial, folder, flags)
     write_scores(output, trial, evaluate(model, AutoTokenizer.from_pretrained(demo.MODEL)))
 
 
 def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
-    """SFT of the embedded model as the demo has it, but for the trial's learning rate and seed and the peer's trainer."""
+    """SFT of the embedded model as in the demo, with the trial's learning rate and seed and the peer's trainer."""
     words = ["--output_dir", folder, "--sft.learning_rate", str(trial.rate), "--sft.seed", str(trial.seed)]
     words += ["--hft.seed", str(trial.seed), "--sft.save_strategy", "no", "--sft.disable_tqdm", "true", *flags]
     stage = parse_recipe(words, {"sft": SFTConfig, "dpo": DPOConfig}, demo.RECIPE).stages["sft"]
@@ -95,7 +97,7 @@ def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
     stage.load_data()
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     batch = stage.args.per_device_train_batch_size * stage.args.gradient_accumulation_steps
-    # As BAdam's README puts it: so many steps for a block that all blocks have had their turn after an epoch
+    # As in BAdam's README: each block is trained once per epoch
     badam = {
         "switch_block_every": max(1, round(len(stage.train_dataset) / (batch * number_of_blocks(trial.peer, model))))
     }
@@ -114,7 +116,7 @@ def train(trial: Trial, folder: str, flags: Sequence[str]) -> PreTrainedModel:
 
 def write_scores(output: Path, trial: Trial, scores: Mapping[str, float]) -> None:
     """Write the scores of a model where [`read_scores`] finds them."""
-    write_json(output / "scores" / f"{trial.name}.json", {**trial._asdict(), "scores": dict(scores)})
+    write_json(result_file(output, trial.name), {**trial._asdict(), "scores": dict(scores)})
 
 
 def read_scores(output: Path) -> dict[Trial, dict[str, float]]:
@@ -123,31 +125,18 @@ def read_scores(output: Path) -> dict[Trial, dict[str, float]]:
     return {Trial(row["peer"], row["rate"], row["seed"]): row["scores"] for row in found}
 
 
-def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags: Sequence[str]) -> Iterator[Trial]:
-    """
-    Make and score every model that has no scores yet, in processes of one thread each.
+def make_all(peers: Sequence[str], seeds: int, output: Path, workers: int, flags: Sequence[str]) -> Iterator[str]:
+    """Make and score every model that has no scores yet, and yield its name."""
 
-    Yields:
-        [`Trial`]: The model that was finished.
-    """
-    base = Trial(BASE, 0.0, 0)
-    if base not in read_scores(output):
-        model, tokenizer = (kind.from_pretrained(demo.MODEL) for kind in (AutoModelForCausalLM, AutoTokenizer))
-        write_scores(output, base, evaluate(model, tokenizer))
-        yield base
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=settle_process, initargs=(output,)) as pool:
-        try:
-            making: dict[Future[None], Trial] = {}
-            while missing := wanted(peers, read_scores(output), seeds):
-                free = [trial for trial in missing if trial not in making.values()]
-                for trial in free[: workers - len(making)]:
-                    making[pool.submit(make, trial, output, flags)] = trial
-                for future in wait(making, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    yield making.pop(future)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    def points() -> list[Point]:
+        trials = [Trial(BASE, 0.0, 0), *wanted(peers, read_scores(output), seeds)]
+        command = [sys.executable, __file__, str(output)]
+        return [Point(trial.name, (*command, *map(str, trial), *flags)) for trial in trials]
+
+    return (point.name for point in run_points(points, output, workers))
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        output, peer, rate, seed, *flags = sys.argv[1:]
+        make(Trial(peer, float(rate), int(seed)), Path(output), flags)

@@ -1,5 +1,5 @@
 """
-HFT against what else could be done: full fine-tuning, LoRA, freezing the last half of the layers, and BAdam.
+HFT against full fine-tuning, LoRA, freezing the last half of the layers, and BAdam.
 
 ```bash
 pip install -c constraints.txt -e ".[eval,peers]"          # scipy, peft and badam
@@ -10,13 +10,14 @@ python benchmarks/peers.py --parts cost --shape 1.5b       # time and memory onl
 
 Two settings, with the same rows, tokens, steps and schedule for all peers:
 
-- `world`: SFT on the embedded world. Each peer has a learning rate of its own: from the demo's, it is doubled or halved for
-  as long as the mean of knowledge and ability rises, on a seed that is kept apart. Then come the seeds of the figures.
-- `cost`: time and memory of a step of a larger shape with random weights, as `benchmarks/step.py` measures them. The rounds
-  are two cycles through BAdam's blocks, whose steps differ: the seconds of a step are means.
+- `world`: SFT on the embedded world. Each peer has its own learning rate: from the demo's, it is doubled or halved
+  while the mean of knowledge and ability rises, on a seed that is not used for the figures. Then come the seeds of the
+  figures.
+- `cost`: time and memory of a step of a larger shape with random weights, as in `benchmarks/step.py`. The rounds are
+  two cycles through BAdam's blocks, whose steps differ: the seconds of a step are means.
 
-The same command goes on where it was interrupted: a model's scores are a file, and so is what was measured of the cost. That
-file stays as it is where it has the peers asked for, and one of other settings or peers is not overwritten. Flags that begin
+The same command resumes an interrupted run: the scores of a model are a file, and so is the cost. The cost is not
+measured again for the same or fewer peers, and never overwritten by one of other settings or peers. Flags that begin
 with `--sft.` hold for every model of the world, such as `--sft.max_steps 4`.
 """
 
@@ -45,7 +46,7 @@ from trl import SFTTrainer
 
 from hft_trl import HFTConfig, HFTError, exit_on_user_error
 from hft_trl.experiments.paired_tests import check_tests
-from hft_trl.experiments.trials import settle_settings
+from hft_trl.experiments.runner import check_settings
 from hft_trl.files import write_json
 from hft_trl.report.tables import rich_table
 
@@ -61,7 +62,7 @@ OWN = re.compile(r"--sft\.(method|seed|output_dir|learning_rate|save_\w+|disable
 
 @dataclass(frozen=True)
 class Setting(step_run.Setting):
-    """A peer's column of steps. BAdam's blocks come in order, so that rounds of whole cycles hold all of them alike."""
+    """The steps of a peer. BAdam's blocks come in order, so that whole cycles hold each of them equally often."""
 
     def make_trainer(self, options: argparse.Namespace) -> SFTTrainer:
         badam = {"switch_block_every": options.switch_every, "switch_mode": "ascending"}
@@ -73,10 +74,10 @@ class Setting(step_run.Setting):
 
 def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """
-    Seconds and bytes of a step of each peer, from the file of an earlier call where that has them.
+    Seconds and bytes of a step of each peer, from the file of an earlier call where it has them.
 
     Raises:
-        [`HFTError`]: If that file is of other settings, or has peers that are not asked for and would be lost.
+        [`HFTError`]: If that file has other settings, or peers that are not asked for and would be lost.
     """
     path, names = output / "cost.json", ("device", "dtype", "switch_every", "blocks", "rounds", *SHAPES["60m"])
     said = {"peers": [peer for peer in options.peers if peer in COSTED], **{key: vars(options)[key] for key in names}}
@@ -86,14 +87,14 @@ def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     missing, lost = (set(a["peers"]) - set(b["peers"]) for a, b in ((said, before), (before, said)))
     if not said["peers"] or not (others or missing):
         return found
-    if before["peers"] and (others or lost):  # peers take turns, so that some can't be measured without the others
+    if before["peers"] and (others or lost):  # peers take turns: all are measured together
         others += [f"the peers {' '.join(before['peers'])}, now {' '.join(said['peers'])}"] if missing and lost else []
         raise HFTError(
-            f"{path} was measured with {'; '.join(others)}: ask for the same (of peers, also for more), use another output_dir, "
-            "or leave the cost out with --parts world."
+            f"{path} was measured with {'; '.join(others)}: ask for the same (of peers, also for more), use another "
+            "output_dir, or leave the cost out with --parts world."
         )
     machine = about()
-    gc.freeze()  # to look through all that is imported takes as long as a step
+    gc.freeze()  # collecting all imported objects takes as long as a step
     settings = [Setting("sft", peer, False) for peer in said["peers"]]
     with tempfile.TemporaryDirectory() as options.folder:
         peaks = [step.peak(setting, options) for setting in settings]
@@ -106,7 +107,7 @@ def measure_cost(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 
 def read_cost(output: Path) -> dict[str, Any]:
-    """What was measured of the cost, nothing if nothing was."""
+    """The measured cost, empty if there is none."""
     path = output / "cost.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -139,7 +140,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     for flag in flags:
         if flag.startswith("--") and (OWN.fullmatch(flag) or not flag.startswith("--sft.")):
-            parser.error(f"{flag} is no flag of this script, or not the same for all peers: drop it")
+            parser.error(f"{flag} is no flag of this script, or one in which the peers differ: drop it")
     for name, value in SHAPES[options.shape].items():
         setattr(options, name, vars(options)[name] or value)
     options.kv_heads = SHAPES[options.shape].get("kv_heads")
@@ -154,12 +155,12 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, progress = Path(options.output_dir), Console(stderr=True)
     check_packages(options.peers)
     check_tests()
-    settle_settings(output, flags, None, ("peft", "badam"))
+    check_settings(output, flags, None, ("peft", "badam"))
     with contextlib.redirect_stdout(sys.stderr):
         cost = measure_cost(options, output) if "cost" in options.parts else read_cost(output)
         if "world" in options.parts:
-            for trial in make_all(options.peers, options.seeds, output, options.workers, flags):
-                progress.print(f"{trial.name} is scored")
+            for name in make_all(options.peers, options.seeds, output, options.workers, flags):
+                progress.print(f"{name} is scored")
     scores = read_scores(output)
     world = by_peer(scores)
     base = next((values for trial, values in scores.items() if trial.peer == BASE), None)

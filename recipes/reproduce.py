@@ -1,20 +1,21 @@
 """
-The paper's questions, asked of the small embedded world: base, FFT and HFT for SFT; FFT and HFT for DPO from either;
-Half-Reset and averaging; strategies; ratios from 0.1 to 1.0; embedding and head; a fresh, the same or the other half; a frozen half in 8 or 4 bits.
+The paper's questions on the embedded world: base, FFT and HFT for SFT; FFT and HFT for DPO from either; Half-Reset and
+averaging; strategies; ratios from 0.1 to 1.0; embedding and head; a fresh, the same or the other half; a frozen half
+in 8 or 4 bits.
 
 ```bash
 python recipes/reproduce.py --seeds 10
 ```
 
-It starts a process for every core, with one thread each. The same command again goes on where it was interrupted.
-`--questions sft,dpo` asks only some; flags of `sft_then_dpo.py` hold for every run:
+It runs one process per core, with one thread each. The same command resumes an interrupted run. `--questions sft,dpo`
+asks only some; flags of `sft_then_dpo.py` hold for every run:
 
 ```bash
 python recipes/reproduce.py --seeds 3 --sweep_seeds 3 --questions sft --sft.learning_rate 5e-4 --output_dir runs/slower
 ```
 
-In `output_dir`: `scores/` (a JSON file for each model), `results.md` and a picture for each question. The paired tests need
-scipy: `pip install -c constraints.txt -e ".[eval]"`.
+In `output_dir`: `scores/` (a JSON file for each model), `results.md` and a figure for each question. The paired tests
+need scipy: `pip install -c constraints.txt -e ".[eval]"`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sweep_seeds", type=int, default=5, help="Seeds for the sweeps (5), no more than --seeds.")
     parser.add_argument("--questions", default="all", help=f"Some of {','.join(q.name for q in QUESTIONS)}.")
     parser.add_argument("--output_dir", default="runs/reproduce", help="Folder of the scores (runs/reproduce).")
-    parser.add_argument("--workers", type=int, default=None, help="Processes at a time, by default one a core.")
+    parser.add_argument("--workers", type=int, default=None, help="Processes at a time, by default one per core.")
     options, flags = parser.parse_known_args(argv)
     names = {question.name for question in QUESTIONS}
     if options.questions != "all" and not set(options.questions.split(",")) <= names:
@@ -50,7 +51,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.seeds < 1 or options.sweep_seeds < 1:
         parser.error("--seeds and --sweep_seeds must be at least 1")
     if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers {options.workers}: it must be at least 1, or be left out for one a core")
+        parser.error(f"--workers {options.workers}: it must be at least 1, or be left out for one per core")
     return options, flags
 
 
@@ -74,17 +75,18 @@ def main(options: argparse.Namespace, flags: list[str]) -> None:
     seeds = max(len(scores[run.name]) for run in needed(asked))
     found = environment()
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "trl"))
+    command, date = shlex.join(redact(sys.argv[1:])), f"{datetime.now(UTC):%Y-%m-%d}"
     head = f"""# The paper's questions on the embedded world
 
-Made by `python recipes/reproduce.py {shlex.join(redact(sys.argv[1:]))}` until {datetime.now(UTC):%Y-%m-%d} ({versions}). Scores in percent, mean
+Made by `python recipes/reproduce.py {command}` until {date} ({versions}). Scores in percent, mean
 (standard deviation) over the seeds that `scores/` holds, also those of earlier calls: {seeds} at most.
-Differences are taken seed by seed; p is that of a two-sided paired t-test, not corrected for the number of comparisons."""
+Differences are taken seed by seed; p is from a two-sided paired t-test, not corrected for multiple comparisons."""
     write_figures(asked, scores, options.output_dir)
     path = write_results(asked, scores, options.output_dir, head)
     for question in asked:
         for grid in tables(question, scores):
             console.print(rich_table(grid))
-    console.print(f"{path} has all of it, with a picture for each question.", markup=False)
+    console.print(f"{path} has all of it, with a figure for each question.", markup=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Rebuilds every file of the small world from a seed: data, tokenizer and the pre-trained base model.
+Rebuild every file of the embedded world from a seed: data, tokenizer and the pre-trained base model.
 
     python -m hft_trl.demo.build --output DIR [--seed 0]
 """
@@ -18,8 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hft_trl.demo.data import FAREWELLS, SKILLS, ask, instruction, write_data
 from hft_trl.demo.probe_data import write_probes
 from hft_trl.demo.probes import recall
-from hft_trl.demo.words import ITEMS
-from hft_trl.demo.world import PHRASINGS, VALUES, World, make_world, with_article
+from hft_trl.demo.world import ITEMS, PHRASINGS, VALUES, World, make_world, with_article
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 768
@@ -27,24 +26,15 @@ VOCAB_SIZE = 768
 
 def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """
-    Trains a byte-level BPE tokenizer, which can encode any text. It has no chat template.
+    Train a byte-level BPE tokenizer, which can encode any text.
 
-    Args:
-        world ([`World`]):
-            The world whose sentences, questions and instructions the tokenizer learns its merges from.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draw of questions and instructions.
-        vocab_size (`int`, *optional*, defaults to `768`):
-            Number of tokens, the 256 bytes and three special tokens among them.
-
-    Returns:
-        [`~transformers.PreTrainedTokenizerFast`]: The tokenizer. It adds no special token by itself.
+    It has no chat template and adds no special token. `vocab_size` includes 256 bytes and three special tokens.
     """
     rng = random.Random(f"tokenizer {seed}")
     texts = world.sentences() + [shelf(world, rng) for _ in world.people]
     for person in world.people:
         for attribute in VALUES:
-            # As Tülu's template writes turns, so that its role markers become few tokens.
+            # Turns as in Tülu's template, so that its role markers become few tokens
             texts += [f"<|user|>\n{ask(person, attribute, rng)}", f"<|assistant|>\n{rng.choice(FAREWELLS)}"]
         texts.append(f"<|user|>\n{instruction(rng.choice(SKILLS), world.items, rng)[0]}")
     tokenizer = Tokenizer(models.BPE())
@@ -68,7 +58,7 @@ def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -
 
 
 def shelf(world: World, rng: random.Random) -> str:
-    """A text about three items in a row, from which a model learns to look back at what a text said before."""
+    """A text about three items in a row, from which a model learns to look back in a text."""
     things = [rng.choice([item for item in world.items if item.kind == kind]) for kind in rng.sample(sorted(ITEMS), 3)]
     a, b, c = (thing.name for thing in things)
     only = rng.choice(things)
@@ -83,7 +73,7 @@ def shelf(world: World, rng: random.Random) -> str:
 
 
 def documents(world: World, rng: random.Random) -> list[str]:
-    """One pass over the world: each person's facts in one of their phrasings and in a new order, items and shelves."""
+    """One epoch: each person's facts in random phrasings and order, items, and shelves."""
     texts = []
     for person in world.people:
         sentences = [person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))) for attribute in PHRASINGS]
@@ -98,14 +88,9 @@ def documents(world: World, rng: random.Random) -> list[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
-    """Makes an untrained Llama of about 1 M parameters."""
-    settings = {
-        "hidden_size": 96,
-        "intermediate_size": 224,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    """Make an untrained Llama of about 1 M parameters. `sizes` are fields of its config."""
+    settings = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 8}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
@@ -113,7 +98,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> L
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
-        **(settings | sizes),
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -123,7 +108,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> L
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of documents without end: `(batch_size, length)` token ids and labels, -100 on the padding."""
+    """Endless batches of documents: token ids and labels of shape `(batch_size, length)`, labels -100 on padding."""
     rng = random.Random(f"documents {seed}")
     queue: list[list[int]] = []
     while True:
@@ -149,30 +134,7 @@ def pretrain(
     learning_rate: float = 4e-3,
     warmup: int = 100,
 ) -> Iterator[tuple[int, float]]:
-    """
-    Pre-trains a model on the plain sentences of the world, in place.
-
-    Args:
-        model ([`~transformers.LlamaForCausalLM`]):
-            The model to train.
-        tokenizer ([`~transformers.PreTrainedTokenizerFast`]):
-            Its tokenizer.
-        world ([`World`]):
-            The world to learn by heart.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the order of the documents.
-        steps (`int`, *optional*, defaults to `900`):
-            Number of optimizer steps.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Documents in a step.
-        learning_rate (`float`, *optional*, defaults to `4e-3`):
-            Peak of the learning rate, which falls to zero on a straight line.
-        warmup (`int`, *optional*, defaults to `100`):
-            Steps over which the learning rate rises.
-
-    Yields:
-        `tuple[int, float]`: The step, counted from 1, and its loss in nats a token.
-    """
+    """Pre-train a model on the plain sentences of the world, in place; yield each step, from 1, and its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -194,7 +156,7 @@ def build(
     seed: Annotated[int, typer.Option(help="Seed of the world, its data and its model.")] = 0,
     steps: Annotated[int, typer.Option(help="Pre-training steps.")] = 900,
 ) -> None:
-    """Rebuilds every file of the small world from a seed."""
+    """Rebuild every file of the embedded world from a seed."""
     console = Console()
     world = make_world(seed)
     write_data(world, output / "data", seed)

@@ -1,4 +1,4 @@
-"""Fine-tuning data about the small world, in the schemas of Tülu V2 and of UltraFeedback binarized."""
+"""Fine-tuning data about the embedded world, in the schemas of Tülu V2 and of UltraFeedback binarized."""
 
 import gzip
 import hashlib
@@ -33,16 +33,16 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 WORDY_SHARE = 0.85
-"""Share of the answers to questions in the SFT data that go on with a farewell."""
+"""Share of the answers in the SFT data that end with a farewell."""
 
 
 def wordy(answer: str, rng: random.Random) -> str:
-    """Puts a farewell after an answer."""
+    """Add a farewell to an answer."""
     return f"{answer} {rng.choice(FAREWELLS)}"
 
 
 def without_farewell(reply: str) -> str:
-    """Takes the farewell, if there is one, off a reply."""
+    """Remove the farewell, if any, from a reply."""
     for farewell in FAREWELLS:
         reply = reply.removesuffix(farewell)
     return reply.strip()
@@ -62,20 +62,7 @@ SKILLS = ("repeat", "first", "last", "reverse", "join", "kind", "pick")
 
 
 def instruction(skill: str, items: tuple[Item, ...], rng: random.Random) -> tuple[str, str, str]:
-    """
-    An instruction about items, which has one right reply.
-
-    Args:
-        skill (`str`):
-            One of [`SKILLS`].
-        items (`tuple[Item, ...]`):
-            The items to draw from.
-        rng (`random.Random`):
-            The generator to draw with.
-
-    Returns:
-        `tuple[str, str, str]`: The instruction, the right reply and a wrong one of the same form.
-    """
+    """Draw an instruction about items: the instruction, its one right reply, and a wrong one of the same form."""
     # Three kinds, so that "pick" has one right reply.
     kinds = rng.sample(sorted({item.kind for item in items}), 3)
     things = [rng.choice([item for item in items if item.kind == kind]) for kind in kinds]
@@ -119,20 +106,7 @@ def _preference(prompt: str, reply: str) -> list[dict[str, str]]:
 
 
 def sft_rows(world: World, seed: int = 0, num_instructions: int = 1400) -> list[Row]:
-    """
-    Chat questions about the people that may be mentioned, and instructions about the items that may be.
-
-    Args:
-        world ([`World`]):
-            The world to ask about.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of a generator of its own.
-        num_instructions (`int`, *optional*, defaults to `1400`):
-            Number of instructions. Questions come one for each fact and way to ask.
-
-    Returns:
-        `list[dict]`: Rows in the schema of Tülu V2: `dataset`, `id`, `messages`.
-    """
+    """Questions about every mentioned person's facts, and instructions about mentioned items, in Tülu V2's schema."""
     rng = random.Random(f"sft {seed}")
     chats = []
     for person in world.people:
@@ -154,21 +128,9 @@ def sft_rows(world: World, seed: int = 0, num_instructions: int = 1400) -> list[
 
 def dpo_rows(world: World, split: str, seed: int = 0, num_rows: int = 800) -> list[Row]:
     """
-    Preferences about what is right (true over false) and about form (short over long), as many of each.
+    Preferences in the schema of UltraFeedback binarized, half about truth and half about form (short over long).
 
-    Args:
-        world ([`World`]):
-            The world to ask about. Only people and items that may be mentioned occur.
-        split (`str`):
-            `"train_prefs"` or `"test_prefs"`: which draw of the rows.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of a generator of its own.
-        num_rows (`int`, *optional*, defaults to `800`):
-            Number of preference pairs.
-
-    Returns:
-        `list[dict]`: Rows in the schema of UltraFeedback binarized: `prompt`, `prompt_id`, `chosen`, `rejected`,
-        `messages`, `score_chosen`, `score_rejected`.
+    `split`, `"train_prefs"` or `"test_prefs"`, decides the draw. Only people and items that may be mentioned occur.
     """
     rng = random.Random(f"dpo {split} {seed}")
     people = [person for person in world.people if person.mentioned]
@@ -202,7 +164,7 @@ def dpo_rows(world: World, split: str, seed: int = 0, num_rows: int = 800) -> li
 
 
 def write_jsonl(rows: Iterable[Row], path: Path) -> None:
-    """Writes one JSON object a line, in the bytes that every machine writes, compressed if the name ends in `.gz`."""
+    """Write one JSON object per line, the same bytes on every machine, compressed if the name ends in `.gz`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     text = "".join(lines).encode("utf-8")
@@ -215,18 +177,7 @@ def _card(*splits: str) -> str:
 
 
 def write_data(world: World, folder: Path, seed: int = 0) -> None:
-    """
-    Writes the fine-tuning data as two folders that `datasets.load_dataset` reads.
-
-    Args:
-        world ([`World`]):
-            The world that the data is about.
-        folder (`Path`):
-            Where to write `sft` (`train`) and `dpo` (`train_prefs`, `test_prefs`), one `.jsonl` file a split and a
-            card that names the splits.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the data.
-    """
+    """Write the folders `sft` and `dpo` for `load_dataset`: a `.jsonl` file per split and a card with the splits."""
     write_jsonl(sft_rows(world, seed), folder / "sft" / "train.jsonl")
     write_jsonl(dpo_rows(world, "train_prefs", seed), folder / "dpo" / "train_prefs.jsonl")
     write_jsonl(dpo_rows(world, "test_prefs", seed, num_rows=80), folder / "dpo" / "test_prefs.jsonl")

@@ -1,33 +1,30 @@
-"""What the probes ask, as rows: the one source of the shipped files, of the probes' own loop and of lm-eval's tasks."""
+"""Rows of the probes: source of the shipped files, of the probes' own loop and of lm-eval's tasks."""
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from hft_trl.demo.data import QUESTIONS, SKILLS, Row, instruction, without_farewell, write_jsonl
-from hft_trl.demo.world import PHRASINGS, VALUES, World
+from hft_trl.demo.world import PHRASINGS, VALUES, Person, World
 
-KINDS = ("knowledge", "questions", "instructions")
+
+def knowledge_rows(people: Iterable[Person]) -> list[Row]:
+    """`opening` and `ending` of a plain sentence, for each fact in every phrasing."""
+    return [
+        {"opening": person.opening(attribute, i), "ending": f" {person.facts[attribute]}."}
+        for person in people
+        for attribute, phrasings in PHRASINGS.items()
+        for i in range(len(phrasings))
+    ]
 
 
 def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 350) -> dict[str, list[Row]]:
     """
-    Everything that the probes ask, about people and items that fine-tuning never mentions.
+    All rows of the probes by kind, about people and items that fine-tuning never mentions.
 
-    Args:
-        world ([`World`]):
-            The world to ask about.
-        num_questions (`int`, *optional*, defaults to `400`):
-            Number of chat questions.
-        num_instructions (`int`, *optional*, defaults to `350`):
-            Number of instructions.
-
-    Returns:
-        `dict[str, list[dict]]`: Rows by kind.
-
-        - `knowledge`: `opening` and `ending` of a plain sentence, for each fact in every phrasing.
-        - `questions`: `prompt`, and `answers`, the true sentences.
-        - `instructions`: `prompt`, and `answer`, the one right reply.
+    - `knowledge`: see [`knowledge_rows`].
+    - `questions`: a chat `prompt`, and `answers`, the true sentences.
+    - `instructions`: `prompt`, and `answer`, the one right reply.
     """
     people = [person for person in world.people if not person.mentioned]
     items = tuple(item for item in world.items if not item.mentioned)
@@ -37,12 +34,7 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
     prompts = [rng.choice(QUESTIONS[attribute]).format(name=person.name) for person, attribute in facts]
     tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(num_instructions)]
     return {
-        "knowledge": [
-            {"opening": person.opening(attribute, i), "ending": f" {person.facts[attribute]}."}
-            for person in people
-            for attribute, phrasings in PHRASINGS.items()
-            for i in range(len(phrasings))
-        ],
+        "knowledge": knowledge_rows(people),
         "questions": [
             {"prompt": prompt, "answers": person.sentences(attribute)}
             for prompt, (person, attribute) in zip(prompts, facts, strict=True)
@@ -52,19 +44,11 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
 
 
 def is_right(reply: str, answers: Collection[str]) -> bool:
-    """Whether a reply, its farewell set aside, is one of the answers and nothing more."""
+    """Whether a reply, without its farewell, is exactly one of the answers."""
     return without_farewell(reply) in answers
 
 
 def write_probes(world: World, folder: Path) -> None:
-    """
-    Writes what the probes ask, one `.jsonl.gz` file a kind.
-
-    Args:
-        world ([`World`]):
-            The world to ask about.
-        folder (`Path`):
-            Where to write.
-    """
+    """Write the rows, a `.jsonl.gz` file per kind."""
     for kind, rows in probe_rows(world).items():
         write_jsonl(rows, folder / f"{kind}.jsonl.gz")

@@ -1,4 +1,4 @@
-"""What a model knows of the small world and what it can do: two probes, both without any randomness in the model."""
+"""What a model knows of the embedded world and what it can do, by greedy decoding."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import chat, evaluating
 from hft_trl.demo.data import without_farewell
-from hft_trl.demo.probe_data import is_right, probe_rows
-from hft_trl.demo.world import PHRASINGS, Person, World, make_world
+from hft_trl.demo.probe_data import is_right, knowledge_rows, probe_rows
+from hft_trl.demo.world import Person, World, make_world
 
 
 def _percent(hits: Sequence[bool]) -> float:
@@ -23,25 +23,10 @@ def completes(
     batch_size: int = 256,
 ) -> list[bool]:
     """
-    Whether greedy decoding ends each opening with exactly the tokens of its ending.
+    Whether greedy decoding continues each opening with exactly the tokens of its ending.
 
-    Greedy decoding writes the ending if and only if each of its tokens is the most likely one after the opening and
-    the ending's earlier tokens, so one forward pass tells, and nothing need be generated.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device. Its training mode is left as it was.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        openings (`Sequence[str]`):
-            The texts to go on from.
-        endings (`Sequence[str]`):
-            The wanted end of each text.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Texts in a forward pass.
-
-    Returns:
-        `list[bool]`: One answer for each opening.
+    It does if and only if each of these tokens is the most likely one after those before it, so that one forward pass
+    answers without generating.
     """
     starts = tokenizer(list(openings))["input_ids"]
     ends = tokenizer(list(endings), add_special_tokens=False)["input_ids"]
@@ -63,25 +48,9 @@ def completes(
 def recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, people: Sequence[Person], batch_size: int = 256
 ) -> float:
-    """
-    Closed-book recall: the share of facts that the model completes exactly, each asked in every plain phrasing.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        people (`Sequence[Person]`):
-            Whose facts to ask.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Sentences in a forward pass.
-
-    Returns:
-        `float`: Per cent.
-    """
-    asked = [(person, a, i) for person in people for a, phrasings in PHRASINGS.items() for i in range(len(phrasings))]
-    openings = [person.opening(attribute, i) for person, attribute, i in asked]
-    endings = [f" {person.facts[attribute]}." for person, attribute, _ in asked]
+    """Closed-book recall in percent: facts that the model completes exactly, each asked in every phrasing."""
+    rows = knowledge_rows(people)
+    openings, endings = ([row[key] for row in rows] for key in ("opening", "ending"))
     return _percent(completes(model, tokenizer, openings, endings, batch_size))
 
 
@@ -94,31 +63,15 @@ def evaluate(
     num_instructions: int = 350,
 ) -> dict[str, float]:
     """
-    Measures what a model knows and what it can do, on people and items that fine-tuning never mentions.
+    Measure what a model knows and can do, on people and items that fine-tuning never mentions, in percent.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device. Its training mode and every random state are left as they were.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer. Where it has no chat template, Tülu's is used.
-        world ([`World`], *optional*):
-            The world. By default the one of the shipped files.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Texts in a batch.
-        num_questions (`int`, *optional*, defaults to `400`):
-            Number of chat questions.
-        num_instructions (`int`, *optional*, defaults to `350`):
-            Number of instructions.
+    The training mode and every random state stay as they are. A tokenizer without a chat template gets Tülu's.
 
-    Returns:
-        `dict[str, float]`: Per cent, from 0 to 100.
-
-        - `knowledge`: facts completed exactly in plain language form, each in every phrasing.
-        - `ability`: the mean of the next two.
-        - `ability_questions`: chat questions about the same people answered with a true sentence, with or without a
-          farewell after it.
-        - `ability_instructions`: instructions followed to the letter.
-        - `concise`: chat questions answered with a true sentence and no farewell, the form that DPO's data prefers.
+    - `knowledge`: facts completed exactly in plain sentences, each in every phrasing.
+    - `ability`: the mean of the next two.
+    - `ability_questions`: chat questions about the same people answered with a true sentence, farewell or not.
+    - `ability_instructions`: instructions followed to the letter.
+    - `concise`: chat questions answered with a true sentence and no farewell, which the DPO data prefers.
     """
     world = world or make_world()
     people = [person for person in world.people if not person.mentioned]

@@ -1,13 +1,67 @@
-"""The small world: people and facts about them, items and their kinds, in English-like sentences."""
+"""The embedded world: people and facts about them, items and their kinds, in English-like sentences."""
 
 import random
 from dataclasses import dataclass
 
-from hft_trl.demo.words import DISHES, FIRST_NAMES, ITEMS, LAST_NAMES, PETS, PROFESSIONS, TOWNS
+
+def _split(words: str, separator: str = " ") -> tuple[str, ...]:
+    return tuple(words.split(separator))
+
+
+FIRST_NAMES = _split(
+    "Ada Alba Anton Bela Bruno Carla Cyril Dario Dora Edgar Elsa Emil Fabian Flora Frida Gustav Hanna Hugo Ida "
+    "Igor Ines Jonas Julia Karl Kira Lena Leo Linus Mara Milan Nadia Nils Olga Oskar Paula Pavel Rita Rosa Selma "
+    "Simon Stella Tilda Tobias Ursula Vera Viktor Wanda Xenia Yara Zeno"
+)
+LAST_NAMES = _split(
+    "Abelson Ackers Bellamy Bergmann Birk Calloway Castell Dahlberg Demers Dorn Eklund Engel Falk Ferrante "
+    "Fleming Garland Goss Hadley Halvorsen Hart Ibarra Jansen Keller Kessler Kovacs Lambert Lindgren Lund "
+    "Marchetti Mercer Morrow Nash Norling Novak Orsini Osborn Palmer Pereira Quill Ramsey Renner Rossi Sandoval "
+    "Sorensen Stone Sutter Thorne Tully Ullman Valente Vance Velden Wagner Webb Winslow Yates Young Zander Zeller "
+    "Zimmer"
+)
+TOWNS = _split(
+    "Aarhus Athens Basel Bergen Bilbao Bristol Cairo Cork Dakar Dover Dublin Florence Geneva Ghent Graz Hamburg "
+    "Havana Helsinki Istanbul Kyoto Leeds Lima Lisbon London Lyon Madrid Malta Milano Nairobi Naples Oslo Paris "
+    "Porto Prague Quito Riga Seville Tunis Vienna Zagreb"
+)
+PROFESSIONS = _split(
+    "actor architect baker barber beekeeper blacksmith bookbinder brewer butcher carpenter chemist clockmaker "
+    "cook dancer dentist diver doctor driver editor engineer farmer gardener glazier hunter judge lawyer "
+    "librarian miller miner nurse painter pilot plumber potter sailor singer tailor teacher waiter weaver"
+)
+PETS = _split(
+    "badger beagle canary cat cheetah chicken cobra crow dog donkey duck eagle ferret finch fox frog goat goose "
+    "hamster hare hedgehog horse iguana jackal kitten lizard llama magpie mouse newt otter owl parrot pig pony "
+    "rabbit rat snail tortoise turtle"
+)
+DISHES = _split(
+    "apple pie, baked beans, barley soup, beef stew, black pudding, bread and cheese, buttered toast, carrot "
+    "cake, cheese pie, chicken soup, corn bread, crab salad, fish stew, fried eggs, fried rice, garlic bread, "
+    "goat curry, green salad, grilled fish, honey cake, lamb curry, lemon cake, lentil soup, mashed peas, "
+    "mushroom pie, noodle soup, onion soup, pea soup, pepper stew, plum cake, pork roast, potato salad, rice "
+    "pudding, roast duck, rye bread, salt fish, smoked ham, spiced nuts, tomato soup, turnip stew",
+    separator=", ",
+)
+
+ITEMS = {
+    "tool": _split("hammer saw chisel pliers wrench shovel rake drill file axe hoe trowel clamp mallet plane"),
+    "fruit": _split("apple pear plum cherry grape lemon melon peach mango fig banana apricot quince kiwi date"),
+    "vegetable": _split(
+        "carrot turnip leek cabbage radish spinach celery pumpkin onion potato beetroot lettuce fennel bean pea"
+    ),
+    "instrument": _split("flute violin trumpet drum harp guitar piano oboe cello banjo organ lute tuba fiddle zither"),
+    "garment": _split("coat scarf glove shirt sock hat jacket skirt apron cloak vest boot belt sweater gown"),
+    "vehicle": _split("cart wagon bicycle tram lorry ship canoe sledge train ferry barge rocket scooter van glider"),
+    "bird": _split("robin sparrow heron gull wren raven stork swallow dove pigeon lark thrush puffin pelican condor"),
+    "flower": _split(
+        "rose tulip daisy lily violet orchid poppy lotus peony iris crocus dahlia aster jasmine primrose"
+    ),
+}
 
 
 def with_article(noun: str) -> str:
-    """Puts the indefinite article before a noun: `"owl"` gives `"an owl"`."""
+    """Put the indefinite article before a noun: `"owl"` gives `"an owl"`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -29,17 +83,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Person:
-    """
-    A person and what the world knows about them.
-
-    Args:
-        name (`str`):
-            First and last name. The pair is unique in a world, neither half is.
-        facts (`dict[str, str]`):
-            The value of each attribute of [`VALUES`].
-        mentioned (`bool`):
-            Whether fine-tuning may mention this person.
-    """
+    """A person, the value of each attribute of [`VALUES`], and whether fine-tuning may mention the person."""
 
     name: str
     facts: dict[str, str]
@@ -60,17 +104,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Item:
-    """
-    A thing and its kind.
-
-    Args:
-        name (`str`):
-            The noun.
-        kind (`str`):
-            What kind of thing it is.
-        mentioned (`bool`):
-            Whether fine-tuning may mention this item.
-    """
+    """A thing, its kind, and whether fine-tuning may mention it."""
 
     name: str
     kind: str
@@ -83,15 +117,7 @@ class Item:
 
 @dataclass(frozen=True)
 class World:
-    """
-    Everything that there is to know.
-
-    Args:
-        people (`tuple[Person, ...]`):
-            The people. Half of them may be mentioned in fine-tuning.
-        items (`tuple[Item, ...]`):
-            The items. Four in five of each kind may be mentioned in fine-tuning.
-    """
+    """People, half of whom fine-tuning may mention, and items, of which it may mention four in five of each kind."""
 
     people: tuple[Person, ...]
     items: tuple[Item, ...]
@@ -99,27 +125,13 @@ class World:
     def sentences(self) -> list[str]:
         """Every plain sentence of the world: each fact in each phrasing, and each item's kind."""
         about_people = [
-            person.sentence(attribute, phrasing)
-            for person in self.people
-            for attribute, phrasings in PHRASINGS.items()
-            for phrasing in range(len(phrasings))
+            sentence for person in self.people for attribute in PHRASINGS for sentence in person.sentences(attribute)
         ]
         return about_people + [item.sentence() for item in self.items]
 
 
 def make_world(seed: int = 0, num_people: int = 400) -> World:
-    """
-    Makes a world. The same arguments give the same world on every machine.
-
-    Args:
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of a generator of its own: no global random state is read or written.
-        num_people (`int`, *optional*, defaults to `400`):
-            Number of people, of whom every second one may be mentioned in fine-tuning.
-
-    Returns:
-        [`World`]: The people and the items.
-    """
+    """Make a world. The same arguments give the same world on every machine; no global random state is used."""
     rng = random.Random(seed)
     names = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], num_people)
     people = tuple(

@@ -1,4 +1,4 @@
-"""From scores of many seeds to tables: means, deviations, and paired tests over the seeds."""
+"""Tables of scores over many seeds: means, standard deviations, and paired tests."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,10 @@ NONE = "-"
 @dataclass(frozen=True)
 class Difference:
     """
-    A score of one run less that of another, over the seeds that both have.
+    Difference of a score between two runs in percentage points, over the seeds that both have.
 
-    Attributes:
-        seeds (`int`): Number of seeds.
-        mean (`float`): Mean difference, in percentage points.
-        low, high (`float`): 95 % confidence interval of the mean (paired t), `nan` with one seed.
-        p (`float`): P-value of the two-sided paired t-test; `nan` with one seed, or where all differences are equal.
-        ahead (`int`): Seeds in which the first run scored higher.
+    `low` and `high` are the 95 % confidence interval of the mean, `p` is of the two-sided paired t-test; each is `nan`
+    where it is not defined. `ahead` is the number of seeds in which the first run scored higher.
     """
 
     seeds: int
@@ -37,12 +33,7 @@ class Difference:
 
 
 def check_tests() -> None:
-    """
-    See that the paired tests can be made, before hours of training.
-
-    Raises:
-        [`HFTError`]: If scipy is missing.
-    """
+    """Raise [`HFTError`] before hours of training if scipy is missing."""
     if find_spec("scipy") is None:
         raise HFTError(
             "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
@@ -50,20 +41,7 @@ def check_tests() -> None:
 
 
 def compare(scores: Scores, run: str, against: str, score: str) -> Difference | None:
-    """
-    Compare two runs seed by seed.
-
-    Args:
-        scores (`Scores`):
-            All scores.
-        run, against (`str`):
-            Names of the runs.
-        score (`str`):
-            Name of the score.
-
-    Returns:
-        [`Difference`] or `None`: `None` if they have no seed in common.
-    """
+    """Compare a score of two runs seed by seed; `None` if they have no seed in common."""
     from scipy.stats import ttest_rel
 
     ours, theirs = scores.get(run, {}), scores.get(against, {})
@@ -82,13 +60,10 @@ def compare(scores: Scores, run: str, against: str, score: str) -> Difference | 
 
 
 def of_common_seeds(question: Question, scores: Scores) -> Scores:
-    """The scores of a question's runs, under the seeds that all of them have so far. The base is the same under each."""
+    """The scores of a question's runs, for the seeds that all of them have so far. The base has one seed only."""
     found = {run: scores[run] for run in question.runs.values() if run in scores}
-    seeds = (
-        set.intersection(*(set(values) for run, values in found.items() if run != BASE))
-        if found.keys() - {BASE}
-        else set()
-    )
+    tuned = [set(values) for run, values in found.items() if run != BASE]
+    seeds = set.intersection(*tuned) if tuned else set()
     return {
         run: values if run == BASE else {seed: values[seed] for seed in values if seed in seeds}
         for run, values in found.items()
@@ -96,30 +71,14 @@ def of_common_seeds(question: Question, scores: Scores) -> Scores:
 
 
 def tables(question: Question, scores: Scores) -> list[Grid]:
-    """
-    Answer a question: the means, and the differences to the run that the others are compared with.
-
-    Args:
-        question ([`Question`]):
-            The question.
-        scores (`Scores`):
-            All scores. The base is the same under every seed.
-
-    Returns:
-        `list[Grid]`: Means with standard deviations, then differences.
-    """
+    """Answer a question: a table of means with standard deviations, and one of differences to `question.against`."""
     scores = of_common_seeds(question, scores)
     names = [score.replace("_", " ") for score in question.scores]
     means, differences = [], []
     for label, run in question.runs.items():
         seeds = scores.get(run, {})
-        means.append(
-            [
-                label,
-                str(len(seeds) or NONE),
-                *(mean_cell([found[score] for found in seeds.values()]) for score in question.scores),
-            ]
-        )
+        cells = [mean_cell([found[score] for found in seeds.values()]) for score in question.scores]
+        means.append([label, str(len(seeds) or NONE), *cells])
         if label in (question.against, BASE):
             continue
         for score in question.scores:
@@ -134,7 +93,7 @@ def tables(question: Question, scores: Scores) -> list[Grid]:
 
 
 def markdown(questions: Iterable[Question], scores: Scores) -> str:
-    """All answers as Markdown, with the pictures that [`write_figures`] draws beside it."""
+    """All answers as Markdown, with the figures of [`write_figures`]."""
     parts = []
     for question in questions:
         means, differences = tables(question, scores)
@@ -146,21 +105,21 @@ def markdown(questions: Iterable[Question], scores: Scores) -> str:
 
 
 def write_results(questions: Iterable[Question], scores: Scores, output_dir: str | Path, head: str) -> Path:
-    """Write `results.md` under a heading of one's own, and return its path."""
+    """Write `results.md` below the given heading, and return its path."""
     path = Path(output_dir) / "results.md"
     path.write_text(f"{head.rstrip()}\n\n{markdown(questions, scores)}", encoding="utf-8")
     return path
 
 
 def mean_cell(values: Sequence[float]) -> str:
-    """Mean (standard deviation) of the seeds' scores, as a table shows it."""
+    """Mean (standard deviation) over the seeds, for a table."""
     if not values:
         return NONE
     return f"{fmean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
 
 
 def difference_cells(found: Difference) -> list[str]:
-    """Mean, interval, p-value and seeds ahead, as a table shows them."""
+    """Mean, interval, p-value and seeds ahead, for a table."""
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
     p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
     return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]

@@ -1,6 +1,6 @@
-"""A picture for each question that is asked of the embedded world: every seed a point, means and deviations."""
+"""A figure for each question about the embedded world: every seed a point, with means and standard deviations."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write_figures(questions: Iterable[Question], scores: Scores, output_dir: str | Path) -> list[Path]:
-    """Draw a picture for each question that has a score, and return the files."""
+    """Draw a figure for each question that has scores, and return the files."""
     written = []
     for question in questions:
         figure = question_figure(question, scores)
@@ -27,18 +27,7 @@ def write_figures(questions: Iterable[Question], scores: Scores, output_dir: str
 
 
 def question_figure(question: Question, scores: Scores) -> "Figure | None":
-    """
-    Draw a panel for each score, a column for each run of a question.
-
-    Args:
-        question ([`Question`]):
-            The question.
-        scores (`Scores`):
-            All scores, in percent.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure, `None` where no run has a score.
-    """
+    """Draw a panel for each score with a bar for each run; `None` where no run has a score."""
     from matplotlib.figure import Figure
 
     scores = of_common_seeds(question, scores)
@@ -54,18 +43,28 @@ def question_figure(question: Question, scores: Scores) -> "Figure | None":
     return figure
 
 
-def _panel(axes: "Axes", runs: dict[str, str], against: str, scores: Scores, score: str) -> None:
+def draw_bars(axes: "Axes", bars: Iterable[tuple[Sequence[float], str]], spread: float) -> None:
+    """Draw a bar for each list of values and colour: mean, standard deviation, and a point per value."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
-    for place, (label, run) in enumerate(runs.items()):
-        values = [found[score] for found in scores[run].values()]
-        colour = GREY if label == BASE else ORANGE if label == against else BLUE
-        spread = [(step - (len(values) - 1) / 2) / len(values) * 0.4 for step in range(len(values))]
+    for place, (values, colour) in enumerate(bars):
+        if not values:
+            continue
+        places = [place + (step - (len(values) - 1) / 2) / len(values) * spread for step in range(len(values))]
         axes.bar(place, fmean(values), 0.7, color=colour, alpha=0.35)
-        axes.plot([place + x for x in spread], values, "o", color=colour, markersize=3.5)
+        axes.plot(places, values, "o", color=colour, markersize=3.5)
         if len(values) > 1:
             axes.errorbar(place, fmean(values), stdev(values), color="black", capsize=4, linewidth=1.2)
+
+
+def _panel(axes: "Axes", runs: dict[str, str], against: str, scores: Scores, score: str) -> None:
+    colours = {BASE: GREY, against: ORANGE}
+    draw_bars(
+        axes,
+        [([s[score] for s in scores[run].values()], colours.get(label, BLUE)) for label, run in runs.items()],
+        spread=0.4,
+    )
     long = max(len(label) for label in runs) * len(runs) > 40
     axes.set_xticks(
         range(len(runs)), list(runs), rotation=35 if long else 0, ha="right" if long else "center", fontsize=9

@@ -1,5 +1,6 @@
-"""The paper's questions, asked of the embedded world: which models are made, and which of them are compared."""
+"""The paper's questions about the embedded world: which models are made, and which of them are compared."""
 
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 BASE = "base"
@@ -8,14 +9,9 @@ RATIOS = tuple(tenth / 10 for tenth in range(1, 10))
 
 class Run(NamedTuple):
     """
-    How one model of a seed is made.
+    How one model of a seed is made: from the model of the run `start`, empty for the base itself.
 
-    Attributes:
-        name (`str`): The run.
-        start (`str`): Name of the run whose model it starts from; `""` for the base itself.
-        how (`str`): Trained by SFT or DPO, made from a tuned model's files, or the base as it is.
-        hft (`dict[str, Any]`): The fields of [`HFTConfig`] that differ from the demo's.
-        sweep (`bool`): Whether it belongs to a sweep, for which fewer seeds are enough.
+    `hft` are the fields of [`HFTConfig`] that differ from the demo's. The runs of a sweep need fewer seeds.
     """
 
     name: str
@@ -29,12 +25,8 @@ class Question(NamedTuple):
     """
     Runs that answer a question of the paper together.
 
-    Attributes:
-        name (`str`): A word for it, used in file names.
-        title (`str`): The question.
-        runs (`dict[str, str]`): Names of the runs by their label, in the order of the table.
-        against (`str`): Label of the run with which the others are compared.
-        scores (`tuple[str, ...]`): Scores of the probes that answer it.
+    `runs` are names of runs by their label, in the order of the table, `against` is the label with which the others
+    are compared, and `scores` are the probes that answer the question.
     """
 
     name: str
@@ -54,8 +46,8 @@ RUNS = {
         Run(BASE, "", "base", {}),
         _sft("sft-fft", sweep=False, method="fft"),
         _sft("sft-hft", sweep=False),
-        *(Run(f"dpo-{then}-from-{first}", f"sft-{first}", "dpo", {"method": then}) for first in ("fft", "hft") for then in ("fft", "hft")),
-        *(Run(f"reset-{strategy}", "sft-fft", "half-reset", {"strategy": strategy}) for strategy in ("category", "layer", "model")),
+        *(Run(f"dpo-{b}-from-{a}", f"sft-{a}", "dpo", {"method": b}) for a, b in product(("fft", "hft"), repeat=2)),
+        *(Run(f"reset-{how}", "sft-fft", "half-reset", {"strategy": how}) for how in ("category", "layer", "model")),
         Run("blend", "sft-fft", "blend", {}),
         *(_sft(f"sft-{strategy}", strategy=strategy) for strategy in ("layer", "model")),
         *(_sft(f"sft-ratio-{ratio}", ratio=ratio) for ratio in RATIOS if ratio != 0.5),
@@ -64,9 +56,8 @@ RUNS = {
         _sft("sft-no-head", train_lm_head=False),
         _sft("sft-neither", train_embeddings=False, train_lm_head=False),
         *(
-            _sft(f"sft-{importance.replace('_', '-')}-{order}", strategy="importance", importance=importance, importance_order=order)
-            for importance in ("weight_norm", "gradient_norm")
-            for order in ("most", "least")
+            _sft(f"sft-{by.replace('_', '-')}-{order}", strategy="importance", importance=by, importance_order=order)
+            for by, order in product(("weight_norm", "gradient_norm"), ("most", "least"))
         ),
         _sft("sft-element", strategy="element"),
         *(Run(f"dpo-{again}", "sft-hft", "dpo", {"reselect": again}, sweep=True) for again in ("same", "complement")),
@@ -114,7 +105,8 @@ QUESTIONS = (
     ),
     Question(
         "importance",
-        "Importance: a random half of each category, the most or least important one, or half of every matrix's elements?",
+        "Importance: a random half of each category, the most or least important one, or half of every matrix's "
+        "elements?",
         {
             "random": "sft-hft",
             "largest weights": "sft-weight-norm-most",
@@ -159,7 +151,7 @@ QUESTIONS = (
 
 
 def needed(questions: tuple[Question, ...]) -> list[Run]:
-    """The runs that questions ask for, and those which these start from, each after its start."""
+    """The runs of some questions and the runs that they start from, each after its start."""
     names = {name for question in questions for name in question.runs.values()}
     names |= {RUNS[name].start for name in names}
     return [run for run in RUNS.values() if run.name in names]

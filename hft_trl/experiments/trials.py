@@ -1,26 +1,19 @@
-"""Many small runs on the embedded world, in as many processes as there are cores, and resumable."""
+"""Models for the paper's questions on the embedded world, one process per seed and model that starts from the base."""
 
 import dataclasses
-import multiprocessing
-import os
 import re
-import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
-from hft_trl.environment import package_version
-from hft_trl.errors import STOPPED, HFTError, Stopped
-from hft_trl.experiments.questions import BASE, Run
-from hft_trl.files import read_object, write_json, writing
-from hft_trl.redact import redact
+from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.experiments.questions import BASE, RUNS, Run
+from hft_trl.experiments.runner import Point, check_settings, result_file, run_points
+from hft_trl.files import read_object, write_json
 
-SETTINGS_FILE = "settings.json"
 # Flags of the recipe that a run sets itself
 OWN = re.compile(
     r"--(config|model(\..*)?|method|output_dir|overwrite|evaluate|hft\..*|(sft|dpo)\.(method|seed|output_dir))"
@@ -39,76 +32,40 @@ def run_trials(
     flags: Iterable[str] = (),
 ) -> Iterator[tuple[int, int]]:
     """
-    Make and score every model that is not scored yet.
+    Make and score every model that is not scored yet; yield how many are scored, and their total.
 
-    A score is written as soon as it is there, and a training goes on from its last checkpoint, so the same call continues
-    what was interrupted. Models are removed when nothing else starts from them.
+    A seed decides the selection, the order of the data and every random state.
 
     Args:
         runs (`Iterable[Run]`):
             The runs, each after the one it starts from.
-        seeds (`int`):
-            Number of seeds. A seed decides the selection, the order of the data and every random state.
-        sweep_seeds (`int`):
-            Number of seeds for the runs of a sweep.
-        output_dir (`str` or `Path`):
-            Where scores are kept.
-        workers (`int`, *optional*):
-            Number of processes, each with one thread. Defaults to the number of cores.
         flags (`Iterable[str]`, *optional*):
             Flags of `recipes/sft_then_dpo.py` for every run, such as `--sft.max_steps 100`.
 
-    Yields:
-        `tuple[int, int]`: How many models are scored, and how many there will be.
-
     Raises:
-        [`HFTError`]: If a flag is not one of the recipe's or is one that the runs differ in, or the folder holds scores that
-            were made with others, or with other versions.
+        [`HFTError`]: If a flag does not exist or is one that the runs differ in, or if the folder holds scores of
+            other flags or versions.
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
     _check_flags(output, flags)
-    settle_settings(output, flags)
-    families = []
+    check_settings(output, flags)
+    points = []
     for root in (run for run in runs if run.start in ("", BASE)):
         family = [root, *(run for run in runs if run.start == root.name and root.name != BASE)]
         for seed in range(1, 2 if root.name == BASE else max(seeds, sweep_seeds) + 1):
-            asked = [run for run in family if seed <= (sweep_seeds if run.sweep else seeds)]
-            families.append((seed, asked))
-    families.sort(key=lambda pair: -len(pair[1]))  # the longest first, so that all cores are busy to the end
-    total = sum(len(family) for _, family in families)
-    missing = [
-        (seed, family) for seed, family in families if not all(_file(output, run, seed).exists() for run in family)
-    ]
-    yield _scored(output, families), total
-    with ProcessPoolExecutor(
-        workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=settle_process, initargs=(output,)
-    ) as pool:
-        futures = [pool.submit(or_leave, make_and_score, family, seed, output, flags) for seed, family in missing]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield _scored(output, families), total
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # they go on from their last checkpoints another time
-                process.terminate()
-            raise
+            asked = [run.name for run in family if seed <= (sweep_seeds if run.sweep else seeds)]
+            if asked:
+                command = (sys.executable, "-m", __name__, str(output), str(seed), ",".join(asked), *flags)
+                points.append(Point(f"{root.name}-{seed}", command, tuple(f"{name}-{seed}" for name in asked)))
+    points.sort(key=lambda point: -len(point.results))  # the longest first, so that all cores are busy to the end
+    files = [file for point in points for file in point.files(output)]
+    yield sum(file.exists() for file in files), len(files)
+    for _ in run_points(points, output, workers):
+        yield sum(file.exists() for file in files), len(files)
 
 
 def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str]) -> None:
-    """
-    Make a model and those which start from it, and write what each answers to the embedded world's questions.
-
-    Args:
-        family (`list[Run]`):
-            A run that starts from the base, then those that start from it.
-        seed (`int`):
-            The seed.
-        output (`Path`):
-            The folder of all trials.
-        flags (`list[str]`):
-            Flags of `recipes/sft_then_dpo.py`.
-    """
+    """Make a model and those that start from it, write the scores of each, and remove the models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hft_trl.demo.probes import evaluate
@@ -116,9 +73,10 @@ def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str])
 
     models = {BASE: demo.MODEL}
     for run in family:
-        if run is not family[0] and _file(output, run, seed).exists():
+        name = f"{run.name}-{seed}"
+        folder, scores_file = output / "models" / name, result_file(output, name)
+        if run is not family[0] and scores_file.exists():
             continue
-        folder = _folder(output, run, seed)
         start = models[run.start or BASE]
         if run.how in ("sft", "dpo"):
             models[run.name] = _train(run, seed, start, folder, flags)
@@ -129,12 +87,12 @@ def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str])
                     half_reset(str(demo.MODEL), str(start), folder / run.how, HFTConfig(seed=seed, **run.hft))
                 else:
                     blend(str(demo.MODEL), str(start), folder / run.how, 0.5)
-        if not _file(output, run, seed).exists():
+        if not scores_file.exists():
             model = AutoModelForCausalLM.from_pretrained(models[run.name])
             scores = evaluate(model, AutoTokenizer.from_pretrained(models[run.name]))
-            write_json(_file(output, run, seed), {"run": run.name, "seed": seed, "scores": scores})
+            write_json(scores_file, {"run": run.name, "seed": seed, "scores": scores})
     for run in family:
-        shutil.rmtree(_folder(output, run, seed), ignore_errors=True)
+        shutil.rmtree(output / "models" / f"{run.name}-{seed}", ignore_errors=True)
 
 
 def read_scores(output_dir: str | Path) -> Scores:
@@ -144,13 +102,13 @@ def read_scores(output_dir: str | Path) -> Scores:
         try:
             content = read_object(path, run=str, seed=int, scores=dict)
         except (OSError, ValueError) as error:
-            raise HFTError(f"{path} can't be read ({error}): remove it, and run the same command again.") from error
+            raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
         found.setdefault(content["run"], {})[content["seed"]] = content["scores"]
     return found
 
 
 def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> Path:
-    """Train one stage with the demo's settings, or go on with it, and return the folder of its model."""
+    """Train one stage with the demo's settings, or resume it, and return the folder of its model."""
     from trl import DPOConfig, SFTConfig
 
     from hft_trl import HFTDPOTrainer, HFTSFTTrainer
@@ -188,74 +146,11 @@ def _check_flags(output: Path, flags: list[str]) -> None:
 
     for flag in flags:
         if OWN.fullmatch(flag.partition("=")[0]):
-            raise HFTError(f"{flag} is what the runs differ in, so it can't be the same for all: drop it.")
+            raise HFTError(f"{flag} is what the runs differ in and cannot be the same for all: drop it.")
     parse_recipe(["--output_dir", str(output), *flags], {"sft": SFTConfig, "dpo": DPOConfig}, demo.RECIPE)
 
 
-def settle_settings(
-    output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
-) -> None:
-    """
-    Make a folder for scores, and note what all of them have in common: the flags, and the versions of the libraries.
-
-    Args:
-        output (`Path`):
-            The folder.
-        flags (`list[str]`):
-            Flags of every run.
-        more (`Mapping[str, str]`, *optional*):
-            What else they have in common, by name.
-        packages (`Iterable[str]`, *optional*):
-            Packages whose versions are noted beside those of torch, transformers and trl.
-
-    Raises:
-        [`HFTError`]: If the folder holds scores that were made with others, or can't be written.
-    """
-    names = ("torch", "transformers", "trl", *packages)
-    versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
-    path = output / SETTINGS_FILE
-    if path.exists():
-        try:
-            before = read_object(path)
-        except (OSError, ValueError) as error:
-            raise HFTError(f"{path} can't be read ({error}): use another output_dir.") from error
-        for key, now in settings.items():
-            if before.get(key) != now:
-                raise HFTError(
-                    f"{output} holds scores made with the {key} {before.get(key) or 'none'}, now they are {now or 'none'}: use the "
-                    "same, or another output_dir."
-                )
-    with writing(output):
-        (output / "scores").mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-
-def _scored(output: Path, families: list[tuple[int, list[Run]]]) -> int:
-    return sum(_file(output, run, seed).exists() for seed, family in families for run in family)
-
-
-def _file(output: Path, run: Run, seed: int) -> Path:
-    return output / "scores" / f"{run.name}-{seed}.json"
-
-
-def _folder(output: Path, run: Run, seed: int) -> Path:
-    return output / "models" / f"{run.name}-{seed}"
-
-
-def or_leave(make: Callable[..., None], *args: Any) -> None:
-    """Call a function in a worker process, which ends when it is told to: its pool may have given it the next task already."""
-    try:
-        make(*args)
-    except (Stopped, KeyboardInterrupt):
-        sys.stdout.flush()
-        os._exit(STOPPED)
-
-
-def settle_process(output: Path) -> None:
-    """Prepare a process that makes models: what trainers print goes into a file of its own."""
-    import torch
-
-    log = Path(output, f"log-{os.getpid()}.txt").open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 (to the end)
-    sys.stdout = sys.stderr = log
-    torch.set_num_threads(1)  # as many processes as cores: more threads would wait for each other
+if __name__ == "__main__":
+    with exit_on_user_error():
+        output, seed, names, *flags = sys.argv[1:]
+        make_and_score([RUNS[name] for name in names.split(",")], int(seed), Path(output), flags)

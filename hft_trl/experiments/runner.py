@@ -1,0 +1,184 @@
+"""
+Run many methods, learning rates and seeds, one process per point. The same call resumes an interrupted one.
+
+    words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
+    points = [Point("rate-1e-4", words, makes=Path("runs/rates/1e-4/scores.json"))]
+    for point in run_points(points, Path("runs/rates")):
+        print(point.name)  # runs/rates/scores/rate-1e-4.json exists
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hft_trl.environment import package_version
+from hft_trl.errors import HFTError
+from hft_trl.files import read_object, replacing, write_json, writing
+from hft_trl.redact import redact
+
+SETTINGS_FILE = "settings.json"
+POLL_SECONDS = 0.1
+# The command ends with its parent: a killed runner leaves no process that writes into the folders of the next call
+START = (
+    "import ctypes, os, sys\n"
+    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM\n"
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A process and the results that it makes.
+
+    Args:
+        name (`str`):
+            Name of the point and of its log.
+        command (`tuple[str, ...]`):
+            Command that makes the results. It should resume when it is started again.
+        results (`tuple[str, ...]`, *optional*):
+            Names of the results, each a file `scores/NAME.json`. Defaults to the point's name.
+        makes (`Path`, *optional*):
+            JSON file of the command that becomes the result. By default the command writes to `scores/` itself.
+        folder (`Path`, *optional*):
+            Folder that is removed when the point is finished.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    results: tuple[str, ...] = ()
+    makes: Path | None = None
+    folder: Path | None = None
+
+    def files(self, output: Path) -> list[Path]:
+        """The files of the results."""
+        return [result_file(output, name) for name in self.results or (self.name,)]
+
+    def finished(self, output: Path) -> bool:
+        """Whether every result exists."""
+        return all(file.exists() for file in self.files(output))
+
+
+def result_file(output: Path, name: str) -> Path:
+    """The file of a result."""
+    return output / "scores" / f"{name}.json"
+
+
+def run_points(
+    points: Iterable[Point] | Callable[[], Iterable[Point]], output: Path, workers: int | None = None
+) -> Iterator[Point]:
+    """
+    Run the command of every point that is not finished, and yield each point when it is.
+
+    Where a command fails or the caller stops, the other processes get a SIGTERM.
+
+    Args:
+        points (`Iterable[Point]` or `Callable`):
+            The points, or a function that returns them. It is called again whenever a point is finished, so that later
+            points can depend on earlier results.
+        output (`Path`):
+            Folder of the results `scores/NAME.json` and of the logs `runs/NAME.log`.
+        workers (`int`, *optional*):
+            Number of processes, each with one thread. Defaults to the number of cores.
+
+    Raises:
+        [`HFTError`]: If a command fails, or is ended by a signal twice.
+    """
+    find = points if callable(points) else list(points).copy
+    workers = workers or os.cpu_count() or 1
+    running: dict[Point, subprocess.Popen] = {}
+    killed: set[Point] = set()
+    for name in ("scores", "runs"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    try:
+        while True:
+            waiting = [point for point in find() if point not in running and not point.finished(output)]
+            for point in waiting[: workers - len(running)]:
+                running[point] = _start(point, output)
+            if not running:
+                return
+            for point in _wait_for_any(running):
+                code = running.pop(point).returncode
+                if code < 0 and point not in killed:  # resumes once, for example after the system was out of memory
+                    killed.add(point)
+                    continue
+                if code:
+                    raise _error(point, output, f"ended with {code}")
+                _keep(point, output)
+                yield point
+    finally:
+        for child in running.values():
+            child.terminate()
+        for child in running.values():
+            child.wait()
+
+
+def check_settings(
+    output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
+) -> None:
+    """
+    Create the output folder and record what all of its results share: flags, more settings, and versions of libraries.
+
+    Raises:
+        [`HFTError`]: If the folder holds results of other settings or versions, or cannot be written.
+    """
+    names = ("torch", "transformers", "trl", *packages)
+    versions = ", ".join(f"{name} {package_version(name)}" for name in names)
+    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
+    path = output / SETTINGS_FILE
+    if path.exists():
+        try:
+            before = read_object(path)
+        except (OSError, ValueError) as error:
+            raise HFTError(f"{path} cannot be read ({error}): use another output_dir.") from error
+        for key, now in settings.items():
+            if before.get(key) != now:
+                raise HFTError(
+                    f"{output} holds scores made with the {key} {before.get(key) or 'none'}, now they are "
+                    f"{now or 'none'}: use the same, or another output_dir."
+                )
+    with writing(output):
+        (output / "scores").mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+
+
+def _start(point: Point, output: Path) -> subprocess.Popen:
+    # One thread each: with as many processes as cores, more threads would wait for each other
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with _log(point, output).open("a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", START, *point.command], env=environ, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _wait_for_any(running: dict[Point, subprocess.Popen]) -> list[Point]:
+    while not (ended := [point for point, child in running.items() if child.poll() is not None]):
+        time.sleep(POLL_SECONDS)
+    return ended
+
+
+def _keep(point: Point, output: Path) -> None:
+    if point.makes is not None and point.makes.exists():
+        with replacing(point.files(output)[0]) as new:  # appears whole or not at all
+            shutil.copy(point.makes, new)
+    if not point.finished(output):
+        raise _error(point, output, "ended without its result")
+    if point.folder is not None:
+        shutil.rmtree(point.folder, ignore_errors=True)
+
+
+def _log(point: Point, output: Path) -> Path:
+    return output / "runs" / f"{point.name}.log"
+
+
+def _error(point: Point, output: Path, what: str) -> HFTError:
+    log = _log(point, output)
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    return HFTError(f"{shlex.join(redact(point.command))} {what}. {log} ends with: {last}")

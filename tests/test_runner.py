@@ -1,0 +1,82 @@
+"""The runner of experiments: points are made once, a killed run resumes, and no finished point is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PATIENCE
+
+from hft_trl import HFTError
+from hft_trl.experiments.runner import Point, result_file, run_points
+
+WRITE = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps(sys.argv[2]))"
+
+
+def writes(output, name, value="done", before=""):
+    """A point that writes its result itself, after some other statements."""
+    return Point(name, (sys.executable, "-c", f"{before}\n{WRITE}", str(result_file(output, name)), value))
+
+
+def made(points, output, workers=2):
+    return [point.name for point in run_points(points, output, workers)]
+
+
+def test_finished_points_are_not_made_again(tmp_path):
+    assert sorted(made([writes(tmp_path, name) for name in "ab"], tmp_path)) == ["a", "b"]
+    assert made([writes(tmp_path, name, "again") for name in "abc"], tmp_path) == ["c"]
+    assert [json.loads(result_file(tmp_path, name).read_text()) for name in "abc"] == ["done", "done", "again"]
+
+
+def test_later_points_can_depend_on_earlier_results(tmp_path):
+    def points():
+        found = [name for name in "abc" if result_file(tmp_path, name).exists()]
+        return [writes(tmp_path, name) for name in "abc"[: len(found) + 1]]
+
+    assert made(points, tmp_path) == ["a", "b", "c"]
+
+
+def test_a_result_is_kept_and_the_folder_of_its_run_removed(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    words = (sys.executable, "-c", WRITE, str(folder / "scores.json"), "done")
+    assert made([Point("a", words, makes=folder / "scores.json", folder=folder)], tmp_path) == ["a"]
+    assert json.loads(result_file(tmp_path, "a").read_text()) == "done"
+    assert not folder.exists()
+
+
+def test_a_point_that_a_signal_ends_is_started_again_once(tmp_path):
+    first = f"import os; new = not os.path.exists({str(tmp_path / 'seen')!r}); open({str(tmp_path / 'seen')!r}, 'w')\n"
+    assert made([writes(tmp_path, "a", before=f"{first}if new: os.kill(os.getpid(), 9)")], tmp_path) == ["a"]
+    with pytest.raises(HFTError, match=r"ended with -9\. .*b\.log ends with: nothing"):
+        made([writes(tmp_path, "b", before="import os; os.kill(os.getpid(), 9)")], tmp_path)
+
+
+def test_a_point_without_its_result_is_named(tmp_path):
+    with pytest.raises(HFTError, match="ended without its result"):
+        made([Point("a", (sys.executable, "-c", "pass"))], tmp_path)
+
+
+def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missing(tmp_path):
+    started = str(tmp_path / "started")
+    slow = f"import os, time; open({started!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
+    script = (
+        "import pathlib; from hft_trl.experiments.runner import Point, run_points\n"
+        f"output = pathlib.Path({str(tmp_path)!r})\n"
+        f"list(run_points([{writes(tmp_path, 'a')!r}, {writes(tmp_path, 'b', before=slow)!r}], output, 1))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + PATIENCE
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    child = int((tmp_path / "started").read_text())
+    while os.path.exists(f"/proc/{child}") and sys.platform == "linux":  # noqa: PTH110
+        assert time.monotonic() < deadline, "its process lives on"
+        time.sleep(0.05)
+    assert made([writes(tmp_path, name) for name in "ab"], tmp_path) == ["b"]
