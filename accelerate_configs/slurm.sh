@@ -1,7 +1,6 @@
 #!/bin/bash
 # FSDP2 on 2 machines of 8 GPUs under Slurm, one `accelerate launch` on each. For 13B to 34B.
-#   sbatch accelerate_configs/slurm.sh recipes/sft_then_dpo.py --config recipes/configs/llama2-13b.yaml \
-#       --sft.gradient_accumulation_steps 4 --dpo.gradient_accumulation_steps 2
+#   sbatch accelerate_configs/slurm.sh recipes/sft_then_dpo.py --config recipes/configs/llama2-13b.yaml --sft.gradient_accumulation_steps 4 --dpo.gradient_accumulation_steps 2
 # Another configuration: CONFIG=accelerate_configs/ddp_multi_node.yaml sbatch ... More machines: sbatch --nodes 4 ...
 # output_dir and the caches of datasets and the hub must be on a file system that all machines share. Before its time
 # is up, and when it is pre-empted, the job saves a checkpoint and is queued again; the same command then resumes.
