@@ -3,7 +3,8 @@
 #   sbatch accelerate_configs/slurm.sh recipes/sft_then_dpo.py --config recipes/configs/llama2-13b.yaml --sft.gradient_accumulation_steps 4 --dpo.gradient_accumulation_steps 2
 # Another configuration: CONFIG=accelerate_configs/ddp_multi_node.yaml sbatch ... More machines: sbatch --nodes 4 ...
 # output_dir and the caches of datasets and the hub must be on a file system that all machines share. Before its time
-# is up, and when it is pre-empted, the job is told to save, and queued again; the same command then goes on from there.
+# is up, and when it is pre-empted, the job saves a checkpoint and is queued again; the same command then resumes.
+# Tested with stand-ins for Slurm's commands, not on a cluster.
 #SBATCH --job-name=hft
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,11 +20,11 @@ cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
 export CONFIG=${CONFIG:-accelerate_configs/fsdp2_multi_node.yaml}
 export MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NUM_PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-8}))
-# torch's launcher passes SIGTERM on and kills after 30 seconds; a large model takes longer to save.
+# torch's launcher forwards SIGTERM and kills after 30 seconds. Saving a large model takes longer.
 export PET_SHUTDOWN_TIMEOUT=540
 
-# The launchers are told by a file. A signal to srun won't do, which answers SIGTERM by killing all tasks at once, nor one by
-# scancel, which reaches every process of the step, data loaders too.
+# The launchers are told by a file. srun answers a signal by killing all tasks at once, and scancel reaches every
+# process of the step, data loaders too.
 export STOP_FILE=$PWD/.stop-$SLURM_JOB_ID
 rm -f "$STOP_FILE"
 trap 'touch "$STOP_FILE"' USR1 TERM
@@ -40,7 +41,7 @@ srun bash -c '
   wait "$launcher" || code=$?
   exit "$code"' _ "$@" &
 run=$! code=0
-# A signal ends the inner wait only, so the code is that of srun
+# A signal ends only the inner wait, so the exit code is that of srun.
 while kill -0 "$run" 2>/dev/null; do
   sleep "${POLL_SECONDS:-5}" & wait $! || true
 done
