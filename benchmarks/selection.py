@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Pr
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3MLP
 
 from hft_trl import HFTConfig, select
-from hft_trl.selection import choose, find_units
+from hft_trl.selection import find_units
+from hft_trl.selection.choose import choose
 
 
 class UnfusedDeepseekV3ForCausalLM(DeepseekV3ForCausalLM):

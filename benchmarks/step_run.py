@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
+from hft_trl import reference as sharing
 from hft_trl.chat import load_tokenizer
-from hft_trl.reference import sharing
 from hft_trl.trainers.optimizer_in_backward import update_in_backward
 
 # The head holds 2 to 5 % as many weights as the layers, as in models of several billion parameters.

@@ -8,6 +8,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
+    from hft_trl.checkpoints.resumable import ResumableMixin
     from hft_trl.saved_models.half_reset import half_reset
     from hft_trl.selection import Selection, select
     from hft_trl.trainers import HFTDPOTrainer, HFTSFTTrainer
@@ -19,6 +20,7 @@ __all__ = [
     "HFTError",
     "HFTMixin",
     "HFTSFTTrainer",
+    "ResumableMixin",
     "Selection",
     "as_user_error",
     "exit_on_user_error",
@@ -37,6 +39,7 @@ _HOMES = {
     "HFTDPOTrainer": "hft_trl.trainers",
     "HFTMixin": "hft_trl.trainers.mixin",
     "HFTSFTTrainer": "hft_trl.trainers",
+    "ResumableMixin": "hft_trl.checkpoints.resumable",
 }
 
 

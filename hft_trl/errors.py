@@ -13,8 +13,6 @@ from typing import NoReturn
 
 from jinja2 import TemplateError
 
-from hft_trl.redact import redact_text
-
 STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
 INTERRUPTED = 128 + signal.SIGINT  # 130, likewise
 LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
@@ -60,6 +58,8 @@ def exit_on_user_error() -> Iterator[None]:
     except HFTError as error:
         if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
             time.sleep(LATER)
+        from hft_trl.redact import redact_text
+
         sys.stderr.write(f"error: {redact_text(' '.join(str(error).split()))}\n")
         sys.exit(2)
     except Stopped as stop:

@@ -38,7 +38,7 @@ import sys
 
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
-from hft_trl import HFTSFTTrainer, as_user_error, demo, exit_on_user_error
+from hft_trl import HFTSFTTrainer, ResumableMixin, as_user_error, demo, exit_on_user_error
 from hft_trl.continual.continual_recipe import ContinualRecipe, parse_continual, prepare_rounds
 from hft_trl.continual.gem import GEMTrainer
 from hft_trl.continual.report import print_scores, write_report
@@ -46,6 +46,10 @@ from hft_trl.continual.rounds import Round
 from hft_trl.continual.run_folder import write_scores
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.evaluation import evaluate_stages
+
+
+class ResumableSFTTrainer(ResumableMixin, HFTSFTTrainer):
+    """A run that is killed or stopped ends in the same bytes."""
 
 
 def main(recipe: ContinualRecipe) -> None:
@@ -85,7 +89,7 @@ def train(current: Round) -> None:
         elif current.memories:
             trainer_class, own = GEMTrainer, {"hft_config": current.hft, "memories": current.memories}
         else:
-            trainer_class, own = HFTSFTTrainer, {"hft_config": current.hft}
+            trainer_class, own = ResumableSFTTrainer, {"hft_config": current.hft}
         trainer = trainer_class(
             model=current.model.model_name_or_path,
             args=current.args,

@@ -13,9 +13,13 @@ folder or a .jsonl, .json or .parquet file. The same command again continues whe
 
 import sys
 
-from hft_trl import HFTDPOTrainer, as_user_error, exit_on_user_error
+from hft_trl import HFTDPOTrainer, ResumableMixin, as_user_error, exit_on_user_error
 from hft_trl.recipe import Stage, parse_stage, prepare, report
 from trl import DPOConfig
+
+
+class ResumableDPOTrainer(ResumableMixin, HFTDPOTrainer):
+    """A run that is killed or stopped ends in the same bytes."""
 
 
 def main(stage: Stage, overwrite: bool) -> None:
@@ -25,7 +29,7 @@ def main(stage: Stage, overwrite: bool) -> None:
     # Train a half of the policy; its reference is the start model, wholly frozen
     if not stage.finished():
         with as_user_error("the trainer"):
-            trainer = HFTDPOTrainer(
+            trainer = ResumableDPOTrainer(
                 model=stage.model.model_name_or_path,
                 ref_model=stage.load_reference(),
                 args=stage.args,

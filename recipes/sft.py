@@ -13,9 +13,13 @@ again continues where it stopped.
 
 import sys
 
-from hft_trl import HFTSFTTrainer, as_user_error, exit_on_user_error
+from hft_trl import HFTSFTTrainer, ResumableMixin, as_user_error, exit_on_user_error
 from hft_trl.recipe import Stage, parse_stage, prepare, report
 from trl import SFTConfig
+
+
+class ResumableSFTTrainer(ResumableMixin, HFTSFTTrainer):
+    """A run that is killed or stopped ends in the same bytes."""
 
 
 def main(stage: Stage, overwrite: bool) -> None:
@@ -25,7 +29,7 @@ def main(stage: Stage, overwrite: bool) -> None:
     # Train a half of the model
     if not stage.finished():
         with as_user_error("the trainer"):
-            trainer = HFTSFTTrainer(
+            trainer = ResumableSFTTrainer(
                 model=stage.model.model_name_or_path,
                 args=stage.args,
                 train_dataset=stage.train_dataset,

@@ -37,9 +37,18 @@ in hft settings of its own, such as --dpo.hft.ratio 0.3. The same command again 
 import sys
 
 from accelerate.utils.memory import clear_device_cache
-from hft_trl import HFTDPOTrainer, HFTSFTTrainer, as_user_error, demo, exit_on_user_error
+from hft_trl import HFTDPOTrainer, HFTSFTTrainer, ResumableMixin, as_user_error, demo, exit_on_user_error
 from hft_trl.recipe import Recipe, parse_recipe, prepare, report
 from trl import DPOConfig, SFTConfig
+
+
+class ResumableSFTTrainer(ResumableMixin, HFTSFTTrainer):
+    """A run that is killed or stopped ends in the same bytes."""
+
+
+class ResumableDPOTrainer(ResumableMixin, HFTDPOTrainer):
+    """Likewise."""
+
 
 STAGES = {"sft": SFTConfig, "dpo": DPOConfig}  # each starts from the model of the one before
 
@@ -53,7 +62,7 @@ def main(recipe: Recipe) -> None:
     # SFT: a random half of the base model learns to answer
     if not sft.finished():
         with as_user_error("the SFT trainer"):
-            trainer = HFTSFTTrainer(
+            trainer = ResumableSFTTrainer(
                 model=sft.model.model_name_or_path,
                 args=sft.args,
                 train_dataset=sft.train_dataset,
@@ -68,7 +77,7 @@ def main(recipe: Recipe) -> None:
     # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, wholly frozen
     if not dpo.finished():
         with as_user_error("the DPO trainer"):
-            trainer = HFTDPOTrainer(
+            trainer = ResumableDPOTrainer(
                 model=dpo.model.model_name_or_path,
                 ref_model=dpo.load_reference(),
                 args=dpo.args,

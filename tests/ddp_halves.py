@@ -10,7 +10,7 @@ from datasets import Dataset
 from test_trainers import dpo_trainer, losses
 
 from hft_trl import HFTConfig, HFTDPOTrainer
-from hft_trl.reference.sharing import memory
+from hft_trl.reference import memory
 
 
 def main(base: Path, output: Path) -> None:

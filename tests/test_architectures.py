@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hft_trl import HFTConfig
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit, choose, find_units, select
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit, find_units, select
+from hft_trl.selection.choose import choose
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What a default config leaves open and a model cannot be built without.

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import by_layer, least_miss, least_miss_with_balanced_layers, one_sided_layers
 
-from hft_trl.selection import Unit, choose
+from hft_trl.selection import Unit
+from hft_trl.selection.choose import choose
 from hft_trl.selection.counts import Block, Pieces, nearest_counts
 
 RATIOS = st.integers(1, 100).map(lambda percent: percent / 100)
@@ -219,7 +220,8 @@ def test_counts_keep_the_limits_of_their_block():
 
 
 SCRIPT = """
-from hft_trl.selection import Unit, choose
+from hft_trl.selection import Unit
+from hft_trl.selection.choose import choose
 units = [Unit((f"l.{i}.{s}",), 10 + len(s), c, i, s) for i in range(9) for s, c in
          [("q", "attention"), ("kv", "attention"), ("up", "feed_forward"), ("down", "feed_forward"), ("ln", "norm")]]
 for strategy in ("category", "layer", "model"):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_choose import RATIOS, SEEDS, groups_of, make_units
 
 from hft_trl import HFTConfig, HFTError, select
-from hft_trl.selection import choose, find_units
+from hft_trl.selection import find_units
+from hft_trl.selection.choose import choose
 
 
 @given(groups_of(200), RATIOS, SEEDS, st.data())

@@ -7,7 +7,7 @@ from test_trainers import dpo_trainer, losses, sft_trainer
 from trl import BEMACallback, DPOConfig, DPOTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.reference import moving
+from hft_trl.checkpoints import moving_reference as moving
 from hft_trl.trainers.compatibility import check_settings
 
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 2}

@@ -11,7 +11,7 @@ from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, select
 from hft_trl.frozen.elements import FrozenElements
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.measure import measure
-from hft_trl.reference.sharing import first_difference, hollow_copy, memory, tie
+from hft_trl.reference import first_difference, hollow_copy, memory, tie
 from hft_trl.selection import find_units
 from hft_trl.weights import named_modules, named_parameters, plain_name
 

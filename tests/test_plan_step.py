@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from hft_trl import HFTConfig, HFTError, select
 from hft_trl.planning.memory import LAYOUTS, Storage, at_peak, held, sizes
 from hft_trl.planning.trace import StepSettings, trace_step
-from hft_trl.reference.sharing import memory
+from hft_trl.reference import memory
 from hft_trl.skeleton import build_on_meta
 
 TESTS = Path(__file__).parent

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig
 
 from hft_trl import HFTError
-from hft_trl.reference.quantized import check_quantizable
+from hft_trl.recipe.quantized_reference import check_quantizable
 from hft_trl.selection import Selection
 
 DPO = [

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
+from hft_trl import reference as sharing
 from hft_trl.frozen.half import FrozenHalf
 from hft_trl.frozen.quantized_linear import QuantizedLinear, packed_away
-from hft_trl.reference import sharing
 from hft_trl.trainers.compatibility import check_settings
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])

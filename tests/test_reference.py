@@ -20,7 +20,7 @@ from trl import DPOConfig, KTOConfig
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import preference_dataset
-from hft_trl.reference.sharing import alias_copy, hollow_copy, memory
+from hft_trl.reference import alias_copy, hollow_copy, memory
 
 OFF = HFTConfig(share_reference=False)
 

@@ -15,7 +15,8 @@ from conftest import tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from hft_trl import HFTConfig, HFTError, Selection, select
-from hft_trl.selection import find_units, share_of
+from hft_trl.selection import find_units
+from hft_trl.selection.shares import share_of
 
 
 def on_meta(config):

@@ -2,11 +2,11 @@
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
@@ -15,8 +15,8 @@ from accelerate.utils import (
 )
 from transformers import TrainingArguments
 
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.weights import named_parameters, plain_name
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -28,10 +28,6 @@ EMPTY = (
 FSDP1 = (
     "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
     "accelerate_configs/fsdp2.yaml."
-)
-
-INSTEAD = (
-    "Larger models are divided by FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)."
 )
 
 
@@ -60,36 +56,9 @@ def sharded_by(args: TrainingArguments | None) -> str | None:
     return "DeepSpeed" if deepspeed else None
 
 
-def check_launch(args: TrainingArguments | None = None, model: str | torch.nn.Module | None = None) -> None:
-    """
-    Refuse, before a model is loaded, a launch under which a half can't be frozen.
-
-    Args:
-        args ([`~transformers.TrainingArguments`], *optional*):
-            The trainer's arguments.
-        model (`str` or `torch.nn.Module`, *optional*):
-            The model, or where it will be loaded from.
-
-    Raises:
-        [`HFTError`]: Naming the setting and what to use instead.
-    """
-    init = (vars(args).get("model_init_kwargs") if args is not None else None) or {}
-    asked = args.parallelism_config if args is not None else None
-    if asked is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        asked = ParallelismConfig()  # of the launch configuration
-    _check_parallelism(asked)
-    for name in ("tp_plan", "tp_size", "distributed_config"):
-        if isinstance(init, dict) and init.get(name) is not None:
-            raise HFTError(f"model_init_kwargs has {name}, which divides each matrix over GPUs: drop it. {INSTEAD}")
-    # A model object has been placed by its owner
-    if not isinstance(model, torch.nn.Module) and "device_map" not in init:
-        _check_one_gpu(args)
-    version = fsdp_version(args)
-    if version == 1:
-        raise HFTError(FSDP1)
-    # transformers writes it into the environment too where the trainer's arguments ask for FSDP
-    if version == 2 and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise HFTError(EMPTY)
+def replicates_frozen(config: HFTConfig, args: TrainingArguments | None) -> bool:
+    """Return whether FSDP2 leaves the frozen half whole in every process."""
+    return config.method == "hft" and config.replicate_frozen and fsdp_version(args) == 2
 
 
 def check_chain(stages: "Sequence[Stage]") -> None:
@@ -115,39 +84,24 @@ def check_chain(stages: "Sequence[Stage]") -> None:
             )
 
 
-def _check_parallelism(config: ParallelismConfig | None) -> None:
-    sizes = {"tp_size": config.tp_size, "cp_size": config.cp_size, "sp_size": config.sp_size} if config else {}
-    for name, size in sizes.items():
-        if size > 1:
-            raise HFTError(
-                f"parallelism_config has {name} {size}, but tensor, context and sequence parallelism were not tried with a frozen "
-                f"half: set it to 1. {INSTEAD}"
-            )
-
-
-def _check_one_gpu(args: TrainingArguments | None) -> None:
-    """TRL loads a model with `device_map="auto"` in a process that is alone: its layers would take turns on all GPUs."""
-    visible = 0 if args is not None and args.use_cpu else torch.cuda.device_count()
-    if visible > 1 and PartialState().num_processes == 1:
-        raise HFTError(
-            f"{visible} GPUs are visible to one process, over which TRL would divide the model's layers, so that only one GPU works "
-            "at a time: start one process for each with accelerate launch --config_file accelerate_configs/ddp.yaml (or fsdp2.yaml), "
-            "or show it one with CUDA_VISIBLE_DEVICES=0."
-        )
+def parallel_sizes(config: ParallelismConfig | None) -> dict[str, int]:
+    """Return the sizes of tensor, context and sequence parallelism by name, none without a configuration."""
+    return {"tp_size": config.tp_size, "cp_size": config.cp_size, "sp_size": config.sp_size} if config else {}
 
 
 def check_backend(state: AcceleratorState) -> None:
     """
-    Refuse a backend, or settings of one, under which a half can't be frozen or checked.
-
-    Args:
-        state ([`~accelerate.state.AcceleratorState`]):
-            State of the accelerator that the trainer runs on.
+    Reject a backend, or settings of one, that only the accelerator shows: those of a plugin object.
 
     Raises:
         [`HFTError`]: Naming the setting and what to use instead.
     """
-    _check_parallelism(state.parallelism_config)
+    for name, size in parallel_sizes(state.parallelism_config).items():
+        if size > 1:
+            raise HFTError(
+                f"parallelism_config has {name} {size}, which was not tried with a frozen half: set it to 1, and shard larger models "
+                "with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)."
+            )
     if state.distributed_type == DistributedType.FSDP:
         if state.fsdp_plugin.fsdp_version == 1:
             raise HFTError(FSDP1)
@@ -159,25 +113,6 @@ def saves_shards(accelerator: Accelerator) -> bool:
     """Whether FSDP's state dicts are sharded, so that transformers writes no model that can be loaded."""
     state = accelerator.state
     return state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type)
-
-
-def start_types(model: torch.nn.Module) -> dict[str, torch.dtype]:
-    """Types of the parameters that learn, by name, before accelerate's FSDP2 makes all of them float32 in mixed precision."""
-    return {name: parameter.dtype for name, parameter in named_parameters(model) if parameter.requires_grad}
-
-
-def cast_back(state_dict: dict[str, torch.Tensor], types: Mapping[str, torch.dtype]) -> None:
-    """
-    Give the tensors of a gathered state dict their start model's types, in place and one by one.
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`):
-            Tensors by parameter name, perhaps with the names of wrappers in between.
-        types (`Mapping[str, torch.dtype]`):
-            Types by parameter name, as [`start_types`] gives them. Other tensors stay as they are.
-    """
-    for name, tensor in state_dict.items():
-        state_dict[name] = tensor.to(types.get(plain_name(name), tensor.dtype))
 
 
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:

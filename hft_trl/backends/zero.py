@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin, parse_flag_from_env
+from accelerate.utils import DeepSpeedPlugin
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
@@ -34,26 +34,16 @@ def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-def prepare(args: TrainingArguments | None, hft_config: HFTConfig) -> None:
+def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     """
-    Set DeepSpeed up for a trainer that is about to be made, and see that its settings suit HFT.
+    Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.
 
-    Args:
-        args ([`~transformers.TrainingArguments`], *optional*):
-            The trainer's arguments. Under ZeRO-3 with frozen parameters their gradient checkpointing becomes reentrant.
-        hft_config ([`HFTConfig`]):
-            What to train.
+    Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
 
     Raises:
         [`HFTError`]: Naming the setting and what to use instead.
     """
-    if args is None:
-        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            raise HFTError("args is None: under DeepSpeed pass the trainer's config, such as SFTConfig(output_dir).")
-        return
     plugin = args.deepspeed_plugin
-    if plugin is None:
-        return
     # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share.
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
@@ -86,21 +76,19 @@ def _make_reentrant(args: TrainingArguments) -> None:
     args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
 
 
-def training_dtype(state: AcceleratorState) -> torch.dtype | None:
-    """The 16-bit type that DeepSpeed casts a whole model to, `None` where it doesn't."""
-    if state.deepspeed_plugin is None:
-        return None
+def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
+    """
+    Cast the parameters as DeepSpeed would when training starts, so that the frozen half's bits are known before.
+
+    Returns the remedy for a type that rounds, `None` where DeepSpeed does not cast.
+    """
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
         if state.deepspeed_plugin.get_value(key) is True:
-            return dtype
+            for parameter in model.parameters():
+                if not is_partitioned(parameter):  # else it was loaded in this type
+                    parameter.data = parameter.data.to(dtype)
+            return UNCAST
     return None
-
-
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters now as DeepSpeed would when training starts, so that the frozen half's bits are known before."""
-    for parameter in model.parameters():
-        if not is_partitioned(parameter):  # else it was loaded in this type
-            parameter.data = parameter.data.to(dtype)
 
 
 def log_reference(plugin: DeepSpeedPlugin) -> None:

@@ -8,39 +8,38 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 
+from hft_trl.checkpoints import moving_reference
 from hft_trl.checkpoints.preemption import StopAtStepEnd
 from hft_trl.checkpoints.sealing import check_layout, layout, sealing
 from hft_trl.checkpoints.whole import check_whole, last_finite_checkpoint, last_whole_checkpoint, resuming
 from hft_trl.errors import HFTError
-from hft_trl.reference import moving
-from hft_trl.selection import Selection
 
 
 class ResumableMixin:
     """
-    Gives a [`~transformers.Trainer`] checkpoints that are whole or rejected. Put it before the trainer.
+    Gives any [`~transformers.Trainer`] exact resume. Put it before the trainer: `class MyTrainer(ResumableMixin, SFTTrainer): ...`.
 
-    It stops training at SIGTERM with a checkpoint, and at a loss that is no number, whatever the method. A reference that moves
-    (`sync_ref_model`) is in the checkpoints. At the end of its own `__init__` a class sets `_preemption` to what
-    [`StopAtStepEnd.install`] returns.
-
-    Attributes:
-        hft_selection ([`Selection`], *optional*): Which parameters learn; `None` where no half is drawn.
+    Checkpoints are complete or rejected, whatever moment the process is killed at. With `enable_jit_checkpoint` a SIGTERM ends
+    training after the current step with a checkpoint, and a loss that is NaN or infinite ends it before the optimizer can
+    spread it. A resumed run ends in the bytes of a run without a stop. A reference that moves (`sync_ref_model`) is in the
+    checkpoints. HFT does not need it, and it does not need HFT.
     """
 
-    hft_selection: Selection | None = None
-    _preemption: StopAtStepEnd | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._preemption = StopAtStepEnd.install(self)
 
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train as the parent does; refuse a checkpoint that is torn, or that this run can't go on from."""
+        """Train as the parent does. A checkpoint that is incomplete or does not fit this run is rejected."""
+        moving_reference.check(self.args)
         load = nullcontext()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
             if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
                 raise HFTError(
-                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume: train without "
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume from: train without "
                     "resume_from_checkpoint."
                 )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
@@ -52,14 +51,14 @@ class ResumableMixin:
         try:
             with load:
                 if resume_from_checkpoint and resume_from_checkpoint is not True:
-                    moving.load(self, resume_from_checkpoint)
+                    moving_reference.load(self, resume_from_checkpoint)
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._preemption is not None:
                 self._preemption.put_away()
 
     def _check_same_training(self, checkpoint: str) -> None:
-        """Refuse a whole checkpoint of a training that this trainer can't go on with. For classes that know of such."""
+        """Reject a complete checkpoint of a training that this trainer cannot continue. For classes that know of such."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
@@ -75,14 +74,15 @@ class ResumableMixin:
         run = Path(self._get_output_dir(trial=trial))
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with sealing(self, checkpoint):
-            moving.save(self, checkpoint)  # before the parent's, which uploads it
+            moving_reference.save(self, checkpoint)  # before the parent's, which uploads it
             super()._save_checkpoint(model, trial)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step; stop at a loss that is NaN or infinite, before the optimizer can spread it."""
-        loss = super().training_step(*args, **kwargs)
-        self._check_finite(loss)
-        return loss
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Compute as the parent does. A loss that is NaN or infinite is an error before the backward pass."""
+        computed = super().compute_loss(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._check_finite(computed[0] if isinstance(computed, tuple) else computed)
+        return computed
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         if not torch.isfinite(loss):

@@ -13,11 +13,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, read_object, write_json, writing
-from hft_trl.selection import SELECTION_FILE
+from hft_trl.files import flush, read_object, sync, write_json, writing
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "hft_checkpoint.json"
+UNSEALED_FILE = "_unsealed"  # marks a checkpoint that is being saved; what begins with a line is not uploaded
 VERSION = 1
 REPLICATED = "one process or DDP"
 
@@ -68,6 +68,11 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
         with writing(checkpoint):
             whole = incomplete_because(checkpoint) is None
             replaced = set_aside(checkpoint, "replaced" if whole else "torn")
+    if args.should_save:
+        with writing(checkpoint):
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / UNSEALED_FILE).touch()
+            sync(checkpoint)
     trainer.accelerator.wait_for_everyone()  # the others must not write into the folder while it is being moved
     limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files are there
     try:
@@ -90,6 +95,7 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
 
 def seal(checkpoint: Path, content: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint whose other files are all written."""
+    (checkpoint / UNSEALED_FILE).unlink(missing_ok=True)
     flush(checkpoint)
     files = {
         str(path.relative_to(checkpoint)): path.stat().st_size
@@ -114,8 +120,8 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     """
     Which file of a checkpoint is missing or has another size than when it was saved; `None` if all are there.
 
-    A checkpoint without a manifest may be one of stock TRL, which is complete if its last file, `trainer_state.json`, is
-    there and HFT had no hand in it. One of an adapter is never taken over from stock TRL, so it has to have a manifest.
+    A checkpoint without a manifest is one of stock TRL, or of a trainer without [`ResumableMixin`]. It is complete if its last
+    file, `trainer_state.json`, exists.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -123,7 +129,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"{MANIFEST_FILE} can't be read ({error})"
     if manifest is None:
-        if (checkpoint / SELECTION_FILE).exists() or (checkpoint / ADAPTER_SAFE_WEIGHTS_NAME).exists():
+        if (checkpoint / UNSEALED_FILE).exists():
             return f"{MANIFEST_FILE}, which is written last, is missing"
         return None if (checkpoint / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
     for name, size in manifest["files"].items():

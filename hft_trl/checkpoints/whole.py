@@ -10,44 +10,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
 from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import by_first_process
-from hft_trl.selection import SELECTION_FILE, Selection
-from hft_trl.selection.marks import remembered
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
-
-
-def selection_of(model: PreTrainedModel) -> Selection | None:
-    """
-    The selection that a model was trained with, `None` if it has none.
-
-    It is the one that this object was last trained with, otherwise that of the folder or hub repository it was loaded from.
-    """
-    if (selection := remembered(model)) is not None:
-        return selection
-    source = model.config._name_or_path
-    if Path(source).is_dir():
-        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
-    try:
-        file = cached_file(
-            source,
-            SELECTION_FILE,
-            revision=vars(model.config).get("_commit_hash"),
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # a folder that is gone by now, or a name that is no hub id
-        return None
-    return Selection.load(Path(file).parent) if file is not None else None
 
 
 def holds_only_model(checkpoint: str | Path) -> bool:
@@ -237,47 +210,3 @@ def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
             f"resuming from {checkpoint} failed before its first step was done ({type(error).__name__}: {first_line(error)}): if a "
             "file of it is damaged, remove the folder, so that the checkpoint before it is taken, or name another one."
         ) from error
-
-
-def check_resumable(selection: Selection, checkpoint: str | Path) -> None:
-    """
-    Refuse to resume a checkpoint that was trained with another selection or from another start model.
-
-    With another mask the optimizer's states would be handed to the wrong parameters, silently where shapes agree.
-
-    Args:
-        selection ([`Selection`]):
-            The selection of the trainer that wants to resume.
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder.
-
-    Raises:
-        [`HFTError`]: With both digests and the settings that differ.
-    """
-    if not (Path(checkpoint) / SELECTION_FILE).is_file():
-        raise HFTError(
-            f"{checkpoint} has no {SELECTION_FILE}: it was not trained with HFT, so HFT can't resume from it."
-        )
-    saved = Selection.load(checkpoint)
-    if saved.digest != selection.digest:
-        ours, theirs = selection.config.selecting(), saved.config.selecting()
-        settings = [
-            f"{key} {theirs.get(key, 'unused')!r} there, {ours.get(key, 'unused')!r} here"
-            for key in ours | theirs
-            if theirs.get(key) != ours.get(key)
-        ]
-        if saved.seed != selection.seed:
-            settings.append(f"effective seed {saved.seed} there, {selection.seed} here")
-        raise HFTError(
-            f"{checkpoint} was trained with selection {saved.digest[:16]}, this run has {selection.digest[:16]} "
-            f"({'; '.join(settings) or 'the parameter names or masks differ'}): resume with the checkpoint's settings, or train "
-            "into another output_dir."
-        )
-    if saved.start_model and selection.start_model and saved.start_model != selection.start_model:
-        start, here = saved.start_model, selection.start_model
-        if start["weights_digest"] != here["weights_digest"]:
-            raise HFTError(
-                f"{checkpoint} was started from {start['name_or_path']!r} (weights {start['weights_digest'][:16]}), this "
-                f"run from {here['name_or_path']!r} (weights {here['weights_digest'][:16]}): start from the same model, "
-                "or train into another output_dir."
-            )

@@ -75,8 +75,8 @@ def select_command(
     settings = given(**locals())
     config = HFTConfig(**settings)
     with quiet():
-        from hft_trl.checkpoints.whole import selection_of
         from hft_trl.planning.shapes import shape_of
+        from hft_trl.selection.marks import selection_of
         from hft_trl.skeleton import build_on_meta
 
         skeleton = build_on_meta(model_path(model) if revision else shape_of(model), revision, trust_remote_code)

@@ -93,7 +93,6 @@ def plan_command(
     )
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():
-        from hft_trl.checkpoints.whole import selection_of
         from hft_trl.planning.advice import what_helps
         from hft_trl.planning.fit import Planner, operations_ratios
         from hft_trl.planning.memory import Storage
@@ -101,6 +100,7 @@ def plan_command(
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
         from hft_trl.planning.task import Task
         from hft_trl.planning.write import write as write_plan
+        from hft_trl.selection.marks import selection_of
         from hft_trl.skeleton import build_on_meta
 
         task = Task(

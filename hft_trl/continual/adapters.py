@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from hft_trl.backends.fsdp import fsdp_version
-from hft_trl.checkpoints.preemption import StopAtStepEnd
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.continual_arguments import LoRAArguments
 from hft_trl.continual.rounds import ADAPTER_FOLDER, Adapter, Round
@@ -40,7 +39,6 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
         # A new adapter is drawn, which can differ in its last bits between machines. All other weights are read.
         read = ((name, p) for name, p in self.model.named_parameters() if adapter.start or not p.requires_grad)
         self._start = {"name_or_path": model, "weights_digest": combined_digest(fingerprints(read))}
-        self._preemption = StopAtStepEnd.install(self)
 
     def _check_same_training(self, checkpoint: str) -> None:
         path = Path(checkpoint) / START_FILE

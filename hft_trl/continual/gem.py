@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from hft_trl.backends.fsdp import fsdp_version
+from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
@@ -20,7 +21,7 @@ MARGIN = 0.5
 EPSILON = 1e-4
 
 
-class GEMTrainer(HFTSFTTrainer):
+class GEMTrainer(ResumableMixin, HFTSFTTrainer):
     """
     [`HFTSFTTrainer`] with Gradient Episodic Memory (https://huggingface.co/papers/1706.08840).
 

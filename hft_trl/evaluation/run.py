@@ -14,8 +14,8 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 
 from hft_trl import demo
-from hft_trl.backends.fsdp import check_launch
 from hft_trl.chat import load_tokenizer, prompt_ids
+from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
@@ -23,6 +23,7 @@ from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_
 from hft_trl.files import read_object, write_json
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
+from hft_trl.trainers.compatibility import check
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
@@ -76,7 +77,7 @@ def evaluate_models(
     tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
     check_harness()
-    check_launch()  # FSDP may leave every process but the first with empty weights
+    check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
     state = PartialState(cpu=not torch.accelerator.is_available())
     if limit is not None and limit < state.num_processes:
         raise HFTError(

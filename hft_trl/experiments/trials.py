@@ -111,9 +111,11 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
     """Train one stage with the demo's settings, or resume it, and return the folder of its model."""
     from trl import DPOConfig, SFTConfig
 
-    from hft_trl import HFTDPOTrainer, HFTSFTTrainer
+    from hft_trl import HFTDPOTrainer, HFTSFTTrainer, ResumableMixin
     from hft_trl.recipe import parse_recipe
     from hft_trl.recipe.folder import open_stages
+
+    class ResumableTrainer(ResumableMixin, HFTSFTTrainer if run.how == "sft" else HFTDPOTrainer): ...
 
     words = ["--config", str(demo.RECIPE), "--model", str(start), "--output_dir", str(folder)]
     words += ["--method", run.hft.get("method", "hft"), *flags]
@@ -128,7 +130,7 @@ def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> 
     open_stages([stage])
     if not stage.finished():
         stage.load_data()
-        trainer = (HFTSFTTrainer if run.how == "sft" else HFTDPOTrainer)(
+        trainer = ResumableTrainer(
             model=str(start),
             args=stage.args,
             train_dataset=stage.train_dataset,

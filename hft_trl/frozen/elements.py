@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from hft_trl.selection import Masks
+from hft_trl.frozen.half import Storage
 from hft_trl.weights import fingerprint, named_parameters
 
 
@@ -17,47 +18,43 @@ class _Part(NamedTuple):
     digest: str
 
 
-class FrozenElements:
+class FrozenElements(Storage):
     """
-    Keeps the bits of single elements, whatever the optimizer does, as long as it is entered (`with frozen_elements: ...`).
+    Keeps the bits of single elements while a trainer trains, whatever the optimizer does.
 
-    Gradients are masked as they are computed, so that clipping and the optimizer's moments see the elements that learn only.
-    What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, by values that are kept: one
-    byte for each element of the layers, and the frozen ones once more in the model's type.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model with the start model's weights, before anything has wrapped it.
-        masks ([`Masks`]):
-            Which elements learn.
+    Gradients are masked as they are computed, so that clipping and the optimizer's moments see only the elements that learn.
+    What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, from values that are kept:
+    one byte per element of the layers, and the frozen elements once more in the model's type.
     """
 
-    def __init__(self, model: torch.nn.Module, masks: Masks) -> None:
+    def __init__(self) -> None:
         self._parts: dict[str, _Part] = {}
         self._handles: list[RemovableHandle] = []
-        for name, parameter in named_parameters(model):
+
+    def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
+        """Note which elements are frozen, and their values."""
+        masks = trainer.hft_selection.masks
+        for name, parameter in named_parameters(policy):
             if name in masks.learning:
                 frozen = ~masks.draw(name, parameter.shape).to(parameter.device)
                 values = parameter.detach()[frozen]
                 self._parts[name] = _Part(parameter, frozen, values, fingerprint(values))
 
-    def __enter__(self) -> None:
-        """Nothing is held before [`watch`] says by what the model is trained."""
-
-    def __exit__(self, *_: object) -> None:
-        # Another trainer may go on with the same model.
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the gradients, and put the frozen elements back after each step of the optimizer that trains the model."""
+    def training_begins(self, trainer: Any) -> None:
+        """Mask the gradients, and put the frozen elements back after each step of the optimizer."""
         for name, part in self._parts.items():  # the model may have been brought to its device only now
             device = part.parameter.device
             self._parts[name] = part = part._replace(frozen=part.frozen.to(device), values=part.values.to(device))
             mask = partial(torch.Tensor.masked_fill, mask=part.frozen, value=0)
             self._handles.append(part.parameter.register_hook(mask))
-        self._handles.append(optimizer.register_step_post_hook(self._put_back))
+        # accelerate wraps the optimizer that takes the steps
+        self._handles.append(trainer.optimizer.optimizer.register_step_post_hook(self._put_back))
+
+    def training_ends(self, trainer: Any) -> None:  # noqa: ARG002
+        """Remove the hooks: another trainer may train the same model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     @torch.no_grad()
     def _put_back(self, *_: Any) -> None:
@@ -65,12 +62,7 @@ class FrozenElements:
             part.parameter.masked_scatter_(part.frozen, part.values)
 
     def check(self) -> None:
-        """
-        Compare the frozen elements with their fingerprints.
-
-        Raises:
-            [`RuntimeError`]: Naming the first parameter of which a frozen element moved.
-        """
+        """Compare the frozen elements with their fingerprints."""
         for name, part in self._parts.items():
             if fingerprint(part.parameter.detach()[part.frozen]) != part.digest:
                 raise RuntimeError(f"a frozen element of {name} moved during training: nothing was saved as a success")

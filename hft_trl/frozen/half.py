@@ -1,234 +1,188 @@
-"""The frozen half in memory: what its bits were, whether they still are, and in which type it is held."""
+"""The half that must keep its bits: its fingerprints, and the interface of what stores it in another way."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import resolved
-from hft_trl.frozen.quantized_linear import QuantizedLinear, frozen_matrices
-from hft_trl.weights import fingerprints, named_parameters, plain_name, tensors, weight_files
+from hft_trl.selection import Selection, select
+from hft_trl.selection.marks import frozen_by_user, selection_of
+from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters, plain_name
 
-logger = logging.get_logger(__name__)
+
+def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, "FrozenHalf"]:
+    """
+    Draw a trainer's selection, apply it to the policy, and fingerprint the half that is frozen.
+
+    The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
+
+    Raises:
+        [`HFTError`]: If the processes disagree, or the model was loaded in a type that rounds its weights.
+    """
+    config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
+    if previous is not None and previous.masks is not None:
+        from hft_trl.trainers.compatibility import check
+
+        check(trainer.args, config, after_elements=True)
+    selection = select(policy, config, previous, partial(_gradients, trainer, policy))
+    if hft and (kept := frozen_by_user(policy)):
+        trainer.accelerator.print(
+            f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
+        )
+    digests = set(gather_object([selection.digest]))
+    if len(digests) > 1:
+        raise HFTError(f"the processes drew different selections ({', '.join(sorted(digests))}): report a bug.")
+    if hft:
+        remedy = None
+        if trainer.is_deepspeed_enabled:
+            from hft_trl.backends import zero
+
+            remedy = zero.cast(policy, trainer.accelerator.state)
+        types = {name: parameter.dtype for name, parameter in named_parameters(policy) if not parameter.is_meta}
+        check_not_rounded(policy.config._name_or_path, types, remedy)
+    start = fingerprints(named_parameters(policy))
+    source = {"name_or_path": policy.config._name_or_path, "weights_digest": combined_digest(start)}
+    selection.apply(policy)
+    learns = set(selection.trainable) if hft else start.keys()
+    half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns}, hft)
+    return dataclasses.replace(selection, start_model=source), half
+
+
+def _gradients(trainer: Any, policy: PreTrainedModel, names: list[str]) -> dict[str, float]:
+    from hft_trl.trainers.gradient_norms import measured_once
+
+    config = trainer.hft_config
+    return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
 
 
 class FrozenHalf:
     """
-    The parameters that must keep their bits, known by their fingerprints.
+    The parameters that must keep their bits, and the types of those that learn.
 
     Args:
+        model (`torch.nn.Module`):
+            The model, to which the selection has been applied. Nothing has wrapped it yet.
         digests (`dict[str, str]`):
             Fingerprint (SHA-256, hex) of every frozen parameter by name. Empty where everything learns.
+        hft (`bool`, *optional*, defaults to `True`):
+            Whether the method is `"hft"`. With `"fft"` the model is saved as the parent saves it.
     """
 
-    def __init__(self, digests: dict[str, str]) -> None:
+    def __init__(self, model: torch.nn.Module, digests: dict[str, str], hft: bool = True) -> None:
         self.digests = digests
-        self._cast: dict[str, tuple[Path, torch.dtype, str]] = {}
-        self._first_name: dict[str, str] = {}
-
-    def hold_in(
-        self,
-        dtype: torch.dtype,
-        model: PreTrainedModel,
-        revision: str | None = None,
-        reference: torch.nn.Module | None = None,
-    ) -> None:
-        """
-        Hold the frozen half in a smaller type, without a copy in the larger one.
-
-        Where that rounds, or the start model's file has another type, the file's own tensors are saved later on. A
-        parameter stays as it is where rounding would change it and no file holds it under its name (fused experts), where
-        its values do not fit, in an `nn.LayerNorm`, which can't compute with two types on a CPU, and in a norm of queries or keys.
-
-        Args:
-            dtype (`torch.dtype`):
-                The type.
-            model ([`~transformers.PreTrainedModel`]):
-                The model before its first step and before anything has wrapped it.
-            revision (`str`, *optional*):
-                Branch, tag or commit that the model was loaded from.
-            reference (`torch.nn.Module`, *optional*):
-                A reference with weights of its own, which is rounded likewise, so that it stays the start model.
-        """
-        kept = kept_in_their_type(model)
-        parameters = {name: p for name, p in named_parameters(model) if name in self.digests}
-        others = dict(named_parameters(reference)) if reference is not None else {}
-        files = _start_files(model, revision)
-        on_disk = _on_disk(files, parameters)
-        left = []
-        for name, parameter in parameters.items():
-            loaded = parameter.data
-            if id(parameter) not in kept:
-                cast = loaded.to(dtype)
-                if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
-                    parameter.data = cast
-                    if name in others:
-                        others[name].data = others[name].data.to(dtype)
-                else:
-                    left.append(name)
-            if on_disk.get(name, parameter.dtype) != parameter.dtype:
-                self._cast[name] = (files[name], loaded.dtype, self.digests[name])
-        if left:
-            logger.warning(
-                f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: they do not fit "
-                f"into {str(dtype).removeprefix('torch.')}, and could not be saved with their own bits from "
-                f"{model.config._name_or_path!r}, whose safetensors files do not hold them under these names."
-            )
-        self._note_names(model)
-        self.digests = self.digests | fingerprints(parameters.items())
-
-    def quantize(
-        self,
-        kind: str,
-        model: PreTrainedModel,
-        revision: str | None = None,
-        reference: torch.nn.Module | None = None,
-    ) -> None:
-        """
-        Hold the frozen matrices of attention and feed-forward in 8 or 4 bits. The start model's file is what is saved later on.
-
-        What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays whole,
-        which is said.
-
-        Args:
-            kind (`str`):
-                `"int8"` or `"nf4"`.
-            model ([`~transformers.PreTrainedModel`]):
-                The model before its first step and before anything has wrapped it.
-            revision (`str`, *optional*):
-                Branch, tag or commit that the model was loaded from.
-            reference (`torch.nn.Module`, *optional*):
-                A reference that shares the frozen half, which then shares the quantised modules.
-        """
-        self._note_names(model)
-        matrices = frozen_matrices(model, self.digests.keys())
-        files = _start_files(model, revision)
-        on_disk = _on_disk(files, {name: model.get_parameter(name) for name in matrices})
-        before, after, left = 0, 0, []
-        for name in matrices:
-            path, parameter, linear = name.rpartition(".")[0], model.get_parameter(name), matrices[name]
-            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
-            quantized = QuantizedLinear(linear, kind) if linear is not None and name in on_disk else None
-            if quantized is None or not quantized.fits:
-                left.append(name)
-                continue
-            before, after = before + parameter.nbytes, after + quantized.nbytes
-            self._cast[name] = (files[name], parameter.dtype, self.digests[name])
-            for holder in (model, reference):
-                if holder is not None:
-                    holder.set_submodule(path, quantized)
-            held_as = [(f"{path}.packed", quantized.packed), (f"{path}.scale", quantized.scale)]
-            self.digests = {key: digest for key, digest in self.digests.items() if key != name} | fingerprints(held_as)
-        held = len(matrices) - len(left)
-        PartialState().print(f"frozen half: {held} matrices in {kind}, {after:,} bytes instead of {before:,}.")
-        if left:
-            logger.warning(
-                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
-                f"their own, too large for {kind}, or not in the safetensors files of {model.config._name_or_path!r} under these "
-                "names and with these values."
-            )
-
-    def _note_names(self, model: torch.nn.Module) -> None:
-        """Note the first of each tied parameter's names, under which the files may hold it."""
-        by_id: dict[int, str] = {}
-        for name, parameter in named_parameters(model, remove_duplicate=False):
-            self._first_name[name] = by_id.setdefault(id(parameter), name)
-
-    def as_saved(
-        self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
-    ) -> dict[str, torch.Tensor] | None:
-        """
-        What to save of a model: its state dict with the start model's own tensors where [`hold_in`] has rounded them.
-
-        Args:
-            model (`torch.nn.Module`):
-                The model.
-            state_dict (`dict[str, torch.Tensor]`, *optional*):
-                Its whole state dict if the backend had to gather it.
-            folder (`str`):
-                Where it will be saved.
-
-        Raises:
-            [`HFTError`]: If the start model's files are gone or have changed.
-        """
-        if not self._cast:
-            return state_dict
-        files = {name: path for name, (path, _, _) in self._cast.items()}
-        try:
-            start = dict(tensors(files, files))
-        except (OSError, SafetensorError) as error:
-            raise HFTError(
-                f"the frozen half is saved from the start model's files, and one is gone or torn ({error}): restore it."
-            ) from error
-        found = fingerprints((name, tensor.to(self._cast[name][1])) for name, tensor in start.items())
-        for name, digest in found.items():
-            if digest != self._cast[name][2]:
-                raise HFTError(
-                    f"the frozen half is saved from the start model's files, but {name} has changed in {str(files[name])!r}: "
-                    "restore the file."
-                )
-        if any(resolved(path).parent == resolved(folder) for path in files.values()):
-            start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
-        saved, named = {}, set()
-        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-            plain = plain_name(name)
-            first = self._first_name.get(plain, plain)
-            saved[name] = start.get(first, tensor)
-            named.add(first)
-        return saved | {name: start[name] for name in start.keys() - named}  # quantised matrices are in no state dict
+        learning = ((name, p.dtype) for name, p in named_parameters(model) if p.requires_grad)
+        self.learning_types = dict(learning) if hft else {}
 
     def check(self, model: torch.nn.Module) -> None:
         """
         Compare the frozen half of a model with its fingerprints. Under a sharded backend every process has to call.
 
-        Args:
-            model (`torch.nn.Module`):
-                The model without the backend's outermost wrapper.
-
         Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved or is gone.
+            [`RuntimeError`]: Naming the first frozen parameter that moved or is missing.
         """
         if not self.digests:
             return
         found = fingerprints((name, tensor) for name, tensor in named_parameters(model) if name in self.digests)
         for name in self.digests.keys() - found.keys():
-            raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it can't be checked")
+            raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it cannot be checked")
         for name, digest in found.items():
             if digest != self.digests[name]:
                 raise RuntimeError(
                     f"the frozen parameter {name} moved during training: nothing was saved as a success"
                 )
 
+    @staticmethod
+    def only_shards_saved(trainer: Any) -> bool:
+        """Return whether FSDP saves shards, which are enough to resume from, but which no `from_pretrained` loads."""
+        return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
-def kept_in_their_type(model: torch.nn.Module) -> set[int]:
+    def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Cast a gathered state dict back, in place: accelerate's FSDP2 holds what learns in float32 in mixed precision."""
+        for name, tensor in state_dict.items():
+            state_dict[name] = tensor.to(self.learning_types.get(plain_name(name), tensor.dtype))
+
+    def write_dtype(self, model: PreTrainedModel, folder: str) -> None:
+        """
+        Correct the type in a saved config, where it could round parameters at the next loading.
+
+        transformers names the type of the first parameter in memory.
+        """
+        dtype = reduce(torch.promote_types, self.learning_types.values())
+        if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
+            model.config.dtype = dtype
+            model.config.save_pretrained(folder)
+
+
+class Storage:
     """
-    The `id` of each parameter that [`FrozenHalf.hold_in`] leaves as it is whatever its values are: those of `nn.LayerNorm`, and
-    of norms inside of attention. If one of query and key were normed in the smaller type, flash attention would refuse the pair.
+    One optional way to store or update the model, loaded only where its setting asks for it.
+
+    Each method does nothing by default. A trainer calls them in this order: `settle` once, before anything has wrapped the
+    policy; `before_training`, `training_begins` (policy and optimizer are wrapped) and `training_ends` in each `train`;
+    `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
     """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
-    norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]
-    return {id(parameter) for norm in norms for parameter in norm.parameters()}
+
+    frees_gradients = False
+    """Whether no gradient is left after the backward pass."""
+
+    def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
+        """Store the policy, and the `reference` where it follows the policy, in this way."""
+
+    def before_training(self, trainer: Any) -> None: ...
+
+    def training_begins(self, trainer: Any) -> None: ...
+
+    def training_ends(self, trainer: Any) -> None: ...
+
+    def check(self) -> None:
+        """Raise a [`RuntimeError`] if something moved that this storage keeps."""
+
+    def saved(
+        self,
+        model: torch.nn.Module,  # noqa: ARG002
+        state_dict: dict[str, torch.Tensor] | None,
+        folder: str,  # noqa: ARG002
+    ) -> dict[str, torch.Tensor] | None:
+        """Return the state dict to save into a folder in place of the given one; `None` stands for the model's own."""
+        return state_dict
+
+    def evaluating(self, trainer: Any) -> AbstractContextManager:  # noqa: ARG002
+        """Return the context that an evaluation step needs."""
+        return nullcontext()
 
 
-def _start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
-    """The safetensors file of every tensor of the model that was loaded, by name; nothing if there are none."""
-    try:
-        return weight_files(model.config._name_or_path, revision)
-    except (HFTError, OSError):
-        return {}
+def storages(config: HFTConfig, masked: bool) -> list[Storage]:
+    """
+    Return the storages that the settings ask for. `masked` says whether the selection freezes single elements.
 
+    Their modules are imported here, so that a run without them loads none.
+    """
+    found: list[Storage] = []
+    hft = config.method == "hft"
+    if hft and config.frozen_dtype:
+        from hft_trl.frozen.smaller_type import SmallerType
 
-def _on_disk(files: Mapping[str, Path], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
-    """Type on disk of each parameter that a file holds under its name, with its values."""
-    found = {}
-    for name, tensor in tensors(files, parameters.keys() & files.keys()):
-        loaded = parameters[name].detach().cpu()
-        if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
-            found[name] = tensor.dtype
+        found.append(SmallerType(config.frozen_dtype))
+    if config.replicate_frozen:
+        from hft_trl.frozen.replicated import Replicated
+
+        found.append(Replicated())
+    if hft and config.frozen_quantization:
+        from hft_trl.frozen.quantized_linear import Quantized
+
+        found.append(Quantized(config.frozen_quantization))
+    if masked:
+        from hft_trl.frozen.elements import FrozenElements
+
+        found.append(FrozenElements())
+    if config.optimizer_in_backward:
+        from hft_trl.trainers.optimizer_in_backward import OptimizerInBackward
+
+        found.append(OptimizerInBackward())
     return found

@@ -6,13 +6,19 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from torch import nn
+from transformers.utils import logging
 
+from hft_trl.frozen.smaller_type import SavedFromStart, start_files, types_on_disk
 from hft_trl.selection import find_units
+from hft_trl.weights import fingerprints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 BLOCK = 64
 """Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
@@ -112,19 +118,60 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.module.whole(gradient.dtype), None
 
 
+class Quantized(SavedFromStart):
+    """
+    Holds the frozen matrices of attention and feed-forward in 8 (`"int8"`) or 4 bits (`"nf4"`).
+
+    What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays whole.
+    A warning names it.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def settle(self, trainer: Any, policy: "PreTrainedModel", reference: nn.Module | None) -> None:
+        """Quantise the frozen matrices. A reference that shares the frozen half gets the same modules."""
+        if reference is None and vars(trainer).get("ref_model") is not None:
+            logger.warning(
+                "hft.frozen_quantization leaves the reference whole, since ref_model was passed: the policy starts beside it, "
+                "and the first rewards are not zero."
+            )
+        half = trainer.frozen_half
+        self.note_names(policy)
+        matrices = frozen_matrices(policy, half.digests.keys())
+        files = start_files(policy, trainer.args.model_init_kwargs)
+        on_disk = types_on_disk(files, {name: policy.get_parameter(name) for name in matrices})
+        before, after, left = 0, 0, []
+        for name in matrices:
+            path, parameter, linear = name.rpartition(".")[0], policy.get_parameter(name), matrices[name]
+            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
+            quantized = QuantizedLinear(linear, self._kind) if linear is not None and name in on_disk else None
+            if quantized is None or not quantized.fits:
+                left.append(name)
+                continue
+            before, after = before + parameter.nbytes, after + quantized.nbytes
+            self.hold(name, files[name], parameter.dtype, half.digests.pop(name))
+            for holder in (policy, reference):
+                if holder is not None:
+                    holder.set_submodule(path, quantized)
+            held_as = [(f"{path}.packed", quantized.packed), (f"{path}.scale", quantized.scale)]
+            half.digests.update(fingerprints(held_as))
+        held = len(matrices) - len(left)
+        PartialState().print(f"frozen half: {held} matrices in {self._kind}, {after:,} bytes instead of {before:,}.")
+        if left:
+            logger.warning(
+                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
+                f"their own, too large for {self._kind}, or not in the safetensors files of {policy.config._name_or_path!r} "
+                "under these names and with these values."
+            )
+
+
 def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
     """
-    The frozen matrices of attention and feed-forward, and which of them a [`QuantizedLinear`] can stand for.
+    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that it is the weight of.
 
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device, the meta device included.
-        frozen (`Collection[str]`):
-            Names of the frozen parameters.
-
-    Returns:
-        `dict[str, nn.Linear or None]`: By the matrix' name the wholly frozen `nn.Linear` that it is the weight of, `None`
-        where it is of none (fused experts, GPT-2's Conv1D) or is tied to another one.
+    The value is `None` where no [`QuantizedLinear`] can replace it: fused experts, GPT-2's Conv1D, a tied matrix.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}

@@ -2,70 +2,62 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
-from transformers import TrainingArguments
+from transformers import PreTrainedModel
 
-from hft_trl.backends.fsdp import fsdp_version
-from hft_trl.config import HFTConfig
+from hft_trl.backends.fsdp import replicates_frozen
 from hft_trl.errors import HFTError
-from hft_trl.frozen.half import kept_in_their_type
+from hft_trl.frozen.half import Storage
+from hft_trl.frozen.smaller_type import kept_in_their_type
 from hft_trl.weights import combined_digest, named_parameters
 
 FFT = "hft.replicate_frozen changes nothing with method fft, which freezes nothing."
 WHOLE_ANYWAY = "hft.replicate_frozen changes nothing without FSDP2: every process holds the whole model anyway."
 
 
-def wanted(hft_config: HFTConfig, args: TrainingArguments | None) -> bool:
-    """
-    Whether FSDP2 is to leave the frozen half whole, known before there is an accelerator.
+class Replicated(Storage):
+    """Has FSDP2 leave the policy's frozen half whole in every process."""
 
-    Args:
-        hft_config ([`HFTConfig`]):
-            What to train.
-        args ([`~transformers.TrainingArguments`], *optional*):
-            The trainer's arguments.
+    def __init__(self) -> None:
+        self._whole: list[torch.nn.Parameter] = []
+        self._left: Any = None
 
-    Raises:
-        [`HFTError`]: Under DeepSpeed, which can't leave a part of a model whole.
-    """
-    if not hft_config.replicate_frozen or hft_config.method != "hft":
-        return False
-    if args is not None and args.deepspeed_plugin is not None:
-        raise HFTError(
-            "hft.replicate_frozen is true, but DeepSpeed stores the parameters itself: set it to false, or train under FSDP2, "
-            "as in accelerate_configs/fsdp2.yaml."
+    def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
+        """Choose what stays whole, check it, and print what the setting does here."""
+        config = trainer.hft_config
+        if not replicates_frozen(config, trainer.args):
+            PartialState().print(FFT if config.method == "fft" else WHOLE_ANYWAY)
+            return
+        self._whole = parameters(policy, trainer.frozen_half.digests)
+        check(trainer.accelerator, policy, self._whole, trainer.frozen_half.digests)
+        size, everything = (sum(p.nbytes for p in some) for some in (self._whole, policy.parameters()))
+        PartialState().print(
+            f"frozen half: {size:,} of the policy's {everything:,} bytes are whole in each process, FSDP2 shards the rest."
         )
-    return fsdp_version(args) == 2
 
+    def before_training(self, trainer: Any) -> None:
+        self._left = left_whole(trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model), self._whole)
+        self._left.__enter__()
 
-def report(
-    hft_config: HFTConfig, args: TrainingArguments, model: torch.nn.Module, whole: list[torch.nn.Parameter]
-) -> None:
-    """Say on the main process what [`HFTConfig`]'s `replicate_frozen` does here."""
-    if wanted(hft_config, args):
-        size, everything = (sum(p.nbytes for p in parameters) for parameters in (whole, model.parameters()))
-        say = f"frozen half: {size:,} of the policy's {everything:,} bytes are whole in each process, FSDP2 shards the rest."
-    else:
-        say = FFT if hft_config.method == "fft" else WHOLE_ANYWAY
-    PartialState().print(say)
+    def training_begins(self, trainer: Any) -> None:  # noqa: ARG002
+        self._left.__exit__(None, None, None)
+        self._left = None
+
+    def training_ends(self, trainer: Any) -> None:
+        if self._left is not None:  # training failed before it began
+            self.training_begins(trainer)
 
 
 def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn.Parameter]:
     """
-    What FSDP2 is to leave whole of a model.
+    Return the frozen parameters of a model that FSDP2 is to leave whole, given the names of all frozen ones.
 
-    Args:
-        model (`torch.nn.Module`):
-            The policy or its reference, not sharded yet.
-        frozen (`Collection[str]`):
-            Names of its frozen parameters.
-
-    Returns:
-        `list[torch.nn.Parameter]`: The frozen parameters without those that `frozen_dtype` leaves in their own type: FSDP2 casts
-            what it gathers to the type that it computes in, and nothing else.
+    Those that `frozen_dtype` leaves in their own type are not among them: FSDP2 casts only what it gathers to the type that it
+    computes in.
     """
     kept = kept_in_their_type(model)
     return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
@@ -75,17 +67,7 @@ def check(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]
 ) -> None:
     """
-    Refuse to leave parameters whole that could not be computed with, or that are not the same in every process.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's accelerator.
-        model (`torch.nn.Module`):
-            The policy before it is sharded.
-        whole (`list[torch.nn.Parameter]`):
-            Those of its parameters that FSDP2 is to leave whole.
-        digests (`dict[str, str]`):
-            Fingerprints of the frozen half by name. Every process has to call.
+    Reject whole parameters that FSDP2 cannot compute with, or that differ between processes. Every process has to call.
 
     Raises:
         [`HFTError`]: Naming the setting to change.
@@ -101,8 +83,9 @@ def check(
         if computes_in is not None and id(parameter) in ids and parameter.dtype != computes_in:
             ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (parameter.dtype, computes_in))
             raise HFTError(
-                f"hft.replicate_frozen is true, but {name} is {ours}, and FSDP2, which computes in {theirs}, casts only what it "
-                f"shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), or hft.replicate_frozen to false."
+                f"hft.replicate_frozen is true, but {name} is {ours}, and FSDP2, which computes in {theirs}, casts only what "
+                f"it shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), or "
+                "hft.replicate_frozen to false."
             )
     if len(set(gather_object([combined_digest(digests)]))) > 1:
         raise HFTError(
@@ -115,17 +98,9 @@ def left_whole(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], move: bool = True
 ) -> Iterator[None]:
     """
-    Have FSDP2 leave parameters of a model whole while it is sharded inside.
+    Have FSDP2 leave parameters of a model whole while it is sharded inside. An empty list changes nothing.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's accelerator.
-        model (`torch.nn.Module`):
-            The model that will be sharded.
-        whole (`list[torch.nn.Parameter]`):
-            The parameters to leave whole. With none, nothing is done.
-        move (`bool`, *optional*, defaults to `True`):
-            Whether to bring them to the process's own device, too.
+    With `move` they are brought to the process's own device.
     """
     if not whole:
         yield

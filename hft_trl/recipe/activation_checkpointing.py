@@ -14,15 +14,14 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hft_trl.backends.fsdp import fsdp_version
-from hft_trl.checkpoints.whole import selection_of
+from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
 from hft_trl.errors import HFTError
-from hft_trl.frozen import replicated
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.show import checkpointing
 from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
+from hft_trl.selection.marks import selection_of
 from hft_trl.skeleton import build_on_meta
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def _task(stage: "Stage", skeleton: PreTrainedModel, memory: int) -> Task:
             args.optim.value,
             frozen_quantization=stage.hft.frozen_quantization,
             optimizer_in_backward=stage.hft.optimizer_in_backward,
-            replicate_frozen=replicated.wanted(stage.hft, args),
+            replicate_frozen=replicates_frozen(stage.hft, args),
         ),
         autocast=args.mixed_precision != "no",
         device="cpu" if PartialState().device.type == "cpu" else "cuda",

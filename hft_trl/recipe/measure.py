@@ -14,15 +14,16 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.utils import logging
 
+from hft_trl import reference
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.errors import HFTError, first_line
 from hft_trl.frozen.quantized_linear import packed_away
-from hft_trl.reference import sharing
 from hft_trl.report import StageRecord, UnitChange
 from hft_trl.saved_models.comparison import relative_change
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.skeleton import build_on_meta
+from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import named_parameters, numel
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     )
     own_reference = vars(trainer).get("ref_model")
     beside, shared = (
-        sharing.memory(model, trainer.accelerator.unwrap_model(own_reference))
+        reference.memory(model, trainer.accelerator.unwrap_model(own_reference))
         if own_reference is not None
         else (None, None)
     )
@@ -80,7 +81,9 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, learns in sizes if learns)
     total = sum(size for size, _ in sizes) + packed_away(model)
-    method, selection = stage.hft.method if stage.hft is not None else None, trainer.hft_selection
+    method, selection = stage.hft.method if stage.hft is not None else None, None
+    if isinstance(trainer, HFTMixin):
+        selection = trainer.hft_selection
     if selection is not None and selection.masks is not None:
         masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
         trained -= sum(masked.values()) - sum(selection.masked.values())

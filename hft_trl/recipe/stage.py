@@ -14,23 +14,24 @@ from trl import DatasetMixtureConfig, SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, demo
+from hft_trl.checkpoints import moving_reference
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.checkpoints.whole import last_whole_checkpoint
 from hft_trl.config import HFTConfig
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
-from hft_trl.frozen import replicated
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, tokens_to_environment
 from hft_trl.recipe.data import check_apart, load_mixture, load_split
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.measure import measure, movements, reset_peak_memory
+from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
-from hft_trl.reference.quantized import check_quantizable, load_quantized
 from hft_trl.report import StageRecord
 from hft_trl.skeleton import build_on_meta
-from hft_trl.trainers.compatibility import check_choice, check_settings
+from hft_trl.trainers.compatibility import check
+from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import weight_files
 
 logger = logging.get_logger(__name__)
@@ -183,6 +184,12 @@ class Stage:
         Raises:
             [`HFTError`]: If no row has a trained token, the checkpoint has another selection, or the loss diverges.
         """
+        if not isinstance(trainer, ResumableMixin):
+            kind = type(trainer).__name__
+            raise HFTError(
+                f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put ResumableMixin before "
+                f"its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
+            )
         args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
         rows = len(self.train_dataset) if rows is None else rows
         packing = isinstance(args, SFTConfig) and args.packing
@@ -206,7 +213,7 @@ class Stage:
             trainer.save_state()
             trainer.create_model_card(dataset_name=self.data.dataset)
             PartialState().wait_for_everyone()  # until the main process has saved
-            if trainer.hft_selection is not None:
+            if isinstance(trainer, HFTMixin):
                 record.moved = movements(self, trainer.hft_selection, (self.base or self.model).model_name_or_path)
             if PartialState().is_main_process:
                 folder.mark_finished(self, record)
@@ -261,9 +268,8 @@ def make_stage(
         [`HFTError`]: If settings contradict each other or the recipe.
     """
     if hft is not None:  # checked here so that a mistake in a later stage is found before the first one trains
-        check_settings(args, hft)
-        check_choice(args, hft)
-        replicated.wanted(hft, args)
+        check(args, hft)
+    moving_reference.check(args)
     if args.resume_from_checkpoint is not None:
         raise HFTError(
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest whole "

@@ -7,7 +7,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hft_trl.backends import zero
-from hft_trl.backends.fsdp import check_launch
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.memory import DTYPES
@@ -24,8 +23,6 @@ def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig |
     With HFT, the backend and the loaded type must keep the frozen half unchanged. `hft` is `None` for an adapter.
     """
     trains_half = hft is not None and hft.method == "hft"
-    if trains_half:
-        check_launch(args)
     folder = Path(model.model_name_or_path)
     if folder.is_dir():
         if (folder / ADAPTER_CONFIG_NAME).is_file():

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit, learning_elements
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit
+from hft_trl.selection.shares import learning_elements
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
-from hft_trl.checkpoints.whole import selection_of
 from hft_trl.errors import HFTError
 from hft_trl.saved_models.comparison import Change, change, check_alike
 from hft_trl.saved_models.saved_model import SavedModel, short
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Unit, find_units
+from hft_trl.selection.marks import selection_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a model object remembers of HFT: the selection that it was trained with, and what a selection froze."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.selection.units import made_frozen
@@ -21,31 +22,51 @@ def remember(model: "PreTrainedModel", selection: "Selection") -> None:
 
 
 def remembered(model: "PreTrainedModel") -> "Selection | None":
-    """The selection that this model object was trained with, `None` if it was not trained with HFT since it was loaded."""
+    """Return the selection that this model object was trained with, `None` if it was not trained since it was loaded."""
     return vars(model).get(TRAINED_WITH)
 
 
 def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:
-    """Names of the parameters that a selection froze on this model object."""
+    """Return the names of the parameters that a selection froze on this model object."""
     return vars(model).get(FROZEN_BY_HFT, frozenset())
 
 
 def mark_frozen(model: "PreTrainedModel", names: Iterable[str]) -> None:
-    """Note which parameters of a model object a selection froze. All others that are frozen are so by the user or the class."""
+    """Note which parameters of a model object a selection froze. The user or the class froze all others."""
     setattr(model, FROZEN_BY_HFT, frozenset(names))
 
 
 def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
-    """
-    Names of the parameters that the user froze before a selection is drawn.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, before any wrapper renames its parameters.
-
-    Returns:
-        `frozenset[str]`: What has `requires_grad=False`, and was frozen neither by a selection nor by the model's class.
-    """
+    """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     return frozenset(unexplained - made_frozen(model)) if unexplained else frozenset()
+
+
+def selection_of(model: "PreTrainedModel") -> "Selection | None":
+    """
+    Return the selection that a model was trained with, `None` if it has none.
+
+    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its weights.
+    """
+    from transformers.utils import cached_file
+
+    from hft_trl.selection.selection import SELECTION_FILE, Selection
+
+    if (selection := remembered(model)) is not None:
+        return selection
+    source = model.config._name_or_path
+    if Path(source).is_dir():
+        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
+    try:
+        file = cached_file(
+            source,
+            SELECTION_FILE,
+            revision=vars(model.config).get("_commit_hash"),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone by now, or a name that is no hub id
+        return None
+    return Selection.load(Path(file).parent) if file is not None else None

@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json
-from hft_trl.selection.choose import choose
-from hft_trl.selection.elements import Masks, draw_masks
-from hft_trl.selection.importance import Squares, unit_scores
 from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
-from hft_trl.selection.shares import share_of
 from hft_trl.selection.units import Unit, find_units
 from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from hft_trl.selection.elements import Masks
+    from hft_trl.selection.importance import Squares
 
 SELECTION_FILE = "hft_selection.json"
 VERSION = 1
@@ -60,7 +58,7 @@ class Selection:
     frozen: tuple[str, ...]
     share: dict[str, float]
     start_model: dict[str, str] | None = field(default=None, compare=False)
-    masks: Masks | None = None
+    masks: "Masks | None" = None
 
     @cached_property
     def digest(self) -> str:
@@ -85,14 +83,10 @@ class Selection:
 
     def apply(self, model: "PreTrainedModel") -> None:
         """
-        Lets the trainable parameters of a model learn and freezes all others.
+        Let the trainable parameters of a model learn and freeze all others.
 
-        With method `"fft"` what an earlier selection froze on the same model object learns again, and nothing else changes.
-        Single elements are not frozen here, but by the trainers.
-
-        Args:
-            model ([`~transformers.PreTrainedModel`]):
-                The model, before any wrapper (DDP, FSDP, DeepSpeed) renames its parameters.
+        Call it before a wrapper (DDP, FSDP, DeepSpeed) renames parameters. With method `"fft"` what an earlier selection froze
+        on the same model object learns again, and nothing else changes. Single elements are frozen by the trainers.
 
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
@@ -107,7 +101,7 @@ class Selection:
         if missing:
             raise HFTError(
                 f"The selection names {missing[0]!r} (and {len(missing) - 1} more) that {type(model).__name__} does not "
-                "have: select anew for this model."
+                "have: draw a selection for this model."
             )
         trainable = set(self.trainable)
         others = {name for name, p in parameters.items() if not p.requires_grad} - before
@@ -116,19 +110,9 @@ class Selection:
         mark_frozen(model, parameters.keys() - trainable - others)
 
     def save(self, directory: str | Path) -> Path:
-        """
-        Writes `hft_selection.json`.
+        """Write `hft_selection.json` into a folder, which is made if it does not exist, and return its path."""
+        from hft_trl.files import write_json
 
-        Args:
-            directory (`str` or `Path`):
-                The folder, which is made if it does not exist.
-
-        Returns:
-            `Path`: The file.
-
-        Raises:
-            [`HFTError`]: If the folder cannot be written.
-        """
         essence = self._essence()
         content = {
             "version": essence.pop("version"),
@@ -150,18 +134,14 @@ class Selection:
     @classmethod
     def load(cls, directory: str | Path) -> "Selection":
         """
-        Reads `hft_selection.json` and checks it.
-
-        Args:
-            directory (`str` or `Path`):
-                The folder that holds the file.
-
-        Returns:
-            [`Selection`]: The selection.
+        Read the `hft_selection.json` of a folder and check it.
 
         Raises:
             [`HFTError`]: If the file is missing, is no selection, has another version or has been changed.
         """
+        from hft_trl.files import read_json
+        from hft_trl.selection.elements import Masks
+
         path = Path(directory) / SELECTION_FILE
         try:
             content = read_json(path)
@@ -197,36 +177,33 @@ def select(
     model: "PreTrainedModel",
     config: HFTConfig,
     previous: Selection | None = None,
-    gradients: Callable[[list[str]], Squares] | None = None,
+    gradients: "Callable[[list[str]], Squares] | None" = None,
 ) -> Selection:
     """
-    Draws the parameters of a model that learn in a stage.
+    Draw the parameters of a model that learn in a stage.
 
     What has `requires_grad=False` before, and was not frozen by a selection, stays frozen and does not count in the shares.
-    Embedding, output head and final norm follow their own settings; other parameters outside of the layers (projections
-    of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
+    Embedding, output head and final norm follow their own settings. Other parameters outside of the layers (projections of
+    per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A decoder-only causal language model, on any device, the meta device included (but for strategy
-            `"importance"`). Nothing on it changes.
+            A decoder-only causal language model, on any device; the meta device too, except for strategy `"importance"`.
+            It is not changed.
         config ([`HFTConfig`]):
             The settings. Method `"fft"` selects all parameters, whatever the other settings say.
         previous ([`Selection`], *optional*):
-            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw is another
-            one than that of the same seed without it (of whole layers, those that did not learn come first, as in the paper), `"same"` takes over which units of the layers learn and
-            `"complement"` takes the others (so the share of the layers becomes 1 minus theirs, whatever `config.ratio`
-            says; of elements too). One of method `"fft"` counts as none.
+            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw differs from that of
+            the same seed without it (of whole layers, those that did not learn come first, as in the paper). `"same"` keeps
+            which units of the layers learn, `"complement"` takes the others, so that `config.ratio` has no effect. A
+            selection of method `"fft"` counts as none.
         gradients (`Callable[[list[str]], Squares]`, *optional*):
-            For `config.importance` `"gradient_norm"`: gives the squares of the loss's gradients by the parameters of these
-            names. The trainers have one.
-
-    Returns:
-        [`Selection`]: What learns and what is frozen.
+            For `config.importance` `"gradient_norm"`: returns the squared gradients of the loss by parameter name. The
+            trainers have one.
 
     Raises:
-        [`HFTError`]: If nothing can be selected in the model or nothing learns, a pattern of `config.exclude` matches nothing, `previous` is
-            of another model, or the importance can't be measured.
+        [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing, `previous`
+            is of another model, or the importance cannot be measured.
     """
     if config.method == "fft":
         units = find_units(model)
@@ -246,11 +223,18 @@ def select(
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
         if config.strategy == "element" and config.ratio < 1:
+            from hft_trl.selection.elements import draw_masks
+
             masks = draw_masks(units, config.ratio, seed, _sizes(model))
             learning = {unit for unit in units if unit.layer is not None}
         else:
-            learned = _whole_layers_of(previous, units) if previous is not None else ()
-            scores = unit_scores(model, units, config, gradients) if config.strategy == "importance" else None
+            from hft_trl.selection.choose import choose
+
+            learned, scores = _whole_layers_of(previous, units) if previous is not None else (), None
+            if config.strategy == "importance":
+                from hft_trl.selection.importance import unit_scores
+
+                scores = unit_scores(model, units, config, gradients)
             learning = set(choose(units, config.ratio, config.strategy, seed, learned, scores))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
     elements = masks.learning if masks else {}
@@ -269,8 +253,10 @@ def select(
 
 
 def _selection(
-    config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit], masks: Masks | None = None
+    config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit], masks: "Masks | None" = None
 ) -> Selection:
+    from hft_trl.selection.shares import share_of
+
     trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
     frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
     share = share_of(units, trainable, masks.learning if masks else None)

@@ -12,10 +12,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from hft_trl import reference
 from hft_trl.errors import HFTError
-from hft_trl.reference import sharing
-from hft_trl.selection import Squares
 from hft_trl.selection.counts import shuffled
+from hft_trl.selection.importance import Squares
 from hft_trl.weights import named_parameters
 
 logger = logging.get_logger(__name__)
@@ -86,7 +86,7 @@ def _as_it_was(trainer: Trainer, model: PreTrainedModel) -> Iterator[None]:
     try:
         model.eval()
         with (
-            sharing.lent(model, _unwrapped_reference(trainer)),
+            reference.lent(model, _unwrapped_reference(trainer)),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
             yield

@@ -1,20 +1,19 @@
-"""What can't be had together with HFT, or with some of its settings: each is refused as soon as it is known."""
+"""Settings that cannot be combined. Each combination is rejected before a model is loaded, where possible."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.training_args import OptimizerNames
 
-from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.reference import moving
+from hft_trl.trainers.case import Case
 from hft_trl.weights import named_parameters
 
-# Optimizers that treat each parameter apart from all others, each of them tested inside of the backward pass.
-APART = (
+# Optimizers that update each parameter independently of all others, each of them tested inside of the backward pass
+INDEPENDENT = (
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_8bit",
@@ -24,265 +23,266 @@ APART = (
     "adafactor",
     "sgd",
 )
+LARGER = "shard larger models with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)"
 
 
-def check_settings(args: TrainingArguments, hft_config: HFTConfig) -> None:
+class Conflict(NamedTuple):
     """
-    Refuse settings of HFT that a trainer's arguments stand against, before a model is loaded.
+    A combination that is rejected.
 
     Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-        hft_config ([`HFTConfig`]):
-            What to train, and how it is stored.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
+        setting (`str`): The setting, of `HFTConfig` with `hft.` in front; else what the user passed.
+        beside (`str`): What it cannot be combined with, as the documentation names it.
+        when (`Callable`): Whether a case has the combination.
+        because (`str`): Why, with fields of the case in braces.
+        remedy (`str`): What to do.
     """
-    moving.check(args)
-    if hft_config.method == "hft":
-        check_never_cast(args)
-    if hft_config.frozen_dtype and hft_config.method == "hft":
-        check_frozen_dtype(args, hft_config.frozen_dtype)
-    if hft_config.frozen_quantization and hft_config.method == "hft":
-        check_frozen_quantization(args, hft_config)
-    if hft_config.optimizer_in_backward:
-        check_optimizer_in_backward(args)
+
+    setting: str
+    beside: str
+    when: Callable[[Case], Any]
+    because: str
+    remedy: str
 
 
-def check_never_cast(args: TrainingArguments) -> None:
-    """
-    Reject an evaluation that casts the model itself, after which the frozen half would not hold its bits any more.
+def _hft(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return lambda case: case.config.method == "hft" and when(case)
 
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
 
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
-    for full_eval, autocast in (("bf16_full_eval", "bf16"), ("fp16_full_eval", "fp16")):
-        if vars(args).get(full_eval):
-            raise HFTError(
-                f"{full_eval} is true, which casts the whole model when it is evaluated, the frozen half included: set it to false. "
-                f"With {autocast} evaluation computes in that type anyway, and the weights stay as they are."
+def _held(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return _hft(lambda case: case.args is not None and case.config.frozen_dtype and when(case))
+
+
+def _quantized(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return _hft(lambda case: case.args is not None and case.config.frozen_quantization and when(case))
+
+
+def _elements(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return _hft(lambda case: case.elements and when(case))
+
+
+def _gradient(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return _hft(lambda case: case.config.by_gradient and not case.elements and when(case))
+
+
+def _inside(when: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    return lambda case: case.args is not None and case.config.optimizer_in_backward and when(case)
+
+
+DIVIDES = "{case.sharded} divides the whole parameters and gradients that it needs in each process"
+STORAGE: tuple[Conflict, ...] = (
+    Conflict(
+        "bf16_full_eval",
+        "method hft",
+        _hft(lambda c: c.asks("bf16_full_eval")),
+        "bf16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included",
+        "set it to false; with bf16 evaluation computes in that type anyway",
+    ),
+    Conflict(
+        "fp16_full_eval",
+        "method hft",
+        _hft(lambda c: c.asks("fp16_full_eval")),
+        "fp16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included",
+        "set it to false; with fp16 evaluation computes in that type anyway",
+    ),
+    Conflict(
+        "hft.frozen_dtype",
+        "another mixed precision",
+        _held(lambda c: c.args.mixed_precision != c.autocast),
+        "mixed_precision is {case.args.mixed_precision!r}, which cannot compute with halves of two types",
+        "set {case.autocast} to true, or leave hft.frozen_dtype out",
+    ),
+    Conflict(
+        "hft.frozen_dtype",
+        "DeepSpeed",
+        _held(lambda c: c.args.deepspeed_plugin is not None),
+        "DeepSpeed holds a model in one type",
+        "leave it out; with bf16 DeepSpeed keeps master weights only of what is trained",
+    ),
+    Conflict(
+        "hft.frozen_dtype",
+        "`precompute_ref_log_probs`",
+        _held(lambda c: c.asks("precompute_ref_log_probs")),
+        "precompute_ref_log_probs computes with the reference before its frozen half is rounded",
+        "leave one of the two out",
+    ),
+    Conflict(
+        "hft.frozen_quantization",
+        "FSDP2, DeepSpeed",
+        _quantized(lambda c: c.sharded),
+        "{case.sharded} cannot shard quantised matrices",
+        "leave it out, or train in one process or with DDP",
+    ),
+    Conflict(
+        "hft.frozen_quantization",
+        "`hft.share_reference: false`",
+        _quantized(lambda c: "sync_ref_model" in vars(c.args) and not c.config.share_reference),
+        "hft.share_reference is false, so the reference would not be the quantised model that training starts from",
+        "set it to true",
+    ),
+    Conflict(
+        "hft.frozen_quantization",
+        "`sync_ref_model`",
+        _quantized(lambda c: c.asks("sync_ref_model")),
+        "sync_ref_model moves the reference, which shares the quantised matrices",
+        "leave one of the two out",
+    ),
+    Conflict(
+        "hft.frozen_quantization",
+        "`precompute_ref_log_probs`",
+        _quantized(lambda c: c.asks("precompute_ref_log_probs")),
+        "precompute_ref_log_probs computes with the reference before its frozen half is quantised",
+        "leave one of the two out",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "gradient clipping",
+        _inside(lambda c: (c.args.max_grad_norm or 0) > 0),
+        "max_grad_norm is {case.args.max_grad_norm:g}, and clipping needs the norm of all gradients before the first update",
+        "set max_grad_norm to 0",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "gradient accumulation",
+        _inside(lambda c: c.args.gradient_accumulation_steps > 1),
+        "gradient_accumulation_steps is {case.args.gradient_accumulation_steps}, and gradients that are freed cannot be added up",
+        "set it to 1, with a larger per_device_train_batch_size",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "FSDP2, DeepSpeed",
+        _inside(lambda c: c.sharded),
+        "{case.sharded} keeps gradients itself",
+        "leave it out, or train in one process",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "several processes or GPUs",
+        _inside(lambda c: c.devices > 1),
+        "there are {case.devices} processes or GPUs, whose gradients have to be averaged first",
+        "train in one process on one GPU",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "`fp16`",
+        _inside(lambda c: c.args.fp16),
+        "fp16 scales gradients and inspects them before the update",
+        "use bf16, or none",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "other values of `optim` than " + ", ".join(f"`{name}`" for name in INDEPENDENT),
+        _inside(lambda c: c.optim not in INDEPENDENT),
+        "optim is {case.optim}, which was not tested with it",
+        f"use one of {', '.join(INDEPENDENT)}",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "an optimizer object",
+        lambda c: c.config.optimizer_in_backward and c.own_optimizer,
+        "{case.own_optimizer} was passed, which may not update each parameter independently",
+        "use optim",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "`auto_find_batch_size`",
+        _inside(lambda c: c.args.auto_find_batch_size),
+        "auto_find_batch_size would repeat a step that is applied in part",
+        "set per_device_train_batch_size",
+    ),
+    Conflict(
+        "hft.optimizer_in_backward",
+        "reentrant checkpointing",
+        _inside(
+            lambda c: (
+                c.args.gradient_checkpointing and (c.args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
             )
+        ),
+        "reentrant checkpointing would update what several layers share more than once",
+        "set use_reentrant to false",
+    ),
+    Conflict(
+        "hft.strategy",
+        "`hft.frozen_dtype`",
+        _elements(lambda c: c.config.frozen_dtype),
+        "it freezes no parameter of the layers as a whole, so hft.frozen_dtype would save nothing",
+        "leave it out, or choose another strategy",
+    ),
+    Conflict(
+        "hft.strategy",
+        "`hft.frozen_quantization`",
+        _elements(lambda c: c.config.frozen_quantization),
+        "it freezes no parameter of the layers as a whole, so hft.frozen_quantization would save nothing",
+        "leave it out, or choose another strategy",
+    ),
+    Conflict(
+        "hft.strategy",
+        "`hft.optimizer_in_backward`",
+        _elements(lambda c: c.config.optimizer_in_backward),
+        "it puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward there is one for each parameter",
+        "leave it out, or choose another strategy",
+    ),
+    Conflict(
+        "hft.importance",
+        "`fp16`",
+        _gradient(lambda c: c.args is not None and c.args.mixed_precision == "fp16"),
+        "in fp16 small gradients become 0 without the scaling of a training step",
+        "use bf16, or set hft.importance to weight_norm",
+    ),
+    Conflict(
+        "peft_config",
+        "method hft, or fft of these trainers",
+        lambda c: (
+            c.given.get("peft_config") is not None
+            or (isinstance(c.given.get("model"), torch.nn.Module) and is_peft_model(c.given["model"]))
+        ),
+        "HFT trains the model's own weights, but a peft_config or a PEFT model was passed",
+        "drop it, or train the adapter with TRL's own trainer",
+    ),
+    Conflict(
+        "quantization_config",
+        "method hft, or fft of these trainers",
+        lambda c: c.given.get("quantization_config") is not None or c.init.get("quantization_config") is not None,
+        "HFT trains the model's own weights, but a quantization_config was passed",
+        "drop it",
+    ),
+)
+LAUNCH: tuple[Conflict, ...] = (
+    Conflict("parallelism_config", "tensor, context and sequence parallelism", _hft(lambda c: c.parallel), "parallelism_config has {case.parallel}, which was not tried with a frozen half", f"set it to 1, and {LARGER}"),
+    Conflict("model_init_kwargs", "`tp_plan`, `tp_size`, `distributed_config`", _hft(lambda c: c.tensor_parallel), "model_init_kwargs has {case.tensor_parallel}, which divides each matrix over GPUs", f"drop it, and {LARGER}"),
+    Conflict("one process", "several visible GPUs", _hft(lambda c: c.spread), "{case.spread} GPUs are visible to one process, and TRL would divide the model's layers over them, so that one GPU works at a time", "start one process per GPU with accelerate launch --config_file accelerate_configs/ddp.yaml (or fsdp2.yaml), or show it one with CUDA_VISIBLE_DEVICES=0"),
+    Conflict("fsdp_version", "1", _hft(lambda c: c.fsdp == 1), "fsdp_version is 1, which flattens trainable and frozen parameters into one", "set fsdp_version to 2, as in accelerate_configs/fsdp2.yaml"),
+    # transformers writes it into the environment too where the trainer's arguments ask for FSDP
+    Conflict("fsdp_cpu_ram_efficient_loading", "FSDP2", _hft(lambda c: c.fsdp == 2 and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING")), "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they cannot be fingerprinted", "set it to false"),
+    Conflict("hft.strategy", "FSDP2, DeepSpeed (`element`)", _elements(lambda c: c.sharded), DIVIDES, "train in one process or with DDP, or set hft.strategy to category (hft.reselect to fresh)"),
+    Conflict("hft.importance", "FSDP2, DeepSpeed (`gradient_norm`)", _gradient(lambda c: c.sharded), DIVIDES, "train in one process or with DDP, or set hft.importance to weight_norm"),
+    Conflict("hft.replicate_frozen", "DeepSpeed", _hft(lambda c: c.config.replicate_frozen and c.args is not None and c.args.deepspeed_plugin is not None), "DeepSpeed stores the parameters itself", "set it to false, or train under FSDP2, as in accelerate_configs/fsdp2.yaml"),
+)  # fmt: skip
 
 
-def check_frozen_dtype(args: TrainingArguments, frozen_dtype: str) -> None:
+def check(
+    args: TrainingArguments | None,
+    config: HFTConfig,
+    given: dict[str, Any] | None = None,
+    after_elements: bool = False,
+) -> None:
     """
-    Refuse to hold the frozen half in a type of its own where the halves could not be computed with together, or where the
-    reference would be another model.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-        frozen_dtype (`str`):
-            `"bfloat16"` or `"float16"`.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
-    needed = {"bfloat16": "bf16", "float16": "fp16"}[frozen_dtype]
-    if args.mixed_precision != needed:
-        raise HFTError(
-            f"hft.frozen_dtype is {frozen_dtype}, but mixed_precision is {args.mixed_precision!r}, so the two halves could not "
-            f"be computed with together: set {needed} to true, or leave hft.frozen_dtype out."
-        )
-    if args.deepspeed_plugin is not None:
-        raise HFTError(
-            f"hft.frozen_dtype is {frozen_dtype}, but DeepSpeed holds a model in one type: leave it out. With bf16, DeepSpeed "
-            "keeps master weights of what is trained only, so the frozen half takes 2 bytes each anyway."
-        )
-    if vars(args).get("precompute_ref_log_probs"):  # TRL computes them before the half is known
-        raise HFTError(
-            f"hft.frozen_dtype is {frozen_dtype}, but precompute_ref_log_probs computes with the reference before its frozen "
-            "half is rounded, so it would not be the policy's: leave one of the two out."
-        )
-
-
-def check_choice(args: TrainingArguments | None, hft_config: HFTConfig, after_elements: bool = False) -> None:
-    """
-    Refuse a way to choose the half that can't be had together with the backend or with another setting.
-
-    Args:
-        args ([`~transformers.TrainingArguments`], *optional*):
-            The trainer's arguments.
-        hft_config ([`HFTConfig`]):
-            What to train.
-        after_elements (`bool`, *optional*, defaults to `False`):
-            Whether single elements learned in the stage before, which `reselect` may keep.
+    Reject settings that cannot be combined. See [`Case`] for the arguments.
 
     Raises:
         [`HFTError`]: Naming the settings, and what to use instead.
     """
-    kept = after_elements and hft_config.reselect != "fresh"
-    elements = kept or hft_config.strategy == "element"
-    if hft_config.method != "hft" or not (elements or hft_config.by_gradient):
-        return
-    if kept:
-        what, remedy = f"hft.reselect is {hft_config.reselect!r} after strategy element", "hft.reselect to fresh"
-    elif elements:
-        what, remedy = "hft.strategy is 'element'", "hft.strategy to category"
-    else:
-        what, remedy = "hft.importance is 'gradient_norm'", "hft.importance to weight_norm"
-    for name in ("frozen_dtype", "frozen_quantization"):
-        if elements and vars(hft_config)[name]:
-            raise HFTError(
-                f"{what}, with which no parameter of the layers is frozen as a whole, so hft.{name} would save nothing: leave "
-                f"it out, or set {remedy}."
-            )
-    if elements and hft_config.optimizer_in_backward:
-        raise HFTError(
-            f"{what}, which puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward "
-            f"there is one for each parameter: leave it out, or set {remedy}."
-        )
-    sharded = sharded_by(args)
-    if sharded:
-        raise HFTError(
-            f"{what}, which needs whole parameters and gradients in each process, but {sharded} divides them: train in one process or with DDP, or set {remedy}."
-        )
-    if not elements and args is not None and args.mixed_precision == "fp16":
-        raise HFTError(
-            f"{what}, but in fp16 small gradients become 0 without the scaling that only a training step has: use bf16, or set "
-            f"{remedy}."
-        )
+    case = Case(args, config, given or {}, after_elements)
+    for conflict in (*LAUNCH, *STORAGE):
+        if conflict.when(case):
+            message = f"{conflict.because}: {conflict.remedy}.".format(case=case)
+            ours = conflict.setting.startswith("hft.")
+            raise HFTError(f"{case.stated(conflict.setting)}, but {message}" if ours else message)
 
 
-def check_frozen_quantization(args: TrainingArguments, hft_config: HFTConfig) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
     """
-    Refuse to quantise the frozen half where a backend shards it, or where the reference would be another model.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-        hft_config ([`HFTConfig`]):
-            What to train, and how it is stored.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
-    has_reference = "sync_ref_model" in vars(args)
-    sharded = sharded_by(args)
-    for wrong, why in (
-        (sharded, f"{sharded} can't shard quantised matrices: leave it out, or train in one process or with DDP"),
-        (
-            has_reference and not hft_config.share_reference,
-            "hft.share_reference is false, so the reference would not be the quantised model that training starts from: set it "
-            "to true",
-        ),
-        (
-            vars(args).get("sync_ref_model"),
-            "sync_ref_model moves the reference, which shares the quantised matrices: leave one of the two out",
-        ),
-        (
-            vars(args).get("precompute_ref_log_probs"),
-            "precompute_ref_log_probs computes with the reference before its frozen half is quantised: leave one of the two "
-            "out",
-        ),
-    ):
-        if wrong:
-            raise HFTError(f"hft.frozen_quantization is {hft_config.frozen_quantization}, but {why}.")
-
-
-def check_optimizer_in_backward(args: TrainingArguments) -> None:
-    """
-    Refuse what needs all gradients at once, or would update a parameter twice.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
-    sharded = sharded_by(args)
-    checkpointing = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-    for wrong, why in (
-        (
-            (args.max_grad_norm or 0) > 0,
-            f"max_grad_norm is {args.max_grad_norm or 0:g}, and clipping needs the norm of all gradients before the first update: set "
-            "max_grad_norm to 0",
-        ),
-        (
-            args.gradient_accumulation_steps > 1,
-            f"gradient_accumulation_steps is {args.gradient_accumulation_steps}, and gradients that are freed can't be added "
-            "up: set it to 1, with a larger per_device_train_batch_size",
-        ),
-        (sharded, f"{sharded} keeps gradients itself: leave it out, or train in one process"),
-        (
-            args.world_size > 1 or args.n_gpu > 1,
-            f"there are {max(args.world_size, args.n_gpu)} processes or GPUs, whose gradients have to be averaged first: train "
-            "in one process on one GPU",
-        ),
-        (args.fp16, "fp16 scales gradients, which are looked at before the update: use bf16, or none"),
-        (
-            args.optim not in APART,
-            f"optim is {OptimizerNames(args.optim).value}, which was not tested with it: use one of {', '.join(APART)}",
-        ),
-        (
-            args.auto_find_batch_size,
-            "auto_find_batch_size would repeat a step of which a part is applied: set per_device_train_batch_size",
-        ),
-        (
-            checkpointing,
-            "reentrant checkpointing would update what several layers share more than once: set use_reentrant to false",
-        ),
-    ):
-        if wrong:
-            raise HFTError(f"hft.optimizer_in_backward is true, but {why}.")
-
-
-def refuse_adapters(given: dict[str, Any]) -> None:
-    """
-    Refuse an adapter and a quantised model, whose own weights don't learn.
-
-    Args:
-        given (`dict[str, Any]`):
-            The arguments of the trainer, by name.
-
-    Raises:
-        [`HFTError`]: Naming the argument to drop.
-    """
-    model = given.get("model")
-    if given.get("peft_config") is not None or (isinstance(model, torch.nn.Module) and is_peft_model(model)):
-        raise HFTError(
-            "HFT trains the model's own weights, but a peft_config or a PEFT model was passed: drop it, or train the "
-            "adapter with TRL's own trainer."
-        )
-    if given.get("quantization_config") is not None:
-        raise HFTError("HFT trains the model's own weights, but a quantization_config was passed: drop it.")
-
-
-def refuse_own_optimizer(given: dict[str, Any]) -> None:
-    """
-    Refuse an optimizer of the user's where each parameter is updated by one of its own.
-
-    Args:
-        given (`dict[str, Any]`):
-            The arguments of the trainer, by name.
-
-    Raises:
-        [`HFTError`]: Naming the argument to drop.
-    """
-    for name in ("optimizers", "optimizer_cls_and_kwargs"):
-        value = given.get(name)
-        if value is not None and next(iter(value)) is not None:
-            raise HFTError(
-                f"hft.optimizer_in_backward is true, but {name} was passed, of which it is not known whether each parameter is "
-                "updated apart from the others: use optim."
-            )
-
-
-def refuse_frozen(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
-    """
-    Refuse an optimizer that holds parameters of the frozen half.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`):
-            The user's optimizer.
-        model ([`~transformers.PreTrainedModel`]):
-            The policy, to which the selection has been applied.
+    Reject a user's optimizer that holds parameters of the frozen half.
 
     Raises:
         [`HFTError`]: Naming one of the parameters.

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hft_trl.files import write_json, writing
-from hft_trl.selection import Squares
+from hft_trl.selection.importance import Squares
 from hft_trl.trainers.calibration import drawn_rows, gradient_squares
 from hft_trl.weights import combined_digest, fingerprints, named_parameters
 

@@ -1,11 +1,29 @@
-"""The optimizer inside of the backward pass: every gradient is used and freed before the next one is there."""
+"""The optimizer inside of the backward pass: every gradient is used and freed before the next one is computed."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from hft_trl.errors import HFTError
+from hft_trl.frozen.half import Storage
+
+
+class OptimizerInBackward(Storage):
+    """Updates each parameter inside of the backward pass while a trainer trains, see [`update_in_backward`]."""
+
+    frees_gradients = True
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def training_begins(self, trainer: Any) -> None:
+        self._handles = update_in_backward(trainer.model.parameters(), trainer.optimizer)
+
+    def training_ends(self, trainer: Any) -> None:  # noqa: ARG002
+        while self._handles:
+            self._handles.pop().remove()
 
 
 def update_in_backward(
@@ -14,20 +32,15 @@ def update_in_backward(
     """
     Update each parameter as soon as the backward pass has accumulated its gradient, and free the gradient.
 
-    It stays one optimizer, with its groups, its schedule and its state as they are: an optimizer passes over parameters
-    that have no gradient, and only one has at a time. So the trainer's own call of `step` finds nothing to do.
-
-    Args:
-        parameters (`Iterable[torch.nn.Parameter]`):
-            The parameters. What is tied gets one gradient, once all its uses have added to it.
-        optimizer (`torch.optim.Optimizer`):
-            The optimizer that holds them. It must treat each parameter apart from the others.
+    It stays one optimizer with its groups, schedule and state: an optimizer skips parameters without a gradient, and only one
+    parameter has one at a time. The trainer's own call of `step` finds nothing to do. The optimizer must update each
+    parameter independently of the others.
 
     Returns:
         `list[RemovableHandle]`: Handles that end it.
 
     Raises:
-        [`HFTError`]: If they lie on several devices, whose gradients come at the same time.
+        [`HFTError`]: If the parameters lie on several devices, whose gradients come at the same time.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     devices = {str(parameter.device) for parameter in trained}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.frozen.quantized_linear import QuantizedLinear
-from hft_trl.reference.sharing import hollow_copy, tie
+from hft_trl.reference import hollow_copy, tie
 from hft_trl.weights import fingerprint, full
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

@@ -26,7 +26,7 @@ from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.config import STORAGE
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
-from hft_trl.reference.sharing import memory
+from hft_trl.reference import memory
 from hft_trl.weights import named_parameters
 
 GLOBAL_BATCH = 8

@@ -1,8 +1,8 @@
-"""The reference model of preference training: wholly frozen, the model that training started from, and stored once."""
+"""The frozen reference of preference training: the model that training started from, its frozen half stored once."""
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,8 @@ from transformers.utils import logging
 from trl import DPOConfig
 from trl.trainer.utils import create_model_from_path
 
-from hft_trl.backends.fsdp import fsdp_version, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.frozen import replicated
-from hft_trl.frozen.quantized_linear import QuantizedLinear
 from hft_trl.selection import marks
 from hft_trl.weights import full, named_parameters
 
@@ -26,29 +23,23 @@ logger = logging.get_logger(__name__)
 
 
 def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None:
-    """
-    Why the frozen half of policy and reference can't be stored once, `None` if it can.
+    """Return why the frozen half of policy and reference cannot be stored once, `None` if it can."""
+    from hft_trl.backends.fsdp import replicates_frozen, sharded_by
 
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-        hft_config ([`HFTConfig`]):
-            What to train.
-    """
     if hft_config.method != "hft":
         return "method is fft, which freezes nothing"
     if not hft_config.share_reference:
         return "hft.share_reference is false"
     if vars(args).get("sync_ref_model"):
         return "sync_ref_model moves the reference"
-    if replicated.wanted(hft_config, args):
-        return None
     backend = sharded_by(args)
-    return f"{backend} stores the parameters itself" if backend else None
+    if backend is None or replicates_frozen(hft_config, args):
+        return None
+    return f"{backend} stores the parameters itself"
 
 
 def is_quantized(reference: torch.nn.Module) -> bool:
-    """Whether the reference was loaded quantised."""
+    """Return whether the reference was loaded quantised."""
     return "hf_quantizer" in vars(reference)
 
 
@@ -57,18 +48,12 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     """
     Load the policy as TRL would, and put a copy of it that takes no memory in the place of TRL's own reference.
 
-    The copy is empty and filled by [`tie`] as soon as the frozen half is known, or under FSDP2 has the policy's storage
-    until it is sharded, so that two whole models are never in memory.
-
-    Args:
-        given (`dict[str, Any]`):
-            The user's arguments of [`~trl.DPOTrainer`], by name.
-        hft_config ([`HFTConfig`]):
-            What to train.
-
-    Yields:
-        `dict[str, Any]` or `None`: The arguments to call it with, `None` where the reference can't be such a copy.
+    The copy is empty until [`tie`] fills it when the frozen half is known. Under FSDP2 it has the policy's storage until it is
+    sharded, so that two whole models are never in memory. Yields the arguments to call [`~trl.DPOTrainer`] with in place of
+    those that were `given`, `None` where the reference cannot be such a copy.
     """
+    from hft_trl.backends.fsdp import fsdp_version
+
     model, args = given.get("model"), given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
@@ -114,19 +99,14 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 
 def check_has_path(given: dict[str, Any]) -> None:
     """
-    Refuse a policy from which the trainer can't load its reference.
+    Reject a policy from which TRL cannot load its reference: a model object without a path.
 
     TRL makes the reference by a second `from_pretrained` of the policy's path, never by copying the policy.
-
-    Args:
-        given (`dict[str, Any]`):
-            The user's arguments of the trainer, by name.
-
-    Raises:
-        [`HFTError`]: If a reference is needed, and the policy is a model object without a path.
     """
     model, args = given.get("model"), given.get("args")
-    if given.get("ref_model") is not None or (args is not None and vars(args).get("precompute_ref_log_probs")):
+    if "ref_model" not in given:  # the trainer takes none
+        return
+    if given["ref_model"] is not None or (args is not None and vars(args).get("precompute_ref_log_probs")):
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
@@ -137,20 +117,20 @@ def check_has_path(given: dict[str, Any]) -> None:
 
 def can_be_copied(policy: torch.nn.Module) -> bool:
     """
-    Whether a copy of the policy's modules computes with the copy's own parameters.
+    Return whether a copy of the policy's modules computes with the copy's own parameters.
 
-    What a trainer or a device map has put in place of a module's `forward` may go on calling the original.
+    A `forward` that a trainer or a device map has put into a module may call the original.
     """
     return not any("forward" in vars(module) for module in policy.modules())
 
 
 def hollow_copy(policy: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the policy whose parameters are empty: it takes no memory until [`tie`] fills it."""
+    """Copy the policy with empty parameters: the copy takes no memory until [`tie`] fills it."""
     return _copy(policy, lambda parameter: torch.empty(0, dtype=parameter.dtype, device=parameter.device))
 
 
 def alias_copy(policy: torch.nn.Module) -> torch.nn.Module:
-    """A copy of the policy whose parameters are others, on the policy's own storage, so it takes no memory."""
+    """Copy the policy with other parameters on its own storage, so that the copy takes no memory."""
     return _copy(policy, lambda parameter: parameter.data)
 
 
@@ -164,18 +144,18 @@ def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch
 
 
 def is_hollow(reference: torch.nn.Module) -> bool:
-    """Whether the reference is a [`hollow_copy`] that was not filled yet."""
+    """Return whether the reference is a [`hollow_copy`] that is not filled yet."""
     return all(parameter.numel() == 0 for parameter in reference.parameters())
 
 
 def is_wholly_sharded(reference: torch.nn.Module) -> bool:
-    """Whether FSDP2 has left no parameter of the reference whole."""
+    """Return whether FSDP2 has left no parameter of the reference whole."""
     return all(isinstance(parameter, DTensor) for parameter in reference.parameters())
 
 
 @contextlib.contextmanager
 def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
-    """Let a [`hollow_copy`] compute with the policy's parameters for a while. Any other reference has its own."""
+    """Let a [`hollow_copy`] compute with the policy's parameters inside. Any other reference has its own."""
     if reference is None or not is_hollow(reference):
         yield
         return
@@ -194,41 +174,30 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
     """
     Store the frozen half once: every frozen parameter of the reference gets the policy's storage.
 
-    Args:
-        policy (`torch.nn.Module`):
-            The policy before its first step, its frozen half known.
-        reference (`torch.nn.Module`):
-            A hollow copy, whose other parameters become copies of the policy's, or a reference that was found equal. What
-            FSDP2 has sharded stays as it is.
+    Empty parameters of a hollow copy become copies of the policy's. What FSDP2 has sharded stays as it is.
     """
-    hollow, theirs = is_hollow(reference), dict(named_parameters(reference))
+    theirs = dict(named_parameters(reference))
     for name, parameter in named_parameters(policy):
-        if not parameter.requires_grad and not isinstance(theirs[name], DTensor):
-            theirs[name].data = parameter.data
-        elif hollow:
-            theirs[name].data = parameter.data.clone()
-        elif not isinstance(theirs[name], DTensor):  # a copy of its own, made before the policy was moved
-            theirs[name].data = theirs[name].data.to(parameter.device)
+        other = theirs[name]
+        if isinstance(other, DTensor):
+            continue
+        if not parameter.requires_grad:
+            other.data = parameter.data
+        elif other.numel() == 0:
+            other.data = parameter.data.clone()
+        else:  # a copy of its own, made before the policy was moved
+            other.data = other.data.to(parameter.device)
 
 
 def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, int]:
-    """
-    What the reference takes in this process.
-
-    Args:
-        policy, reference (`torch.nn.Module`):
-            The two models.
-
-    Returns:
-        `tuple[int, int]`: Bytes that the reference's weights take beside the policy's, and bytes of storage that both use.
-    """
+    """Return the bytes that the reference takes beside the policy in this process, and the bytes that both use."""
     ours, theirs = _storages(policy), _storages(reference)
     shared = sum(size for place, size in theirs.items() if place in ours)
     return sum(theirs.values()) - shared, shared
 
 
 def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: str | None) -> None:
-    """Say on the main process what is stored once, or the `reason` why nothing is."""
+    """Print what is stored once, or the `reason` why nothing is."""
     own, shared = memory(policy, reference)
     parts = sum(isinstance(module, FSDPModule) for module in reference.modules())
     if parts:
@@ -241,21 +210,18 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
-    """Bytes by place in memory. A state dict also holds what a quantised weight needs beside its parameter."""
+    """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
+    from hft_trl.frozen.quantized_linear import QuantizedLinear
+
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     tensors += [tensor for module in quantized for tensor in (module.packed, module.scale)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 
 
-def freeze(reference: torch.nn.Module) -> None:
-    """Put the reference into eval mode and take every parameter of it out of training."""
-    reference.eval().requires_grad_(False)
-
-
 def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str | None:
-    """Name and kind of the first difference between the two models' parameters, `None` if they are equal bit for bit."""
+    """Describe the first difference between the parameters of two models, `None` if they are equal bit for bit."""
     ours, theirs = dict(named_parameters(policy)), dict(named_parameters(reference))
     if ours.keys() != theirs.keys():
         return f"only one of them has the parameter {min(ours.keys() ^ theirs.keys())}"
@@ -272,18 +238,10 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
     """
     Check that the reference is the model which training starts from.
 
-    Args:
-        policy (`torch.nn.Module`):
-            The policy before the first step.
-        reference (`torch.nn.Module`):
-            The reference, on any device.
-        given (`bool`):
-            Whether the user passed the reference. Then another model may be meant, which is only warned of. A quantised
-            one is not compared.
+    A reference that the user has `given` may be another model, which only gives a warning; a quantised one is not compared.
 
     Raises:
-        [`HFTError`]: If the reference was loaded from the policy's path and is another model, because the policy was
-            edited in memory.
+        [`HFTError`]: If the reference was loaded from the policy's path and differs, because the policy was edited in memory.
     """
     if given and is_quantized(reference):
         return
@@ -297,3 +255,32 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
         f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its reference "
         f"comes from ({difference}): save the policy and pass the folder, or pass ref_model."
     )
+
+
+def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given: bool) -> bool:
+    """
+    Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
+
+    The reference is checked to be the model that training starts from; one that was `given` is left as it is.
+
+    Returns:
+        `bool`: Whether the frozen half of the two models is stored once.
+    """
+    # Also of trainers that always load it themselves. With method fft it is the parent's business.
+    own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"
+    if own is not None and trainer.hft_config.method == "hft":
+        reference = trainer.accelerator.unwrap_model(own, keep_torch_compile=False)
+        reason = why_not_shared(trainer.args, trainer.hft_config)
+        if reason is None and is_wholly_sharded(reference):
+            reason = "FSDP has sharded all of it"
+        reference.eval().requires_grad_(False)
+        if reason is not None or not is_hollow(reference):
+            check_is_start(policy, reference, given)
+            reason = reason or ("ref_model was passed, which is left as it is" if given else None)
+    for storage in storages:
+        storage.settle(trainer, policy, None if given else reference)
+    if reference is not None:
+        if reason is None:
+            tie(policy, reference)
+        report_memory(policy, reference, reason)
+    return reference is not None and reason is None

@@ -1,0 +1,150 @@
+"""The frozen half in a smaller type, and saving the tensors of the start model's file where memory holds others."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hft_trl.errors import HFTError
+from hft_trl.files import resolved
+from hft_trl.frozen.half import Storage
+from hft_trl.weights import fingerprints, named_parameters, plain_name, tensors, weight_files
+
+logger = logging.get_logger(__name__)
+
+
+class SavedFromStart(Storage):
+    """Saves tensors of the start model's file for parameters that memory holds in another type."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Path, torch.dtype, str]] = {}
+        self._first_name: dict[str, str] = {}
+
+    def hold(self, name: str, file: Path, dtype: torch.dtype, digest: str) -> None:
+        """Note that a parameter is saved from a file, whose tensor has this fingerprint in this type."""
+        self._held[name] = (file, dtype, digest)
+
+    def note_names(self, model: torch.nn.Module) -> None:
+        """Note the first of each tied parameter's names, under which the files may hold it."""
+        by_id: dict[int, str] = {}
+        for name, parameter in named_parameters(model, remove_duplicate=False):
+            self._first_name[name] = by_id.setdefault(id(parameter), name)
+
+    def saved(
+        self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
+    ) -> dict[str, torch.Tensor] | None:
+        """
+        Return the state dict with the start model's own tensors.
+
+        Raises:
+            [`HFTError`]: If the start model's files are gone or have changed.
+        """
+        if not self._held:
+            return state_dict
+        files = {name: path for name, (path, _, _) in self._held.items()}
+        try:
+            start = dict(tensors(files, files))
+        except (OSError, SafetensorError) as error:
+            raise HFTError(
+                f"the frozen half is saved from the start model's files, and one is missing or damaged ({error}): restore it."
+            ) from error
+        found = fingerprints((name, tensor.to(self._held[name][1])) for name, tensor in start.items())
+        for name, digest in found.items():
+            if digest != self._held[name][2]:
+                raise HFTError(
+                    f"the frozen half is saved from the start model's files, but {name} has changed in {str(files[name])!r}: "
+                    "restore the file."
+                )
+        if any(resolved(path).parent == resolved(folder) for path in files.values()):
+            start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
+        saved, named = {}, set()
+        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
+            plain = plain_name(name)
+            first = self._first_name.get(plain, plain)
+            saved[name] = start.get(first, tensor)
+            named.add(first)
+        return saved | {name: start[name] for name in start.keys() - named}  # quantised matrices are in no state dict
+
+
+class SmallerType(SavedFromStart):
+    """
+    Holds the frozen half in a smaller type (`"bfloat16"` or `"float16"`), without a copy in the larger one.
+
+    A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts), where its
+    values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of queries or keys.
+    """
+
+    def __init__(self, dtype: str) -> None:
+        super().__init__()
+        self._dtype = getattr(torch, dtype)
+
+    def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
+        """Round the frozen half, and a reference with weights of its own likewise, so that it stays the start model."""
+        half, left = trainer.frozen_half, []
+        if trainer.is_fsdp_enabled:
+            reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
+        kept = kept_in_their_type(policy)
+        parameters = {name: p for name, p in named_parameters(policy) if name in half.digests}
+        others = dict(named_parameters(reference)) if reference is not None else {}
+        files = start_files(policy, trainer.args.model_init_kwargs)
+        on_disk = types_on_disk(files, parameters)
+        for name, parameter in parameters.items():
+            loaded = parameter.data
+            if id(parameter) not in kept:
+                cast = loaded.to(self._dtype)
+                if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
+                    parameter.data = cast
+                    if name in others:
+                        others[name].data = others[name].data.to(self._dtype)
+                else:
+                    left.append(name)
+            if on_disk.get(name, parameter.dtype) != parameter.dtype:
+                self.hold(name, files[name], loaded.dtype, half.digests[name])
+        if left:
+            logger.warning(
+                f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: their values do "
+                f"not fit into {str(self._dtype).removeprefix('torch.')}, and the safetensors files of "
+                f"{policy.config._name_or_path!r} do not hold them under these names."
+            )
+        self.note_names(policy)
+        half.digests = half.digests | fingerprints(parameters.items())
+
+    def evaluating(self, trainer: Any) -> AbstractContextManager:
+        """Return autocast: before `train` accelerate has not put it around a model with halves of two types."""
+        return trainer.accelerator.autocast()
+
+
+def kept_in_their_type(model: torch.nn.Module) -> set[int]:
+    """
+    Return the `id` of each parameter that keeps its type whatever its values are.
+
+    These are the parameters of `nn.LayerNorm`, and of norms inside of attention: flash attention rejects a query and a key of
+    two types.
+    """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
+    norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]
+    return {id(parameter) for norm in norms for parameter in norm.parameters()}
+
+
+def start_files(model: PreTrainedModel, init_kwargs: Mapping[str, Any] | None) -> dict[str, Path]:
+    """Return the safetensors file of every tensor of the model that was loaded, by name; empty if there are none."""
+    try:
+        return weight_files(model.config._name_or_path, (init_kwargs or {}).get("revision"))
+    except (HFTError, OSError):
+        return {}
+
+
+def types_on_disk(files: Mapping[str, Path], parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """Return the type on disk of each parameter that a file holds under its name, with its values."""
+    found = {}
+    for name, tensor in tensors(files, parameters.keys() & files.keys()):
+        loaded = parameters[name].detach().cpu()
+        if tensor.shape == loaded.shape and torch.equal(tensor.to(loaded.dtype), loaded):
+            found[name] = tensor.dtype
+    return found

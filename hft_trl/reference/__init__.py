@@ -1,1 +1,0 @@
-"""The frozen reference of preference training."""
