@@ -238,7 +238,7 @@ def test_full_fine_tuning_is_not_told_to_freeze(planners):
         ({"layouts": ("single",), "gpus": 2}, "--launch is single, but --gpus is 2"),
         (
             {"layouts": ("zero3",), "gpus": 2, "storage": Storage(frozen_dtype="bfloat16")},
-            "--launch is zero3, which holds",
+            "--launch is zero3, which stores",
         ),
         ({"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(optim="adamw_bnb_8bit")}, "not tested with fsdp2"),
         (

@@ -9,17 +9,7 @@ from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import (
-    DTYPES,
-    LAYOUTS,
-    Layout,
-    Storage,
-    at_peak,
-    awaiting_reduction,
-    held,
-    sizes,
-    while_stepping,
-)
+from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, awaiting_reduction, held, sizes
 from hft_trl.planning.task import Task
 from hft_trl.planning.trace import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
@@ -86,11 +76,9 @@ class Planner:
         busy = next((size for size in candidates if size * rows * task.sequence_length >= BUSY), candidates[-1])
         # First without sync_each_batch, which needs more communication
         layouts = [
-            (name, sync)
-            for name in self._layouts(task)
-            for sync in ((False, True) if LAYOUTS[name].defers_reduction else (False,))
+            (name, sync) for name in self._layouts(task) for sync in ((False, True) if name == "fsdp2" else (False,))
         ]
-        # No step needs to be traced where weights and optimizer state alone do not fit
+        # No step needs to be traced where that which is held between steps does not fit
         possible = [
             (name, sync)
             for name, sync in layouts
@@ -122,12 +110,14 @@ class Planner:
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
-        defers = layout.defers_reduction and accumulation > 1
+        defers = name == "fsdp2" and accumulation > 1
         in_passes = awaiting_reduction(parts, self._sizes) if defers and not sync_each_batch else parts
         memory = at_peak(in_passes, step, layout, accumulation > 1)
         together = task.storage.optim == "adamw_torch" and task.device == "cuda"
         if together and not task.storage.optimizer_in_backward:
-            memory = max(memory, while_stepping(parts), key=lambda parts_: sum(parts_.values()))
+            # An update of all parameters at once has the square roots of all second moments, as large as the gradients
+            update = {**dict.fromkeys(memory, 0), **parts, "optimizer": parts["optimizer"] + parts["gradients"]}
+            memory = max(memory, update, key=lambda parts_: sum(parts_.values()))
         return Plan(
             self.method,
             name,
@@ -148,7 +138,7 @@ class Planner:
     def check_types(self, task: Task) -> None:
         """Reject types in which the frozen half would not keep the bits of the published weights."""
         published = str(self._published).removeprefix("torch.")
-        casts = [("--launch", name, "bfloat16") for name in task.layouts if name.startswith("zero")]
+        casts = [("--launch", name, "bfloat16") for name in task.layouts if LAYOUTS[name].zero]
         for flag, value, dtype in (*casts, ("--dtype", task.storage.dtype, task.storage.dtype)):
             if self.rounds(dtype):
                 raise HFTError(
@@ -178,21 +168,21 @@ class Planner:
         return layout if self._shares and self.method == "hft" else layout.unshared()
 
     def _layouts(self, task: Task) -> list[str]:
-        return [name for name in task.layouts if not (task.storage.in_eight_bits and LAYOUTS[name].optimizer)]
+        return [name for name in task.layouts if not (task.storage.in_eight_bits and LAYOUTS[name].shards_state)]
 
     def _held(self, task: Task, layout: Layout) -> dict[str, int]:
         return held(self._sizes, layout, task.gpus, self._storage(task), task.stage == "dpo")
 
     def _step(self, task: Task, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
         storage = self._storage(task)
-        dtype, frozen = ("bfloat16", None) if layout.computes_in_bfloat16 else (storage.dtype, storage.frozen_dtype)
+        dtype, frozen = ("bfloat16", None) if layout.shards_state else (storage.dtype, storage.frozen_dtype)
         settings = StepSettings(
             task.stage,
             micro_batch,
             task.sequence_length,
             DTYPES[dtype],
             DTYPES[frozen] if frozen else None,
-            layout.autocast and task.autocast,
+            task.autocast and not layout.zero,
             checkpointed,
             task.device,
             storage.frozen_quantization,

@@ -15,10 +15,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from hft_trl.planning.ledger import Ledger
 
 VOCABULARY_CHUNK = 32_768  # TRL's tile width, also for smaller vocabularies
-OUTPUTS = {  # of TRL's trainers
-    "sft": ("log_probs", "entropy", "is_top1"),
-    "dpo": ("log_probs", "entropy", "mean_logits", "is_top1"),
-}
+OUTPUTS = {"sft": ("log_probs", "entropy", "is_top1"), "dpo": ("log_probs", "entropy", "mean_logits", "is_top1")}
 
 
 def log_probs(

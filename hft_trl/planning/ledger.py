@@ -20,8 +20,8 @@ class Ledger(TorchDispatchMode):
     """
     Count the bytes of each storage until it is freed, and the operations of matrix products.
 
-    It works on fake and on real tensors. Parameters and buffers of `models` do not count, nor does memory that a kernel
-    allocates internally.
+    It works on fake and on real tensors. Parameters and buffers of `models` do not count, nor does memory that kernels
+    allocate internally.
 
     Attributes:
         operations (`int`): Floating-point operations of matrix products and attention. A multiply-add is two.

@@ -22,27 +22,30 @@ class Layout:
     """How a file of `accelerate_configs/` distributes a model over the GPUs."""
 
     name: str
-    weights: bool = False  # True for these three: each GPU holds only its shard
-    gradients: bool = False
-    optimizer: bool = False
-    computes_in_bfloat16: bool = False  # the weights are bfloat16 when they are used, so autocast copies none
-    autocast: bool = True
+    shards_weights: bool = False
+    shards_state: bool = False  # gradients and optimizer state, with bfloat16 weights for computation
     shares_reference: bool = True  # policy and reference store the frozen half once
-    whole_frozen: bool = False  # hft.replicate_frozen: only trainable weights are sharded
-    defers_reduction: bool = False  # without sync_each_batch, accumulated gradients are whole and in bfloat16
+    whole_frozen: bool = False  # hft.replicate_frozen: of the weights, only the trainable ones are sharded
+
+    @property
+    def zero(self) -> bool:
+        """Whether DeepSpeed runs the training, which stores all weights in bfloat16 and needs no autocast."""
+        return self.name.startswith("zero")
 
     def unshared(self) -> "Layout":
         """The same layout with a complete reference model."""
         return dataclasses.replace(self, shares_reference=False)
 
 
-SHARDED = {"gradients": True, "optimizer": True, "computes_in_bfloat16": True, "shares_reference": False}
 LAYOUTS = {
-    "single": Layout("single"),
-    "ddp": Layout("ddp"),
-    "fsdp2": Layout("fsdp2", weights=True, defers_reduction=True, **SHARDED),
-    "zero2": Layout("zero2", autocast=False, **SHARDED),
-    "zero3": Layout("zero3", weights=True, autocast=False, **SHARDED),
+    layout.name: layout
+    for layout in (
+        Layout("single"),
+        Layout("ddp"),
+        Layout("fsdp2", shards_weights=True, shards_state=True, shares_reference=False),
+        Layout("zero2", shards_state=True, shares_reference=False),
+        Layout("zero3", shards_weights=True, shards_state=True, shares_reference=False),
+    )
 }
 
 
@@ -83,10 +86,9 @@ class Sizes:
 
     def frozen_bytes(self, size: int, quantization: str | None) -> int:
         """Bytes of the frozen half with `size` bytes for each number that is not quantised."""
-        if quantization is None:
-            return self.frozen * size
-        packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in self.quantizable)
-        return (self.frozen - sum(rows * columns for rows, columns in self.quantizable)) * size + packed
+        quantised = self.quantizable if quantization else ()
+        packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in quantised)
+        return (self.frozen - sum(rows * columns for rows, columns in quantised)) * size + packed
 
 
 def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
@@ -123,25 +125,23 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
     if layout.name == "fsdp2":  # accelerate casts trainable weights to float32
         size = 4
     optimizer = _optimizer_bytes(counted, size, storage.in_eight_bits)
-    if layout.name.startswith("zero"):  # DeepSpeed in bf16: all weights are bfloat16, with float32 masters in addition
+    if layout.zero:  # bfloat16 weights, with float32 masters in addition
         size = own_size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen_bytes(frozen_size, storage.frozen_quantization)
     gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
     reference = 0
-    if preference and layout.weights:  # sharded separately, in the type in which it was loaded
+    if preference and layout.shards_weights:  # sharded separately, in the type in which it was loaded
         reference = (counted.trainable + (0 if layout.shares_reference else counted.frozen)) * own_size
     elif preference:  # its frozen half is shared with the policy, or has the same type
         reference = trainable if layout.shares_reference else trainable + frozen
-    of_weights, of_gradients, of_optimizer = (
-        gpus if sharded else 1 for sharded in (layout.weights, layout.gradients, layout.optimizer)
-    )
+    of_weights, of_state = (gpus if sharded else 1 for sharded in (layout.shards_weights, layout.shards_state))
     return {
         "weights_trainable": trainable // of_weights,
         "weights_frozen": frozen // (1 if layout.whole_frozen else of_weights),
         "reference": reference // of_weights,
-        "gradients": gradients // of_gradients,
-        "optimizer": optimizer // of_optimizer,
+        "gradients": gradients // of_state,
+        "optimizer": optimizer // of_state,
         "communication": _communication(counted, layout, size),
     }
 
@@ -169,8 +169,8 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
         return counted.trainable * size
     everything = 2 * counted.layer + counted.outside
     trainable = 2 * counted.layer_trainable + counted.outside_trainable
-    gathered = (trainable if layout.whole_frozen else everything) * BFLOAT16 if layout.weights else 0
-    scattered = trainable * BFLOAT16 if layout.gradients else 0
+    gathered = (trainable if layout.whole_frozen else everything) * BFLOAT16 if layout.shards_weights else 0
+    scattered = trainable * BFLOAT16 if layout.shards_state else 0
     return gathered + scattered
 
 
@@ -184,18 +184,8 @@ def awaiting_reduction(parts: dict[str, int], counted: Sizes) -> dict[str, int]:
     return {**parts, "gradients": max(parts["gradients"], counted.trainable * BFLOAT16)}
 
 
-def while_stepping(parts: dict[str, int]) -> dict[str, int]:
-    """The parts of [`held`] while an unfused AdamW on a GPU updates all parameters at once."""
-    # torch computes the square roots of all second moments at once, which take as much memory as the gradients
-    return {
-        **parts,
-        "optimizer": parts["optimizer"] + parts["gradients"],
-        **dict.fromkeys(("weight_copies", "logits", "activations"), 0),
-    }
-
-
 def at_peak(parts: dict[str, int], step: Step, layout: Layout, accumulates: bool) -> dict[str, int]:
     """Bytes that a GPU holds at the peak of a step, from the parts of [`held`] or [`awaiting_reduction`]."""
-    if accumulates or layout.gradients:
+    if accumulates or layout.shards_state:
         return {**parts, **step.at_peak_without_gradients, "gradients": parts["gradients"]}
     return {**parts, **step.at_peak}  # gradients grow while activations are freed

@@ -60,14 +60,14 @@ class Task:
         if (name == "single") != (self.gpus == 1):
             fix = "single" if self.gpus == 1 else "ddp, fsdp2, zero2 or zero3"
             raise HFTError(f"--launch is {name}, but --gpus is {self.gpus}: use {fix}.")
-        if name.startswith("zero") and (storage.frozen_dtype or storage.dtype != "float32" or self.gpus > 8):
+        if LAYOUTS[name].zero and (storage.frozen_dtype or storage.dtype != "float32" or self.gpus > 8):
             raise HFTError(
                 f"--launch is {name}, which stores a model in one type and is configured for one machine: "
                 "remove --frozen-dtype and --dtype, use at most 8 GPUs, or use fsdp2."
             )
-        if storage.frozen_quantization and LAYOUTS[name].gradients:
+        if storage.frozen_quantization and LAYOUTS[name].shards_state:
             raise HFTError(f"--launch is {name}, which cannot shard quantised matrices: use single or ddp.")
-        if storage.in_eight_bits and LAYOUTS[name].optimizer and len(self.layouts) == 1:
+        if storage.in_eight_bits and LAYOUTS[name].shards_state and len(self.layouts) == 1:
             raise HFTError(f"--optim is {storage.optim}, which is not tested with {name}: use single or ddp.")
 
     @property

@@ -73,7 +73,7 @@ def write(
     options = {name: getattr(hft, name) for name in OPTIONS if hft.method == "hft" or name not in OF_FROZEN_HALF}
     changed = {name: value for name, value in options.items() if value != getattr(HFTConfig, name)}
     text = f"# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. "
-    text += f"Computed, not measured.\n# Launch:   {line}\n\n"
+    text += f"Computed, not measured.\n# Launch:   {line}\n# warmup_steps is a share of all steps.\n\n"
     text += _dump({"model": {**source, "dtype": task.storage.dtype}})
     text += _dump({"output_dir": str(place / "run"), "method": hft.method})
     text += _dump({"hft": {"ratio": hft.ratio, "strategy": hft.strategy, "seed": hft.seed, **changed}})

@@ -78,6 +78,9 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
         if not stage.auto_checkpointing:
             continue
+        if planner is None:
+            asked = f"{stage.section}.activation_checkpointing is auto"
+            raise HFTError(f"{asked}, which does not cover the masks of strategy element: set it to true or false.")
         args, task, layout = stage.args, _task(stage, skeleton, memory), _layout(stage)
         sync = bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
         # With ZeRO-3, frozen parameters need reentrant checkpointing, which is of all layers or none
@@ -106,11 +109,6 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
         fresh = hft is None or hft.reselect == "fresh"
         if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
             masked.add(folder)
-            if stage.auto_checkpointing:
-                raise HFTError(
-                    f"{stage.section}.activation_checkpointing is auto, which does not cover the masks of strategy "
-                    "element: set it to true or false."
-                )
         elif hft is not None:
             planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
             alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
