@@ -56,14 +56,8 @@ class _OnGPU(torch.autograd.Function):
     """The tensors that TRL's function allocates on a GPU, and the operations of its products."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        ledger: Ledger,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, *args: Any) -> torch.Tensor:
+        hidden, weight, bias, targets, ledger = args
         ctx.ledger = ledger
         ctx.kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
         with ledger.part("logits"):

@@ -38,14 +38,11 @@ class Layout:
 
 
 LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("single"),
-        Layout("ddp"),
-        Layout("fsdp2", shards_weights=True, shards_state=True, shares_reference=False),
-        Layout("zero2", shards_state=True, shares_reference=False),
-        Layout("zero3", shards_weights=True, shards_state=True, shares_reference=False),
-    )
+    "single": Layout("single"),
+    "ddp": Layout("ddp"),
+    "fsdp2": Layout("fsdp2", shards_weights=True, shards_state=True, shares_reference=False),
+    "zero2": Layout("zero2", shards_state=True, shares_reference=False),
+    "zero3": Layout("zero3", shards_weights=True, shards_state=True, shares_reference=False),
 }
 
 
