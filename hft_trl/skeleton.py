@@ -1,10 +1,28 @@
 """A model's structure without its weights: built on the meta device from its config alone."""
 
+from pathlib import Path
+
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, first_line
+
+SHAPES = Path(__file__).parent / "shapes"
+"""Configs of well-known models in folders `OWNER/NAME`, without weights or tokenizer, for use without a network."""
+
+
+def built_in() -> list[str]:
+    """Hub ids of the models in `SHAPES`, sorted."""
+    return sorted(str(path.parent.relative_to(SHAPES)) for path in SHAPES.glob("*/*/config.json"))
+
+
+def shape_of(model: str) -> str:
+    """The folder of a built-in shape or of `demo`, else the folder or hub id itself."""
+    if model in built_in() and not Path(model).is_dir():
+        return str(SHAPES / model)
+    return demo.model_path(model)
 
 
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

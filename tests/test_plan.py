@@ -18,11 +18,10 @@ from hft_trl.cli import app
 from hft_trl.cli.plan import parse_memory
 from hft_trl.planning.fit import Plan
 from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, sizes
-from hft_trl.planning.shapes import SHAPES, built_in, shape_of
 from hft_trl.planning.task import Task
 from hft_trl.planning.write import write
 from hft_trl.selection import select
-from hft_trl.skeleton import build_on_meta
+from hft_trl.skeleton import SHAPES, build_on_meta, built_in, shape_of
 
 ROOT = Path(__file__).parent.parent
 # As published: bytes of the safetensors files on the hub by two
@@ -63,7 +62,7 @@ def test_both_methods_stand_side_by_side(folder):
     assert result.exit_code == 0, result.output
     assert re.search(r"GB on each GPU +FFT +HFT", result.stdout)
     for row in (
-        "weights that learn",
+        "trainable weights",
         "frozen weights",
         "gradients",
         "optimizer state",
@@ -97,7 +96,7 @@ def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
     assert re.search(r"FFT does not fit: [\d.]+ GB are missing on each GPU", result.stdout)
     assert re.search(r"--gpus \d+: [\d.]+ GB, fits", result.stdout)
     helpless = run(*arguments, "--global-batch", 1, "--optim", "adamw_bnb_8bit")
-    assert re.search(r"GB are missing on each GPU\. None of the flags here would do\.\n", helpless.stdout)
+    assert re.search(r"GB are missing on each GPU\. No other flag would help\.\n", helpless.stdout)
     refused = run(*arguments, "--write", tmp_path / "out")
     assert refused.exit_code == 2
     assert not (tmp_path / "out").exists()
@@ -150,7 +149,7 @@ def test_what_is_written_parses_and_launches(folder, tmp_path, gpus, stage, more
     assert launch.training_script_args == ["--config", str(out / "recipe.yaml")]
     again = run(*arguments)
     assert again.exit_code == 2
-    assert "is there already" in again.output
+    assert "exists: choose another folder" in again.output
 
 
 def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
@@ -205,7 +204,7 @@ def test_a_size_that_is_none_is_named(text):
 def test_gpus_of_a_part_of_a_machine_are_refused(folder):
     result = run(folder, "--gpus", 12, "--global-batch", 24)
     assert result.exit_code == 2
-    assert "--gpus is 12: beyond one machine of 8 give a multiple of 8" in " ".join(result.output.split())
+    assert "--gpus is 12: with more than one machine of 8 GPUs, use a multiple of 8" in " ".join(result.output.split())
 
 
 def test_more_tokens_than_positions_are_refused(folder):
@@ -279,8 +278,11 @@ def test_a_built_in_shape_needs_no_network():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--dtype", "bfloat16"), "--dtype is bfloat16, but the model's weights are float16"),
-        (("--gpus", 8, "--launch", "zero3"), "--launch is zero3, which casts all weights to bfloat16"),
+        (("--dtype", "bfloat16"), "--dtype is bfloat16, which rounds the model's weights from float16"),
+        (
+            ("--gpus", 8, "--launch", "zero3"),
+            "--launch is zero3, which rounds the model's weights from float16 to bfloat16",
+        ),
     ],
 )
 def test_a_type_that_a_run_would_refuse_is_refused(flags, words):

@@ -73,7 +73,7 @@ def test_what_fits_in_no_way_is_said_and_trained_with_all_layers_checkpointed(st
     stage = stage_of("dpo")
     settle_checkpointing(stage)
     assert stage.args.activation_checkpointing
-    assert "GB more than there are" in caplog.text
+    assert "GB are missing, even with every layer" in caplog.text
 
 
 def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
     ("flags", "message"),
     [
         (("--strategy", "element"), "the masks of strategy element"),
-        (("--label_smoothing_factor", "0.1"), "what sft.label_smoothing_factor changes"),
+        (("--label_smoothing_factor", "0.1"), "does not cover sft.label_smoothing_factor"),
         (("--optim", "sgd"), "sft.optim is 'sgd': set it to true or false"),
         (("--max_length", "none"), "sft.max_length is None"),
     ],
@@ -177,7 +177,7 @@ def test_what_no_plan_knows_is_named(stage_of, flags, message):
     ("checkpoints", "message"),
     [
         ("true", "fsdp_activation_checkpointing is on already"),
-        ("false", "for fsdp2 with bf16, but mixed_precision is 'no'"),
+        ("false", "covers fsdp2 only with bf16, but mixed_precision is 'no'"),
     ],
 )
 def test_under_fsdp_it_is_computed_for_the_shipped_file(stage_of, monkeypatch, checkpoints, message):

@@ -8,10 +8,9 @@ import pytest
 from conftest import one_line, parse_recipe
 
 from hft_trl import HFTError, HFTSFTTrainer, demo
-from hft_trl.planning.shapes import shape_of
 from hft_trl.recipe import start_model
 from hft_trl.recipe.folder import open_stages
-from hft_trl.skeleton import build_on_meta
+from hft_trl.skeleton import build_on_meta, shape_of
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`hft-trl plan`: what training a model takes, and how it fits a machine."""
+"""`hft-trl plan`: the memory that training a model needs, and the settings that fit a machine."""
 
 import dataclasses
 import json
@@ -18,35 +18,40 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
-BATCH = {"sft": 128, "dpo": 32}  # the recipes' own
+BATCH = {"sft": 128, "dpo": 32}  # of the recipes
+
+RATIOS = {
+    "equal_settings": "HFT's step computes {} of FFT's with the same settings",
+    "as_planned": "and {} of it as planned here",
+}
 
 
 @app.command(
     "plan",
-    epilog="Built in, without a network: Llama-2-7b-hf, -7b-chat-hf, -13b-hf, -70b-hf, Llama-3.1-8B, -70B, Llama-3.2-1B "
-    "(meta-llama/) and Qwen3-0.6B-Base, -4B-Base, -8B-Base (Qwen/). Exit code 0 also where nothing fits.",
+    epilog="Built in, without network access: Llama-2-7b-hf, -7b-chat-hf, -13b-hf, -70b-hf, Llama-3.1-8B, -70B, "
+    "Llama-3.2-1B (meta-llama/) and Qwen3-0.6B-Base, -4B-Base, -8B-Base (Qwen/). Exit code 0 also if nothing fits.",
 )
 @exit_on_user_error()
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, built-in shape or demo; only its config is read.")],
-    method: Annotated[Literal["hft", "fft"] | None, typer.Option(help="By default both, side by side.")] = None,
+    model: Annotated[str, typer.Argument(help="Hub id, folder, built-in shape or demo. Only its config is read.")],
+    method: Annotated[Literal["hft", "fft"] | None, typer.Option(help="Method. [default: both, side by side]")] = None,
     stage: Annotated[Literal["sft", "dpo"], typer.Option(help="Stage of training.")] = "sft",
-    gpus: Annotated[int, typer.Option(help="GPUs, of all machines together.")] = 1,
-    gpu_memory: Annotated[str, typer.Option(help="Memory of one, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
+    gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
+    gpu_memory: Annotated[str, typer.Option(help="Memory per GPU, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
     sequence_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens of the longest rows. [default: 4096, or what the model has positions for]"),
+        int | None, typer.Option(help="Tokens of the longest rows. [default: 4096, or fewer if the model is limited]")
     ] = None,
     global_batch: Annotated[
-        int | None, typer.Option(help="Rows, or pairs, of an optimizer step. [default: sft 128, dpo 32]")
+        int | None, typer.Option(help="Rows, or pairs, per optimizer step. [default: sft 128, dpo 32]")
     ] = None,
     launch: Annotated[
         str | None,
         typer.Option(
-            help="Use this file of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"
+            help="File of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. "
+            "[default: the first of ddp and fsdp2 that fits]"
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype of a recipe.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype in a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
     frozen_dtype: Annotated[str | None, setting("frozen_dtype")] = None,
     frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
@@ -55,65 +60,59 @@ def plan_command(
         typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
     ] = False,
     replicate_frozen: Annotated[
-        bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: under fsdp2, the frozen half whole.")
+        bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[
         Literal["category", "layer", "model"] | None,
-        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+        setting("strategy", "What the ratio applies to: each category, the layers, or the whole model."),
     ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
     ] = None,
     write: Annotated[
-        str | None, typer.Option(help="Write recipe.yaml and launch.sh of both stages into this folder.")
+        str | None, typer.Option(help="Folder to write recipe.yaml and launch.sh for both stages to.")
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """
-    Plan memory, micro-batch, activation checkpointing and launch configuration from a model's config alone.
+    Plan memory, micro-batch, activation checkpointing and launch configuration from a model's config.
 
-    A step is traced without weights, for full and half fine-tuning.
+    A training step is traced without weights, for full and half fine-tuning.
     """
     memory = parse_memory(gpu_memory)
     if gpus > 8 and gpus % 8:
-        raise HFTError(f"--gpus is {gpus}: beyond one machine of 8 give a multiple of 8.")
-    storage = {"frozen_dtype": frozen_dtype, "frozen_quantization": frozen_quantization}
+        raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
     settings = given(
         ratio=ratio,
         strategy=strategy,
         seed=seed,
         train_embeddings=train_embeddings,
+        frozen_dtype=frozen_dtype,
+        frozen_quantization=frozen_quantization,
         optimizer_in_backward=optimizer_in_backward,
         replicate_frozen=replicate_frozen,
-        **storage,
     )
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():
-        from hft_trl.planning.advice import what_helps
         from hft_trl.planning.fit import Planner, operations_ratios
         from hft_trl.planning.memory import Storage
-        from hft_trl.planning.shapes import shape_of
-        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json
+        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
         from hft_trl.planning.task import Task
         from hft_trl.planning.write import write as write_plan
         from hft_trl.selection.marks import selection_of
-        from hft_trl.skeleton import build_on_meta
+        from hft_trl.skeleton import build_on_meta, shape_of
 
-        task = Task(
-            stage,
-            gpus,
-            memory,
-            2 if sequence_length is None else sequence_length,
-            BATCH[stage] if global_batch is None else global_batch,
-            Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen),
-            () if launch is None else (launch,),
-        )
+        storage = Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen)
+        length, batch = sequence_length, BATCH[stage] if global_batch is None else global_batch
+        layouts = () if launch is None else (launch,)
+        # Settings that do not fit together are rejected before the model's config is read
+        task = Task(stage, gpus, memory, 2 if length is None else length, batch, storage, layouts)
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
-        task = dataclasses.replace(task, sequence_length=_length(model, skeleton, sequence_length))
+        task = dataclasses.replace(task, sequence_length=_length(model, skeleton, length))
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
@@ -126,8 +125,8 @@ def plan_command(
         if write:
             chosen = method or "hft"
             other = "dpo" if stage == "sft" else "sft"
-            batch = max(BATCH[other] // gpus, 1) * gpus  # the recipes' own, as near as the GPUs can share it
-            if optimizer_in_backward:  # then it is all on the GPU at once
+            batch = max(BATCH[other] // gpus, 1) * gpus  # that of the recipes, divisible by the GPUs
+            if optimizer_in_backward:  # the whole batch is on the GPU at once
                 batch = task.global_batch
             stages = planners[chosen].both_stages(task, dataclasses.replace(task, stage=other, global_batch=batch))
             written = write_plan(write, model, configs[chosen], stages, revision, trust_remote_code)
@@ -142,40 +141,29 @@ def plan_command(
     console.print(rich_table(memory_grid(plans)))
     for plan, ways in zip(plans, helps, strict=True):
         if not plan.fits:
-            missing = (plan.total - plan.available) / 1e9
-            advice = " What would help:" if ways else " None of the flags here would do."
-            console.print(
-                f"{plan.method.upper()} does not fit: {missing:,.1f} GB are missing on each GPU.{advice}",
-                soft_wrap=True,
-            )
+            missing = f"{(plan.total - plan.available) / 1e9:,.1f} GB are missing on each GPU."
+            advice = "What would help:" if ways else "No other flag would help."
+            console.print(f"{plan.method.upper()} does not fit: {missing} {advice}", soft_wrap=True)
             for flags, other in ways:
                 verdict = "fits" if other.fits else "not enough"
                 verdict += " with sync_each_batch" if other.sync_each_batch else ""
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
-    for text, ratio_ in (
-        ("HFT's step computes {} of FFT's at the same settings", ratios["equal_settings"]),
-        ("and {} of it as planned here", ratios["as_planned"]),
-    ):
+    for name, ratio_ in ratios.items():
         if ratio_ is not None:
-            console.print(text.format(f"{ratio_:.2f}"), soft_wrap=True)
+            console.print(RATIOS[name].format(f"{ratio_:.2f}"), soft_wrap=True)
     console.print("Computed from the shapes, not measured; see docs/plan.md.", soft_wrap=True)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
 def parse_memory(text: str) -> int:
-    """
-    Bytes of a size such as `80GB` (10^9 bytes) or `80GiB` (2^30).
-
-    Raises:
-        [`HFTError`]: If it is none.
-    """
+    """Bytes of a size such as `80GB` (10^9 bytes) or `80GiB` (2^30)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text.strip())
     if match is None or match[2].upper() not in UNITS:
-        raise HFTError(f"--gpu-memory is {text!r}: give a number with MB, GB, TB, MiB or GiB, such as 80GB.")
+        raise HFTError(f"--gpu-memory is {text!r}: use a number with MB, GB, TB, MiB or GiB, such as 80GB.")
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size <= 10**9:
-        raise HFTError(f"--gpu-memory is {text!r}: 1 GB is left for the GPU's own needs, so give more, such as 24GB.")
+        raise HFTError(f"--gpu-memory is {text!r}, of which 1 GB is reserved: use more, such as 24GB.")
     return size
 
 
@@ -186,5 +174,7 @@ def _length(model: str, skeleton: "PreTrainedModel", asked: int | None) -> int:
     if asked is None:
         return min(4096, positions or 4096)
     if positions and asked > positions:
-        raise HFTError(f"--sequence-length is {asked}, but {model!r} has {positions} positions: give at most as many.")
+        raise HFTError(
+            f"--sequence-length is {asked}, but {model!r} has {positions} positions: use at most {positions}."
+        )
     return asked

@@ -1,1 +1,1 @@
-"""What a training step takes, in memory and operations, from a model's config alone, and what fits a machine."""
+"""Memory and operations of a training step from a model's config, and settings that fit a machine."""

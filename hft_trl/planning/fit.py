@@ -1,65 +1,41 @@
-"""Which micro-batch, activation checkpointing and launch configuration fit a machine."""
+"""The micro-batch, activation checkpointing and launch configuration that fit a machine."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import (
-    DTYPES,
-    LAYOUTS,
-    Layout,
-    at_peak,
-    awaiting_reduction,
-    held,
-    sizes,
-    while_stepping,
-)
+from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, awaiting_reduction, held, sizes
 from hft_trl.planning.task import Task
 from hft_trl.planning.trace import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
 from hft_trl.weights import rounds
 
-# Left for the CUDA context, cuBLAS and the gaps between the allocator's blocks.
+# Bytes for the CUDA context, cuBLAS and fragmentation
 RESERVED = 10**9
-BUSY = 2048  # tokens: a GPU that computes fewer at once waits for memory more than it computes
-# Every n-th layer is checkpointed: 0 is none, 1 is all. TRL 1.16's DPO trainer knows only these two.
+BUSY = 2048  # tokens per micro-batch that keep a GPU busy: with fewer it is limited by memory bandwidth
+# Every n-th layer is checkpointed: 0 is none, 1 is all. TRL 1.16's DPO trainer supports only these two.
 CHECKPOINTING = {"sft": (0, 4, 3, 2, 1), "dpo": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    A way to train, and what it takes.
-
-    Args:
-        method (`str`): `"hft"` or `"fft"`.
-        layout (`str`): Name of the launch configuration.
-        micro_batch (`int`): `per_device_train_batch_size`.
-        accumulation (`int`): `gradient_accumulation_steps`.
-        checkpointed (`int`): Every which layer is checkpointed: 0 for none, 1 for all.
-        memory (`dict[str, int]`): Bytes on one GPU at the fullest moment of a step, by part.
-        saved (`int`): Bytes that the forward pass keeps for the backward pass.
-        operations (`int`): Floating-point operations of one GPU for an optimizer step.
-        available (`int`): Bytes that the GPU has for it.
-        sync_each_batch (`bool`, *optional*, defaults to `False`): Whether gradients are divided among the GPUs after each
-            micro-batch, not only after the last one of a step.
-    """
+    """The settings of a training run and the memory that it needs on one GPU."""
 
     method: str
-    layout: str
+    layout: str  # name of the launch configuration
     micro_batch: int
     accumulation: int
-    checkpointed: int
-    memory: dict[str, int]
-    saved: int
-    operations: int
-    available: int
-    sync_each_batch: bool = False
+    checkpointed: int  # every n-th layer: 0 is none, 1 is all
+    memory: dict[str, int]  # bytes at the peak of a step, by part
+    saved: int  # bytes that the forward pass saves for the backward pass
+    operations: int  # floating-point operations per optimizer step
+    available: int  # bytes
+    sync_each_batch: bool = False  # gradients are reduced after each micro-batch, not only after the last
 
     @property
     def total(self) -> int:
@@ -68,25 +44,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has them."""
+        """Whether the GPU has enough memory."""
         return self.total <= self.available
+
+    @property
+    def checkpointing(self) -> str:
+        """The checkpointed layers in words."""
+        return {0: "none", 1: "full"}.get(self.checkpointed, f"every {self.checkpointed} layers")
 
 
 class Planner:
     """
-    Plans of one method for one model. Steps that were traced are remembered.
-
-    Args:
-        skeleton ([`~transformers.PreTrainedModel`]):
-            The model on the meta device, as it was built.
-        hft ([`HFTConfig`]):
-            The method, and what to train.
-        previous ([`Selection`], *optional*):
-            What the model was trained with.
+    Plans of one method for one model on the meta device. Traced steps are cached.
 
     Attributes:
         method (`str`): `"hft"` or `"fft"`.
-        selection ([`Selection`]): What learns, by its shape.
+        selection ([`Selection`]): The trainable parameters, selected by shape.
     """
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
@@ -97,69 +70,31 @@ class Planner:
         self._steps: dict[StepSettings, Step] = {}
 
     def plan(self, task: Task) -> Plan:
-        """
-        The plan with the least to compute that fits, and the largest micro-batch of it; if none fits, the smallest one.
-
-        Args:
-            task ([`Task`]):
-                What is to be trained.
-        """
-        sizes_ = task.micro_batches
+        """The plan that fits with the least recomputation and the largest micro-batch, else the smallest plan."""
+        candidates = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
-        busy = next((size for size in sizes_ if size * rows * task.sequence_length >= BUSY), sizes_[-1])
-        ways = [
-            (checkpointed, name, sync)
-            for checkpointed in CHECKPOINTING[task.stage]
-            for name in self._layouts(task)
-            if not self._hopeless(task, name)
-            for sync in _reductions(name)
+        busy = next((size for size in candidates if size * rows * task.sequence_length >= BUSY), candidates[-1])
+        # First without sync_each_batch, which needs more communication
+        layouts = [
+            (name, sync) for name in self._layouts(task) for sync in ((False, True) if name == "fsdp2" else (False,))
         ]
-        for least in dict.fromkeys((busy, sizes_[0])):
+        # No step needs to be traced where that which is held between steps does not fit
+        possible = [
+            (name, sync)
+            for name, sync in layouts
+            if sum(self._held(task, self._layout(task, name)).values()) <= task.gpu_memory - RESERVED
+        ]
+        ways = [(checkpointed, *layout) for checkpointed in CHECKPOINTING[task.stage] for layout in possible]
+        for least in dict.fromkeys((busy, candidates[0])):
             for checkpointed, name, sync in ways:
                 plan = self.one(task, name, least, checkpointed, sync)
                 if plan.fits:
-                    larger = [size for size in sizes_ if size > least]
-                    return _last(larger, lambda size: self.one(task, name, size, checkpointed, sync), plan)  # noqa: B023
-        smallest = (
-            self.one(task, name, sizes_[0], 1, sync) for name in self._layouts(task) for sync in _reductions(name)
-        )
+                    return self._enlarge(task, plan, [size for size in candidates if size > least])
+        smallest = [self.one(task, name, candidates[0], 1, sync) for name, sync in layouts]
         return min(smallest, key=lambda plan: plan.total)
 
-    def rounds(self, dtype: str) -> bool:
-        """Whether the model's published weights can't be loaded in a type, since the frozen half has to keep its bits."""
-        return self.method == "hft" and rounds(self._published, DTYPES[dtype])
-
-    def check_types(self, task: Task) -> None:
-        """
-        Check that a half can be trained in the types asked for.
-
-        Args:
-            task ([`Task`]):
-                What is to be trained.
-
-        Raises:
-            [`HFTError`]: Naming the flag that rounds the published weights.
-        """
-        zero = [name for name in task.layouts if name.startswith("zero")]
-        if zero and self.rounds("bfloat16"):
-            raise HFTError(
-                f"--launch is {zero[0]}, which casts all weights to bfloat16, but the model's are {_name(self._published)}, so the "
-                "frozen half could not keep its bits: use fsdp2, or --method fft."
-            )
-        if self.rounds(task.storage.dtype):
-            raise HFTError(
-                f"--dtype is {task.storage.dtype}, but the model's weights are {_name(self._published)}, so the frozen half could "
-                "not keep its bits: leave --dtype out, which is float32, or use --method fft."
-            )
-
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
-        """
-        Tasks and plans by stage, under the first launch configuration that fits both; the last one if none does.
-
-        Args:
-            first, second ([`Task`]):
-                The two stages on the same machine.
-        """
+        """Tasks and plans by stage with the first launch configuration that fits both, else the last one."""
         found: dict[str, tuple[Task, Plan]] = {}
         for name in self._layouts(first):
             found = {
@@ -170,17 +105,19 @@ class Planner:
         return found
 
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
-        """What one way of training takes, whether it fits or not."""
+        """The plan with given settings, `name` being the launch configuration, whether it fits or not."""
         layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         parts = self._held(task, layout)
-        deferred = layout.defers_reduction and accumulation > 1 and not sync_each_batch
-        in_passes = awaiting_reduction(parts, self._sizes) if deferred else parts
+        defers = name == "fsdp2" and accumulation > 1
+        in_passes = awaiting_reduction(parts, self._sizes) if defers and not sync_each_batch else parts
         memory = at_peak(in_passes, step, layout, accumulation > 1)
         together = task.storage.optim == "adamw_torch" and task.device == "cuda"
         if together and not task.storage.optimizer_in_backward:
-            memory = max(memory, while_stepping(parts), key=lambda held_: sum(held_.values()))
+            # An update of all parameters at once has the square roots of all second moments, as large as the gradients
+            update = {**dict.fromkeys(memory, 0), **parts, "optimizer": parts["optimizer"] + parts["gradients"]}
+            memory = max(memory, update, key=lambda parts_: sum(parts_.values()))
         return Plan(
             self.method,
             name,
@@ -191,87 +128,76 @@ class Planner:
             step.saved,
             step.operations * accumulation,
             task.gpu_memory - RESERVED,
-            sync_each_batch and layout.defers_reduction and accumulation > 1,
+            sync_each_batch and defers,
         )
 
-    def _layout(self, task: Task, name: str) -> Layout:
-        layout, half = LAYOUTS[name], self.method == "hft"
-        if half and task.storage.replicate_frozen:  # then the reference's frozen half is the policy's
-            layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
-        return layout if self._shares and half else layout.unshared()
+    def rounds(self, dtype: str) -> bool:
+        """Whether a type would round the published weights, of which the frozen half has to keep the bits."""
+        return self.method == "hft" and rounds(self._published, DTYPES[dtype])
 
-    def _layouts(self, task: Task) -> Iterator[str]:
-        for name in task.layouts:
-            if not (task.storage.in_eight_bits and LAYOUTS[name].optimizer):
-                yield name
+    def check_types(self, task: Task) -> None:
+        """Reject types in which the frozen half would not keep the bits of the published weights."""
+        published = str(self._published).removeprefix("torch.")
+        casts = [("--launch", name, "bfloat16") for name in task.layouts if LAYOUTS[name].zero]
+        for flag, value, dtype in (*casts, ("--dtype", task.storage.dtype, task.storage.dtype)):
+            if self.rounds(dtype):
+                raise HFTError(
+                    f"{flag} is {value}, which rounds the model's weights from {published} to {dtype}, "
+                    f"so the frozen half would not keep its bits: remove {flag}, or use --method fft."
+                )
+
+    def _enlarge(self, task: Task, plan: Plan, sizes_: Sequence[int]) -> Plan:
+        """The same plan with the largest micro-batch that fits."""
+
+        def with_size(size: int) -> Plan:
+            return self.one(task, plan.layout, size, plan.checkpointed, plan.sync_each_batch)
+
+        fitting = bisect_left(sizes_, True, key=lambda size: not with_size(size).fits)
+        return with_size(sizes_[fitting - 1]) if fitting else plan
+
+    def _storage(self, task: Task) -> Storage:
+        """The storage of the task. Full fine-tuning has no frozen half."""
+        if self.method == "hft":
+            return task.storage
+        return dataclasses.replace(task.storage, frozen_dtype=None, frozen_quantization=None, replicate_frozen=False)
+
+    def _layout(self, task: Task, name: str) -> Layout:
+        layout = LAYOUTS[name]
+        if self._storage(task).replicate_frozen:  # the reference uses the policy's frozen half
+            layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
+        return layout if self._shares and self.method == "hft" else layout.unshared()
+
+    def _layouts(self, task: Task) -> list[str]:
+        return [name for name in task.layouts if not (task.storage.in_eight_bits and LAYOUTS[name].shards_state)]
 
     def _held(self, task: Task, layout: Layout) -> dict[str, int]:
-        whole = {"frozen_dtype": None, "frozen_quantization": None, "replicate_frozen": False}
-        storage = task.storage if self.method == "hft" else dataclasses.replace(task.storage, **whole)
-        return held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
-
-    def _hopeless(self, task: Task, name: str) -> bool:
-        """Whether what is there from step to step is too much already, so that no step has to be traced."""
-        parts = self._held(task, self._layout(task, name))
-        return sum(parts.values()) > task.gpu_memory - RESERVED
+        return held(self._sizes, layout, task.gpus, self._storage(task), task.stage == "dpo")
 
     def _step(self, task: Task, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
-        dtype = "bfloat16" if layout.computes_in_bfloat16 else task.storage.dtype
-        frozen = None if layout.computes_in_bfloat16 or self.method == "fft" else task.storage.frozen_dtype
+        storage = self._storage(task)
+        dtype, frozen = ("bfloat16", None) if layout.shards_state else (storage.dtype, storage.frozen_dtype)
         settings = StepSettings(
             task.stage,
             micro_batch,
             task.sequence_length,
             DTYPES[dtype],
             DTYPES[frozen] if frozen else None,
-            layout.autocast and task.autocast,
+            task.autocast and not layout.zero,
             checkpointed,
             task.device,
-            frozen_quantization=task.storage.frozen_quantization if self.method == "hft" else None,
-            optimizer_in_backward=task.storage.optimizer_in_backward,
+            storage.frozen_quantization,
+            storage.optimizer_in_backward,
         )
         if settings not in self._steps:
             self._steps[settings] = trace_step(self._skeleton, self.selection, settings)
         return self._steps[settings]
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _reductions(name: str) -> tuple[bool, ...]:
-    """Values of `sync_each_batch` to choose from, the one with less traffic first."""
-    return (False, True) if LAYOUTS[name].defers_reduction else (False,)
-
-
-def _last(sizes: Sequence[int], plan_of: Callable[[int], Plan], best: Plan) -> Plan:
-    """The plan of the largest size that fits, by bisection, or the best so far."""
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        plan = plan_of(sizes[middle])
-        if plan.fits:
-            best, low = plan, middle + 1
-        else:
-            high = middle
-    return best
-
-
 def operations_ratios(planners: dict[str, Planner], task: Task, plans: Sequence[Plan]) -> dict[str, float | None]:
     """
-    What a step of HFT computes as a share of FFT's.
+    The operations of an HFT step divided by those of FFT, where the plans allow a comparison.
 
-    Args:
-        planners (`dict[str, Planner]`):
-            Planners of `"hft"` and `"fft"`.
-        task ([`Task`]):
-            What is to be trained.
-        plans (`Sequence[Plan]`):
-            The plans that were made.
-
-    Returns:
-        `dict[str, float | None]`: `"equal_settings"`, both with the settings of HFT's plan, and `"as_planned"`, each with its
-        own where both fit; `None` without a plan of HFT, or of both.
+    `equal_settings` takes the settings of HFT's plan for both methods, `as_planned` each one's own plan if both fit.
     """
     own = {plan.method: plan for plan in plans}
     if "hft" not in own:

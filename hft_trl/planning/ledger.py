@@ -1,7 +1,6 @@
-"""Bytes and operations of a step, counted operation by operation as PyTorch dispatches them."""
+"""Memory and operations of a step, counted for each operation that PyTorch dispatches."""
 
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,35 +18,29 @@ PARTS = ("gradients", "weight_copies", "logits", "activations")
 
 class Ledger(TorchDispatchMode):
     """
-    Keeps account of every storage that is made while it is on, until it is freed, and counts the matrix products.
+    Count the bytes of each storage until it is freed, and the operations of matrix products.
 
-    It works on fake tensors as on real ones. What a kernel allocates inside of itself is not seen.
-
-    Args:
-        models (`torch.nn.Module`):
-            The models. Storage of their parameters and buffers is there before and is not counted.
+    It works on fake and on real tensors. Parameters and buffers of `models` do not count, nor does memory that kernels
+    allocate internally.
 
     Attributes:
-        operations (`int`): Floating-point operations of matrix products and attention (a multiplication and an addition are two).
-        peak (`int`): Most bytes alive at once.
-        at_peak (`dict[str, int]`): What they were: gradients, copies of weights in another type (autocast), tiles of logits, and
-            activations, which are all else.
-        peak_without_gradients (`int`): Most bytes alive at once that were not gradients.
-        at_peak_without_gradients (`dict[str, int]`): What they were.
+        operations (`int`): Floating-point operations of matrix products and attention. A multiply-add is two.
+        peak (`int`): Most bytes allocated at once.
+        at_peak (`dict[str, int]`): These bytes by part. `weight_copies` are autocast's, `activations` the rest.
+        at_peak_without_gradients (`dict[str, int]`): The most bytes at once that are not gradients, by part.
     """
 
     def __init__(self, *models: torch.nn.Module) -> None:
         super().__init__()
         self.operations = 0
-        self.live: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+        self.live = dict.fromkeys(PARTS, 0)
         self.peak, self.at_peak = 0, dict(self.live)
-        self.peak_without_gradients, self.at_peak_without_gradients = 0, dict(self.live)
+        self._other_peak, self.at_peak_without_gradients = 0, dict(self.live)
         self._part: str | None = None
         self._known: dict[int, tuple[weakref.ref, int, str]] = {}
-        # Views of these come out of operations too
         parameters = [parameter for model in models for parameter in model.parameters()]
-        there = [*parameters, *(buffer for model in models for buffer in model.buffers())]
-        self._weights = {tensor.untyped_storage()._cdata for tensor in there}
+        existing = [*parameters, *(buffer for model in models for buffer in model.buffers())]
+        self._weights = {tensor.untyped_storage()._cdata for tensor in existing}
         self._hooks = [p.register_post_accumulate_grad_hook(self._is_gradient) for p in parameters if p.requires_grad]
 
     def __exit__(self, *error: Any) -> None:
@@ -57,7 +50,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Put down what is made meanwhile as this part."""
+        """Count all allocations in this context as one part."""
         before, self._part = self._part, name
         try:
             yield
@@ -66,7 +59,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        # What depends on real numbers alone (a mask of padding, which models look into) is computed with numbers
+        # Models read the values of a padding mask, so what depends on real tensors alone is computed
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         with unset_fake_temporarily() if real else nullcontext():
             out = _experts(func, *args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
@@ -88,17 +81,22 @@ class Ledger(TorchDispatchMode):
         if key in self._known or key in self._weights:
             return
         size = storage.nbytes()
-        # Weak, and by address: the entry goes with the storage, before another one can have its address
+        # The weak reference removes the entry before another storage can have the same address
         self._known[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, part)
         self.live[part] += size
-        self._note()
+        total = sum(self.live.values())
+        if total > self.peak:
+            self.peak, self.at_peak = total, dict(self.live)
+        other = total - self.live["gradients"]
+        if other > self._other_peak:
+            self._other_peak, self.at_peak_without_gradients = other, {**self.live, "gradients": 0}
 
     def _leave(self, key: int) -> None:
         _, size, part = self._known.pop(key)
         self.live[part] -= size
 
     def _is_gradient(self, parameter: torch.Tensor) -> None:
-        if parameter.grad is None:  # an optimizer inside of the backward pass has used it already
+        if parameter.grad is None:  # freed by an optimizer in the backward pass
             return
         key = parameter.grad.untyped_storage()._cdata
         if key in self._known:
@@ -107,25 +105,16 @@ class Ledger(TorchDispatchMode):
             self.live[part] -= size
             self.live["gradients"] += size
 
-    def _note(self) -> None:
-        total = sum(self.live.values())
-        if total > self.peak:
-            self.peak, self.at_peak = total, dict(self.live)
-        other = total - self.live["gradients"]
-        if other > self.peak_without_gradients:
-            self.peak_without_gradients = other
-            self.at_peak_without_gradients = {**self.live, "gradients": 0}
-
 
 def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:
-    """Products of experts. Fake tensors have them in bfloat16 only, kernels in every type."""
+    """Grouped matrix product of experts. Fake tensors support only bfloat16, kernels support every type."""
     if not isinstance(left, FakeTensor) or left.dtype == torch.bfloat16:
         return func(left, right, *others)
     return func(left.bfloat16(), right.bfloat16(), *others).to(left.dtype)
 
 
 def _causal(first: int, args: tuple, kwargs: dict[str, Any]) -> int:
-    """2 where a kernel passes over half of the scores."""
+    """2 where a kernel skips half of the scores, else 1."""
     return 2 if kwargs.get("is_causal", args[first] if len(args) > first else False) else 1
 
 
@@ -138,11 +127,11 @@ def _attention_backward(*args: Any, **kwargs: Any) -> int:
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
-    """One product for each group of rows (experts), or, for gradients of their weights, of columns."""
+    """Operations of a product per group of rows (experts), or of columns for their weights' gradients."""
     return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
 
 
-# PyTorch's own formulas, and those of operations that it has none for
+# PyTorch's formulas, and those of operations that it does not cover
 OPERATIONS = {
     **flop_registry,
     aten.addmm_: addmm_flop,

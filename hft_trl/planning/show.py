@@ -1,74 +1,74 @@
-"""Plans as a table and as JSON."""
+"""Plans as a table and as JSON, and what would help where a model does not fit."""
 
+import dataclasses
 from typing import Any
 
-from hft_trl.planning.fit import RESERVED, Plan
+from hft_trl.planning.fit import RESERVED, Plan, Planner
 from hft_trl.planning.task import Task
 from hft_trl.report.tables import Grid
 
 PARTS = {
-    "weights_trainable": "weights that learn",
+    "weights_trainable": "trainable weights",
     "weights_frozen": "frozen weights",
-    "reference": "reference",
+    "reference": "reference model",
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "weight_copies": "bfloat16 copies of weights",
     "activations": "activations",
     "logits": "tiles of logits",
-    "communication": "the backend's buffers",
+    "communication": "communication buffers",
 }
 OPTIONAL = ("reference", "weight_copies", "communication")
-CHECKPOINTING = {0: "none", 1: "full"}
-
-
-def checkpointing(plan: Plan) -> str:
-    """Which layers are computed again, in words."""
-    return CHECKPOINTING.get(plan.checkpointed, f"every {plan.checkpointed} layers")
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
-    """
-    Memory by part, and the settings, a column for each plan.
-
-    Args:
-        plans (`list[Plan]`):
-            The plans.
-    """
+    """Memory by part and the settings, with a column per plan."""
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
         if part not in OPTIONAL or any(plan.memory[part] for plan in plans)
     ]
-    rows.append([f"together, of {plans[0].available / 1e9:,.1f}", *(f"{plan.total / 1e9:,.1f}" for plan in plans)])
-    closing = len(rows) - 1
+    total = len(rows)
     rows += [
+        [f"total, of {plans[0].available / 1e9:,.1f}", *(f"{plan.total / 1e9:,.1f}" for plan in plans)],
         ["fits", *("yes" if plan.fits else "no" for plan in plans)],
         ["launch configuration", *(plan.layout for plan in plans)],
         ["micro-batch x accumulation", *(f"{plan.micro_batch} x {plan.accumulation}" for plan in plans)],
-        ["activation checkpointing", *(checkpointing(plan) for plan in plans)],
-        ["kept for backward", *(f"{plan.saved / 1e9:,.1f}" for plan in plans)],
-        ["petaflop in a step", *(f"{plan.operations / 1e15:.3g}" for plan in plans)],
+        ["activation checkpointing", *(plan.checkpointing for plan in plans)],
+        ["saved for backward", *(f"{plan.saved / 1e9:,.1f}" for plan in plans)],
+        ["petaFLOP per step", *(f"{plan.operations / 1e15:.3g}" for plan in plans)],
     ]
     if any(plan.sync_each_batch for plan in plans):
         rows.append(["sync_each_batch", *("yes" if plan.sync_each_batch else "no" for plan in plans)])
-    return Grid("", ["GB on each GPU", *(plan.method.upper() for plan in plans)], rows, frozenset({closing}))
+    return Grid("", ["GB on each GPU", *(plan.method.upper() for plan in plans)], rows, frozenset({total}))
 
 
 def heading(model: str, task: Task) -> str:
-    """What was asked for, in a line."""
+    """The task in one line."""
     machine = f"{task.gpus} GPU{'s' if task.gpus > 1 else ''} of {task.gpu_memory / 1e9:g} GB"
     return f"{model}: {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}"
 
 
+def task_json(model: str, task: Task) -> dict[str, Any]:
+    """The task, with memory in bytes."""
+    names = ("stage", "gpus", "gpu_memory", "sequence_length", "global_batch")
+    return {
+        "model": model,
+        **{name: getattr(task, name) for name in names},
+        "reserved": RESERVED,
+        **vars(task.storage),
+    }
+
+
 def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
-    """A plan with every figure in bytes, and what would help where it doesn't fit."""
+    """A plan and what would help where it does not fit, with memory in bytes."""
     return {
         "fits": plan.fits,
         "accelerate_config": plan.layout,
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "sync_each_batch": plan.sync_each_batch,
-        "activation_checkpointing": CHECKPOINTING.get(plan.checkpointed, "selective"),
+        "activation_checkpointing": "selective" if plan.checkpointed > 1 else plan.checkpointing,
         "every_n_layers": plan.checkpointed or None,
         "memory": plan.memory,
         "total": plan.total,
@@ -82,15 +82,60 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
     }
 
 
-def task_json(model: str, task: Task) -> dict[str, Any]:
-    """What was asked for."""
-    return {
-        "model": model,
-        "stage": task.stage,
-        "gpus": task.gpus,
-        "gpu_memory": task.gpu_memory,
-        "reserved": RESERVED,
-        "sequence_length": task.sequence_length,
-        "global_batch": task.global_batch,
-        **vars(task.storage),
-    }
+def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan]]:
+    """
+    Flags of `hft-trl plan` that save memory, each with its smallest plan, whether that fits or not.
+
+    `plan` is the smallest plan of a task that does not fit.
+    """
+    found: list[tuple[str, Plan]] = []
+    storage = task.storage
+    if storage.optimizer_in_backward:  # without accumulation, all rows of a step are on the GPU at once
+        found += _smaller_batch(planner, task, "")
+    if plan.layout in ("single", "ddp"):
+        frozen, eight = {"frozen_dtype": "bfloat16"}, {"optim": "adamw_bnb_8bit"}
+        changes = [eight]
+        if planner.method == "hft" and storage.frozen_quantization is None:
+            changes += [frozen, {**frozen, **eight}]
+            if storage.frozen_dtype is None:
+                changes.append({"frozen_quantization": "nf4", **eight})
+        for change in changes:
+            changed = dataclasses.replace(storage, **change)
+            if changed != storage:
+                other = dataclasses.replace(task, storage=changed, layouts=(plan.layout,))
+                found.append((_flags(change), planner.one(other, plan.layout, plan.micro_batch, 1)))
+    if any(other.fits for _, other in found):
+        return found
+    if planner.method == "hft" and task.gpus == 1:
+        smallest = {"optim": "adamw_bnb_8bit", "frozen_quantization": "nf4"}
+        if not planner.rounds("bfloat16"):
+            smallest = {"dtype": "bfloat16", **smallest}
+        storage_ = dataclasses.replace(storage, **smallest, frozen_dtype=None, optimizer_in_backward=True)
+        flags = f"{_flags(smallest)} --optimizer-in-backward"
+        found += _smaller_batch(planner, dataclasses.replace(task, storage=storage_), flags)
+    if storage.in_eight_bits or storage.frozen_quantization or storage.optimizer_in_backward:
+        return found  # these are not sharded
+    for gpus in (2, 4, 8, 16, 32, 64, 128):
+        if gpus > task.gpus and task.global_batch % gpus == 0:
+            more = dataclasses.replace(task, gpus=gpus, layouts=("fsdp2",))
+            other = planner.one(more, "fsdp2", 1, 1, sync_each_batch=True)
+            if other.fits:
+                return [*found, (f"--gpus {gpus}", other)]
+    return found
+
+
+def _flags(change: dict[str, str]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+
+
+def _smaller_batch(planner: Planner, task: Task, flags: str) -> list[tuple[str, Plan]]:
+    """The largest of 1, 2, 4 ... rows, below the global batch, that fits one GPU without accumulation."""
+    found: list[tuple[str, Plan]] = []
+    size = 1
+    while size < task.global_batch:
+        plan = planner.one(dataclasses.replace(task, global_batch=size), "single", size, 1)
+        if not plan.fits:
+            break
+        found = [(f"{flags} --global-batch {size}".strip(), plan)]
+        size *= 2
+    return found

@@ -1,4 +1,4 @@
-"""`activation_checkpointing: auto` of a recipe: the least recomputation that fits the machine it runs on."""
+"""`activation_checkpointing: auto` in a recipe: the least recomputation that fits the machine."""
 
 import dataclasses
 import os
@@ -18,7 +18,6 @@ from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
 from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
-from hft_trl.planning.show import checkpointing
 from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
 from hft_trl.selection.marks import selection_of
@@ -29,68 +28,79 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Where Linux tells a container its limit: control groups of version 2, and of version 1
+# Memory limits of a container on Linux, control groups of version 2 and 1
 LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-# Arguments with which a step holds another reference, or logits as a whole.
+# Arguments with which a step holds another reference or the full logits
 UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
 
 
 def settle_checkpointing(*stages: "Stage") -> None:
     """
-    Decide how much the stages of a run compute again, where their settings leave it to the recipe: of the ways that fit the
-    memory of one process, as `hft-trl plan` computes them, the one with the least recomputation. Every process has to call.
+    Choose the activation checkpointing of all stages that set it to `auto`. Every process has to call.
 
-    Args:
-        stages ([`~hft_trl.recipe.Stage`]):
-            All stages of the run in order. The first one's model says what shapes all of them have. The arguments of those
-            with `auto_checkpointing` are changed in place.
-
-    Raises:
-        [`HFTError`]: If a stage has a setting that a plan does not know.
+    It is the least recomputation with which a step fits the memory of a process, as `hft-trl plan` computes it. The
+    first stage's model has the shapes of all stages. Arguments are changed in place. A setting that a plan does not
+    cover raises an [`HFTError`].
     """
     undecided = [stage for stage in stages if stage.auto_checkpointing]
     if not undecided:
         return
     for stage in undecided:
-        _check_known(stage)
+        _check_covered(stage)
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
     plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
     (plans,) = broadcast_object_list([plans])
     for stage, plan in zip(undecided, plans, strict=True):
-        _apply(plan, stage)
+        args = stage.args
+        # transformers reads the new names, TRL the old ones
+        args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0
+        kwargs = {**(args.activation_checkpointing_kwargs or {}), "every_n_layers": plan.checkpointed}
+        if plan.checkpointed < 2:
+            del kwargs["every_n_layers"]
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs or None
         PartialState().print(
-            f"{stage.name}: activation checkpointing {checkpointing(plan)}, "
+            f"{stage.name}: activation checkpointing {plan.checkpointing}, "
             f"about {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each process."
         )
         if not plan.fits and PartialState().is_main_process:
             logger.warning_once(
-                f"{stage.name}: {(plan.total - plan.available) / 1e9:.1f} GB more than there are, even with every layer "
-                "checkpointed: hft-trl plan says what would help."
+                f"{stage.name}: {(plan.total - plan.available) / 1e9:.1f} GB are missing, even with every layer "
+                "checkpointed: hft-trl plan shows what would help."
             )
 
 
 def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
-    """The way that each stage that leaves it open is to take."""
+    """Of each undecided stage, the plan that fits with the least recomputation, else the smallest."""
     plans = []
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
-        if stage.auto_checkpointing:
-            plans.append(_least(planner, stage, _task(stage, skeleton, memory)))
+        if not stage.auto_checkpointing:
+            continue
+        if planner is None:
+            asked = f"{stage.section}.activation_checkpointing is auto"
+            raise HFTError(f"{asked}, which does not cover the masks of strategy element: set it to true or false.")
+        args, task, layout = stage.args, _task(stage, skeleton, memory), _layout(stage)
+        sync = bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
+        # With ZeRO-3, frozen parameters need reentrant checkpointing, which is of all layers or none
+        for way in (0, 1) if layout == "zero3" else CHECKPOINTING[stage.section]:
+            plan = planner.one(task, layout, args.per_device_train_batch_size, way, sync)
+            if plan.fits:
+                break
+        plans.append(plan)
     return plans
 
 
 def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
     """
-    Of each stage a planner with as large a half as it will have; `None` of adapters and of masks, which are not planned.
+    A planner per stage for a half as large as the stage will have, `None` for adapters and masks.
 
-    `"same"` and `"complement"` go by the half of the stage that a stage starts from. Fresh halves of other seeds are about
-    as large, so that of seed 0 stands for all of them. Stages that train the same parameters share the steps that were traced.
+    `"same"` and `"complement"` depend on the half of the stage that the model comes from. Seed 0 stands for all fresh
+    halves, which have about the same size. Stages with the same trainable parameters share a planner and its traces.
     """
     first = stages[0].model.model_name_or_path
-    halves, masked = {first: selection_of(skeleton)}, set()
-    if halves[first] is not None and halves[first].masks is not None:
-        masked.add(first)
+    halves = {first: selection_of(skeleton)}
+    masked = {first} if halves[first] is not None and halves[first].masks is not None else set()
     known: dict[tuple[str, tuple[str, ...]], Planner] = {}
     planners: list[Planner | None] = []
     for stage in stages:
@@ -98,11 +108,6 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
         fresh = hft is None or hft.reselect == "fresh"
         if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
             masked.add(folder)
-            if stage.auto_checkpointing:
-                raise HFTError(
-                    f"{stage.section}.activation_checkpointing is auto, which is not planned for the masks of strategy element: "
-                    "set it to true or false."
-                )
         elif hft is not None:
             planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
             alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
@@ -112,112 +117,61 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
     return planners
 
 
-def _check_known(stage: "Stage") -> None:
-    args, section = stage.args, stage.section
-    asked = f"{section}.activation_checkpointing is auto"
-    if section not in CHECKPOINTING:
-        raise HFTError(f"{asked}, which is planned for the stages sft and dpo only: set it to true or false.")
-    if stage.hft is None:
-        raise HFTError(f"{asked}, which is not planned for adapters: set it to true or false.")
-    for name, unplanned in (
-        *((f"{section}.{name}", vars(args).get(name)) for name in UNPLANNED),
-        (f"{section}.reference_quantization", stage.data.reference_quantization),
-    ):
-        if unplanned:
-            raise HFTError(f"{asked}, which does not count what {name} changes: set it to true or false.")
-    if args.optim not in OPTIMIZERS:
-        raise HFTError(
-            f"{asked}, which knows the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}: set it to "
-            "true or false."
-        )
-    if args.max_length is None or args.max_length < 2:
-        raise HFTError(f"{asked}, but {section}.max_length is {args.max_length}: say how long rows are at most.")
-    if fsdp_version(args) == 1:
-        raise HFTError(f"{asked}, which knows FSDP2 only: set fsdp_version to 2, or it to true or false.")
+def _check_covered(stage: "Stage") -> None:
+    """Reject a stage that a plan does not cover."""
+    args, section, layout = stage.args, stage.section, _layout(stage)
+    changed = [name for name in UNPLANNED if vars(args).get(name)]
+    changed += ["reference_quantization"] if stage.data.reference_quantization else []
     own = (args.fsdp_plugin_args or {}).get("activation_checkpointing")
-    if own or (own is None and fsdp_version(args) and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
-        raise HFTError(f"{asked}, but fsdp_activation_checkpointing is on already: drop one of the two.")
-    name = _layout(stage)
-    if name not in ("single", "ddp") and args.mixed_precision != "bf16":
-        raise HFTError(
-            f"{asked}, which is computed for {name} with bf16, but mixed_precision is {args.mixed_precision!r}: set it to true or "
-            "false."
-        )
+    reason, remedy = None, "set it to true or false"
+    if section not in CHECKPOINTING:
+        reason = "which covers only the stages sft and dpo"
+    elif stage.hft is None:
+        reason = "which does not cover adapters"
+    elif changed:
+        reason = f"which does not cover {section}.{changed[0]}"
+    elif args.optim not in OPTIMIZERS:
+        reason = f"which covers the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}"
+    elif args.max_length is None or args.max_length < 2:
+        reason, remedy = f"but {section}.max_length is {args.max_length}", "set the maximum number of tokens per row"
+    elif fsdp_version(args) == 1:
+        reason, remedy = "which covers only FSDP2, but fsdp_version is 1", "set fsdp_version to 2"
+    elif own or (own is None and fsdp_version(args) and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
+        reason, remedy = "but fsdp_activation_checkpointing is on already", "remove one of the two"
+    elif layout not in ("single", "ddp") and args.mixed_precision != "bf16":
+        reason = f"which covers {layout} only with bf16, but mixed_precision is {args.mixed_precision!r}"
+    if reason:
+        raise HFTError(f"{section}.activation_checkpointing is auto, {reason}: {remedy}.")
 
 
 def _layout(stage: "Stage") -> str:
-    """The launch configuration, by its name in `accelerate_configs/`, before there is a trainer."""
-    if stage.args.deepspeed_plugin is not None:
-        return "zero3" if stage.args.deepspeed_plugin.zero_stage == 3 else "zero2"
-    if fsdp_version(stage.args):
+    """The launch configuration by its name in `accelerate_configs/`, before a trainer exists."""
+    args = stage.args
+    if args.deepspeed_plugin is not None:
+        return "zero3" if args.deepspeed_plugin.zero_stage == 3 else "zero2"
+    if fsdp_version(args):
         return "fsdp2"
-    return "single" if stage.args.world_size == 1 else "ddp"
+    return "single" if args.world_size == 1 else "ddp"
 
 
 def _memory() -> int:
-    """Bytes that a process may take: all of its GPU, or its part of the machine's where there is none; of the smallest machine."""
+    """The least memory of a process: that of its GPU, or its share of the machine or container."""
     if PartialState().device.type == "cpu":
-        own = min([psutil.virtual_memory().total, *_limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        limits = [path.read_text().strip() for path in LIMITS if path.is_file()]
+        total = min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit != "max")])
+        own = total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         own = torch.accelerator.get_memory_info(PartialState().device)[1]
     return min(gather_object([own]))
 
 
-def _limits() -> list[int]:
-    """Bytes that the container may take, where there is one; psutil tells the machine's only."""
-    found = [path.read_text().strip() for path in LIMITS if path.is_file()]
-    return [int(limit) for limit in found if limit != "max"]
-
-
 def _task(stage: "Stage", skeleton: PreTrainedModel, memory: int) -> Task:
-    args, dtype = stage.args, stage.model.dtype
+    args, hft, dtype = stage.args, stage.hft, stage.model.dtype
     if dtype == "auto":
         dtype = str(skeleton.config.dtype or torch.float32).removeprefix("torch.")
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return Task(
-        stage.section,
-        args.world_size,
-        memory,
-        args.max_length,
-        rows,
-        Storage(
-            dtype,
-            stage.hft.frozen_dtype,
-            args.optim.value,
-            frozen_quantization=stage.hft.frozen_quantization,
-            optimizer_in_backward=stage.hft.optimizer_in_backward,
-            replicate_frozen=replicates_frozen(stage.hft, args),
-        ),
-        autocast=args.mixed_precision != "no",
-        device="cpu" if PartialState().device.type == "cpu" else "cuda",
-    )
-
-
-def _least(planner: Planner, stage: "Stage", task: Task) -> Plan:
-    """The plan with the least recomputation that fits, the one with the most if none does."""
-    ways = CHECKPOINTING[stage.section]
-    if _layout(stage) == "zero3":
-        ways = (ways[0], ways[-1])  # frozen parameters need reentrant checkpointing there, of all layers or none
-    for way in ways:
-        plan = planner.one(task, _layout(stage), stage.args.per_device_train_batch_size, way, _syncs(stage))
-        if plan.fits:
-            break
-    return plan
-
-
-def _syncs(stage: "Stage") -> bool:
-    """Whether the stage's own settings divide gradients after each micro-batch."""
-    kwargs = stage.args.accelerator_config.gradient_accumulation_kwargs or {}
-    return bool(kwargs.get("sync_each_batch"))
-
-
-def _apply(plan: Plan, stage: "Stage") -> None:
-    args = stage.args
-    # transformers reads the new names, TRL the old ones
-    args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0
-    kwargs = {
-        key: value for key, value in (args.activation_checkpointing_kwargs or {}).items() if key != "every_n_layers"
-    }
-    if plan.checkpointed > 1:
-        kwargs["every_n_layers"] = plan.checkpointed
-    args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs or None
+    replicates = replicates_frozen(hft, args)
+    optim, quantization = args.optim.value, hft.frozen_quantization
+    storage = Storage(dtype, hft.frozen_dtype, optim, quantization, hft.optimizer_in_backward, replicates)
+    autocast, device = args.mixed_precision != "no", "cpu" if PartialState().device.type == "cpu" else "cuda"
+    return Task(stage.section, args.world_size, memory, args.max_length, rows, storage, (), autocast, device)
