@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hft_trl.continual.tables import Scores, run_name
-from hft_trl.report.plots import STAGE_COLOURS, plain
+from hft_trl.report.figures import STAGE_COLOURS, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

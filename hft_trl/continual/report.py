@@ -16,8 +16,8 @@ from hft_trl.continual.tables import (
 )
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import save_figure
+from hft_trl.report.figures import save_figure
+from hft_trl.report.tables import table
 
 
 def write_report(folder: str | Path) -> Path:

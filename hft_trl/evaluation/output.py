@@ -8,9 +8,8 @@ from hft_trl.errors import HFTError
 from hft_trl.evaluation.plot import score_figure
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.files import write_json, write_text
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import save_figure
-from hft_trl.report.tables import NONE, Grid, narrowed, rich_table
+from hft_trl.report.figures import save_figure
+from hft_trl.report.tables import NONE, Grid, narrowed, rich_table, table
 
 EVALUATION_FILE = "evaluation.json"
 ERROR_OF_AVERAGE = (

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from hft_trl.evaluation.scores import Evaluation
-from hft_trl.report.plots import plain, stage_colours
+from hft_trl.report.figures import plain, stage_colours
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ import yaml
 
 from hft_trl.demo import shown
 from hft_trl.report.record import REPORT_FILE, Report, StageRecord
-from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import Grid, evaluation_grids, movement_grids, share_grid, stage_grid, table
 
 CAPTIONS = {
     "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
@@ -100,18 +100,3 @@ def _fenced(text: str, language: str) -> str:
 
 def _picture(name: str, pictures: Collection[str]) -> list[str]:
     return [f"![{name.removesuffix('.png')}]({name})", f"*{CAPTIONS[name]}*"] if name in pictures else []
-
-
-def table(grid: Grid) -> str:
-    """A table of finished texts in Markdown."""
-    head = f"| {' | '.join(map(_cell, grid.columns))} |"
-    rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
-    body = []
-    for number, row in enumerate(grid.rows):
-        bold = "**" if number in grid.closing else ""
-        body.append(f"| {' | '.join(f'{bold}{_cell(text)}{bold}' for text in row)} |")
-    return "\n".join([head, rule, *body])
-
-
-def _cell(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")

@@ -242,7 +242,9 @@ def _build(cls: type[T], content: Any, where: str) -> T:
         # JSON may write a whole float as an int. A bool is an int in Python, but not a number here.
         accepted = kind | int if float in get_args(hint) else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
-            raise HFTError(f"{where} has {name} = {value!r:.80}, which is not of type {hint}: run the recipe again.")
+            raise HFTError(
+                f"{where} has {name} = {value!r:.80}, which is not of type {getattr(hint, '__name__', hint)}: run the recipe again."
+            )
     for name, entry in known.items():
         if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
             raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")

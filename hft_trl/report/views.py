@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import yaml
 
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import Column, layer_map
+from hft_trl.report.layer_map import SQUARES, Column, cell_mark, layer_map
 from hft_trl.report.markdown import CAPTIONS, launch_command, launch_note
-from hft_trl.report.movement_plot import movement_figure
-from hft_trl.report.picture import SQUARES, cell_mark
+from hft_trl.report.movement import movement_figure
 from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
 from hft_trl.report.tables import Grid, evaluation_grid, loss, movement_grids, share_grid, stage_grid
