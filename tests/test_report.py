@@ -20,12 +20,11 @@ from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
 from hft_trl.report.layer_map import ASCII, columns_of, layer_picture
-from hft_trl.report.markdown import report_markdown
 from hft_trl.report.movement import category_movement, movement_figure, movement_grid
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.shares import category_shares
 from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
-from hft_trl.report.views import report_page
+from hft_trl.report.views import report_markdown, report_page
 from hft_trl.selection import Unit, find_units, select
 
 STAGE_FIELDS = [

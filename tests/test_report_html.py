@@ -19,9 +19,9 @@ from conftest import PATIENCE
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
-from hft_trl.report.markdown import launch_command, report_markdown
+from hft_trl.report.sections import launch_command
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
-from hft_trl.report.views import report_page, selection_map, verdict
+from hft_trl.report.views import report_markdown, report_page, selection_map, verdict
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">&'\""

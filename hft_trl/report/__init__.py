@@ -32,9 +32,8 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
     Raises:
         [`HFTError`]: If the folder can't be written.
     """
-    from hft_trl.report.markdown import report_markdown
     from hft_trl.report.plots import write_plots
-    from hft_trl.report.views import PAGE_FILE, report_page
+    from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
 
     folder = Path(directory)
     try:
