@@ -116,6 +116,8 @@ def test_missing_stage_field_is_named(tmp_path, field):
         (lambda c: c.update(stages=[3]), "stage 0 is 3, not a JSON object"),
         (lambda c: c.update(stages=3), "stages = 3"),
         (lambda c: c["stages"][0]["share"].update(model="half"), "model = 'half', which is not a number"),
+        (lambda c: c.update(command=[1]), "command = [1], which is not a list of texts"),
+        (lambda c: c.update(suites={"general": 3}), "general = 3, which is not a list of texts"),
         (lambda c: c.update(version=2), "has version 2"),
         (lambda c: c.pop("version"), "has version None"),
     ],

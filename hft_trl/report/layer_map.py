@@ -22,13 +22,7 @@ class Column:
     """
     One column of a layer picture.
 
-    Args:
-        category (`str`):
-            Category of its units.
-        pattern (`str`):
-            The slot, with `*` for the numbers that were folded: `experts.*.up_proj`.
-        label (`str`):
-            Short name, unique inside the category.
+    `pattern` is the slot, with `*` for folded numbers: `experts.*.up_proj`. `label` is unique in the category.
     """
 
     category: str
@@ -38,15 +32,9 @@ class Column:
 
 def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column]:
     """
-    Give every slot of a model's layers its column.
+    Give each pair of category and slot of a model's layers its column, in the order of the picture.
 
-    Args:
-        slots (`Iterable[tuple[str, str]]`):
-            Pairs of category and slot, in any order and with repeats.
-
-    Returns:
-        `dict[tuple[str, str], Column]`: The column of each pair, in the order of the picture: by category, then as met
-        first. Several slots share a column where numbered slots were folded.
+    The order is by category, then of first occurrence. Several slots share a column where numbered slots are folded.
     """
     by_category: dict[str, list[str]] = {}
     for category, slot in dict.fromkeys(slots):
@@ -65,24 +53,14 @@ def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column
 
 @dataclass(frozen=True)
 class LayerMap:
-    """
-    Which units of the layers learn, as the cells of a picture.
-
-    Args:
-        columns (`list[Column]`):
-            Columns, grouped by category.
-        layers (`list[int]`):
-            Running numbers of the layers.
-        cells (`dict[tuple[int, Column], tuple[int, int]]`):
-            For each layer and column that exists, how many units learn, and of how many.
-    """
+    """Which units of the layers learn: for each layer and column, how many units learn and how many exist."""
 
     columns: list[Column]
     layers: list[int]
     cells: dict[tuple[int, Column], tuple[int, int]]
 
     def groups(self) -> dict[str, list[Column]]:
-        """`dict[str, list[Column]]`: The columns of each category, in the order of the picture."""
+        """The columns of each category, in the order of the picture."""
         groups: dict[str, list[Column]] = {}
         for column in self.columns:
             groups.setdefault(column.category, []).append(column)
@@ -90,16 +68,7 @@ class LayerMap:
 
 
 def layer_map(units: Iterable[tuple[int, str, str, bool]]) -> LayerMap:
-    """
-    Arrange what learns by layer and slot.
-
-    Args:
-        units (`Iterable[tuple[int, str, str, bool]]`):
-            For each unit inside the layers its layer, category and slot, and whether it learns.
-
-    Returns:
-        [`LayerMap`]: The cells; those of slots that share a column count several units.
-    """
+    """Arrange units inside the layers, each given as layer, category, slot and whether it learns."""
     units = list(units)
     columns = columns_of((category, slot) for _, category, slot, _ in units)
     cells: dict[tuple[int, Column], tuple[int, int]] = {}
@@ -112,23 +81,11 @@ def layer_map(units: Iterable[tuple[int, str, str, bool]]) -> LayerMap:
 
 def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int = 80, marks: str = SQUARES) -> str:
     """
-    Draw which units learn: a row a layer, a column a slot, columns grouped by category.
+    Draw which units learn: a row per layer, a column per slot, columns grouped by category.
 
     Where numbered slots such as a mixture's experts share a column, the cell counts: `64/128` is 64 learning units of
-    128. Where the short names of the slots don't fit into the width, letters stand for them and a key follows.
-
-    Args:
-        units (`Iterable[Unit]`):
-            The model's units.
-        trainable (`Collection[str]`):
-            Names of the parameters that learn.
-        width (`int`, *optional*, defaults to `80`):
-            Width to keep to where possible, in characters.
-        marks (`str`, *optional*, defaults to `"■□·"`):
-            Marks for a unit that learns, one that is frozen, and a slot that the layer doesn't have.
-
-    Returns:
-        `str`: The picture, without a newline at its end.
+    128. Labels that do not fit into `width` characters are replaced by letters with a key. `marks` are those of a
+    unit that learns, one that is frozen, and a slot that the layer does not have.
     """
     units, names = list(units), frozenset(trainable)
     inner = layer_map(

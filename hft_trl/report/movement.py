@@ -22,7 +22,11 @@ HATCH = "////"
 
 @dataclass(frozen=True)
 class CategoryMovement:
-    """Mean of `||w - w_base|| / ||w_base||` over a category's learned and over its frozen units, `None` without one."""
+    """
+    Mean relative change of a category's learned units and of its frozen ones, `None` without such a unit.
+
+    The change of a unit is `||w - w_base|| / ||w_base||`.
+    """
 
     category: str
     learned: float | None

@@ -22,21 +22,8 @@ class UnitChange:
     """
     How far one unit (a matrix with its bias) moved in a stage.
 
-    Args:
-        name (`str`):
-            Name of the unit's weight.
-        layer (`int`, *optional*):
-            Running number of the layer, `None` outside of the layers.
-        category (`str`):
-            Category of the unit, such as `"attention"` or `"embedding"`.
-        slot (`str`):
-            Name inside the layer, such as `"self_attn.q_proj"`.
-        trainable (`bool`):
-            Whether the unit learned in this stage.
-        relative_change (`float`, *optional*):
-            `||w - w_base|| / ||w_base||` with the base model's weights, `None` where that is undefined.
-        relative_change_from_start (`float`, *optional*):
-            The same against the model that this stage started from.
+    `relative_change` is `||w - w_base|| / ||w_base||` with the base model's weights, `None` where undefined;
+    `relative_change_from_start` is the same against the model that the stage started from.
     """
 
     name: str
@@ -200,9 +187,11 @@ class Report:
         for name in ("evaluation", "standard_errors"):
             for model, scores in content.get(name, {}).items():
                 _check_numbers(scores, f"{path}: {name} = {{{model!r}: ...}}", optional=True)
-        for name, measures in report.suites.items():
-            if not isinstance(measures, list):
-                raise HFTError(f"{path}: suite {name!r} is not a list of scores: run the recipe again.")
+        for name, words in {"command": report.command, **report.suites}.items():
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise HFTError(
+                    f"{path} has {name} = {words!r:.80}, which is not a list of texts: run the recipe again."
+                )
         report.stages = [
             stage_record(stage, f"{path}: stage {number}") for number, stage in enumerate(content["stages"])
         ]
@@ -210,7 +199,7 @@ class Report:
 
 
 def stage_record(content: Any, where: str) -> StageRecord:
-    """Make the record of a stage from its JSON, or raise an [`HFTError`] that names the damaged field after `where`."""
+    """Make the record of a stage from its JSON. An [`HFTError`] names the damaged field after `where`."""
     record = _build(StageRecord, content, where)
     _check_numbers(record.share, f"{where}: share")
     if not all(isinstance(row, dict) for row in record.history):
@@ -243,7 +232,8 @@ def _build(cls: type[T], content: Any, where: str) -> T:
         accepted = kind | int if float in get_args(hint) else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
             raise HFTError(
-                f"{where} has {name} = {value!r:.80}, which is not of type {getattr(hint, '__name__', hint)}: run the recipe again."
+                f"{where} has {name} = {value!r:.80}, which is not of type {getattr(hint, '__name__', hint)}: "
+                "run the recipe again."
             )
     for name, entry in known.items():
         if name not in content and entry.default is MISSING and entry.default_factory is MISSING:

@@ -16,19 +16,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Grid:
-    """
-    A table of finished texts.
-
-    Args:
-        title (`str`):
-            Title.
-        columns (`list[str]`):
-            Headings; the first column names the row.
-        rows (`list[list[str]]`):
-            The rows, as long as `columns`.
-        closing (`frozenset[int]`):
-            Numbers of the rows that sum up what stands above them.
-    """
+    """A table of finished texts. The first column names the row; `closing` has the numbers of summary rows."""
 
     title: str
     columns: list[str]

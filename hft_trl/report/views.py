@@ -31,17 +31,9 @@ CSS_PIXELS = 96
 @dataclass(frozen=True)
 class Drawing:
     """
-    A picture of the page.
+    A picture of the page: a data URI, its alternative text, and its size in CSS pixels.
 
-    Args:
-        source (`str`):
-            The picture itself, as a data URI.
-        alt (`str`):
-            What it shows, for who can't see it.
-        width, height (`int`):
-            Size in CSS pixels at which its letters are 13 pixels high.
-        min_width (`int`):
-            Width in CSS pixels below which the picture is scrolled rather than made smaller.
+    Below `min_width` the picture scrolls instead of shrinking.
     """
 
     source: str
@@ -56,16 +48,8 @@ class SelectionMap:
     """
     Which matrices of a stage learned, as rows of finished cells.
 
-    Args:
-        stage (`str`):
-            Name and method of the stage.
-        groups (`dict[str, list[Column]]`):
-            The columns by category.
-        rows (`list[tuple[int, list[tuple[str, str, bool]]]]`):
-            For each layer its number and its cells: state (`"on"`, `"off"`, `"part"` or `"absent"`), mark, and whether
-            a category begins there.
-        outside (`list[tuple[str, str, str]]`):
-            State, mark and name of what lies outside of the layers.
+    A cell is a state (`"on"`, `"off"`, `"part"` or `"absent"`), a mark, and whether a category begins there. `outside`
+    has state, mark and name of each unit outside the layers.
     """
 
     stage: str
@@ -108,8 +92,8 @@ def report_page(report: Report) -> str:
     """
     Write a report as one HTML page.
 
-    The page holds its pictures and styles, runs no script, and its security policy forbids the browser to load anything.
-    The same report gives the same bytes. Texts of the user are escaped by the template.
+    The page holds its pictures and styles, runs no script, and its security policy forbids loading anything. The same
+    report gives the same bytes. The template escapes texts of the user.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
