@@ -35,9 +35,8 @@ from hft_trl.experiments.runner import Point, check_settings, run_points
 from hft_trl.experiments.trials import Scores
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import BLUE, GREY, ORANGE
-from hft_trl.report.tables import Grid, rich_table
+from hft_trl.report.figures import BLUE, GREY, ORANGE
+from hft_trl.report.tables import Grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,9 +18,8 @@ from hft_trl.environment import package_version
 from hft_trl.experiments.paired_tests import compare, difference_cells, mean_cell
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
-from hft_trl.report.tables import Grid
+from hft_trl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY
+from hft_trl.report.tables import Grid, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,15 +19,12 @@ from rich.console import Console
 from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
-from hft_trl.report.layer_map import columns_of
-from hft_trl.report.markdown import report_markdown
-from hft_trl.report.movement import category_movement, movement_grid
-from hft_trl.report.movement_plot import movement_figure
-from hft_trl.report.picture import ASCII, layer_picture
+from hft_trl.report.layer_map import ASCII, columns_of, layer_picture
+from hft_trl.report.movement import category_movement, movement_figure, movement_grid
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.shares import category_shares
 from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
-from hft_trl.report.views import report_page
+from hft_trl.report.views import report_markdown, report_page
 from hft_trl.selection import Unit, find_units, select
 
 STAGE_FIELDS = [
@@ -113,10 +110,14 @@ def test_missing_stage_field_is_named(tmp_path, field):
         (lambda c: c.update(extra=1), "unknown field 'extra'"),
         (lambda c: c["stages"][0].update(speed=1), "stage 0 holds the unknown field 'speed'"),
         (lambda c: c["stages"][0]["moved"][0].pop("slot"), "moved lacks the field 'slot'"),
-        (lambda c: c["stages"][0].update(steps="many"), "steps = 'many', which is no int"),
+        (lambda c: c["stages"][0].update(steps="many"), "steps = 'many', which is not of type"),
         (lambda c: c["stages"][0].update(steps=True), "steps = True"),
         (lambda c: c.update(evaluation={"base": 3}), "evaluation = "),
-        (lambda c: c.update(stages=[3]), "stages = "),
+        (lambda c: c.update(stages=[3]), "stage 0 is 3, not a JSON object"),
+        (lambda c: c.update(stages=3), "stages = 3"),
+        (lambda c: c["stages"][0]["share"].update(model="half"), "model = 'half', which is not a number"),
+        (lambda c: c.update(command=[1]), "command = [1], which is not a list of texts"),
+        (lambda c: c.update(suites={"general": 3}), "general = 3, which is not a list of texts"),
         (lambda c: c.update(version=2), "has version 2"),
         (lambda c: c.pop("version"), "has version None"),
     ],

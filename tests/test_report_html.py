@@ -19,9 +19,9 @@ from conftest import PATIENCE
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
-from hft_trl.report.markdown import launch_command, report_markdown
+from hft_trl.report.sections import launch_command, sections
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
-from hft_trl.report.views import report_page, selection_map, verdict
+from hft_trl.report.views import report_markdown, report_page, selection_map, verdict
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">&'\""
@@ -152,6 +152,15 @@ def test_headings_make_an_outline_and_pictures_have_texts(name):
         assert len(attributes["alt"]) > 20
         assert int(attributes["width"]) > 300
         assert int(attributes["height"]) > 200
+
+
+def test_both_views_have_the_sections_of_the_list():
+    """In their order; the selection maps are cells of the page and not in the Markdown."""
+    whole = PAGES["everything"]
+    titles = [section.title for section in sections(whole)]
+    assert re.findall(r"<h2>(.*)</h2>", html_of("everything")) == titles
+    text = report_markdown(whole, ["loss.png", "margins.png", "moved.png", "evaluation.png"])
+    assert re.findall(r"(?m)^## (.*)$", text) == [title for title in titles if title != "What learned"]
 
 
 def test_same_report_gives_the_same_bytes(tmp_path):

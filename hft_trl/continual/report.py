@@ -8,9 +8,8 @@ from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import STAGE_COLOURS, plain, save_figure
-from hft_trl.report.tables import NONE, Grid, rich_table
+from hft_trl.report.figures import STAGE_COLOURS, plain, save_figure
+from hft_trl.report.tables import NONE, Grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,8 @@ from rich.console import Console
 from hft_trl.errors import HFTError
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.files import write_json, write_text
-from hft_trl.report.markdown import table
-from hft_trl.report.plots import plain, save_figure, stage_colours
-from hft_trl.report.tables import NONE, Grid, narrowed, rich_table
+from hft_trl.report.figures import plain, save_figure, stage_colours
+from hft_trl.report.tables import NONE, Grid, narrowed, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,7 @@ from statistics import fmean, stdev
 from hft_trl.errors import HFTError
 from hft_trl.experiments.questions import BASE, Question
 from hft_trl.experiments.trials import Scores
-from hft_trl.report.markdown import table
-from hft_trl.report.tables import Grid
+from hft_trl.report.tables import Grid, table
 
 NONE = "-"
 

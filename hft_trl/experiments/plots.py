@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hft_trl.experiments.paired_tests import of_common_seeds
 from hft_trl.experiments.questions import BASE, Question
 from hft_trl.experiments.trials import Scores
-from hft_trl.report.plots import BLUE, GREY, ORANGE
+from hft_trl.report.figures import BLUE, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

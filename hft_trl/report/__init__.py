@@ -16,25 +16,12 @@ __all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report",
 
 def write_views(report: Report, directory: str | Path) -> list[Path]:
     """
-    Write `report.md`, the pictures, and `report.html`, which has all of it in one file.
+    Write `report.md`, the pictures and `report.html`, and return their paths.
 
-    Call it with what [`Report.load`] gives, so that the views show what the JSON says.
-
-    Args:
-        report ([`Report`]):
-            The report.
-        directory (`str` or `Path`):
-            Folder of the run, made if it is missing.
-
-    Returns:
-        `list[Path]`: The files written.
-
-    Raises:
-        [`HFTError`]: If the folder can't be written.
+    Pass what [`Report.load`] returns, so that the views show what the JSON contains.
     """
-    from hft_trl.report.markdown import report_markdown
     from hft_trl.report.plots import write_plots
-    from hft_trl.report.views import PAGE_FILE, report_page
+    from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
 
     folder = Path(directory)
     try:
@@ -50,15 +37,7 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
 
 
 def print_report(report: Report, console: "Console | None" = None) -> None:
-    """
-    Print the tables of a finished run.
-
-    Args:
-        report ([`Report`]):
-            The report.
-        console (`rich.console.Console`, *optional*):
-            Where to print, by default standard output.
-    """
+    """Print the tables of a finished run, by default to standard output."""
     from rich.console import Console
 
     from hft_trl.report.tables import evaluation_grids, narrowed, rich_table, stage_grid

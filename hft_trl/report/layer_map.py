@@ -1,14 +1,18 @@
-"""The rows and columns of a layer picture: layers by slots, grouped by category, with short labels, and what learns."""
+"""Which units of each layer learn, as cells (layers by slots) and as a picture in characters."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from string import ascii_lowercase
 
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
+from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit
 
 # A category with more slots than this has its numbered slots (experts.17.up_proj) folded into one column.
 FOLD_ABOVE = 12
+
+SQUARES = "■□·"
+ASCII = "#-."
 
 _ABBREVIATIONS = (("feed_?forward", "ffn"), ("attention", "attn"), ("layer_?norm", "norm"))
 
@@ -18,13 +22,7 @@ class Column:
     """
     One column of a layer picture.
 
-    Args:
-        category (`str`):
-            Category of its units.
-        pattern (`str`):
-            The slot, with `*` for the numbers that were folded: `experts.*.up_proj`.
-        label (`str`):
-            Short name, unique inside the category.
+    `pattern` is the slot, with `*` for folded numbers: `experts.*.up_proj`. `label` is unique in the category.
     """
 
     category: str
@@ -34,15 +32,9 @@ class Column:
 
 def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column]:
     """
-    Give every slot of a model's layers its column.
+    Give each pair of category and slot of a model's layers its column, in the order of the picture.
 
-    Args:
-        slots (`Iterable[tuple[str, str]]`):
-            Pairs of category and slot, in any order and with repeats.
-
-    Returns:
-        `dict[tuple[str, str], Column]`: The column of each pair, in the order of the picture: by category, then as met
-        first. Several slots share a column where numbered slots were folded.
+    The order is by category, then of first occurrence. Several slots share a column where numbered slots are folded.
     """
     by_category: dict[str, list[str]] = {}
     for category, slot in dict.fromkeys(slots):
@@ -61,24 +53,14 @@ def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column
 
 @dataclass(frozen=True)
 class LayerMap:
-    """
-    Which units of the layers learn, as the cells of a picture.
-
-    Args:
-        columns (`list[Column]`):
-            Columns, grouped by category.
-        layers (`list[int]`):
-            Running numbers of the layers.
-        cells (`dict[tuple[int, Column], tuple[int, int]]`):
-            For each layer and column that exists, how many units learn, and of how many.
-    """
+    """Which units of the layers learn: for each layer and column, how many units learn and how many exist."""
 
     columns: list[Column]
     layers: list[int]
     cells: dict[tuple[int, Column], tuple[int, int]]
 
     def groups(self) -> dict[str, list[Column]]:
-        """`dict[str, list[Column]]`: The columns of each category, in the order of the picture."""
+        """The columns of each category, in the order of the picture."""
         groups: dict[str, list[Column]] = {}
         for column in self.columns:
             groups.setdefault(column.category, []).append(column)
@@ -86,16 +68,7 @@ class LayerMap:
 
 
 def layer_map(units: Iterable[tuple[int, str, str, bool]]) -> LayerMap:
-    """
-    Arrange what learns by layer and slot.
-
-    Args:
-        units (`Iterable[tuple[int, str, str, bool]]`):
-            For each unit inside the layers its layer, category and slot, and whether it learns.
-
-    Returns:
-        [`LayerMap`]: The cells; those of slots that share a column count several units.
-    """
+    """Arrange units inside the layers, each given as layer, category, slot and whether it learns."""
     units = list(units)
     columns = columns_of((category, slot) for _, category, slot, _ in units)
     cells: dict[tuple[int, Column], tuple[int, int]] = {}
@@ -104,6 +77,45 @@ def layer_map(units: Iterable[tuple[int, str, str, bool]]) -> LayerMap:
         learning, total = cells.get(place, (0, 0))
         cells[place] = learning + learns, total + 1
     return LayerMap(list(dict.fromkeys(columns.values())), sorted({layer for layer, *_ in units}), cells)
+
+
+def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int = 80, marks: str = SQUARES) -> str:
+    """
+    Draw which units learn: a row per layer, a column per slot, columns grouped by category.
+
+    Where numbered slots such as a mixture's experts share a column, the cell counts: `64/128` is 64 learning units of
+    128. Labels that do not fit into `width` characters are replaced by letters with a key. `marks` are those of a
+    unit that learns, one that is frozen, and a slot that the layer does not have.
+    """
+    units, names = list(units), frozenset(trainable)
+    inner = layer_map(
+        (unit.layer, unit.category, unit.slot, unit.names[0] in names) for unit in units if unit.layer is not None
+    )
+    cells = {place: cell_mark(*counts, marks) for place, counts in inner.cells.items()}
+
+    heads = {column: column.label for column in inner.columns}
+    lines = _grid(inner, heads, cells, marks[2])
+    key = []
+    if max(map(len, lines), default=0) > width:
+        heads = {column: _letters(number) for number, column in enumerate(inner.columns)}
+        lines = _grid(inner, heads, cells, marks[2])
+        key = _wrap([f"{heads[column]} {column.pattern}" for column in inner.columns], width)
+
+    outer = sorted((unit for unit in units if unit.layer is None), key=_outer_rank)
+    shown = _wrap([f"{marks[unit.names[0] not in names]} {_module(unit)}" for unit in outer], width)
+    text = "\n".join(lines)
+    legend = [f"{marks[0]} learns", f"{marks[1]} frozen"]
+    if any(marks[2] in line.split() for line in lines):
+        legend.append(f"{marks[2]} no such unit")
+    if any(total > 1 for _, total in inner.cells.values()):
+        legend.append("1/8 one of eight units learns")
+    parts = [text, "\n".join(key), "\n".join(shown), "   ".join(legend)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def cell_mark(learning: int, total: int, marks: str = SQUARES) -> str:
+    """A cell's mark, or a count where it stands for several units."""
+    return f"{learning}/{total}" if total > 1 else marks[0 if learning else 1]
 
 
 def _rank(category: str) -> tuple[int, str]:
@@ -143,3 +155,53 @@ def _abbreviate(name: str) -> str:
     for long, short in _ABBREVIATIONS:
         name = re.sub(long, short, name)
     return name
+
+
+def _grid(inner: LayerMap, heads: dict[Column, str], cells: dict[tuple[int, Column], str], absent: str) -> list[str]:
+    widths = {
+        column: max(len(heads[column]), *(len(cells.get((layer, column), absent)) for layer in inner.layers))
+        for column in inner.columns
+    }
+    groups = inner.groups()
+
+    def row(first: str, texts: dict[Column, str]) -> str:
+        parts = [
+            " ".join(texts[column].ljust(widths[column]) for column in members).ljust(len(category))
+            for category, members in groups.items()
+        ]
+        return f"{first:>5}  {'  '.join(parts)}".rstrip()
+
+    sizes = {
+        category: max(len(category), sum(widths[column] + 1 for column in members) - 1)
+        for category, members in groups.items()
+    }
+    top = f"layer  {'  '.join(category.ljust(size) for category, size in sizes.items())}".rstrip()
+    body = [
+        row(str(layer), {column: cells.get((layer, column), absent) for column in inner.columns})
+        for layer in inner.layers
+    ]
+    return [top, row("", heads), *body]
+
+
+def _letters(number: int) -> str:
+    """a, b, ..., z, aa, ab, ...: columns named the way spreadsheets do."""
+    number, last = divmod(number, len(ascii_lowercase))
+    return (_letters(number - 1) if number else "") + ascii_lowercase[last]
+
+
+def _wrap(entries: list[str], width: int) -> list[str]:
+    lines: list[str] = []
+    for entry in entries:
+        if lines and len(lines[-1]) + 3 + len(entry) <= width:
+            lines[-1] += f"   {entry}"
+        else:
+            lines.append(entry)
+    return lines
+
+
+def _outer_rank(unit: Unit) -> tuple[int, str]:
+    return (OUTER_CATEGORIES.index(unit.category), unit.names[0])
+
+
+def _module(unit: Unit) -> str:
+    return unit.names[0].removesuffix(".weight")

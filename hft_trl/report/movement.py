@@ -1,26 +1,31 @@
-"""How far layers and categories moved from the base model, gathered for pictures and tables."""
+"""How far layers and categories moved from the base model: means, and heat maps with bars for each stage."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from statistics import fmean
+from typing import TYPE_CHECKING
 
+from hft_trl.report.figures import BLUE
 from hft_trl.report.layer_map import Column, columns_of
-from hft_trl.report.record import UnitChange
+from hft_trl.report.record import Report, StageRecord, UnitChange
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure
+
+EDGE, ABSENT = "#4D4D4D", "#DDDDDD"
+HATCH = "////"
 
 
 @dataclass(frozen=True)
 class CategoryMovement:
     """
-    Mean relative change of a category's units, apart for those that learned in the stage and those that did not.
+    Mean relative change of a category's learned units and of its frozen ones, `None` without such a unit.
 
-    Args:
-        category (`str`):
-            The category.
-        learned, frozen (`float`, *optional*):
-            Mean over the units of `||w - w_base|| / ||w_base||`, `None` without such a unit.
-        learned_units, frozen_units (`int`):
-            Number of units in each mean.
+    The change of a unit is `||w - w_base|| / ||w_base||`.
     """
 
     category: str
@@ -32,15 +37,7 @@ class CategoryMovement:
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    One cell of the layer picture: a slot of a layer, or several slots folded into one column.
-
-    Args:
-        change (`float`):
-            Mean relative change of its units from the base model.
-        frozen (`bool`):
-            Whether none of its units learned in the stage.
-    """
+    """Mean relative change of the units of one column in a layer; `frozen` if none of them learned in the stage."""
 
     change: float
     frozen: bool
@@ -48,17 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MovementGrid:
-    """
-    The layer picture of a stage.
-
-    Args:
-        columns (`list[Column]`):
-            Columns, grouped by category.
-        layers (`list[int]`):
-            Running numbers of the layers.
-        cells (`dict[tuple[int, Column], Cell]`):
-            The cells that exist, by layer and column.
-    """
+    """The layer picture of a stage: columns grouped by category, layer numbers, and the cells that exist."""
 
     columns: list[Column]
     layers: list[int]
@@ -66,16 +53,7 @@ class MovementGrid:
 
 
 def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
-    """
-    Average the movement from the base model by category.
-
-    Args:
-        moved (`Iterable[UnitChange]`):
-            The units, such as a stage's `moved`.
-
-    Returns:
-        `list[CategoryMovement]`: The categories inside the layers, then those outside.
-    """
+    """Average the movement from the base model by category: those inside the layers first, then those outside."""
     known = [unit for unit in moved if unit.relative_change is not None]
     present = {unit.category for unit in known}
     order = [category for category in LAYER_CATEGORIES + OUTER_CATEGORIES if category in present]
@@ -89,16 +67,7 @@ def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
 
 
 def movement_grid(moved: Iterable[UnitChange]) -> MovementGrid:
-    """
-    Arrange the movement of the layers' units by layer and slot.
-
-    Args:
-        moved (`Iterable[UnitChange]`):
-            The units, such as a stage's `moved`.
-
-    Returns:
-        [`MovementGrid`]: The grid, without units whose change is undefined; without cells where no unit is left.
-    """
+    """Arrange the movement of the layers' units by layer and slot, without units whose change is undefined."""
     inner = [unit for unit in moved if unit.layer is not None and unit.relative_change is not None]
     columns = columns_of((unit.category, unit.slot) for unit in inner)
     members: dict[tuple[int, Column], list[UnitChange]] = {}
@@ -114,3 +83,155 @@ def movement_grid(moved: Iterable[UnitChange]) -> MovementGrid:
 def _mean(units: Iterable[UnitChange]) -> float | None:
     changes = [unit.relative_change for unit in units]
     return fmean(changes) if changes else None
+
+
+def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
+    """
+    Draw how far the units moved from the base model, a heat map and bars for each stage.
+
+    `only` is the one stage to draw, on the scale that all of them have together. `None` without any movement.
+    """
+    titles = [f"after {stage.name} ({stage.method.upper()})" for stage in report.stages]
+    models = zip(titles, (stage.moved for stage in report.stages), strict=True)
+    return change_figure(models, None if only is None else titles[report.stages.index(only)])
+
+
+def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str | None = None) -> "Figure | None":
+    """
+    Draw how far the units of some models moved from one base model, a heat map and bars for each, on one scale.
+
+    A white cell holds the base's very weights. Cells that were frozen in the stage are hatched: where an earlier stage
+    moved them they have a colour, too.
+
+    `models` are pairs of a title and units; `only` is the title of the one model to draw. `None` without any movement.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    models = [(title, moved) for title, moved in models if category_movement(moved)]
+    if not models or (only is not None and all(title != only for title, _ in models)):
+        return None
+    categories = [category_movement(moved) for _, moved in models]
+    grids = [movement_grid(moved) for _, moved in models]
+    changes = sorted(cell.change for grid in grids for cell in grid.cells.values())
+    # The scale ends where nearly all cells do, so that one runaway matrix doesn't turn the rest pale.
+    top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
+    norm = Normalize(0.0, top or 1.0)
+    colours = colormaps["viridis_r"]
+
+    columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
+    width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
+    titles = [title for title, _ in models]
+    shown = [row for row in zip(titles, categories, grids, strict=True) if only in (None, row[0])]
+    across = max(1, min(len(shown), int(17 // width)))
+    down = ceil(len(shown) / across)
+    map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
+    bar_height = 0.9 + 0.3 * max(map(len, categories))
+    longest = max(
+        value for rows in categories for row in rows for value in (row.learned, row.frozen) if value is not None
+    )
+    figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
+    parts = figure.subfigures(down, across, squeeze=False).ravel()
+    for (title, rows, grid), part in zip(shown, parts, strict=False):
+        part.suptitle(title, fontweight="bold")
+        if grid.cells:
+            upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
+            _heat_map(upper, grid, colours, norm)
+            beyond = "max" if changes[-1] > top else "neither"
+            aspect = max(20, 6 * map_height)  # as slim beside 80 layers as beside 8
+            scale = part.colorbar(
+                ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02, aspect=aspect
+            )
+            scale.set_label("change from the base")
+        else:
+            lower = part.subplots()
+        _bars(lower, rows, longest)
+    handles = [Patch(facecolor="white", edgecolor=EDGE, label="exactly as in the base")] if changes else []
+    if any(row.frozen_units for rows in categories for row in rows):
+        handles.append(Patch(facecolor="white", edgecolor=EDGE, hatch=HATCH, label="frozen in this stage"))
+    if any(len(grid.cells) < len(grid.columns) * len(grid.layers) for grid in grids):
+        handles.append(Patch(facecolor=ABSENT, label="no such matrix"))
+    if handles:
+        abreast = len(handles) if width * across > 7 else 2
+        figure.legend(handles=handles, loc="outside lower center", ncols=abreast, frameon=False)
+    return figure
+
+
+def _heat_map(axes: "Axes", grid: MovementGrid, colours: "Colormap", norm: "Normalize") -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    rows = {layer: row for row, layer in enumerate(grid.layers)}
+    places = {column: place for place, column in enumerate(grid.columns)}
+    axes.set_facecolor(ABSENT)
+    plain, hatched = [], []
+    for (layer, column), cell in grid.cells.items():
+        face = "white" if cell.change == 0 else colours(norm(cell.change))
+        corner = (places[column] - 0.5, rows[layer] - 0.5)
+        (hatched if cell.frozen else plain).append(Rectangle(corner, 1, 1, facecolor=face))
+    line = 0.5 if len(grid.layers) <= 40 else 0.2
+    if plain:
+        axes.add_collection(PatchCollection(plain, match_original=True, edgecolor="white", linewidth=line))
+    if hatched:
+        collection = PatchCollection(hatched, match_original=True, linewidth=line)
+        collection.set_edgecolor("#9A9A9A")
+        collection.set_hatch(HATCH)
+        axes.add_collection(collection)
+
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)
+    axes.set_ylim(len(grid.layers) - 0.5, -0.5)
+    every = max(1, ceil(len(grid.layers) / 28))
+    axes.set_yticks(range(0, len(grid.layers), every), [str(layer) for layer in grid.layers[::every]])
+    axes.set_ylabel("layer")
+    small = 9 if len(grid.columns) <= 40 else 7
+    axes.set_xticks(range(len(grid.columns)), [column.label for column in grid.columns], rotation=90, fontsize=small)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _name_categories(axes, grid)
+
+
+def _name_categories(axes: "Axes", grid: MovementGrid) -> None:
+    groups: dict[str, list[int]] = {}
+    for place, column in enumerate(grid.columns):
+        groups.setdefault(column.category, []).append(place)
+    for category, members in groups.items():
+        if members[0]:
+            axes.axvline(members[0] - 0.5, color="black", linewidth=1.5)
+        axes.annotate(
+            category.replace("_", "-\n"),
+            ((members[0] + members[-1]) / 2, 1),
+            (0, 4),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
+
+
+def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
+    for place, row in enumerate(rows):
+        _bar_pair(axes, place, row)
+    axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.3 * longest or 1.0)
+    axes.set_xlabel("mean change from the base,\n||w - w_base|| / ||w_base||")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _bar_pair(axes: "Axes", place: int, row: CategoryMovement) -> None:
+    pairs = [("learned", row.learned), ("frozen", row.frozen)]
+    present = [(kind, value) for kind, value in pairs if value is not None]
+    height = 0.8 / len(present)
+    for number, (kind, value) in enumerate(present):
+        middle = place - 0.4 + height * (number + 0.5)
+        if kind == "learned":
+            axes.barh(middle, value, 0.9 * height, color=BLUE)
+        else:
+            axes.barh(middle, value, 0.9 * height, facecolor="white", edgecolor=EDGE, hatch=HATCH)
+        text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
+        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)

@@ -1,39 +1,23 @@
 """The pictures of a report. Drawn on figures of their own, so that no plotting state of the user's is touched."""
 
 from collections.abc import Callable
-from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.files import replacing
-from hft_trl.report.movement_plot import movement_figure
+from hft_trl.report.figures import BLUE, GREEN, RED, panels, save_figure, stage_colours
+from hft_trl.report.movement import movement_figure
 from hft_trl.report.record import Report, StageRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
-GREY = "#7F7F7F"
-STAGE_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 MARGIN = "rewards/margins"
 
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
-    """
-    Draw every picture that the report has figures for.
-
-    Args:
-        report ([`Report`]):
-            The report.
-        directory (`Path`):
-            Folder to write to.
-
-    Returns:
-        `list[Path]`: The files written, of `evaluation.png`, `loss.png`, `margins.png` and `moved.png`.
-    """
+    """Draw every picture that the report has figures for."""
     figures: dict[str, Callable[[Report], Figure | None]] = {
         "evaluation.png": evaluation_figure,
         "loss.png": loss_figure,
@@ -53,28 +37,13 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
     return written
 
 
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure whole or not at all; the file's ending says the format."""
-    with replacing(path) as new:
-        figure.savefig(new, dpi=150, facecolor="white")
-
-
 def loss_figure(report: Report) -> "Figure | None":
-    """
-    Draw the loss over the steps, a panel a stage.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure, `None` where no stage has a loss.
-    """
+    """Draw the loss over the steps, a panel a stage."""
     stages = [stage for stage in report.stages if _series(stage, "loss")[0]]
     if not stages:
         return None
-    figure, panels = _panels(len(stages))
-    for stage, axes in zip(stages, panels, strict=True):
+    figure, drawn = panels(len(stages))
+    for stage, axes in zip(stages, drawn, strict=True):
         _curve(axes, *_series(stage, "loss"), BLUE, "training loss")
         steps, values = _series(stage, "eval_loss")
         if steps:
@@ -87,21 +56,12 @@ def loss_figure(report: Report) -> "Figure | None":
 
 
 def margin_figure(report: Report) -> "Figure | None":
-    """
-    Draw the reward margin over the steps, a panel for each stage that has one.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure, `None` where no stage learned from preferences.
-    """
+    """Draw the reward margin over the steps, a panel for each stage that has one."""
     stages = [stage for stage in report.stages if _series(stage, MARGIN)[0]]
     if not stages:
         return None
-    figure, panels = _panels(len(stages))
-    for stage, axes in zip(stages, panels, strict=True):
+    figure, drawn = panels(len(stages))
+    for stage, axes in zip(stages, drawn, strict=True):
         axes.axhline(0, color="black", linewidth=0.8)
         for key, colour, style, label in (
             ("rewards/chosen", GREEN, "--", "reward of the chosen"),
@@ -125,13 +85,6 @@ def evaluation_figure(report: Report) -> "Figure | None":
     """
     Draw the scores of the base model and after each stage: those of the report's suites, without suites knowledge and
     ability, and all measures without these.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `matplotlib.figure.Figure`: The figure, `None` where nothing was evaluated.
     """
     from matplotlib.figure import Figure
 
@@ -176,35 +129,6 @@ def evaluation_figure(report: Report) -> "Figure | None":
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")
     return figure
-
-
-def plain(text: str) -> str:
-    """A text that matplotlib takes for no formula."""
-    return text.replace("$", r"\$")
-
-
-def stage_colours(number: int) -> list[str]:
-    """Colours for a base model, which is grey, and what was made from it."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if number <= len(STAGE_COLOURS):
-        return list(STAGE_COLOURS[:number])
-    return [GREY, *(to_hex(colormaps["viridis"](place / (number - 2))) for place in range(number - 1))]
-
-
-def _panels(number: int) -> tuple["Figure", list["Axes"]]:
-    from matplotlib.figure import Figure
-
-    across = min(number, 3)
-    down = ceil(number / across)
-    figure = Figure(figsize=(max(6.0, 4.8 * across), 3.8 * down), layout="constrained")
-    panels = [figure.add_subplot(down, across, place + 1) for place in range(number)]
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure, panels
 
 
 def _curve(axes: "Axes", steps: list[int], values: list[float], colour: str, label: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin
 
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json
@@ -22,21 +22,8 @@ class UnitChange:
     """
     How far one unit (a matrix with its bias) moved in a stage.
 
-    Args:
-        name (`str`):
-            Name of the unit's weight.
-        layer (`int`, *optional*):
-            Running number of the layer, `None` outside of the layers.
-        category (`str`):
-            Category of the unit, such as `"attention"` or `"embedding"`.
-        slot (`str`):
-            Name inside the layer, such as `"self_attn.q_proj"`.
-        trainable (`bool`):
-            Whether the unit learned in this stage.
-        relative_change (`float`, *optional*):
-            `||w - w_base|| / ||w_base||` with the base model's weights, `None` where that is undefined.
-        relative_change_from_start (`float`, *optional*):
-            The same against the model that this stage started from.
+    `relative_change` is `||w - w_base|| / ||w_base||` with the base model's weights, `None` where undefined;
+    `relative_change_from_start` is the same against the model that the stage started from.
     """
 
     name: str
@@ -166,19 +153,9 @@ class Report:
 
     def save(self, directory: str | Path) -> Path:
         """
-        Write `report.json` whole or not at all.
+        Write `report.json` atomically into the folder of a run, which is created if missing.
 
-        JSON knows neither NaN nor infinity: a figure that is not finite is written as null.
-
-        Args:
-            directory (`str` or `Path`):
-                Folder of the run, made if it is missing.
-
-        Returns:
-            `Path`: The file written.
-
-        Raises:
-            [`HFTError`]: If the folder can't be written.
+        JSON has neither NaN nor infinity: a figure that is not finite is written as null.
         """
         path = Path(directory) / REPORT_FILE
         try:
@@ -191,14 +168,7 @@ class Report:
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
         """
-        Read `report.json`.
-
-        Args:
-            directory (`str` or `Path`):
-                Folder of the run.
-
-        Returns:
-            [`Report`]: The report.
+        Read `report.json` from the folder of a run.
 
         Raises:
             [`HFTError`]: If the file is missing, is no JSON, is of another version or has other fields.
@@ -209,11 +179,19 @@ class Report:
         except OSError as error:
             raise HFTError(f"{path} can't be read ({error.strerror}): give the output folder of a run.") from error
         except ValueError as error:
-            raise HFTError(f"{path} is no JSON ({error}): run the recipe again to write it anew.") from error
+            raise HFTError(f"{path} is not valid JSON ({error}): run the recipe again.") from error
         found = content.get("version") if isinstance(content, dict) else None
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
         report = _build(cls, content, str(path))
+        for name in ("evaluation", "standard_errors"):
+            for model, scores in content.get(name, {}).items():
+                _check_numbers(scores, f"{path}: {name} = {{{model!r}: ...}}", optional=True)
+        for name, words in {"command": report.command, **report.suites}.items():
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise HFTError(
+                    f"{path} has {name} = {words!r:.80}, which is not a list of texts: run the recipe again."
+                )
         report.stages = [
             stage_record(stage, f"{path}: stage {number}") for number, stage in enumerate(content["stages"])
         ]
@@ -221,14 +199,12 @@ class Report:
 
 
 def stage_record(content: Any, where: str) -> StageRecord:
-    """
-    Make the record of a stage from its JSON.
-
-    Raises:
-        [`HFTError`]: If it lacks a field, has an unknown one, or one of another type; it is called `where`.
-    """
+    """Make the record of a stage from its JSON. An [`HFTError`] names the damaged field after `where`."""
     record = _build(StageRecord, content, where)
-    record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in content.get("moved", [])]
+    _check_numbers(record.share, f"{where}: share")
+    if not all(isinstance(row, dict) for row in record.history):
+        raise HFTError(f"{where}: history has a row that is not a JSON object: run the recipe again.")
+    record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in record.moved]
     return record
 
 
@@ -243,39 +219,31 @@ def _finite(value: Any) -> Any:
 
 
 def _build(cls: type[T], content: Any, where: str) -> T:
-    """Make a dataclass from a JSON object whose fields must be the dataclass's, each of its type."""
+    """Make a dataclass from a JSON object with the same fields. Entries of lists and objects are not checked here."""
     if not isinstance(content, dict):
-        raise HFTError(f"{where} is {type(content).__name__}, not a JSON object: run the recipe again.")
+        raise HFTError(f"{where} is {content!r:.80}, not a JSON object: run the recipe again.")
     known = {entry.name: entry for entry in fields(cls)}
-    for name in content:
+    for name, value in content.items():
         if name not in known:
             raise HFTError(f"{where} holds the unknown field {name!r}: remove it, or run the recipe again.")
-    hints = get_type_hints(cls)
+        hint = known[name].type
+        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+        # JSON may write a whole float as an int. A bool is an int in Python, but not a number here.
+        accepted = kind | int if float in get_args(hint) else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
+            raise HFTError(
+                f"{where} has {name} = {value!r:.80}, which is not of type {getattr(hint, '__name__', hint)}: "
+                "run the recipe again."
+            )
     for name, entry in known.items():
-        if name not in content:
-            if entry.default is MISSING and entry.default_factory is MISSING:
-                raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
-        elif not _matches(content[name], hints[name]):
-            raise HFTError(f"{where} has {name} = {content[name]!r:.80}, which is no {_name(hints[name])}.")
+        if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
+            raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
     return cls(**content)
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is UnionType:
-        return any(_matches(value, option) for option in arguments)
-    if origin is dict:
-        return isinstance(value, dict) and all(_matches(entry, arguments[1]) for entry in value.values())
-    if origin is list:
-        # A list of records is checked record by record, with a message that says which.
-        inner = dict if arguments[0] in (StageRecord, UnitChange) else arguments[0]
-        return isinstance(value, list) and all(_matches(entry, inner) for entry in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+def _check_numbers(values: Any, where: str, optional: bool = False) -> None:
+    if not isinstance(values, dict):
+        raise HFTError(f"{where} is {values!r:.80}, not a JSON object: run the recipe again.")
+    for name, value in values.items():
+        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise HFTError(f"{where} has {name} = {value!r:.80}, which is not a number: run the recipe again.")

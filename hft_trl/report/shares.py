@@ -9,17 +9,7 @@ from hft_trl.selection.shares import learning_elements
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """
-    The part of a category that learns.
-
-    Args:
-        category (`str`):
-            A category, or `"layers"` (all of the transformer layers) or `"model"` (all selectable parameters).
-        units (`int`):
-            Number of units.
-        parameters, trained (`int`):
-            Number of parameters, and of those that learn.
-    """
+    """The part of a category, of `"layers"` or of `"model"` that learns, in numbers of units and parameters."""
 
     category: str
     units: int
@@ -28,7 +18,7 @@ class CategoryShare:
 
     @property
     def share(self) -> float:
-        """`float`: The trained part of the parameters, in [0, 1]."""
+        """The trained part of the parameters, in [0, 1]."""
         return self.trained / self.parameters if self.parameters else 0.0
 
 
@@ -36,19 +26,9 @@ def category_shares(
     units: Iterable[Unit], trainable: Collection[str], masked: Mapping[str, int] | None = None
 ) -> list[CategoryShare]:
     """
-    Count what learns by category.
+    Count what learns by category: those in the layers, `"layers"`, those outside, `"model"`.
 
-    Args:
-        units (`Iterable[Unit]`):
-            The model's units.
-        trainable (`Collection[str]`):
-            Names of the parameters that learn.
-        masked (`Mapping[str, int]`, *optional*):
-            Number of elements that learn, by the names of the parameters of which not all do.
-
-    Returns:
-        `list[CategoryShare]`: The categories inside the layers, `"layers"`, the ones outside of them, `"model"`.
-        Categories without units are left out.
+    `masked` has the number of elements that learn, for parameters that learn in part. Empty categories are left out.
     """
     units, names = list(units), frozenset(trainable)
 

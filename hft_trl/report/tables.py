@@ -16,19 +16,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Grid:
-    """
-    A table of finished texts.
-
-    Args:
-        title (`str`):
-            Title.
-        columns (`list[str]`):
-            Headings; the first column names the row.
-        rows (`list[list[str]]`):
-            The rows, as long as `columns`.
-        closing (`frozenset[int]`):
-            Numbers of the rows that sum up what stands above them.
-    """
+    """A table of finished texts. The first column names the row; `closing` has the numbers of summary rows."""
 
     title: str
     columns: list[str]
@@ -37,16 +25,7 @@ class Grid:
 
 
 def stage_grid(report: Report) -> Grid:
-    """
-    The stages side by side.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        [`Grid`]: A column a stage, a row a figure.
-    """
+    """The stages side by side."""
     rows = [
         ["method", *(stage.method for stage in report.stages)],
         ["trained share of the layers", *(percent(stage.share.get("layers")) for stage in report.stages)],
@@ -75,16 +54,7 @@ def stage_grid(report: Report) -> Grid:
 
 
 def evaluation_grids(report: Report) -> list[Grid]:
-    """
-    The scores, a table for each suite, or one for all where the report names no suites.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `list[Grid]`: See [`evaluation_grid`]; tables without rows are left out.
-    """
+    """The scores, a table for each suite, or one for all where the report names no suites."""
     if not report.suites:
         grids = [evaluation_grid(report)]
     else:
@@ -93,18 +63,7 @@ def evaluation_grids(report: Report) -> list[Grid]:
 
 
 def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
-    """
-    The scores, with their difference to the first model's.
-
-    Args:
-        report ([`Report`]):
-            The report.
-        measures (`Sequence[str]`, *optional*):
-            The scores to show, by default all.
-
-    Returns:
-        [`Grid`]: A row a model, a column a measure; without rows where nothing was evaluated.
-    """
+    """The scores, with their difference to the first model's."""
     measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
     rows, first = [], None
     for model, scores in report.evaluation.items():
@@ -122,16 +81,7 @@ def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Gr
 
 
 def category_grid(shares: Iterable[CategoryShare]) -> Grid:
-    """
-    What learns, by category.
-
-    Args:
-        shares (`Iterable[CategoryShare]`):
-            The rows, see [`~hft_trl.report.shares.category_shares`].
-
-    Returns:
-        [`Grid`]: A row a category.
-    """
+    """What learns, by category."""
     shares = list(shares)
     rows = [
         [row.category, count(row.units), count(row.parameters), count(row.trained), percent(row.share, 2)]
@@ -142,16 +92,7 @@ def category_grid(shares: Iterable[CategoryShare]) -> Grid:
 
 
 def share_grid(report: Report) -> Grid:
-    """
-    The shares of trained parameters by category, stages side by side.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        [`Grid`]: A row a category.
-    """
+    """The shares of trained parameters by category, stages side by side."""
     categories = list(dict.fromkeys(category for stage in report.stages for category in stage.share))
     rows = [[name, *(percent(stage.share.get(name)) for stage in report.stages)] for name in categories]
     closing = frozenset(number for number, name in enumerate(categories) if name in ("layers", "model"))
@@ -159,16 +100,7 @@ def share_grid(report: Report) -> Grid:
 
 
 def movement_grids(report: Report) -> list[Grid]:
-    """
-    How far each category moved from the base model, a table a stage.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `list[Grid]`: A table for each stage whose movement was measured.
-    """
+    """How far each category moved from the base model, a table a stage."""
     columns = ["category", "units that learned", "their change", "frozen units", "their change"]
     grids = []
     for stage in report.stages:
@@ -184,15 +116,6 @@ def movement_grids(report: Report) -> list[Grid]:
 def narrowed(grid: Grid, width: int = 14) -> Grid:
     """
     Break a table's texts where it hurts least, so that six scores with errors and differences fit into 80 characters.
-
-    Args:
-        grid ([`Grid`]):
-            The table.
-        width (`int`, *optional*, defaults to `14`):
-            Longest line of the first column, a path that is broken at its slashes.
-
-    Returns:
-        [`Grid`]: The same with line breaks, which Markdown shows as spaces.
     """
     rows = [[_folded(row[0], width), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
     return replace(grid, columns=[heading.replace(" ", "\n") for heading in grid.columns], rows=rows)
@@ -208,21 +131,12 @@ def _folded(path: str, width: int) -> str:
 
 
 def rich_table(grid: Grid) -> "Table":
-    """
-    Lay a table out for the terminal.
-
-    Args:
-        grid ([`Grid`]):
-            The table.
-
-    Returns:
-        `rich.table.Table`: The table.
-    """
+    """Lay a table out for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
+    laid_out = Table(
         title=escape(grid.title),
         title_justify="left",
         title_style="bold",
@@ -231,10 +145,25 @@ def rich_table(grid: Grid) -> "Table":
         collapse_padding=True,  # five measures with their differences fit into 80 columns
     )
     for number, column in enumerate(grid.columns):
-        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+        laid_out.add_column(escape(column), justify="right" if number else "left", overflow="fold")
     for number, row in enumerate(grid.rows):
-        table.add_row(*map(escape, row), style="bold" if number in grid.closing else None)
-    return table
+        laid_out.add_row(*map(escape, row), style="bold" if number in grid.closing else None)
+    return laid_out
+
+
+def table(grid: Grid) -> str:
+    """A table of finished texts in Markdown."""
+    head = f"| {' | '.join(map(_cell, grid.columns))} |"
+    rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
+    body = []
+    for number, row in enumerate(grid.rows):
+        bold = "**" if number in grid.closing else ""
+        body.append(f"| {' | '.join(f'{bold}{_cell(text)}{bold}' for text in row)} |")
+    return "\n".join([head, rule, *body])
+
+
+def _cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def count(value: float | None) -> str:

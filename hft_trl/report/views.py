@@ -1,23 +1,20 @@
-"""A report as one web page: tables, pictures and selection maps in a file that loads nothing."""
+"""A report as Markdown and as one web page, which holds its pictures and loads nothing."""
 
 import io
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import Column, layer_map
-from hft_trl.report.markdown import CAPTIONS, launch_command, launch_note
-from hft_trl.report.movement_plot import movement_figure
-from hft_trl.report.picture import SQUARES, cell_mark
+from hft_trl.report.layer_map import SQUARES, Column, cell_mark, layer_map
+from hft_trl.report.movement import movement_figure
 from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
-from hft_trl.report.tables import Grid, evaluation_grid, loss, movement_grids, share_grid, stage_grid
+from hft_trl.report.sections import CAPTIONS, Block, sections
+from hft_trl.report.tables import loss, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,17 +31,9 @@ CSS_PIXELS = 96
 @dataclass(frozen=True)
 class Drawing:
     """
-    A picture of the page.
+    A picture of the page: a data URI, its alternative text, and its size in CSS pixels.
 
-    Args:
-        source (`str`):
-            The picture itself, as a data URI.
-        alt (`str`):
-            What it shows, for who can't see it.
-        width, height (`int`):
-            Size in CSS pixels at which its letters are 13 pixels high.
-        min_width (`int`):
-            Width in CSS pixels below which the picture is scrolled rather than made smaller.
+    Below `min_width` the picture scrolls instead of shrinking.
     """
 
     source: str
@@ -55,39 +44,12 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Suite:
-    """
-    The scores that are shown together.
-
-    Args:
-        name (`str`):
-            Name of the suite, empty where a report has none.
-        scores ([`~hft_trl.report.tables.Grid`]):
-            A row a model.
-        drawings (`list[Drawing]`):
-            The scores as bars; empty where there is no score.
-    """
-
-    name: str
-    scores: Grid
-    drawings: list[Drawing]
-
-
-@dataclass(frozen=True)
 class SelectionMap:
     """
     Which matrices of a stage learned, as rows of finished cells.
 
-    Args:
-        stage (`str`):
-            Name and method of the stage.
-        groups (`dict[str, list[Column]]`):
-            The columns by category.
-        rows (`list[tuple[int, list[tuple[str, str, bool]]]]`):
-            For each layer its number and its cells: state (`"on"`, `"off"`, `"part"` or `"absent"`), mark, and whether
-            a category begins there.
-        outside (`list[tuple[str, str, str]]`):
-            State, mark and name of what lies outside of the layers.
+    A cell is a state (`"on"`, `"off"`, `"part"` or `"absent"`), a mark, and whether a category begins there. `outside`
+    has state, mark and name of each unit outside the layers.
     """
 
     stage: str
@@ -96,19 +58,42 @@ class SelectionMap:
     outside: list[tuple[str, str, str]]
 
 
+def report_markdown(report: Report, pictures: Collection[str]) -> str:
+    """Write a report as Markdown. `pictures` are the names of the pictures in the same folder."""
+    methods = ", ".join(f"{stage.name} with {stage.method.upper()}" for stage in report.stages)
+    parts = [
+        "# Fine-tuning report",
+        f"{methods or 'No stage'}, from `{shown(report.base_model) or 'an unnamed model'}`, {report.created}. "
+        f"Every figure below comes from `{REPORT_FILE}`.",
+    ]
+    for section in sections(report):
+        blocks = [text for block in section.blocks if (text := _markdown(block, pictures))]
+        parts += [f"## {section.title}", *blocks] if blocks else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(block: Block, pictures: Collection[str]) -> str:
+    if block.kind == "heading":
+        return f"### {block.text}"
+    if block.kind == "table":
+        return f"{block.text}:\n\n{table(block.grid)}"
+    if block.kind == "picture":
+        name = block.text
+        return f"![{name.removesuffix('.png')}]({name})\n\n*{CAPTIONS[name]}*" if name in pictures else ""
+    if block.kind == "code":
+        fence = "```"
+        while fence in block.text:
+            fence += "`"
+        return f"{fence}{block.language}\n{block.text}\n{fence}"
+    return block.text
+
+
 def report_page(report: Report) -> str:
     """
     Write a report as one HTML page.
 
-    The page holds its pictures and styles, runs no script, and its security policy forbids the browser to load anything.
-    The same report gives the same bytes. Texts of the user are escaped by the template.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `str`: HTML.
+    The page holds its pictures and styles, runs no script, and its security policy forbids loading anything. The same
+    report gives the same bytes. The template escapes texts of the user.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -121,39 +106,30 @@ def report_page(report: Report) -> str:
         keep_trailing_newline=True,
     )
     maps = [selection_map(stage) for stage in report.stages if stage.moved]
+    draw = {
+        "evaluation.png": _score_drawings,
+        "loss.png": _loss_drawings,
+        "margins.png": _margin_drawings,
+        "moved.png": _movement_drawings,
+    }
+    shown_sections = sections(report)
+    pictures = [block.text for section in shown_sections for block in section.blocks if block.kind == "picture"]
     return templates.get_template(TEMPLATE).render(
         report=report,
         source=REPORT_FILE,
         shown=shown,
-        captions={name.removesuffix(".png"): text for name, text in CAPTIONS.items()},
+        captions=CAPTIONS,
         verdict=verdict(report),
-        suites=_suites(report),
-        stages=stage_grid(report),
-        shares=share_grid(report),
-        losses=[drawing for stage in report.stages for drawing in _loss_drawings(report, stage)],
-        margins=[drawing for stage in report.stages for drawing in _margin_drawings(report, stage)],
-        movements=[drawing for stage in report.stages for drawing in _movement_drawings(report, stage)],
-        movement=movement_grids(report),
+        sections=shown_sections,
+        drawings={name: list(draw[name](report)) for name in pictures},
         maps=maps,
         states={state for chart in maps for state in _states(chart)},
         marks=SQUARES,
-        command=launch_command(report),
-        launch=launch_note(report),
-        settings=yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100),
     )
 
 
 def verdict(report: Report) -> tuple[str, str]:
-    """
-    What the checks of the frozen half say together.
-
-    Args:
-        report ([`Report`]):
-            The report.
-
-    Returns:
-        `tuple[str, str]`: `"good"`, `"bad"` or `"none"`, and a sentence.
-    """
+    """Whether the frozen half stayed unchanged: `"good"`, `"bad"` or `"none"`, and a sentence."""
     broken = [stage.name for stage in report.stages if stage.frozen_unchanged is False]
     kept = [stage.name for stage in report.stages if stage.frozen_unchanged]
     if broken:
@@ -165,16 +141,7 @@ def verdict(report: Report) -> tuple[str, str]:
 
 
 def selection_map(stage: StageRecord) -> SelectionMap:
-    """
-    Arrange which matrices of a stage learned.
-
-    Args:
-        stage ([`StageRecord`]):
-            A stage whose `moved` is filled.
-
-    Returns:
-        [`SelectionMap`]: A row a layer, a column a slot.
-    """
+    """Arrange which matrices of a stage learned: a row per layer, a column per slot."""
     inner = layer_map((u.layer, u.category, u.slot, u.trainable) for u in stage.moved if u.layer is not None)
     groups = inner.groups()
     first = {members[0] for members in groups.values()}
@@ -211,52 +178,53 @@ def _module(unit: UnitChange) -> str:
     return unit.name.removesuffix(".weight")
 
 
-def _suites(report: Report) -> list[Suite]:
+def _score_drawings(report: Report) -> Iterator[Drawing]:
     """The scores of each suite, or of all where the report names no suites."""
-    suites = []
     for name, measures in report.suites.items() or [("", None)]:
-        grid = evaluation_grid(report, measures)
-        if not grid.rows:
-            continue
         part = report
         if measures:
             rows = {model: {key: row.get(key) for key in measures} for model, row in report.evaluation.items()}
             part = replace(report, suites={name: measures}, evaluation=rows)
         figure = evaluation_figure(part)
+        if figure is None:
+            continue
+        axes = figure.axes[0]
+        width = max(NARROW, 1.2 + 0.45 * len(axes.texts))
+        figure.set_size_inches(min(WIDE, width), 3.6)
+        for text in axes.texts:
+            text.set_fontsize(9 if width < WIDE else 6)
+        which = f"Bars of the scores in {name}" if name else "Bars of the scores"
+        yield _drawing(figure, f"{which} of {', '.join(report.evaluation)}; the table has them as numbers.")
+
+
+def _loss_drawings(report: Report) -> Iterator[Drawing]:
+    for stage in report.stages:
+        figure = loss_figure(replace(report, stages=[stage]))
         if figure is not None:
-            axes = figure.axes[0]
-            width = max(NARROW, 1.2 + 0.45 * len(axes.texts))
-            figure.set_size_inches(min(WIDE, width), 3.6)
-            for text in axes.texts:
-                text.set_fontsize(9 if width < WIDE else 6)
-        alt = f"Bars of the scores of {', '.join(report.evaluation)}; the table has them as numbers."
-        suites.append(Suite(name, grid, [_drawing(figure, alt)] if figure else []))
-    return suites
+            figure.set_size_inches(NARROW, 3.2)
+            span = f"from {loss(stage.first_loss)} to {loss(stage.last_loss)} in {stage.steps} steps"
+            yield _drawing(figure, f"Training loss of {stage.name}, {span}.")
 
 
-def _loss_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
-    figure = loss_figure(replace(report, stages=[stage]))
-    if figure is not None:
-        figure.set_size_inches(NARROW, 3.2)
-        span = f"from {loss(stage.first_loss)} to {loss(stage.last_loss)} in {stage.steps} steps"
-        yield _drawing(figure, f"Training loss of {stage.name}, {span}.")
+def _margin_drawings(report: Report) -> Iterator[Drawing]:
+    for stage in report.stages:
+        figure = margin_figure(replace(report, stages=[stage]))
+        if figure is not None:
+            figure.set_size_inches(NARROW, 3.2)
+            margins = [row[MARGIN] for row in stage.history if row.get(MARGIN) is not None]
+            yield _drawing(figure, f"Reward margin of {stage.name}, from {loss(margins[0])} to {loss(margins[-1])}.")
 
 
-def _margin_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
-    figure = margin_figure(replace(report, stages=[stage]))
-    if figure is not None:
-        figure.set_size_inches(NARROW, 3.2)
-        margins = [row[MARGIN] for row in stage.history if row.get(MARGIN) is not None]
-        yield _drawing(figure, f"Reward margin of {stage.name}, from {loss(margins[0])} to {loss(margins[-1])}.")
-
-
-def _movement_drawings(report: Report, stage: StageRecord) -> Iterator[Drawing]:
-    figure = movement_figure(report, stage)
-    if figure is not None:
-        alt = f"Change from the base after {stage.name}: layers by matrices, and means by category as in the table."
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(max(NARROW, width - 1.2), height)
-        yield _drawing(figure, alt)
+def _movement_drawings(report: Report) -> Iterator[Drawing]:
+    for stage in report.stages:
+        figure = movement_figure(report, stage)
+        if figure is not None:
+            alt = (
+                f"Change from the base after {stage.name}: layers by matrices, and means by category as in the table."
+            )
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(NARROW, width - 1.2), height)
+            yield _drawing(figure, alt)
 
 
 def _drawing(figure: "Figure", alt: str) -> Drawing:

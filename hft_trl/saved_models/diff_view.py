@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.errors import HFTError
-from hft_trl.report.movement_plot import change_figure
-from hft_trl.report.plots import plain, save_figure
+from hft_trl.report.figures import plain, save_figure
+from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
 from hft_trl.report.tables import Grid, change, count, percent
 from hft_trl.selection import LAYER_CATEGORIES
