@@ -9,8 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import transformers.modeling_utils
-
-from hft_trl.checkpoints.resumable import ResumableMixin
+from transformers import Trainer
 
 
 def at_write(event: str, path: str, count: int = 1, number: int = signal.SIGKILL) -> None:
@@ -49,14 +48,14 @@ def half_written(path: str) -> None:
 
 
 def _in_step(stage: str, step: int, act) -> None:
-    train = ResumableMixin.training_step
+    train = Trainer.training_step
 
     def training_step(self, *args, **kwargs):
         if Path(self.args.output_dir).name == stage and self.state.global_step + 1 == step:
             act()
         return train(self, *args, **kwargs)
 
-    ResumableMixin.training_step = training_step
+    Trainer.training_step = training_step
 
 
 def signal_in_step(stage: str, step: int, number: int, rank: int = 0) -> None:

@@ -9,7 +9,8 @@ from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends.fsdp import check_backend, check_chain, check_launch, fsdp_version
+from hft_trl.backends.fsdp import check_backend, check_chain, fsdp_version
+from hft_trl.trainers.compatibility import check
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def test_the_version_of_fsdp_is_known_before_there_is_an_accelerator(monkeypatch
     assert fsdp_version() is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert fsdp_version() == 2
-    check_launch()
+    check(None, HFTConfig())
     monkeypatch.delenv("FSDP_VERSION")
     assert fsdp_version() == 1  # accelerate's default
 
@@ -34,7 +35,7 @@ def test_weights_that_only_the_first_process_loads_are_refused_before_the_model_
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(HFTError, match="fsdp_cpu_ram_efficient_loading is true"):
-        check_launch()
+        check(None, HFTConfig())
 
 
 @pytest.mark.parametrize(("trainer", "config"), [(HFTSFTTrainer, SFTConfig), (HFTDPOTrainer, DPOConfig)])
@@ -66,14 +67,14 @@ def test_parallelism_within_a_matrix_or_a_row_is_refused_wherever_it_is_asked_fo
     with pytest.raises(HFTError, match=rf"parallelism_config has {size} 2, .*fsdp2\.yaml"):
         check_backend(SimpleNamespace(parallelism_config=ParallelismConfig(**{size: 2})))
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    check_launch(args)
+    check(args, HFTConfig())
     args.parallelism_config = ParallelismConfig(**{size: 2})
     with pytest.raises(HFTError, match=f"parallelism_config has {size} 2"):
         HFTSFTTrainer(model="no/such-model", args=args)
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
     with pytest.raises(HFTError, match=f"parallelism_config has {size} 2"):
-        check_launch()
+        check(None, HFTConfig())
 
 
 @pytest.mark.parametrize("setting", [{"tp_plan": "auto"}, {"distributed_config": {"tp_size": 2}}])
@@ -87,13 +88,13 @@ def test_one_process_that_sees_several_gpus_is_told_to_use_one_or_all(tmp_path, 
     """Not on a CPU, nor where the user placed the model, or says how."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    check_launch(args)
+    check(args, HFTConfig())
     args.use_cpu = False
     with pytest.raises(HFTError, match=r"8 GPUs are visible to one process.*CUDA_VISIBLE_DEVICES=0"):
-        check_launch(args, "some/model")
-    check_launch(args, torch.nn.Linear(1, 1))
+        check(args, HFTConfig(), {"model": "some/model"})
+    check(args, HFTConfig(), {"model": torch.nn.Linear(1, 1)})
     args.model_init_kwargs = {"device_map": {"": 0}}
-    check_launch(args, "some/model")
+    check(args, HFTConfig(), {"model": "some/model"})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "auto"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
 from hft_trl.trainers.calibration import gradient_squares
-from hft_trl.trainers.compatibility import check_choice
+from hft_trl.trainers.compatibility import check
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"]
@@ -111,19 +111,21 @@ def test_backends_that_divide_parameters_are_refused_before_a_model_is_loaded(tm
     monkeypatch.setenv(variable, "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(
-        HFTError, match=r"divides them: train in one process or with DDP, or set hft\.(strategy|importance) to"
+        HFTError,
+        match=r"divides the whole parameters .*: train in one process or with DDP, or set hft\.(strategy|importance) to",
     ):
-        check_choice(None, hft)
-    check_choice(None, HFTConfig(strategy="importance"))
+        check(None, hft)
+    check(None, HFTConfig(strategy="importance"))
 
 
 def test_fp16_is_refused_for_gradients(tmp_path):
     class Args:
-        deepspeed_plugin = fsdp_plugin_args = None
+        deepspeed_plugin = fsdp_plugin_args = parallelism_config = None
+        use_cpu = True
         mixed_precision = "fp16"
 
     with pytest.raises(HFTError, match="in fp16 small gradients become 0"):
-        check_choice(Args(), GRADIENT)
+        check(Args(), GRADIENT)
 
 
 def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_path):

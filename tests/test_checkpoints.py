@@ -13,21 +13,22 @@ import torch
 from conftest import one_line, tiny_llama
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
+from resumable import ResumableSFTTrainer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
-from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, select
+from hft_trl import HFTConfig, HFTError, select
 from hft_trl.checkpoints.sealing import MANIFEST_FILE, check_layout, set_aside
 from hft_trl.checkpoints.whole import (
     check_whole,
     last_finite_checkpoint,
     last_whole_checkpoint,
-    selection_of,
     torn_because,
 )
 from hft_trl.recipe.locks import LOCK_FILE
+from hft_trl.selection.marks import selection_of
 
 
 def checkpoint(folder, step):
@@ -99,7 +100,7 @@ def trained(base, rows, folder, **settings):
         "logging_steps": 1, "per_device_train_batch_size": 4, "max_steps": 3, "save_steps": 1, **settings,
     }  # fmt: skip
     data = Dataset.from_dict({"text": [str(row) for row in rows["messages"]]})
-    return HFTSFTTrainer(model=str(base), args=SFTConfig(str(folder), **settings), train_dataset=data)
+    return ResumableSFTTrainer(model=str(base), args=SFTConfig(str(folder), **settings), train_dataset=data)
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +195,14 @@ def test_rotation_removes_the_last_whole_checkpoint_only_when_the_next_is_whole(
 ):
     """With save_total_limit=1 and a save of the next one that fails on its way, wherever it does."""
     trainer = trained(base, tulu, tmp_path, save_total_limit=1)
-    save = getattr(HFTSFTTrainer, dies_in)
+    save = getattr(ResumableSFTTrainer, dies_in)
 
     def die_at_two(self, *args, **kwargs):
         save(self, *args, **kwargs)
         if self.state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(HFTSFTTrainer, dies_in, die_at_two)
+    monkeypatch.setattr(ResumableSFTTrainer, dies_in, die_at_two)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     monkeypatch.undo()

@@ -233,7 +233,7 @@ def test_an_optimizer_that_steps_for_each_parameter_is_refused(base, tulu, tmp_p
 
 @pytest.mark.parametrize("setting", [{"frozen_dtype": "bfloat16"}, {"frozen_quantization": "nf4"}])
 def test_what_would_save_nothing_is_refused_also_where_the_stage_before_had_the_masks(base, tulu, tmp_path, setting):
-    refusal = rf"no parameter of the layers is frozen as a whole, so hft\.{next(iter(setting))} would save nothing"
+    refusal = rf"it freezes no parameter of the layers as a whole, so hft\.{next(iter(setting))} would save nothing"
     with pytest.raises(HFTError, match=rf"hft\.strategy is 'element', .*{refusal}"):
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, replace(ELEMENT, **setting), bf16=True)
     start = tmp_path / "start"

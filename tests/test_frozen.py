@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
 from hft_trl.frozen.half import FrozenHalf
-from hft_trl.trainers.compatibility import check_frozen_dtype
+from hft_trl.frozen.smaller_type import SmallerType
+from hft_trl.trainers.compatibility import check
 from hft_trl.weights import fingerprints
 
 AUTOCAST = {"bf16": True}
@@ -171,9 +172,9 @@ def test_it_is_refused_without_autocast_and_under_deepspeed(base, tulu, tmp_path
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, BF16)
     sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft", frozen_dtype="bfloat16"))
     with pytest.raises(HFTError, match="set fp16 to true"):
-        check_frozen_dtype(SimpleNamespace(mixed_precision="bf16", deepspeed_plugin=None), "float16")
+        check(held("bf16", None), HFTConfig(frozen_dtype="float16"))
     with pytest.raises(HFTError, match="DeepSpeed holds a model in one type"):
-        check_frozen_dtype(SimpleNamespace(mixed_precision="bf16", deepspeed_plugin=SimpleNamespace()), "bfloat16")
+        check(held("bf16", SimpleNamespace()), BF16)
 
 
 def test_log_probs_beforehand_would_be_those_of_another_model_so_they_are_refused(base, ultrafeedback, tmp_path):
@@ -186,7 +187,23 @@ def frozen_half(model):
     """The frozen half of a model under the default settings, not held in another type yet."""
     selection = select(model, HFTConfig())
     selection.apply(model)
-    return FrozenHalf(fingerprints((name, model.get_parameter(name)) for name in selection.frozen)), selection
+    half = FrozenHalf(model, fingerprints((name, model.get_parameter(name)) for name in selection.frozen))
+    return half, selection
+
+
+def hold_in(dtype, half, model):
+    trainer = SimpleNamespace(frozen_half=half, is_fsdp_enabled=False, args=SimpleNamespace(model_init_kwargs=None))
+    SmallerType(dtype).settle(trainer, model, None)
+
+
+def held(precision, deepspeed):
+    return SimpleNamespace(
+        mixed_precision=precision,
+        deepspeed_plugin=deepspeed,
+        parallelism_config=None,
+        use_cpu=True,
+        fsdp_plugin_args=None,
+    )
 
 
 def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp_path, monkeypatch, caplog):
@@ -194,7 +211,7 @@ def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp
     monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
     model = tiny_llama(len(tokenizer))
     frozen, selection = frozen_half(model)
-    frozen.hold_in(torch.bfloat16, model)
+    hold_in("bfloat16", frozen, model)
     types = {name: model.get_parameter(name).dtype for name in selection.frozen}
     assert set(types.values()) == {torch.float32, torch.bfloat16}
     assert all((kind == torch.bfloat16) == ("norm" in name) for name, kind in types.items())  # norms start as ones
@@ -208,7 +225,7 @@ def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp
     model.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     frozen, _ = frozen_half(model)
-    frozen.hold_in(torch.float16, model)
+    hold_in("float16", frozen, model)
     types = {name: model.get_parameter(name).dtype for name in selection.frozen}
     assert [name for name, kind in types.items() if kind == torch.float32] == [large]
 
@@ -262,7 +279,7 @@ def test_a_start_model_that_vanished_or_changed_is_an_error_and_one_that_is_over
     with pytest.raises(HFTError, match=r"has changed in .*model\.safetensors"):
         trainer.save_model()
     (own / "model.safetensors").unlink()
-    with pytest.raises(HFTError, match="gone"):
+    with pytest.raises(HFTError, match="missing"):
         trainer.save_model()
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

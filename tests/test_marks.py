@@ -67,7 +67,7 @@ def test_what_the_user_froze_stays_frozen_outside_of_the_shares(base, tulu, tmp_
         selection = trainer.hft_selection
         assert EMBEDDING not in (*selection.trainable, *selection.frozen), stage
         assert selection.share["layers"] == 0.5
-        assert EMBEDDING in trainer._frozen.digests
+        assert EMBEDDING in trainer.frozen_half.digests
         trainer.train()
         trainer.save_model()
         assert Selection.load(tmp_path).digest == selection.digest

@@ -1,5 +1,7 @@
 """Names are those of the model's class, whatever torch.compile and checkpoint wrappers have made of them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -57,7 +59,9 @@ def test_units_and_selection_are_the_same_and_apply_to_a_wrapped_model(tokenizer
     selection.apply(wrapped)
     assert sorted(n for n, p in named_parameters(wrapped) if p.requires_grad) == sorted(selection.trainable)
     if strategy == "element":
-        assert FrozenElements(wrapped, selection.masks)._parts.keys() == selection.masked.keys()
+        elements = FrozenElements()
+        elements.settle(SimpleNamespace(hft_selection=selection), wrapped, None)
+        assert elements._parts.keys() == selection.masked.keys()
 
 
 @pytest.mark.parametrize("wrap", [*WRAPS, compiled])

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 from conftest import QUIET, parse_recipe
+from resumable import ResumableSFTTrainer
 from trl import DPOConfig, SFTConfig
 
-from hft_trl import HFTError, HFTSFTTrainer
+from hft_trl import HFTError
 from hft_trl.chat import load_tokenizer
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner
@@ -215,7 +216,7 @@ def test_recomputing_changes_no_bit(base, tulu, tmp_path):
     for way in (0, 2, 1):
         kwargs = {"gradient_checkpointing_kwargs": {"every_n_layers": way}} if way > 1 else {}
         arguments = {**QUIET, "gradient_checkpointing": way > 0, **kwargs}
-        trainer = HFTSFTTrainer(
+        trainer = ResumableSFTTrainer(
             model=str(base),
             args=SFTConfig(str(tmp_path / str(way)), **arguments),
             train_dataset=sft_dataset(tulu, "tulu"),

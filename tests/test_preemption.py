@@ -5,10 +5,11 @@ import signal
 
 import pytest
 from conftest import tiny_llama
+from resumable import ResumableSFTTrainer
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hft_trl import HFTError, HFTSFTTrainer
+from hft_trl import HFTError
 from hft_trl.checkpoints.whole import last_whole_checkpoint
 from hft_trl.errors import Stopped, exit_on_user_error
 from hft_trl.recipe.rows import sft_dataset
@@ -34,7 +35,7 @@ def dropping(tmp_path_factory, tokenizer):
     return folder
 
 
-def trainer_for(model, rows, folder, step=None, kind=HFTSFTTrainer, **settings):
+def trainer_for(model, rows, folder, step=None, kind=ResumableSFTTrainer, **settings):
     settings = {
         "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "gradient_checkpointing": False,
         "logging_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "num_train_epochs": 2,
@@ -109,14 +110,14 @@ def test_sigterm_is_handled_as_before_however_training_ended(dropping, tulu, tmp
     """After a batch that did not fit and was halved, which begins training twice, and after an error."""
     before, batches = signal.getsignal(signal.SIGTERM), []
 
-    class DoesNotFit(HFTSFTTrainer):
+    class DoesNotFit(ResumableSFTTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             batches.append(len(inputs["input_ids"]))
             if batches[-1] > 2:
                 raise RuntimeError("CUDA out of memory.")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    class Diverges(HFTSFTTrainer):
+    class Diverges(ResumableSFTTrainer):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * float("nan")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from test_trainers import dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl import reference as sharing
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, reference
 from hft_trl.frozen.half import FrozenHalf
-from hft_trl.frozen.quantized_linear import QuantizedLinear, packed_away
-from hft_trl.trainers.compatibility import check_settings
+from hft_trl.frozen.quantized_linear import Quantized, QuantizedLinear, packed_away
+from hft_trl.trainers.compatibility import check
 
 KINDS = pytest.mark.parametrize("kind", ["int8", "nf4"])
 
@@ -188,7 +188,7 @@ def test_the_shared_reference_is_the_quantised_start_and_counts_once(base, ultra
         HFTDPOTrainer, base, ultrafeedback, tmp_path, HFTConfig(frozen_quantization=kind), eval_rows=4
     )
     trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    own, shared = sharing.memory(trainer.model, trainer.ref_model)
+    own, shared = reference.memory(trainer.model, trainer.ref_model)
     frozen = sum(p.nbytes for p in trainer.model.parameters() if not p.requires_grad)
     assert own == trained
     assert shared == frozen
@@ -227,7 +227,9 @@ def test_what_is_no_linear_or_in_no_file_stays_whole_and_it_is_said(tulu, tmp_pa
             model = tiny_llama(len(tokenizer))
             trainer.hft_selection.apply(model)
             model.config._name_or_path = str(base)
-            FrozenHalf(dict.fromkeys(trainer.hft_selection.frozen, "")).quantize("nf4", model)
+            half = FrozenHalf(model, dict.fromkeys(trainer.hft_selection.frozen, ""))
+            args = SimpleNamespace(model_init_kwargs=None)
+            Quantized("nf4").settle(SimpleNamespace(frozen_half=half, args=args), model, None)
             assert not quantized(model)
         else:
             assert not quantized(trainer.model)
@@ -243,15 +245,15 @@ def test_what_is_no_linear_or_in_no_file_stays_whole_and_it_is_said(tulu, tmp_pa
         ({"share_reference": False}, {}, "hft.share_reference is false"),
         ({}, {"sync_ref_model": True}, "sync_ref_model moves the reference"),
         ({}, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs computes with the reference before"),
-        ({}, {"fsdp": "full_shard"}, "FSDP can't shard"),
+        ({}, {"fsdp": "full_shard"}, "FSDP cannot shard"),
     ],
 )
 def test_what_it_can_not_be_with_is_refused_before_a_model_is_loaded(tmp_path, hft, settings, words):
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
     hft = {"frozen_quantization": "int8", **hft}
     with pytest.raises(HFTError, match=words):
-        check_settings(args, HFTConfig(**hft))
-    check_settings(args, HFTConfig(method="fft", **hft))
+        check(args, HFTConfig(**hft))
+    check(args, HFTConfig(method="fft", **hft))
 
 
 def test_two_ways_to_hold_the_frozen_half_are_one_too_many():

@@ -6,7 +6,7 @@ from test_trainers import losses, sft_trainer
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
-from hft_trl.frozen.replicated import wanted
+from hft_trl.backends.fsdp import replicates_frozen
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.stage import make_stage
 
@@ -15,13 +15,13 @@ ON = HFTConfig(replicate_frozen=True)
 
 def test_it_is_wanted_under_fsdp2_only(monkeypatch, tmp_path):
     args = SFTConfig(str(tmp_path), **QUIET)
-    assert not wanted(ON, args)
+    assert not replicates_frozen(ON, args)
     for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
         monkeypatch.setenv(name, value)
-    assert wanted(ON, args)
-    assert wanted(ON, None)
-    assert not wanted(HFTConfig(), args)
-    assert not wanted(HFTConfig(method="fft", replicate_frozen=True), args)
+    assert replicates_frozen(ON, args)
+    assert replicates_frozen(ON, None)
+    assert not replicates_frozen(HFTConfig(), args)
+    assert not replicates_frozen(HFTConfig(method="fft", replicate_frozen=True), args)
 
 
 def test_deepspeed_is_refused_before_the_model_is_loaded(tmp_path):

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import one_line, parse_recipe
+from resumable import ResumableSFTTrainer
 
-from hft_trl import HFTError, HFTSFTTrainer, demo
+from hft_trl import HFTError, demo
 from hft_trl.recipe import start_model
 from hft_trl.recipe.folder import open_stages
 from hft_trl.skeleton import build_on_meta, shape_of
@@ -105,7 +106,7 @@ def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage
         "processing_class": sft.load_tokenizer(),
         "hft_config": sft.hft,
     }
-    trainer = HFTSFTTrainer(model=str(demo.MODEL), **made)
+    trainer = ResumableSFTTrainer(model=str(demo.MODEL), **made)
 
     def fails(*_, **__):
         raise ValueError("nothing works\nat all.")
@@ -115,7 +116,7 @@ def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage
         with pytest.raises(HFTError, match="sft: training cannot begin: nothing works at all") as error:
             sft.train(trainer)
         one_line(error)
-    trainer = HFTSFTTrainer(model=str(demo.MODEL), **made)
+    trainer = ResumableSFTTrainer(model=str(demo.MODEL), **made)
     monkeypatch.setattr(trainer, "compute_loss", fails)
     with pytest.raises(ValueError, match="nothing works\nat all") as error:
         sft.train(trainer)

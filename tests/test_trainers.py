@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
+from resumable import ResumableSFTTrainer
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -276,7 +277,7 @@ def test_the_mixin_works_on_a_subclass_that_hides_its_signature(base, tulu, tmp_
 
 def test_weight_decay_and_8_bit_adam_leave_the_frozen_half_alone(base, tulu, tmp_path):
     for number, settings in enumerate([{"weight_decay": 0.1}, {"optim": "adamw_bnb_8bit"}]):
-        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / str(number), HFTConfig(), **settings)
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / str(number), HFTConfig(), **settings)
         trainer.train()  # checks the frozen half itself
         before = weights(base)
         assert all(
@@ -285,7 +286,7 @@ def test_weight_decay_and_8_bit_adam_leave_the_frozen_half_alone(base, tulu, tmp
 
 
 def test_the_selection_lies_in_every_checkpoint_and_the_final_model(base, tulu, tmp_path):
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=2)
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=2)
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
@@ -297,10 +298,10 @@ def test_the_selection_lies_in_every_checkpoint_and_the_final_model(base, tulu, 
 
 def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
-    whole = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
+    whole = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
     whole.train()
     whole.save_model()
-    resumed = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
+    resumed = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     resumed.save_model()
     a, b = tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors"
@@ -311,10 +312,10 @@ def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
 def test_resuming_ends_in_the_same_bits_wherever_it_starts(base, tulu, tmp_path, step):
     """Also from the checkpoint of the last step, after which stock transformers would train one step more."""
     settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    whole = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
+    whole = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
     whole.train()
     whole.save_model()
-    resumed = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
+    resumed = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
     resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
     resumed.save_model()
     assert resumed.state.global_step == 4
@@ -323,18 +324,18 @@ def test_resuming_ends_in_the_same_bits_wherever_it_starts(base, tulu, tmp_path,
 
 def test_a_finished_run_goes_on_when_more_epochs_are_asked_for(base, tulu, tmp_path):
     settings = {"save_strategy": "epoch", "max_steps": -1}
-    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=1, **settings)
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=1, **settings)
     first.train()
-    more = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=2, **settings)
+    more = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=2, **settings)
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 2 * first.state.global_step
 
 
 def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_difference(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), **settings)
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), **settings)
     first.train()
-    other = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=0.25, seed=1), **settings)
+    other = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=0.25, seed=1), **settings)
     with pytest.raises(HFTError) as error:
         other.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     with pytest.raises(HFTError, match="was trained with selection"):
@@ -348,19 +349,19 @@ def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_di
 
 def test_resuming_from_another_start_model_is_refused(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings).train()
+    sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings).train()
     other = tmp_path / "other"
     AutoTokenizer.from_pretrained(base).save_pretrained(other)
     tiny_llama(len(AutoTokenizer.from_pretrained(base)), rms_norm_eps=1e-5).save_pretrained(other)
     changed = {name: tensor + 0.01 for name, tensor in weights(other).items()}
     save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
-    trainer = sft_trainer(HFTSFTTrainer, other, tulu, tmp_path / "a", HFTConfig(), **settings)
+    trainer = sft_trainer(ResumableSFTTrainer, other, tulu, tmp_path / "a", HFTConfig(), **settings)
     with pytest.raises(HFTError, match="was started from"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def test_the_model_card_names_method_shares_digest_start_and_citation(base, tulu, tmp_path):
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=4)
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=4)
     trainer.train()
     card = (tmp_path / "README.md").read_text()
     for words in (
@@ -378,7 +379,7 @@ def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):
     args = SFTConfig(str(tmp_path), **QUIET)
     for extra in ({"peft_config": LoraConfig()}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}):
         with pytest.raises(HFTError, match=next(iter(extra))):
-            HFTSFTTrainer(model=str(base), args=args, train_dataset=tulu, hft_config=HFTConfig(), **extra)
+            ResumableSFTTrainer(model=str(base), args=args, train_dataset=tulu, hft_config=HFTConfig(), **extra)
 
 
 def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_path):
@@ -392,16 +393,16 @@ def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_pa
         "hft_config": HFTConfig(),
     }
     with pytest.raises(HFTError, match="optimizers holds"):
-        HFTSFTTrainer(**common, optimizers=(everything, None))
+        ResumableSFTTrainer(**common, optimizers=(everything, None))
     chosen = set(select(model, HFTConfig()).trainable)
     half = torch.optim.AdamW([p for name, p in model.named_parameters() if name in chosen], lr=1e-3)
-    HFTSFTTrainer(**common, optimizers=(half, None)).train()
+    ResumableSFTTrainer(**common, optimizers=(half, None)).train()
 
 
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(base, tulu, tmp_path, method):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method), **settings)
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method), **settings)
     compute = trainer.compute_loss
 
     def breaks_at_the_third_step(*args, **kwargs):
@@ -417,7 +418,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
 
 def test_the_same_seed_gives_the_same_bits(base, tulu, tmp_path):
     for folder in ("a", "b"):
-        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / folder, HFTConfig(seed=9))
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / folder, HFTConfig(seed=9))
         trainer.train()
         trainer.save_model()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()

@@ -120,5 +120,6 @@ def test_units_of_a_partitioned_model_are_those_of_the_whole(tokenizer):
 def test_casting_tells_the_type_that_deepspeed_would():
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16), ("none", None)):
         state = type("State", (), {"deepspeed_plugin": Plugin(2, **{key: True})})
-        assert zero.training_dtype(state) is dtype
-    assert zero.training_dtype(type("State", (), {"deepspeed_plugin": None})) is None
+        model = torch.nn.Linear(2, 2)
+        assert zero.cast(model, state) == (zero.UNCAST if dtype else None)
+        assert model.weight.dtype == (dtype or torch.float32)

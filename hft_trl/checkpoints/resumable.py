@@ -77,17 +77,13 @@ class ResumableMixin:
             moving_reference.save(self, checkpoint)  # before the parent's, which uploads it
             super()._save_checkpoint(model, trial)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Compute as the parent does. A loss that is NaN or infinite is an error before the backward pass."""
-        computed = super().compute_loss(*args, **kwargs)
-        if torch.is_grad_enabled():
-            self._check_finite(computed[0] if isinstance(computed, tuple) else computed)
-        return computed
-
-    def _check_finite(self, loss: torch.Tensor) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the parent's step. A loss that is NaN or infinite is an error before the optimizer can spread it."""
+        loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             checkpoint = last_finite_checkpoint(self.args.output_dir)
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
                 f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
             )
+        return loss

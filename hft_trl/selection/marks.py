@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.selection.units import made_frozen
-from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +37,8 @@ def mark_frozen(model: "PreTrainedModel", names: Iterable[str]) -> None:
 
 def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
     """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
+    from hft_trl.weights import named_parameters
+
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     return frozenset(unexplained - made_frozen(model)) if unexplained else frozenset()

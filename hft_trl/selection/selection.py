@@ -12,7 +12,6 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
 from hft_trl.selection.units import Unit, find_units
-from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +90,8 @@ class Selection:
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
         """
+        from hft_trl.weights import named_parameters
+
         parameters, before = dict(named_parameters(model)), frozen_by_hft(model)
         if self.config.method == "fft":
             for name in before:
@@ -264,6 +265,8 @@ def _selection(
 
 
 def _sizes(model: "PreTrainedModel") -> dict[str, int]:
+    from hft_trl.weights import named_parameters
+
     return {name: parameter.numel() for name, parameter in named_parameters(model)}
 
 
@@ -282,7 +285,7 @@ def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
 def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool) -> set[Unit]:
     """The units in layers that learned in the start model's own stage, or those that did not."""
     trainable, frozen = set(previous.trainable), set(previous.frozen)
-    present = {name for name, _ in named_parameters(model)}
+    present = set(_sizes(model))
     unknown = sorted((trainable | frozen) - present)
     unknown += [
         unit.names[0] for unit in units if unit.layer is not None and not set(unit.names) <= trainable | frozen

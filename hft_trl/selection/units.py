@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
-from hft_trl.weights import named_modules, named_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,6 +74,8 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
         [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
             layers, or if a pattern of `exclude` matches nothing.
     """
+    from hft_trl.weights import named_modules, named_parameters
+
     _check_model(model)
     modules = named_modules(model)
     towers = _find_towers(model, modules)

@@ -20,9 +20,8 @@ class HFTMixin:
     """
     Put it before a TRL trainer: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
 
-    Every argument of the parent stays as it is. The half is drawn and frozen after the parent has loaded the model and before
-    anything wraps it. Its fingerprints are checked whenever the model is saved and when training ends. With method `"fft"`
-    training is the parent's bit for bit.
+    The half is drawn and frozen after the parent has loaded the model and before anything wraps it. Its fingerprints are
+    checked whenever the model is saved and when training ends. With method `"fft"` training is the parent's bit for bit.
 
     Args:
         hft_config ([`HFTConfig`], *optional*):
@@ -36,9 +35,7 @@ class HFTMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(HFTMixin):
-            raise HFTError(
-                f"{cls.__name__} names HFTMixin after the trainer, which would train everything: name it first."
-            )
+            raise HFTError(f"{cls.__name__} names HFTMixin after the trainer, which would train all: name it first.")
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         from hft_trl.trainers import preparation
@@ -57,7 +54,8 @@ class HFTMixin:
         self._storages = storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
         preparation.finish(self, policy)
-        self.add_callback(_Begins(self))
+        if self.hft_config.method == "hft" or self._storages:
+            self.add_callback(_Begins(self))
 
     def _reference_from_policy(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
         """Yield what to call the parent with where a trainer can make its reference from the policy, otherwise `None`."""

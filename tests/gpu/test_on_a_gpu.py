@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
+from resumable import ResumableSFTTrainer
 from safetensors.torch import load_file
 from test_trainers import dpo_trainer, losses, sft_trainer
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
@@ -97,9 +98,9 @@ def test_a_shard_in_main_memory_is_gathered_where_only_nccl_is(tmp_path):
 def test_a_half_by_gradients_is_drawn_again_on_resuming(base, tulu, tmp_path):
     hft = HFTConfig(strategy="importance", importance="gradient_norm")
     settings = {**ON_GPU, "save_strategy": "steps", "save_steps": 2}
-    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, hft, **settings)
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, hft, **settings)
     first.train()
-    again = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, hft, **settings)
+    again = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, hft, **settings)
     assert again.hft_selection == first.hft_selection
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -107,7 +108,7 @@ def test_a_half_by_gradients_is_drawn_again_on_resuming(base, tulu, tmp_path):
 def test_bytes_of_a_run_are_those_of_a_run_that_was_resumed(base, tulu, tmp_path):
     settings = {**ON_GPU, "save_strategy": "steps", "save_steps": 2, "full_determinism": True}
     for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
-        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / name, HFTConfig(), **settings)
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / name, HFTConfig(), **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     file = "model.safetensors"

@@ -19,8 +19,9 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import QUIET, tiny_llama, tulu_row, ultrafeedback_row
+from resumable import ResumableDPOTrainer, ResumableSFTTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
+from hft_trl import HFTConfig, HFTError
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
 from hft_trl.weights import plain_name
@@ -62,8 +63,8 @@ PAIRS = {
 
 def trainer_of(stage: str, model: str | PreTrainedModel, base: Path, output: Path, hft: dict, settings: dict):
     config, kind, prepare, row = {
-        "sft": (SFTConfig, HFTSFTTrainer, sft_dataset, tulu_row),
-        "dpo": (DPOConfig, HFTDPOTrainer, preference_dataset, ultrafeedback_row),
+        "sft": (SFTConfig, ResumableSFTTrainer, sft_dataset, tulu_row),
+        "dpo": (DPOConfig, ResumableDPOTrainer, preference_dataset, ultrafeedback_row),
     }[stage]
     return kind(
         model=model,

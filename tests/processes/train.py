@@ -21,8 +21,9 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tulu_row, ultrafeedback_row
+from resumable import ResumableDPOTrainer, ResumableSFTTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
+from hft_trl import HFTConfig
 from hft_trl.chat import load_tokenizer
 from hft_trl.config import STORAGE
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
@@ -149,7 +150,7 @@ def train(name: str, base: Path, output: Path) -> dict:
         GLOBAL_BATCH // processes // settings.get("gradient_accumulation_steps", 1)
     )
     rows = Dataset.from_list([(tulu_row if stage == "sft" else ultrafeedback_row)(n) for n in range(32)])
-    config, kind = (SFTConfig, HFTSFTTrainer) if stage == "sft" else (DPOConfig, HFTDPOTrainer)
+    config, kind = (SFTConfig, ResumableSFTTrainer) if stage == "sft" else (DPOConfig, ResumableDPOTrainer)
     if stage == "sft":
         settings["assistant_only_loss"] = True
     trainer = kind(
@@ -204,7 +205,7 @@ def train(name: str, base: Path, output: Path) -> dict:
     }
 
 
-def shared_with_policy(trainer: HFTDPOTrainer) -> int:
+def shared_with_policy(trainer: ResumableDPOTrainer) -> int:
     """Bytes that the reference stores in the policy's memory, once both are where they are trained."""
     return memory(*(trainer.accelerator.unwrap_model(model) for model in (trainer.model, trainer.ref_model)))[1]
 
