@@ -9,7 +9,8 @@ from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends.fsdp import check_backend, check_chain, fsdp_version
+from hft_trl.backends.fsdp import check_backend, fsdp_version
+from hft_trl.recipe.rehearsal import check_chain
 from hft_trl.trainers.compatibility import check
 
 

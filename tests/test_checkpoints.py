@@ -28,7 +28,7 @@ from hft_trl.checkpoints.whole import (
     torn_because,
 )
 from hft_trl.recipe.locks import LOCK_FILE
-from hft_trl.selection.marks import selection_of
+from hft_trl.selection.previous import selection_of
 
 
 def checkpoint(folder, step):

@@ -28,10 +28,10 @@ from hft_trl.continual.adapters import (
     earlier_subspaces,
     merge,
 )
-from hft_trl.continual.continual_arguments import LoRAArguments
+from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.report import comparison_grid
-from hft_trl.continual.rounds import ADAPTER_FOLDER, Adapter, Round
+from hft_trl.continual.rounds import Round
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
@@ -39,6 +39,10 @@ from hft_trl.recipe.stage import make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
 WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
+
+
+def checked(made):
+    check_adapter(made.model, made.args, made.adapter)
 
 
 @pytest.fixture(scope="module")
@@ -285,31 +289,31 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
         made = make_stage("r", ModelArguments(str(base)), data, args, None)
         return Round(**vars(made), adapter=Adapter(LoRAArguments(**lora)))
 
-    check_adapter(stage())
-    check_adapter(stage(target_modules=["self_attn.q_proj", "embed_tokens"]))
+    checked(stage())
+    checked(stage(target_modules=["self_attn.q_proj", "embed_tokens"]))
     for names, wrong in (
         (["query"], "query"),
         (["q_proj", "vproj"], "vproj"),
         (["all-linear", "q_proj"], "all-linear"),
     ):
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
-            check_adapter(stage(target_modules=names))
+            checked(stage(target_modules=names))
     with pytest.raises(HFTError, match=r"reaches .*lm_head, which cannot be merged alone"):
-        check_adapter(stage(target_modules=["lm_head"]))
+        checked(stage(target_modules=["lm_head"]))
     tiny_llama(64, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tied = stage(target_modules=["embed_tokens"])
     with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which cannot be merged alone"):
-        check_adapter(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
+        checked(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="this is launched with FSDP"):
-        check_adapter(made)
+        checked(made)
     with pytest.raises(HFTError, match="this is launched with FSDP"):
         AdapterTrainer(str(base), made.args, made.adapter)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     made.args.deepspeed_plugin = object()
     with pytest.raises(HFTError, match="this is launched with DeepSpeed"):
-        check_adapter(made)
+        checked(made)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen, and what they can't do."""
 
-import itertools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, ParallelismConfig
@@ -17,9 +14,6 @@ from transformers import TrainingArguments
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-
-if TYPE_CHECKING:
-    from hft_trl.recipe import Stage
 
 EMPTY = (
     "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
@@ -59,29 +53,6 @@ def sharded_by(args: TrainingArguments | None) -> str | None:
 def replicates_frozen(config: HFTConfig, args: TrainingArguments | None) -> bool:
     """Return whether FSDP2 leaves the frozen half whole in every process."""
     return config.method == "hft" and config.replicate_frozen and fsdp_version(args) == 2
-
-
-def check_chain(stages: "Sequence[Stage]") -> None:
-    """
-    Refuse stages of which one could not load what the stage before it saves.
-
-    Args:
-        stages (`Sequence[Stage]`):
-            The stages in order, each of which starts from the model of the one before.
-
-    Raises:
-        [`HFTError`]: Naming the type that would round.
-    """
-    for first, then in itertools.pairwise(stages):
-        if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
-            continue
-        dtype = (then.args.model_init_kwargs or {}).get("dtype")
-        upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
-        if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
-            raise HFTError(
-                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with method fft in float32, "
-                f"which {then.name} with method hft would have to round: set model.dtype to float32, or method to hft in both."
-            )
 
 
 def parallel_sizes(config: ParallelismConfig | None) -> dict[str, int]:

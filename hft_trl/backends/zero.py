@@ -23,17 +23,6 @@ UNCAST = (
 )
 
 
-def gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole of a partitioned parameter, as a copy. Every process has to call, in the same order."""
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, and must not be taken apart here
-        return parameter.detach().clone()
-    with deepspeed.zero.GatheredParameters(parameter):
-        return parameter.detach().clone()
-
-
 def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     """
     Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.

@@ -75,7 +75,7 @@ def select_command(
     settings = given(**locals())
     config = HFTConfig(**settings)
     with quiet():
-        from hft_trl.selection.marks import selection_of
+        from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 
         skeleton = build_on_meta(model_path(model) if revision else shape_of(model), revision, trust_remote_code)

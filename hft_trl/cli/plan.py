@@ -103,7 +103,7 @@ def plan_command(
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
         from hft_trl.planning.task import Task
         from hft_trl.planning.write import write as write_plan
-        from hft_trl.selection.marks import selection_of
+        from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 
         storage = Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen)

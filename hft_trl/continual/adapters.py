@@ -14,10 +14,10 @@ from trl import SFTConfig, SFTTrainer
 
 from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.checkpoints.resumable import ResumableMixin
-from hft_trl.continual.continual_arguments import LoRAArguments
-from hft_trl.continual.rounds import ADAPTER_FOLDER, Adapter, Round
+from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import read_json, write_json
+from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest, fingerprints
 
@@ -121,10 +121,10 @@ def lora_config(lora: LoRAArguments) -> LoraConfig:
     )
 
 
-def check_adapter(stage: Round) -> None:
+def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> None:
     """Check that a round's adapter can be trained and merged, before anything is trained."""
-    _check_not_sharded(stage.args)
-    model, names = stage.model, stage.adapter.lora.target_modules
+    _check_not_sharded(args)
+    names = adapter.lora.target_modules
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     known = [name for name, _ in structure.named_modules()]
     # PEFT does not report an unknown name if another one is known
@@ -135,7 +135,7 @@ def check_adapter(stage: Round) -> None:
                 "q_proj, or all-linear alone."
             )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
-        adapted = get_peft_model(structure, lora_config(stage.adapter.lora))
+        adapted = get_peft_model(structure, lora_config(adapter.lora))
     unmerged = [structure.get_output_embeddings()]
     if structure.config.get_text_config().tie_word_embeddings:
         unmerged.append(structure.get_input_embeddings())

@@ -1,11 +1,15 @@
 """Settings of continual runs."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import RunArguments, at_home
+from hft_trl.recipe.folder import place
+from hft_trl.saved_models.digests import content_digest
 
+ADAPTER_FOLDER = "adapter"  # of a round's folder
 Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
 
 
@@ -92,3 +96,31 @@ class LoRAArguments:
         ):
             if not fits:
                 raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a round trains instead of the model's own weights."""
+
+    lora: LoRAArguments
+    start: Path | None = None  # folder of the round whose adapter is trained further, None for a new adapter
+    earlier: tuple[
+        Path, ...
+    ] = ()  # folders of the rounds to whose adapters, merged into the model, it is kept orthogonal
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of all rounds whose adapters it needs."""
+        return [*filter(None, [self.start]), *self.earlier]
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What the trained weights depend on, for a round in `folder`."""
+        content = asdict(self.lora)
+        if not self.earlier:
+            del content["o_lora_lambda"]  # there is no penalty
+        return {
+            **content,
+            "start": place(str(self.start), folder) if self.start is not None else None,
+            "earlier": [place(str(other), folder) for other in self.earlier],
+            "content": [content_digest(other / ADAPTER_FOLDER) for other in self.folders],
+        }

@@ -15,11 +15,11 @@ from hft_trl import demo
 from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
-from hft_trl.continual.continual_arguments import ContinualArguments, LoRAArguments
+from hft_trl.continual.continual_arguments import Adapter, ContinualArguments, LoRAArguments
 from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.metrics import check_metrics
-from hft_trl.continual.rounds import ADAPTERS, Adapter, Round, plan_rounds
+from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
 from hft_trl.continual.text import check_tokenizer

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,14 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.answers import Answered, evaluate_tasks
-from hft_trl.continual.continual_arguments import Approach, LoRAArguments
+from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, Approach
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.continual.text import encode
 from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
-from hft_trl.recipe.data import content_digest
-from hft_trl.recipe.folder import place
 from hft_trl.report import StageRecord
+from hft_trl.saved_models.digests import content_digest
 
-ADAPTER_FOLDER = "adapter"  # of a round's folder
 ADAPTERS = ("lora", "o_lora")
 """Approaches that train an adapter, so no half of the model is selected."""
 WITHOUT_TRANSFER = ("multitask", "individual")
@@ -83,34 +81,6 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter that a round trains instead of the model's own weights."""
-
-    lora: LoRAArguments
-    start: Path | None = None  # folder of the round whose adapter is trained further, None for a new adapter
-    earlier: tuple[
-        Path, ...
-    ] = ()  # folders of the rounds to whose adapters, merged into the model, it is kept orthogonal
-
-    @property
-    def folders(self) -> list[Path]:
-        """Folders of all rounds whose adapters it needs."""
-        return [*filter(None, [self.start]), *self.earlier]
-
-    def settings(self, folder: Path) -> dict[str, Any]:
-        """What the trained weights depend on, for a round in `folder`."""
-        content = asdict(self.lora)
-        if not self.earlier:
-            del content["o_lora_lambda"]  # there is no penalty
-        return {
-            **content,
-            "start": place(str(self.start), folder) if self.start is not None else None,
-            "earlier": [place(str(other), folder) for other in self.earlier],
-            "content": [content_digest(other / ADAPTER_FOLDER) for other in self.folders],
-        }
-
-
 @dataclass
 class Round(Stage):
     """A round as a stage. `memories` (GEM's) and `truncated_rows` are set by `load_data`."""
@@ -132,7 +102,7 @@ class Round(Stage):
                 raise HFTError(
                     f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'."
                 ) from error
-            check_adapter(self)
+            check_adapter(self.model, self.args, self.adapter)
 
     def sources(self) -> set[Path]:
         """Folders of the earlier rounds that it starts from."""

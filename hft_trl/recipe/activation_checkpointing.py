@@ -20,7 +20,7 @@ from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
 from hft_trl.planning.task import Task
 from hft_trl.processes import by_first_process
-from hft_trl.selection.marks import selection_of
+from hft_trl.selection.previous import selection_of
 from hft_trl.skeleton import build_on_meta
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Load data sets from the hub, a folder, a file, or TRL's mixture of several."""
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from trl import DatasetMixtureConfig, get_dataset
 
 from hft_trl.errors import HFTError, as_user_error, first_line
+from hft_trl.saved_models.digests import content_digest
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -82,17 +82,6 @@ def check_apart(source: str, split: str, eval_split: str) -> None:
             "model would be evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split "
             "'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
         )
-
-
-def content_digest(source: Path) -> str | None:
-    """Return the SHA-256 (hex) of the names and bytes of a file or folder, or `None` if it does not exist."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest() if files else None
 
 
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:

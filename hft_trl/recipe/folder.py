@@ -16,13 +16,12 @@ from accelerate import PartialState
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, read_object, resolved, write_json, writing
 from hft_trl.processes import all_see, by_first_process
-from hft_trl.recipe.data import content_digest
 from hft_trl.recipe.locks import LOCK_FILE, lock
 from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.record import stage_record
-from hft_trl.saved_models.digests import mixture_parts, named_files, start_model
+from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, start_model
 from hft_trl.weights import check_readable
 
 if TYPE_CHECKING:

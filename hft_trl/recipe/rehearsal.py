@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import logging
 import os
 import random
@@ -37,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.backends import zero
-from hft_trl.backends.fsdp import check_chain
+from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.chat import check_ids
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
@@ -270,3 +271,22 @@ def _unnoticed() -> Iterator[None]:
         for kind, state in states:
             kind._shared_state.clear()
             kind._shared_state.update(state)
+
+
+def check_chain(stages: Sequence["Stage"]) -> None:
+    """
+    Reject stages that cannot load what the stage before saves.
+
+    Raises:
+        [`HFTError`]: Naming the type that would round.
+    """
+    for first, then in itertools.pairwise(stages):
+        if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
+            continue
+        dtype = (then.args.model_init_kwargs or {}).get("dtype")
+        upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
+        if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
+            raise HFTError(
+                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with method fft in float32, "
+                f"which {then.name} with method hft would have to round: set model.dtype to float32, or method to hft in both."
+            )

@@ -10,7 +10,7 @@ from hft_trl.errors import HFTError
 from hft_trl.saved_models.comparison import Change, change, check_alike
 from hft_trl.saved_models.saved_model import SavedModel, short
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Unit, find_units
-from hft_trl.selection.marks import selection_of
+from hft_trl.selection.previous import selection_of
 
 
 @dataclass(frozen=True)

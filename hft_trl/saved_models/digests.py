@@ -16,7 +16,6 @@ from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.data import content_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.weights import combined_digest, fingerprints, tensors, weight_files
 
@@ -108,3 +107,14 @@ def _tensor_digests(folder: Path) -> dict[str, str]:
 @cache
 def _read_tensors(files: tuple[tuple[str, Path], ...], _states: tuple[State, ...]) -> dict[str, str]:
     return fingerprints(tensors(dict(files), dict(files)))
+
+
+def content_digest(source: Path) -> str | None:
+    """Return the SHA-256 (hex) of the names and bytes of a file or folder, or `None` if it does not exist."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest() if files else None

@@ -1,26 +1,23 @@
 """What a model object remembers of HFT: the selection that it was trained with, and what a selection froze."""
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hft_trl.selection.units import made_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft_trl.selection.selection import Selection
-
 # Attributes of the model object. They are in no file: a saved model has its selection beside it, and loads unfrozen.
 TRAINED_WITH, FROZEN_BY_HFT = "_hft_trained_with", "_hft_frozen"
 
 
-def remember(model: "PreTrainedModel", selection: "Selection") -> None:
+def remember(model: "PreTrainedModel", selection: Any) -> None:
     """Note the selection that a model was trained with, so that the next stage on the same object draws another one."""
     setattr(model, TRAINED_WITH, selection)
 
 
-def remembered(model: "PreTrainedModel") -> "Selection | None":
+def remembered(model: "PreTrainedModel") -> Any:
     """Return the selection that this model object was trained with, `None` if it was not trained since it was loaded."""
     return vars(model).get(TRAINED_WITH)
 
@@ -42,32 +39,3 @@ def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     return frozenset(unexplained - made_frozen(model)) if unexplained else frozenset()
-
-
-def selection_of(model: "PreTrainedModel") -> "Selection | None":
-    """
-    Return the selection that a model was trained with, `None` if it has none.
-
-    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its weights.
-    """
-    from transformers.utils import cached_file
-
-    from hft_trl.selection.selection import SELECTION_FILE, Selection
-
-    if (selection := remembered(model)) is not None:
-        return selection
-    source = model.config._name_or_path
-    if Path(source).is_dir():
-        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
-    try:
-        file = cached_file(
-            source,
-            SELECTION_FILE,
-            revision=vars(model.config).get("_commit_hash"),
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except OSError:  # a folder that is gone by now, or a name that is no hub id
-        return None
-    return Selection.load(Path(file).parent) if file is not None else None

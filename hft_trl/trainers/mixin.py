@@ -1,4 +1,4 @@
-"""Gives any TRL trainer of a causal LM a half that learns. It tells only the order; each step belongs to what owns it."""
+"""The order of training with a half, for any TRL trainer of a causal LM. Each step belongs to what owns it."""
 
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -12,13 +12,12 @@ from transformers.trainer_utils import TrainOutput
 from hft_trl import reference
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.frozen.half import draw_half, storages
 from hft_trl.selection.marks import remember
 
 
 class HFTMixin:
     """
-    Put it before a TRL trainer: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
+    Gives a TRL trainer a half that learns. Put it first: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
 
     The half is drawn and frozen after the parent has loaded the model and before anything wraps it. Its fingerprints are
     checked whenever the model is saved and when training ends. With method `"fft"` training is the parent's bit for bit.
@@ -50,8 +49,8 @@ class HFTMixin:
                 super().__init__(*args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
         preparation.check_built(self, given)
-        self.hft_selection, self.frozen_half = draw_half(self, policy)
-        self._storages = storages(self.hft_config, self.hft_selection.masks is not None)
+        self.hft_selection, self.frozen_half = preparation.draw_half(self, policy)
+        self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
         preparation.finish(self, policy)
         if self.hft_config.method == "hft" or self._storages:
@@ -76,7 +75,7 @@ class HFTMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does. A checkpoint of another selection and a frozen bit that moved are errors."""
-        from hft_trl.selection.resuming import check_resumable
+        from hft_trl.selection.previous import check_resumable
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
         with ExitStack() as ends:

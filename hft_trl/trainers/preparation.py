@@ -1,16 +1,24 @@
-"""What a trainer with a half checks and sets beside the half itself: before its model is loaded, and after."""
+"""The steps of building a trainer with a half: check what was given, draw the half, choose its storages, finish."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from hft_trl.backends.fsdp import check_backend, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.frozen.half import FrozenHalf, Storage
+from hft_trl.selection import Selection, select
+from hft_trl.selection.marks import frozen_by_user
+from hft_trl.selection.previous import selection_of
 from hft_trl.trainers.compatibility import check, check_optimizer
 from hft_trl.trainers.idle import WarnOfIdleParameters
+from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
 
 
 def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTConfig) -> dict[str, Any]:
@@ -52,6 +60,80 @@ def check_built(trainer: Any, given: dict[str, Any]) -> None:
         check(trainer.args, trainer.hft_config, given)
     if trainer.hft_config.method == "hft":
         check_backend(trainer.accelerator.state)
+
+
+def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenHalf]:
+    """
+    Draw a trainer's selection, apply it to the policy, and fingerprint the half that is frozen.
+
+    The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
+
+    Raises:
+        [`HFTError`]: If the processes disagree, or the model was loaded in a type that rounds its weights.
+    """
+    config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
+    if previous is not None and previous.masks is not None:
+        check(trainer.args, config, after_elements=True)
+    selection = select(policy, config, previous, partial(_gradients, trainer, policy))
+    if hft and (kept := frozen_by_user(policy)):
+        trainer.accelerator.print(
+            f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
+        )
+    digests = set(gather_object([selection.digest]))
+    if len(digests) > 1:
+        raise HFTError(f"the processes drew different selections ({', '.join(sorted(digests))}): report a bug.")
+    if hft:
+        remedy = None
+        if trainer.is_deepspeed_enabled:
+            from hft_trl.backends import zero
+
+            remedy = zero.cast(policy, trainer.accelerator.state)
+        types = {name: parameter.dtype for name, parameter in named_parameters(policy) if not parameter.is_meta}
+        check_not_rounded(policy.config._name_or_path, types, remedy)
+    start = fingerprints(named_parameters(policy))
+    source = {"name_or_path": policy.config._name_or_path, "weights_digest": combined_digest(start)}
+    selection.apply(policy)
+    learns = set(selection.trainable) if hft else start.keys()
+    half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns}, hft)
+    return dataclasses.replace(selection, start_model=source), half
+
+
+def _gradients(trainer: Any, policy: PreTrainedModel, names: list[str]) -> dict[str, float]:
+    from hft_trl.trainers.gradient_norms import measured_once
+
+    config = trainer.hft_config
+    return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
+
+
+def storages(config: HFTConfig, masked: bool) -> list[Storage]:
+    """
+    Return the storages that the settings ask for. `masked` says whether the selection freezes single elements.
+
+    Their modules are imported here, so that a run without them loads none.
+    """
+    found: list[Storage] = []
+    hft = config.method == "hft"
+    if hft and config.frozen_dtype:
+        from hft_trl.frozen.smaller_type import SmallerType
+
+        found.append(SmallerType(config.frozen_dtype))
+    if config.replicate_frozen:
+        from hft_trl.frozen.replicated import Replicated
+
+        found.append(Replicated())
+    if hft and config.frozen_quantization:
+        from hft_trl.frozen.quantized_linear import Quantized
+
+        found.append(Quantized(config.frozen_quantization))
+    if masked:
+        from hft_trl.frozen.elements import FrozenElements
+
+        found.append(FrozenElements())
+    if config.optimizer_in_backward:
+        from hft_trl.trainers.optimizer_in_backward import OptimizerInBackward
+
+        found.append(OptimizerInBackward())
+    return found
 
 
 def finish(trainer: Any, policy: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@ from hft_trl import reference
 from hft_trl.backends import fsdp
 from hft_trl.frozen import replicated
 from hft_trl.selection import select
-from hft_trl.selection.marks import selection_of
+from hft_trl.selection.previous import selection_of
 from hft_trl.trainers import log_probs
 from hft_trl.weights import named_parameters
 

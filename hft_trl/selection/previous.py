@@ -1,12 +1,40 @@
-"""Whether training may resume from a checkpoint with a selection."""
+"""The selection that a start model or a checkpoint was trained with, and whether training may resume with another."""
 
 import os
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import cached_file
 
 from hft_trl.errors import HFTError
+from hft_trl.selection.marks import remembered
 from hft_trl.selection.selection import SELECTION_FILE, Selection
+
+
+def selection_of(model: PreTrainedModel) -> Selection | None:
+    """
+    Return the selection that a model was trained with, `None` if it has none.
+
+    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its weights.
+    """
+    if (selection := remembered(model)) is not None:
+        return selection
+    source = model.config._name_or_path
+    if Path(source).is_dir():
+        return Selection.load(source) if source and (Path(source) / SELECTION_FILE).is_file() else None
+    try:
+        file = cached_file(
+            source,
+            SELECTION_FILE,
+            revision=vars(model.config).get("_commit_hash"),
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:  # a folder that is gone by now, or a name that is no hub id
+        return None
+    return Selection.load(Path(file).parent) if file is not None else None
 
 
 def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool | None, output_dir: str) -> bool:
