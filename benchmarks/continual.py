@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
+from hft_trl.experiments.bars import draw_bars
 from hft_trl.experiments.paired_tests import check_tests, compare, difference_cells, mean_cell
-from hft_trl.experiments.plots import draw_bars
 from hft_trl.experiments.runner import Point, check_settings, run_points
 from hft_trl.experiments.trials import Scores
 from hft_trl.redact import redact

@@ -44,7 +44,7 @@ from launch import on_cpu
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
 from hft_trl.chat import load_tokenizer
-from hft_trl.recipe.data import load_split
+from hft_trl.recipe.loading import load_split
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
 from hft_trl.report import environment
 from hft_trl.selection import find_units

@@ -24,8 +24,8 @@ import sys
 from datetime import UTC, datetime
 
 from hft_trl import exit_on_user_error
+from hft_trl.experiments.bars import write_figures
 from hft_trl.experiments.paired_tests import check_tests, tables, write_results
-from hft_trl.experiments.plots import write_figures
 from hft_trl.experiments.questions import QUESTIONS, needed
 from hft_trl.experiments.trials import read_scores, run_trials
 from hft_trl.redact import redact

@@ -21,10 +21,8 @@ ALL_OF_RUN_EPOCH = (
 
 # By owner, the parameters of each method that is called or overridden
 METHODS = {
-    (Trainer, "_prepare_for_training"): "max_steps train_dataloader resume_from_checkpoint",
     (Trainer, "_get_grad_norm"): "model grad_norm",
     (Trainer, "_save"): "output_dir state_dict",
-    (Trainer, "_load_optimizer_and_scheduler"): "checkpoint",
     (Trainer, "_load_from_checkpoint"): "resume_from_checkpoint model",
     (Trainer, "_run_epoch"): ALL_OF_RUN_EPOCH,
     (Trainer, "_save_checkpoint"): "model trial",

@@ -10,7 +10,7 @@ from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.data import check_apart, load_mixture, load_split
+from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])

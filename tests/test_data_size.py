@@ -74,7 +74,7 @@ def test_two_processes_prepare_the_data_once_and_a_rerun_not_at_all(tmp_path):
 GROWTH = """
 import re, sys, threading, time
 from pathlib import Path
-from hft_trl.recipe.data import load_split
+from hft_trl.recipe.loading import load_split
 from hft_trl.recipe.rows import sft_dataset
 
 def own():

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
 from hft_trl.saved_models.diff import compare
 from hft_trl.saved_models.diff_view import verdict
-from hft_trl.selection.elements import draw_masks
+from hft_trl.selection.masks import draw_masks
 
 ELEMENT = HFTConfig(strategy="element")
 

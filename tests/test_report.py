@@ -22,10 +22,10 @@ from hft_trl.report import Report, StageRecord, UnitChange, environment, print_r
 from hft_trl.report.layer_map import ASCII, columns_of, layer_picture
 from hft_trl.report.movement import category_movement, movement_figure, movement_grid
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
-from hft_trl.report.shares import category_shares
 from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
 from hft_trl.report.views import report_markdown, report_page
 from hft_trl.selection import Unit, find_units, select
+from hft_trl.selection.shares import category_shares
 
 STAGE_FIELDS = [
     "name",

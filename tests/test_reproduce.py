@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from hft_trl import HFTError, demo
 from hft_trl.demo import probes
 from hft_trl.experiments import trials
+from hft_trl.experiments.bars import question_figure, write_figures
 from hft_trl.experiments.paired_tests import compare, markdown, tables
-from hft_trl.experiments.plots import question_figure, write_figures
 from hft_trl.experiments.questions import BASE, QUESTIONS, RUNS, Question, needed
 from hft_trl.experiments.trials import make_and_score, read_scores, run_trials
 from hft_trl.selection import Selection

@@ -13,9 +13,9 @@ from hft_trl.demo import model_path
 from hft_trl.environment import package_version
 from hft_trl.errors import exit_on_user_error
 from hft_trl.report.layer_map import ASCII, SQUARES, layer_picture
-from hft_trl.report.shares import CategoryShare, category_shares
 from hft_trl.report.tables import category_grid, rich_table
 from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, select
+from hft_trl.selection.shares import CategoryShare, category_shares
 
 app = typer.Typer(
     name="hft-trl",

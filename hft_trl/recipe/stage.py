@@ -22,8 +22,8 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, tokens_to_environment
-from hft_trl.recipe.data import check_apart, load_mixture, load_split
 from hft_trl.recipe.endings import settle_generation
+from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 from hft_trl.recipe.measure import measure, movements, reset_peak_memory
 from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows

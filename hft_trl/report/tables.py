@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.report.movement import category_movement
 from hft_trl.report.record import Report, StageRecord
-from hft_trl.report.shares import CategoryShare
+from hft_trl.selection.shares import CategoryShare
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -16,8 +16,8 @@ from hft_trl.selection.units import Unit, find_units
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft_trl.selection.elements import Masks
     from hft_trl.selection.importance import Squares
+    from hft_trl.selection.masks import Masks
 
 SELECTION_FILE = "hft_selection.json"
 VERSION = 1
@@ -68,7 +68,7 @@ class Selection:
 
     @property
     def masked(self) -> dict[str, int]:
-        """Number of elements that learn, by the names of the parameters of which not all do."""
+        """Number of elements that learn, by the names of the parameters that learn in part."""
         return self.masks.learning if self.masks else {}
 
     def apply(self, model: "PreTrainedModel") -> None:
@@ -132,7 +132,7 @@ class Selection:
             [`HFTError`]: If the file is missing, is no selection, has another version or has been changed.
         """
         from hft_trl.files import read_json
-        from hft_trl.selection.elements import Masks
+        from hft_trl.selection.masks import Masks
 
         path = Path(directory) / SELECTION_FILE
         try:
@@ -141,8 +141,7 @@ class Selection:
             raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
         except (OSError, ValueError) as error:
             raise HFTError(f"The selection {path} cannot be read: {error}") from error
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION:
+        if (version := content.get("version") if isinstance(content, dict) else None) != VERSION:
             raise HFTError(f"The selection {path} has version {version!r}: this hft_trl reads version {VERSION}.")
         try:
             selection = cls(
@@ -215,7 +214,7 @@ def select(
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
         if config.strategy == "element" and config.ratio < 1:
-            from hft_trl.selection.elements import draw_masks
+            from hft_trl.selection.masks import draw_masks
 
             masks = draw_masks(units, config.ratio, seed, _sizes(model))
             learning = {unit for unit in units if unit.layer is not None}
