@@ -1,19 +1,20 @@
 """
-The recipes on data of the real size, up to their first step: rows per second, peak memory, and what a rerun still does.
+The recipes on data of the real size, up to their first step: rows per second, peak memory, and what a rerun still
+does.
 
 ```bash
 python benchmarks/data.py                                # Tülu V2's and UltraFeedback's row counts; needs 25 GB of disk
 python benchmarks/data.py --rows 20000 --pairs 5000      # a quick look
 ```
 
-Files in the hub's schemas are generated and removed again. Row counts, rows per source and bytes per row are those of the
-dataset cards (allenai/tulu-v2-sft-mixture: 326,154 conversations, 1,239,293,363 bytes, 114,046 of them from ShareGPT with
-several exchanges; HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs, 405,688,662 bytes). The shape around these means is
-an assumption: log-normal lengths, a geometric number of exchanges. The words are the embedded tokenizer's, at about four
-characters a token. Seconds are those between a progress bar's first and last line. Memory is read from /proc (Linux): the
-resident peak of the recipe's process and of the largest of the workers that prepare data for it, in which memory-mapped
-files count as far as they were read, though the system may take those pages back; and what all of them own together
-without such files.
+Files in the hub's schemas are generated and removed again. Row counts, rows per source and bytes per row are those of
+the dataset cards (allenai/tulu-v2-sft-mixture: 326,154 conversations, 1,239,293,363 bytes, 114,046 of them from
+ShareGPT with several exchanges; HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs, 405,688,662 bytes). The shape
+around these means is an assumption: log-normal lengths, a geometric number of exchanges. The words are the embedded
+tokenizer's, at about four characters a token. Seconds are those between a progress bar's first and last line. Memory
+is read from /proc (Linux): the resident peak of the recipe's process and of the largest of the workers that prepare
+data for it, in which memory-mapped files count as far as they were read, though the system may take those pages back;
+and what all of them own together without such files.
 """
 
 import argparse
@@ -218,8 +219,9 @@ def show(console: Console, result: Run, rows: int, bytes: int) -> None:
         table.add_row(name, f"{phase.rows:,}", f"{phase.seconds:.1f}", speed)
     console.print(table)
     console.print(
-        f"first step after {result.first_step_seconds:.0f} s; resident peak {result.peak_memory_bytes / 1e9:.2f} GB, of a "
-        f"worker {result.worker_peak_memory_bytes / 1e9:.2f} GB; own memory of all {result.own_memory_bytes / 1e9:.2f} GB\n"
+        f"first step after {result.first_step_seconds:.0f} s; resident peak {result.peak_memory_bytes / 1e9:.2f} GB, "
+        f"of a worker {result.worker_peak_memory_bytes / 1e9:.2f} GB; own memory of all "
+        f"{result.own_memory_bytes / 1e9:.2f} GB\n"
     )
 
 

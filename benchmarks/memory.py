@@ -7,7 +7,8 @@ python benchmarks/memory.py --hidden 1024 --layers 8
 ```
 
 Every variant trains two steps of DPO on the embedded pairs, in float32 or under bfloat16 autocast, and is read off the
-trainer: the policy's weights, what the reference takes beside them, the most gradients at once, and the optimizer's state.
+trainer: the policy's weights, what the reference takes beside them, the most gradients at once, and the optimizer's
+state.
 """
 
 import argparse

@@ -3,8 +3,8 @@ Time to find the units of a model and to choose among them, on the meta device.
 
     python benchmarks/selection.py [--repeat 5]
 
-The first row is DeepSeek-V3's shape with a matrix for each expert (about 45,000 units), which transformers itself fuses
-into two per layer; the others are classes of transformers with their default configs.
+The first row is DeepSeek-V3's shape with a matrix for each expert (about 45,000 units), which transformers itself
+fuses into two per layer; the others are classes of transformers with their default configs.
 """
 
 import argparse

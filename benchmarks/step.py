@@ -7,16 +7,17 @@ python benchmarks/step.py --json                                 # one JSON obje
 python benchmarks/step.py --ratios 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1.0   # the paper's efficiency table
 python benchmarks/step.py --shape 7b --stages sft --batch 1      # random weights, made on the device
 # Full-rank HFT of a model of 8B on a GPU of 24 GB
-python benchmarks/step.py --shape 8b --stages sft --variants hft --checkpointing on --optim adamw_bnb_8bit --hft '{"frozen_quantization": "nf4", "optimizer_in_backward": true, "train_embeddings": false}'
+python benchmarks/step.py --shape 8b --stages sft --variants hft --checkpointing on --optim adamw_bnb_8bit \
+    --hft '{"frozen_quantization": "nf4", "optimizer_in_backward": true, "train_embeddings": false}'
 ```
 
 `fft` and `lora` are TRL's own trainers, `hft` is ours as a recipe runs it, `stock` is TRL's own trainer with the very
 mask of `hft`, so that the two differ by what our trainer adds to a step. All have the same tokens and start weights.
 
 A step is an epoch of one batch in the trainer's own loop, callbacks and all. All variants of a stage take turns, in an
-order shuffled anew for each round, so that whatever else the machine does falls on all alike; where they don't fit beside
-each other, they run one after the other and then once more (A B A B). Seconds are medians with quartiles. A quotient is
-the median over the rounds of the quotient of the two steps of one round.
+order shuffled anew for each round, so that whatever else the machine does falls on all alike; where they don't fit
+beside each other, they run one after the other and then once more (A B A B). Seconds are medians with quartiles. A
+quotient is the median over the rounds of the quotient of the two steps of one round.
 """
 
 import argparse

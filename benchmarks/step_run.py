@@ -186,7 +186,9 @@ class Run:
         return timed
 
     def step(self) -> None:
-        """One epoch of one batch in the trainer's own loop; what is neither forward nor backward is the optimizer's."""
+        """
+        One epoch of one batch in the trainer's own loop; what is neither forward nor backward is the optimizer's.
+        """
         self.spent = dict.fromkeys(PARTS, 0.0)
         start = self._now()
         self.trainer._run_epoch(**self.epoch)

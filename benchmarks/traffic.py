@@ -6,13 +6,14 @@ python benchmarks/traffic.py                    # the embedded model in two and 
 python benchmarks/traffic.py --json --processes 2 --stages sft
 ```
 
-Real processes train some steps of each stage on a CPU, and every collective operation that PyTorch runs within a step is
-counted, whoever asks for it. Bytes are those that a process receives where N of them pass parts around in a ring: (N - 1) / N
-of what is gathered or scattered, twice that of what is summed up everywhere.
+Real processes train some steps of each stage on a CPU, and every collective operation that PyTorch runs within a step
+is counted, whoever asks for it. Bytes are those that a process receives where N of them pass parts around in a ring:
+(N - 1) / N of what is gathered or scattered, twice that of what is summed up everywhere.
 
-Beside it stands what the shapes say that FSDP2 gathers (each layer and the embedding for the forward and for the backward
-pass, the head once, and all of them once for the reference) and scatters (the gradients): for the embedded model, where
-tests/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not been run.
+Beside it stands what the shapes say that FSDP2 gathers (each layer and the embedding for the forward and for the
+backward pass, the head once, and all of them once for the reference) and scatters (the gradients): for the embedded
+model, where tests/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not
+been run.
 """
 
 import argparse
@@ -143,7 +144,11 @@ def train(stage: str, hft: dict[str, Any], steps: int, folder: Path) -> dict[str
 
 
 def computed(model: str, variant: str, stage: str, bytes_each: int) -> dict[str, int]:
-    """Bytes that FSDP2 gathers and scatters in a step according to the shapes: weights in and out of the layers, gradients."""
+    """
+    Bytes that FSDP2 gathers and scatters in a step according to the shapes:
+
+    weights in and out of the layers, gradients.
+    """
     skeleton = build_on_meta(shape_of(model))
     hft = HFTConfig(**VARIANTS[variant])
     learns = set(select(skeleton, hft).trainable)
@@ -226,7 +231,8 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     memory = {name: f"{number / 1e9:.2f} GB" for name, number in result["frozen_half"].items()}
     console.print(
-        f"The frozen half of {SEVEN_B} in bfloat16 on each of {GPUS} GPUs: {memory['sharded']} sharded, {memory['whole']} whole."
+        f"The frozen half of {SEVEN_B} in bfloat16 on each of {GPUS} GPUs: {memory['sharded']} sharded, "
+        f"{memory['whole']} whole."
     )
 
 

@@ -36,12 +36,12 @@ class HFTConfig:
             Share of the transformer layers' parameters that learn, in (0, 1] (the paper sweeps 10 % to 100 %).
         strategy (`str`, *optional*, defaults to `"category"`):
             `"category"` takes the share of each category (self-attention, feed-forward, norm, ...): the paper's
-            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category, `"importance"` takes
-            the share of each category like `"category"`, but the most or least important matrices instead of random ones,
-            and `"element"` takes single elements of every matrix, which saves neither memory nor time.
+            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category, `"importance"`
+            takes the share of each category like `"category"`, but the most or least important matrices instead of
+            random ones, and `"element"` takes single elements of every matrix, which saves neither memory nor time.
         importance (`str`, *optional*, defaults to `"weight_norm"`):
-            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), or of the
-            loss's gradient by them (`"gradient_norm"`; for one process and DDP).
+            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), or of
+            the loss's gradient by them (`"gradient_norm"`; for one process and DDP).
         importance_order (`str`, *optional*, defaults to `"most"`):
             Whether the `"most"` or the `"least"` important matrices learn.
         calibration_samples (`int`, *optional*, defaults to `32`):
@@ -63,22 +63,23 @@ class HFTConfig:
             one (the paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. A start model that was
             not trained with HFT has nothing to keep, so the draw is fresh in any case.
         frozen_dtype (`str`, *optional*):
-            Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's own.
-            Needs mixed precision of that type. What is saved is the start model's own frozen half, never a rounded one.
+            Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's
+            own. Needs mixed precision of that type. What is saved is the start model's own frozen half, never a
+            rounded one.
         frozen_quantization (`str`, *optional*):
-            Hold the frozen matrices of attention and feed-forward in `"int8"` or `"nf4"` (4 bits) while training, through
-            bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
+            Hold the frozen matrices of attention and feed-forward in `"int8"` or `"nf4"` (4 bits) while training,
+            through bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
-            Whether the frozen half of policy and reference is stored once in preference training, where the backend can
-            (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
+            Whether the frozen half of policy and reference is stored once in preference training, where the backend
+            can (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
         replicate_frozen (`bool`, *optional*, defaults to `False`):
-            Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The losses
-            are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in mixed precision
-            of another type than the frozen half's (see `frozen_dtype`).
+            Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The
+            losses are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in
+            mixed precision of another type than the frozen half's (see `frozen_dtype`).
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
-            Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the gradient
-            freed, so that hardly more than one gradient is there at a time. The trained weights are the same to the last bit. For one
-            process, without gradient accumulation or clipping.
+            Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the
+            gradient freed, so that hardly more than one gradient is there at a time. The trained weights are the same
+            to the last bit. For one process, without gradient accumulation or clipping.
 
     Raises:
         [`HFTError`]: If a value is out of its range.
@@ -146,8 +147,8 @@ class HFTConfig:
                 raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}.")
         if self.frozen_dtype and self.frozen_quantization:
             raise HFTError(
-                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: a frozen "
-                "matrix is held in one of the two, so leave the other out."
+                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: "
+                "a frozen matrix is held in one of the two, so leave the other out."
             )
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")
@@ -161,8 +162,8 @@ class HFTConfig:
             if self.__dict__[name] != self.__dataclass_fields__[name].default:
                 raise HFTError(
                     f"hft.{name} is {self.__dict__[name]!r}, which is not used with hft.strategy {self.strategy!r}"
-                    f"{f' and hft.importance {self.importance!r}' if self.strategy == 'importance' else ''}: drop it, or change "
-                    f"hft.{'importance' if self.strategy == 'importance' else 'strategy'}."
+                    f"{f' and hft.importance {self.importance!r}' if self.strategy == 'importance' else ''}: drop it, "
+                    f"or change hft.{'importance' if self.strategy == 'importance' else 'strategy'}."
                 )
         if isinstance(self.exclude, str):
             raise HFTError(f"hft.exclude is the string {self.exclude!r}: give a list of regular expressions.")
@@ -185,7 +186,11 @@ class HFTConfig:
         return set() if self.importance == "gradient_norm" else {"calibration_samples"}
 
     def selecting(self) -> dict[str, Any]:
-        """The settings that the selection depends on: not those that only save memory or traffic, nor another strategy's."""
+        """
+        The settings that the selection depends on:
+
+        not those that only save memory or traffic, nor another strategy's.
+        """
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":

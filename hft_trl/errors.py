@@ -47,8 +47,8 @@ def exit_on_user_error() -> Iterator[None]:
     """
     Turn an [`HFTError`] into one line on the standard error stream and exit code 2, without a traceback.
 
-    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Of several processes the first one speaks for all.
-    While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint at a SIGTERM first.
+    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Of several processes the first one speaks
+    for all. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint at a SIGTERM first.
     """
     main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None

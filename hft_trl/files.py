@@ -12,7 +12,8 @@ from typing import Any
 
 from hft_trl.errors import HFTError
 
-# What torch's and safetensors' writers say of a disk that is full. They hide the system's error behind types of their own.
+# What torch's and safetensors' writers say of a disk that is full. They hide the system's error behind types of their
+# own.
 WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing", "SafetensorError")
 
 
@@ -165,6 +166,7 @@ def _refused(folder: str | Path, reason: str) -> HFTError:
     # os.path's function says no of a name that is too long, where Path's raises
     here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
     return HFTError(
-        f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make room, or mend the folder's permissions, and run the same command "
-        "again; it goes on from the last whole checkpoint."
+        f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make "
+        "room, or mend the folder's permissions, and run the same command again; it goes on from the last whole "
+        "checkpoint."
     )

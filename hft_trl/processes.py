@@ -1,4 +1,8 @@
-"""What several processes have to agree on: whether they see the same files, and whether what one of them does went well."""
+"""
+What several processes have to agree on:
+
+whether they see the same files, and whether what one of them does went well.
+"""
 
 import os
 import tempfile

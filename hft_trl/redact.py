@@ -21,7 +21,8 @@ QUOTED = re.compile(r"(?P<start>(['\"])(?P<name>[\w.-]+)\2\s*:\s*(?P<quote>['\"]
 
 def is_secret(name: str) -> bool:
     """
-    Whether a setting of this name holds a secret: one of its words is `token`, `key`, `secret`, `password` or the like.
+    Whether a setting of this name holds a secret: one of its words is `token`, `key`, `secret`, `password` or the
+    like.
 
     Args:
         name (`str`):

@@ -48,9 +48,9 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     """
     Load the policy as TRL would, and put a copy of it that takes no memory in the place of TRL's own reference.
 
-    The copy is empty until [`tie`] fills it when the frozen half is known. Under FSDP2 it has the policy's storage until it is
-    sharded, so that two whole models are never in memory. Yields the arguments to call [`~trl.DPOTrainer`] with in place of
-    those that were `given`, `None` where the reference cannot be such a copy.
+    The copy is empty until [`tie`] fills it when the frozen half is known. Under FSDP2 it has the policy's storage
+    until it is sharded, so that two whole models are never in memory. Yields the arguments to call [`~trl.DPOTrainer`]
+    with in place of those that were `given`, `None` where the reference cannot be such a copy.
     """
     from hft_trl.backends.fsdp import fsdp_version
 
@@ -82,9 +82,10 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
             )
     if not can_be_copied(model):
         logger.warning(
-            f"reference: a module of the policy has a forward of its own (of a device map, or of a trainer that had this policy before), "
-            f"so the reference can't be a copy of it and is loaded: {sum(p.nbytes for p in model.parameters()):,} bytes more at start. "
-            "Save the policy and pass its folder, without a device_map."
+            "reference: a module of the policy has a forward of its own (of a device map, or of a trainer that had "
+            "this policy before), so the reference can't be a copy of it and is loaded: "
+            f"{sum(p.nbytes for p in model.parameters()):,} bytes more at start. Save the policy and pass its folder, "
+            "without a device_map."
         )
         del model  # else three of them would be in memory
         yield None
@@ -110,8 +111,8 @@ def check_has_path(given: dict[str, Any]) -> None:
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
-            f"the policy is a {type(model).__name__} in memory without a path, so its reference can't be loaded: save it "
-            "and pass the folder, or pass ref_model."
+            f"the policy is a {type(model).__name__} in memory without a path, so its reference can't be loaded: save "
+            "it and pass the folder, or pass ref_model."
         )
 
 
@@ -238,10 +239,12 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
     """
     Check that the reference is the model which training starts from.
 
-    A reference that the user has `given` may be another model, which only gives a warning; a quantised one is not compared.
+    A reference that the user has `given` may be another model, which only gives a warning; a quantised one is not
+    compared.
 
     Raises:
-        [`HFTError`]: If the reference was loaded from the policy's path and differs, because the policy was edited in memory.
+        [`HFTError`]: If the reference was loaded from the policy's path and differs, because the policy was edited in
+        memory.
     """
     if given and is_quantized(reference):
         return
@@ -252,8 +255,8 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: b
         logger.warning(f"The reference is not the model that training starts from: {difference}.")
         return
     raise HFTError(
-        f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its reference "
-        f"comes from ({difference}): save the policy and pass the folder, or pass ref_model."
+        f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its "
+        f"reference comes from ({difference}): save the policy and pass the folder, or pass ref_model."
     )
 
 

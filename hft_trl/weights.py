@@ -107,8 +107,8 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     Returns:
         `dict[str, str]`: SHA-256 in hex by name.
     """
-    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s. Tensors are gathered in order, since
-    # gathering is a collective operation, and no more of them at a time than are being hashed.
+    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s. Tensors are gathered in order,
+    # since gathering is a collective operation, and no more of them at a time than are being hashed.
     digests: dict[str, str] = {}
     pending: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -155,8 +155,8 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     for pickled in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         if cached_file(model, pickled, **local) is not None:
             raise HFTError(
-                f"{model!r} holds no {SAFE_WEIGHTS_NAME} but {pickled}, which is not read: load it with from_pretrained and "
-                "save it with save_pretrained first."
+                f"{model!r} holds no {SAFE_WEIGHTS_NAME} but {pickled}, which is not read: load it with "
+                "from_pretrained and save it with save_pretrained first."
             )
     raise HFTError(f"{model!r} holds no {SAFE_WEIGHTS_NAME}: save (or download) it as safetensors first.")
 
@@ -172,7 +172,8 @@ def _listed(index: Path) -> dict[str, Path]:
     for name, file in names.items():
         if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
             raise HFTError(
-                f"the index {index} says that {name} is in {file!r}, which is no file beside it: download the model again."
+                f"the index {index} says that {name} is in {file!r}, which is no file beside it: download the model "
+                "again."
             )
     return {name: index.with_name(file) for name, file in names.items()}
 
@@ -188,7 +189,11 @@ def check_readable(files: Iterable[Path]) -> None:
 
 
 def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Named tensors from their safetensors files. They are mapped from the disk, so they take memory only while they are used."""
+    """
+    Named tensors from their safetensors files.
+
+    They are mapped from the disk, so they take memory only while they are used.
+    """
     wanted = sorted(names, key=lambda name: (str(files[name]), name))
     for path, group in itertools.groupby(wanted, key=files.__getitem__):
         with safe_open(path, framework="pt") as file:
@@ -204,7 +209,11 @@ EXACT = {
 
 
 def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
-    """Whether weights of one type lose digits in another, as those of float16 in bfloat16. Of an unknown type (`None`) it is not said."""
+    """
+    Whether weights of one type lose digits in another, as those of float16 in bfloat16.
+
+    Of an unknown type (`None`) it is not said.
+    """
     return published is not None and torch.promote_types(published, dtype) != dtype
 
 
@@ -214,7 +223,8 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
 
     Args:
         model (`str`):
-            Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be checked.
+            Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be
+            checked.
         dtypes (`Mapping[str, torch.dtype]`):
             The loaded parameters' types by name.
         remedy (`str`, *optional*):
@@ -233,6 +243,7 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
                 on_disk = file.get_slice(name).get_dtype()
                 if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
                     raise HFTError(
-                        f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in {model!r}, so "
-                        f"the frozen half could not keep its bits: {remedy or 'load the model with dtype float32'}, or save it in that dtype first."
+                        f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in "
+                        f"{model!r}, so the frozen half could not keep its bits: "
+                        f"{remedy or 'load the model with dtype float32'}, or save it in that dtype first."
                     )

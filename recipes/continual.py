@@ -10,14 +10,16 @@ accelerate launch recipes/continual.py
 TRACE with the paper's order, epochs and hyper-parameters (the file's header names the machine):
 
 ```bash
-accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --benchmark data/LLM-CL-Benchmark_5000
+accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/continual.py \
+    --config recipes/configs/trace-llama2-7b-chat.yaml --benchmark data/LLM-CL-Benchmark_5000
 ```
 
 Tasks of your own, with the embedded model, or with another one, whose settings have to come from a file:
 
 ```bash
 accelerate launch recipes/continual.py --tasks my_tasks.yaml --output_dir runs/mine
-accelerate launch recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --model Qwen/Qwen3-0.6B --benchmark none --tasks my_tasks.yaml --output_dir runs/mine
+accelerate launch recipes/continual.py --config recipes/configs/trace-llama2-7b-chat.yaml --model Qwen/Qwen3-0.6B \
+    --benchmark none --tasks my_tasks.yaml --output_dir runs/mine
 ```
 
 Other approaches and methods. Flags override the file. Adapters have no method:
@@ -28,10 +30,11 @@ accelerate launch recipes/continual.py --approach replay --hft.reselect same --h
 accelerate launch recipes/continual.py --approach lora --lora.r 8 --output_dir runs/lora
 ```
 
-Keys outside the sections: `output_dir`, `approach` (sequential, gem, replay, lora, o_lora, multitask, individual), `method`,
-`benchmark`, `tasks`, `replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and `evaluate` (suites to
-run after the last round). Sections: `model` and `hft` as in sft_then_dpo.py, `lora` (fields of peft.LoraConfig) and `sft`
-(fields of trl.SFTConfig). The same command resumes a run that was stopped, also in the middle of a round.
+Keys outside the sections: `output_dir`, `approach` (sequential, gem, replay, lora, o_lora, multitask, individual),
+`method`, `benchmark`, `tasks`, `replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and
+`evaluate` (suites to run after the last round). Sections: `model` and `hft` as in sft_then_dpo.py, `lora` (fields of
+peft.LoraConfig) and `sft` (fields of trl.SFTConfig). The same command resumes a run that was stopped, also in the
+middle of a round.
 """
 
 import sys

@@ -1,14 +1,16 @@
 """
-Direct preference optimisation with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files, and HFT's.
+Direct preference optimisation with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files,
+and HFT's.
 
 ```bash
-accelerate launch recipes/dpo.py --model_name_or_path runs/sft --dataset_name demo --dataset_train_split train_prefs --output_dir runs/dpo
+accelerate launch recipes/dpo.py --model_name_or_path runs/sft --dataset_name demo --dataset_train_split train_prefs \
+    --output_dir runs/dpo
 accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --method hft --ratio 0.5
 ```
 
 The flags are those of TRL's ScriptArguments, DPOConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
---chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit) and --overwrite. --dataset_name also takes a
-folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
+--chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit) and --overwrite. --dataset_name also takes
+a folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
 """
 
 import sys

@@ -10,7 +10,8 @@ accelerate launch recipes/sft_then_dpo.py
 The paper's run (the file's header says on which machine):
 
 ```bash
-accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/sft_then_dpo.py --config recipes/configs/llama2-7b.yaml
+accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/sft_then_dpo.py \
+    --config recipes/configs/llama2-7b.yaml
 ```
 
 Flags win over the file. Each is a key of a section:
@@ -24,14 +25,15 @@ accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e
 Another model takes its settings from a file, since those without `--config` are the embedded model's:
 
 ```bash
-accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B-Base --sft.dataset my_chats.jsonl --output_dir runs/mine
+accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B-Base \
+    --sft.dataset my_chats.jsonl --output_dir runs/mine
 ```
 
 Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as
 `general,knowledge`). The sections are `model` (a hub id or folder, or the keys model_name_or_path, dtype,
 attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of trl.SFTConfig, and dataset,
-split) and `dpo` (those of trl.DPOConfig, and dataset, split). Instead of dataset a stage takes datasets, TRL's mixture, and
-in hft settings of its own, such as --dpo.hft.ratio 0.3. The same command again resumes where it stopped.
+split) and `dpo` (those of trl.DPOConfig, and dataset, split). Instead of dataset a stage takes datasets, TRL's
+mixture, and in hft settings of its own, such as --dpo.hft.ratio 0.3. The same command again resumes where it stopped.
 """
 
 import sys

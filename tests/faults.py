@@ -13,7 +13,11 @@ from transformers import Trainer
 
 
 def at_write(event: str, path: str, count: int = 1, number: int = signal.SIGKILL) -> None:
-    """Send a signal just before Python opens for writing (`open`), renames onto (`os.rename`), ... a path's `count`-th time."""
+    """
+    Send a signal just before Python opens for writing (`open`), renames onto (`os.rename`), ...
+
+    a path's `count`-th time.
+    """
     left = [count]
 
     def watch(happening: str, args: tuple) -> None:

@@ -1,4 +1,8 @@
-"""Prints the bytes that building a DPO trainer takes at its peak, shared and unshared: in a process without other tests."""
+"""
+Prints the bytes that building a DPO trainer takes at its peak, shared and unshared:
+
+in a process without other tests.
+"""
 
 import gc
 import sys

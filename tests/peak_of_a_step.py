@@ -1,8 +1,8 @@
 """
 Peak resident set of the second step of real trainings, each less what was resident before its model was loaded.
 
-`python peak_of_a_step.py JSON` prints a list of bytes. Each training has a process of its own, forked from one that has
-loaded everything and trained once.
+`python peak_of_a_step.py JSON` prints a list of bytes. Each training has a process of its own, forked from one that
+has loaded everything and trained once.
 """
 
 import gc

@@ -72,7 +72,8 @@ MIXERS = {
     "qwen3_next", "qwen4_exp_text", "recurrent_gemma", "xlstm", "zamba", "zamba2",
 }  # fmt: skip
 # Half of a category cannot come as near as without the rule that no layer is wholly frozen or wholly trained in it:
-# the experts' matrices (one twice the other, an odd number of each) leave a gap that only the units of whole layers fill.
+# the experts' matrices (one twice the other, an odd number of each) leave a gap that only the units of whole layers
+# fill.
 LAYERS_FIRST = {
     "afmoe": {"feed_forward"},
     "beam": {"feed_forward"},

@@ -1,4 +1,8 @@
-"""Gradient norms before training: those of the trainer's own loss, with nothing left behind, the same in every process."""
+"""
+Gradient norms before training:
+
+those of the trainer's own loss, with nothing left behind, the same in every process.
+"""
 
 import json
 import os

@@ -140,7 +140,9 @@ def test_any_file_that_is_missing_or_cut_short_makes_a_checkpoint_torn_and_is_na
 
 
 def test_resuming_passes_over_a_torn_checkpoint_and_keeps_it_under_another_name(base, tulu, sealed, tmp_path):
-    """Nothing new is mixed into it, rotation neither counts nor removes it, and the weights are those of a run in one go."""
+    """
+    Nothing new is mixed into it, rotation neither counts nor removes it, and the weights are those of a run in one go.
+    """
     folder = Path(shutil.copytree(sealed, tmp_path / "run"))
     torn = (folder / "checkpoint-3" / "optimizer.pt").read_bytes()[:-1]
     (folder / "checkpoint-3" / "optimizer.pt").write_bytes(torn)
@@ -167,7 +169,11 @@ def test_where_no_checkpoint_is_whole_resuming_says_so(base, tulu, sealed, tmp_p
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"])
 @pytest.mark.parametrize("sealed_too", [True, False], ids=["sealed", "from-the-hub"])
 def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, sealed, tmp_path, name, sealed_too):
-    """transformers would begin anew in that part, without a word. One from the hub has no manifest, and else is whole."""
+    """
+    transformers would begin anew in that part, without a word.
+
+    One from the hub has no manifest, and else is whole.
+    """
     folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "downloaded"))
     if not sealed_too:
         (folder / MANIFEST_FILE).unlink()

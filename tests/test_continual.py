@@ -193,7 +193,11 @@ def test_two_processes_share_training_and_answering(own, tmp_path):
 
 
 def test_one_model_per_task_then_pooled_tasks_in_the_same_folder(recipe, own, tmp_path):
-    """The same shape of scores; with --overwrite nothing of the first run is left. The chat template tells no answers apart."""
+    """
+    The same shape of scores; with --overwrite nothing of the first run is left.
+
+    The chat template tells no answers apart.
+    """
     (tmp_path / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     words = ["--sft.max_steps", 1, "--model.chat_template", tmp_path / "plain.jinja"]
     output = tmp_path / "c"

@@ -1,4 +1,8 @@
-"""LoRA and O-LoRA over rounds: what is trained, what is merged, where a round starts, and what ends in the same bytes."""
+"""
+LoRA and O-LoRA over rounds:
+
+what is trained, what is merged, where a round starts, and what ends in the same bytes.
+"""
 
 import dataclasses
 import json

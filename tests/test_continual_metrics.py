@@ -103,7 +103,8 @@ def test_sari_is_found_from_a_recipe_although_a_recipe_is_called_evaluate_too(tm
     library = tmp_path / "evaluate"
     library.mkdir()
     (library / "__init__.py").write_text(
-        "class Sari:\n    def compute(self, **texts):\n        return {'sari': 12.5}\n\ndef load(name):\n    return Sari()\n"
+        "class Sari:\n    def compute(self, **texts):\n        return {'sari': 12.5}\n\ndef load(name):\n    return "
+        "Sari()\n"
     )
     code = "from hft_trl.continual.metrics import METRICS; print(METRICS['sari'](['a'], ['b'], ['c']))"
     paths = [str(ROOT / "recipes"), str(tmp_path), str(ROOT)]

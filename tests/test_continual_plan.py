@@ -1,4 +1,6 @@
-"""A folder belongs to one approach and one list of tasks, and what a run learns from is never changed by another run."""
+"""
+A folder belongs to one approach and one list of tasks, and what a run learns from is never changed by another run.
+"""
 
 import json
 from pathlib import Path
@@ -42,7 +44,9 @@ def stages(folder, approach):
 
 
 def test_a_run_with_other_rows_leaves_those_of_the_first_alone(tmp_path):
-    """It is refused when it finds the folder locked, or made with other settings, and its rows were written by then."""
+    """
+    It is refused when it finds the folder locked, or made with other settings, and its rows were written by then.
+    """
     first = stages(tmp_path, "sequential")
     before = {stage.data.dataset: Path(stage.data.dataset).read_bytes() for stage in first}
     second = stages(tmp_path, "replay")
@@ -66,7 +70,10 @@ def test_models_of_their_own_have_halves_of_their_own(tmp_path):
 
 
 def test_what_a_trainer_writes_into_a_round_s_settings_stays_in_that_round(tmp_path):
-    """transformers puts `num_steps` into `gradient_accumulation_kwargs`, and refuses a second trainer that finds it there."""
+    """
+    transformers puts `num_steps` into `gradient_accumulation_kwargs`, and refuses a second trainer that finds it
+    there.
+    """
     path = tmp_path / "recipe.yaml"
     synced = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
     path.write_text(json.dumps({"model": "demo", "output_dir": str(tmp_path), "benchmark": "demo", "sft": synced}))

@@ -1,4 +1,6 @@
-"""A continual run's report and the comparison of runs say what scores.json says, and nothing is drawn that is not there."""
+"""
+A continual run's report and the comparison of runs say what scores.json says, and nothing is drawn that is not there.
+"""
 
 import json
 

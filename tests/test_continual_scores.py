@@ -1,4 +1,6 @@
-"""Overall performance and backward transfer are the paper's formulas, and scores.json holds no more than its rounds."""
+"""
+Overall performance and backward transfer are the paper's formulas, and scores.json holds no more than its rounds.
+"""
 
 import json
 

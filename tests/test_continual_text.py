@@ -1,4 +1,6 @@
-"""Rows become prompt, answer and end with the loss on the last two, are cut from the left, and what was cut is counted."""
+"""
+Rows become prompt, answer and end with the loss on the last two, are cut from the left, and what was cut is counted.
+"""
 
 import pytest
 from hypothesis import given, settings

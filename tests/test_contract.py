@@ -1,4 +1,8 @@
-"""What of transformers, TRL and accelerate is used though it is private: all of it is listed, and there as expected."""
+"""
+What of transformers, TRL and accelerate is used though it is private:
+
+all of it is listed, and there as expected.
+"""
 
 import ast
 import inspect

@@ -162,8 +162,8 @@ def test_fine_tuning_gives_no_instruction_about_a_held_out_item():
 
 def test_the_world_depends_on_its_seed_alone():
     code = (
-        "import hashlib, json; from hft_trl.demo.world import make_world; from hft_trl.demo.data import sft_rows, dpo_rows;"
-        "w = make_world(3, 40); rows = [w.sentences(), sft_rows(w, 3), dpo_rows(w, 'train_prefs', 3)];"
+        "import hashlib, json; from hft_trl.demo.world import make_world; from hft_trl.demo.data import sft_rows, "
+        "dpo_rows;w = make_world(3, 40); rows = [w.sentences(), sft_rows(w, 3), dpo_rows(w, 'train_prefs', 3)];"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )
     runs = {

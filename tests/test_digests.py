@@ -23,8 +23,8 @@ def saved(tmp_path, tokenizer):
 
 def test_a_models_digest_is_of_what_answers(saved):
     """
-    The same tensors in other shards, beside folders of one's own, have the same digest; other weights, or another template,
-    have another.
+    The same tensors in other shards, beside folders of one's own, have the same digest; other weights, or another
+    template, have another.
     """
     folder, model = saved
     whole, shards = folder / "whole", folder / "shards"

@@ -1,4 +1,8 @@
-"""The documentation is true: every command parses down to the code, every snippet's names exist, every link leads somewhere."""
+"""
+The documentation is true:
+
+every command parses down to the code, every snippet's names exist, every link leads somewhere.
+"""
 
 import ast
 import importlib
@@ -33,17 +37,20 @@ def commands(program: str) -> list[str]:
     """Every documented call of a program, without its prompt, comment or trailing words of a sentence."""
     found = set()
     for source in SOURCES:
-        for line in source.read_text().splitlines():
+        text = re.sub(r" \\\n#? *", " ", source.read_text())  # commands over several lines
+        for line in text.splitlines():
             match = re.match(rf"[#$ ]*(?:Launch: +)?({program} [^`]+)$", line)
             if match:
                 found.update(part.strip() for part in match[1].partition("   #")[0].split(" && "))
-        found.update(re.findall(rf"`({program} [^`]+)`", source.read_text()))
+        found.update(re.findall(rf"`({program} [^`]+)`", text))
     return sorted(command for command in found if command.startswith(program))
 
 
 @pytest.mark.parametrize("command", commands("accelerate launch"))
 def test_every_launch_line_is_accepted(command, tmp_path):
-    """By accelerate up to the script, and by the recipe's own parser after it, except for the one shown as a mistake."""
+    """
+    By accelerate up to the script, and by the recipe's own parser after it, except for the one shown as a mistake.
+    """
     words = shlex.split(command)[2:]
     launch = launch_command_parser().parse_args(words)
     assert (ROOT / launch.training_script).is_file()

@@ -172,7 +172,9 @@ def test_torchs_randomness_is_left_alone(tmp_path):
 
 
 def test_a_recipe_gets_the_same_scores_with_and_without_the_harness(chatty, monkeypatch, tmp_path):
-    """Without suites the probes run in a loop of their own; with the suite `demo` the harness adds errors and an average."""
+    """
+    Without suites the probes run in a loop of their own; with the suite `demo` the harness adds errors and an average.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     start, stages = ModelArguments(str(demo.MODEL), chat_template="tulu"), {"sft": str(chatty)}
     monkeypatch.setattr("hft_trl.recipe.evaluation.evaluate", lambda model, tokenizer: {"knowledge": 1.0})
@@ -215,7 +217,11 @@ def fake(models: list[str], skipped: tuple[str, ...] = ()) -> Evaluation:
 
 
 def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_are_drawn(tmp_path):
-    """A diverged model's probabilities are NaN. A name may look like a formula, or like one that a legend leaves out."""
+    """
+    A diverged model's probabilities are NaN.
+
+    A name may look like a formula, or like one that a legend leaves out.
+    """
     results = {"truthfulqa_mc2": {"acc,none": float("nan"), "acc_stderr,none": float("nan")}}
     assert _score(results, "truthfulqa_mc2 acc,none") == Score(None, None, None)
     evaluation = fake(["a$^$", "_under"])

@@ -1,4 +1,6 @@
-"""Every task of the suites, on small local data in the schema that its data set has on the hub, asked of a stand-in."""
+"""
+Every task of the suites, on small local data in the schema that its data set has on the hub, asked of a stand-in.
+"""
 
 from pathlib import Path
 

@@ -13,7 +13,9 @@ GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibrat
 
 @pytest.fixture
 def measured(monkeypatch):
-    """How often gradients were measured; each time they come out so that another half is drawn, as may happen on a GPU."""
+    """
+    How often gradients were measured; each time they come out so that another half is drawn, as may happen on a GPU.
+    """
     original, calls = gradient_norms.gradient_squares, []
 
     def unstable(*args):

@@ -45,7 +45,10 @@ def test_losses_schedule_and_weights_are_those_of_the_optimizer_after_it(base, t
 
 @pytest.mark.parametrize("kind", ["tied", "checkpointing", "fft", "dpo", "bfloat16", "nf4", "gradients"])
 def test_it_is_the_same_training_in_every_other_way_too(base, tulu, ultrafeedback, tmp_path, tokenizer, kind):
-    """Of a tied parameter the gradient is whole when it is used; what a checkpointed layer computes again is not yet updated."""
+    """
+    Of a tied parameter the gradient is whole when it is used; what a checkpointed layer computes again is not yet
+    updated.
+    """
     if kind == "tied":
         base = tmp_path / "tied"
         tiny_llama(len(tokenizer), tie_word_embeddings=True).save_pretrained(base)

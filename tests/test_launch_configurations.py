@@ -18,7 +18,8 @@ CONFIGS = sorted(FOLDER.glob("*.yaml"))
 
 
 def header(path: Path) -> str:
-    lines = path.read_text().removeprefix("#!/bin/bash\n").splitlines()
+    text = re.sub(r" \\\n#? *", " ", path.read_text())  # commands over several lines
+    lines = text.removeprefix("#!/bin/bash\n").splitlines()
     return "\n".join(lines[: next(i for i, line in enumerate(lines) if not line.startswith("# "))])
 
 
@@ -116,7 +117,7 @@ WITH_CONFIG = [path for path in (*CONFIGS, FOLDER / "slurm.sh") if "--config rec
 @pytest.mark.parametrize("path", WITH_CONFIG, ids=lambda path: path.name)
 def test_the_line_in_a_header_keeps_the_global_batch_of_the_recipe_s_config(path):
     """Learning rates are for the batch that the config names, whatever the number of processes."""
-    text = path.read_text()
+    text = re.sub(r" \\\n#? *", " ", path.read_text())
     line = next(line for line in text.splitlines() if line.startswith("#   "))
     config = re.search(r"--config (recipes/configs/\S+)", line)
     launch = FOLDER / "fsdp2_multi_node.yaml" if path.suffix == ".sh" else path

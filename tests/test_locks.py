@@ -1,4 +1,7 @@
-"""A folder is locked until the process that writes into it ends, however it ends, and whatever else it does with the files."""
+"""
+A folder is locked until the process that writes into it ends, however it ends, and whatever else it does with the
+files.
+"""
 
 import os
 import signal

@@ -192,7 +192,9 @@ def test_sigterm_saves_at_the_steps_end_and_the_same_command_ends_in_the_same_by
 
 
 def test_sigterm_outside_of_training_ends_with_the_same_code_and_nothing_torn(launch, whole, tmp_path):
-    """While folders are opened, between training and the saved model, while the next stage starts, and in the report."""
+    """
+    While folders are opened, between training and the saved model, while the next stage starts, and in the report.
+    """
     for path in ("sft/.stage.json", "sft/config.json", "dpo/README.md", ".report.md"):
         run = launch(tmp_path / "run", before=faults.at_write, given=("open", path, 1, signal.SIGTERM))
         assert run.wait() == [143], (path, run.output()[-2000:])
@@ -240,7 +242,11 @@ def one_error(run: Run) -> str:
 
 @pytest.mark.parametrize(("largest", "file"), [(2_000_000, "model.safetensors"), (4_000_000, "optimizer.pt")])
 def test_files_that_can_not_be_written_in_full_stop_the_run_in_one_line(launch, whole, tmp_path, largest, file):
-    """The kernel refuses more bytes than the limit (EFBIG): safetensors' writer and torch's both say it in one line."""
+    """
+    The kernel refuses more bytes than the limit (EFBIG):
+
+    safetensors' writer and torch's both say it in one line.
+    """
     sft = tmp_path / "run" / "sft"
     run = launch(tmp_path / "run", before=faults.full_from_step, given=("sft", 3, largest))
     error = one_error(run)

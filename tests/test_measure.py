@@ -20,7 +20,10 @@ FILE = "model.safetensors"
 
 @pytest.fixture
 def trained(base, tmp_path):
-    """A run's first start model, a stage's start model, where everything moved, and the stage, where what was selected did."""
+    """
+    A run's first start model, a stage's start model, where everything moved, and the stage, where what was selected
+    did.
+    """
     model = tiny_llama(300)
     selection = select(model, HFTConfig())
     start, folder = tmp_path / "start", tmp_path / "tuned"

@@ -1,4 +1,8 @@
-"""What moves beside the policy is in every checkpoint, or resuming is rejected: a resumed run ends in the same bytes."""
+"""
+What moves beside the policy is in every checkpoint, or resuming is rejected:
+
+a resumed run ends in the same bytes.
+"""
 
 import pytest
 import torch

@@ -185,7 +185,10 @@ def test_numbers_that_can_not_be_are_refused(flag, complaint, capsys):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Asks for the cost with some flags, where each measuring takes no time, and tells the peers of the file and how often."""
+    """
+    Asks for the cost with some flags, where each measuring takes no time, and tells the peers of the file and how
+    often.
+    """
     times = []
 
     def measure(settings, options):

@@ -166,7 +166,9 @@ def test_layers_by_turns_and_divided_gradients_reach_the_trainer(tmp_path):
 
 
 def test_what_is_written_is_found_from_any_folder(folder, tmp_path, monkeypatch):
-    """Of a relative folder and model; a hub id with its revision and its own code, and the word demo, stay as they are."""
+    """
+    Of a relative folder and model; a hub id with its revision and its own code, and the word demo, stay as they are.
+    """
     task = Task("sft", 1, 80 * 10**9, 64, 8)
     plans = dict.fromkeys(("sft", "dpo"), (task, Plan("hft", "single", 2, 4, 0, {}, 0, 0, 1)))
     monkeypatch.chdir(folder.parent)
@@ -241,7 +243,10 @@ def test_every_recipe_s_model_is_built_in():
 
 @pytest.mark.parametrize("name", ["llama2-7b", "llama2-13b", "llama3.1-8b", "trace-llama2-7b-chat", "qwen3-4b"])
 def test_the_header_of_a_recipe_says_what_is_planned(name):
-    """State, reference and whole gradients, under the launch configuration of its launch line; activations are not traced here."""
+    """
+    State, reference and whole gradients, under the launch configuration of its launch line; activations are not traced
+    here.
+    """
     text = (ROOT / f"recipes/configs/{name}.yaml").read_text()
     said = re.sub(r"\n#\s+", " ", text[: text.index("\nmodel:")])
     (launch,) = re.findall(r"accelerate_configs/(\w+)\.yaml recipes", said)

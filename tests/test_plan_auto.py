@@ -1,4 +1,8 @@
-"""`activation_checkpointing: auto`: the least recomputation that fits the machine, in every stage, and the same run everywhere."""
+"""
+`activation_checkpointing:
+
+auto`: the least recomputation that fits the machine, in every stage, and the same run everywhere.
+"""
 
 import dataclasses
 
@@ -45,7 +49,10 @@ def ways(stage, base):
 
 @pytest.mark.parametrize(("name", "flags"), [("sft", ()), ("sft", ("--method", "fft")), ("dpo", ())])
 def test_the_least_recomputation_that_fits_is_taken(stage_of, base, monkeypatch, capsys, name, flags):
-    """With exactly the memory that a way takes (none, every second layer, all), it or one with less recomputation is taken."""
+    """
+    With exactly the memory that a way takes (none, every second layer, all), it or one with less recomputation is
+    taken.
+    """
     totals = ways(stage_of(name, *flags), base)
     for total in (totals[0], totals.get(2, totals[1]), totals[1]):
         monkeypatch.setattr(activation_checkpointing, "_memory", lambda total=total: total + RESERVED)
@@ -89,8 +96,9 @@ def test_a_later_stage_has_the_shapes_of_the_first_one_s_model(tmp_path, monkeyp
 @pytest.mark.parametrize(("reselect", "shares"), [("complement", (0.25, 0.75, 0.25)), ("same", (0.25, 0.25, 0.25))])
 def test_each_stage_is_planned_with_the_half_that_it_will_have(stage_of, base, reselect, shares):
     """
-    A complement is the rest of what the last stage trained, whatever `ratio` says, and the same half stays as it is: even a stage's
-    that is not planned itself. A stage from the first start model goes by that one. Equal halves are traced once.
+    A complement is the rest of what the last stage trained, whatever `ratio` says, and the same half stays as it is:
+    even a stage's that is not planned itself. A stage from the first start model goes by that one. Equal halves are
+    traced once.
     """
     stages = [stage_of("sft", "--ratio", "0.25", "--reselect", reselect) for _ in range(4)]
     for number, stage in enumerate(stages):
@@ -152,7 +160,8 @@ def test_the_last_word_decides(values, flags, expected, values_left, flags_left)
 def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "model: demo\noutput_dir: out\nsft:\n  dataset: demo\n  activation_checkpointing: auto\ndpo:\n  dataset: demo\n"
+        "model: demo\noutput_dir: out\nsft:\n  dataset: demo\n  activation_checkpointing: auto\ndpo:\n  dataset: "
+        "demo\n"
     )
     recipe = parse_recipe(["--config", str(path), "--sft.activation_checkpointing", flag])
     assert not recipe.stages["sft"].auto_checkpointing

@@ -102,7 +102,11 @@ def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, plann
 
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_fsdp2_holds_whole_gradients_between_micro_batches_unless_each_is_synced(planners, method):
-    """As real processes do (`tests/processes`): 2 bytes for each trained number, in place of 4 divided among the GPUs."""
+    """
+    As real processes do (`tests/processes`):
+
+    2 bytes for each trained number, in place of 4 divided among the GPUs.
+    """
     planner, asked = planners[method], task(80, gpus=8, layouts=("fsdp2",))
     whole, synced = (planner.one(asked, "fsdp2", 1, 1, sync) for sync in (False, True))
     assert (whole.sync_each_batch, synced.sync_each_batch) == (False, True)

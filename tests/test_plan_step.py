@@ -59,7 +59,10 @@ def folders(tmp_path_factory, tokenizer):
 def test_every_part_is_what_a_trainer_has(
     folders, tokenizer, tmp_path, shape, stage, method, checkpointed, bf16, rows
 ):
-    """Weights, gradients, reference and optimizer state to the byte; what is kept for backward and the peak but for scalars."""
+    """
+    Weights, gradients, reference and optimizer state to the byte; what is kept for backward and the peak but for
+    scalars.
+    """
     hft = HFTConfig(method=method)
     checkpointing = {"gradient_checkpointing": checkpointed > 0}
     if checkpointed > 1:
@@ -109,7 +112,9 @@ def test_a_frozen_half_in_bfloat16_is_held_and_computed_with_as_such(folders, to
 def test_a_quantised_frozen_half_and_updates_inside_the_backward_pass_are_counted(
     folders, tokenizer, tmp_path, stage, kind
 ):
-    """The packed bytes with their scales, the matrices that are made whole for a moment, and one gradient at a time."""
+    """
+    The packed bytes with their scales, the matrices that are made whole for a moment, and one gradient at a time.
+    """
     hft = HFTConfig(frozen_quantization=kind, optimizer_in_backward=True)
     trainer = real_step(
         *(str(folders / "llama"), tokenizer, str(tmp_path), stage, hft, 1, 96),
@@ -174,7 +179,9 @@ def test_the_resident_set_of_a_step_is_predicted_within_a_tenth(tmp_path, tokeni
 
 
 def test_a_gpu_s_tiles_cost_the_same_products_and_less_memory(folders):
-    """The stand-in for TRL's Triton kernels does the products of TRL's own function and keeps the same for backward."""
+    """
+    The stand-in for TRL's Triton kernels does the products of TRL's own function and keeps the same for backward.
+    """
     skeleton = build_on_meta(str(folders / "llama"))
     selection = select(skeleton, HFTConfig())
     cpu, cuda = (

@@ -39,7 +39,9 @@ def record(folder):
 
 @pytest.mark.parametrize(("bits", "start"), [("8bit", "demo"), ("4bit", "blocks")])
 def test_the_recipe_trains_against_a_quantised_reference(recipe, blocks, tmp_path, bits, start):  # noqa: F811
-    """It is smaller than the half that is not shared, costs rounded log-probabilities, and leaves the policy as it is."""
+    """
+    It is smaller than the half that is not shared, costs rounded log-probabilities, and leaves the policy as it is.
+    """
     model = blocks if start == "blocks" else start
     found = {}
     for name, flags in (("whole", []), (bits, ["--reference_quantization", bits])):

@@ -1,4 +1,8 @@
-"""A frozen half in 8 or 4 bits: gradients flow through it, it does not move, and what is saved has the start model's bits."""
+"""
+A frozen half in 8 or 4 bits:
+
+gradients flow through it, it does not move, and what is saved has the start model's bits.
+"""
 
 import hashlib
 import json
@@ -68,7 +72,9 @@ def test_under_autocast_it_gives_the_type_that_a_linear_gives(kind):
 
 @KINDS
 def test_code_that_looks_at_the_matrix_sees_it_in_its_own_type(kind):
-    """Some models cast their inputs to the type of a weight; and there is nothing for a state dict or for DDP to send."""
+    """
+    Some models cast their inputs to the type of a weight; and there is nothing for a state dict or for DDP to send.
+    """
     linear = torch.nn.Linear(64, 32).requires_grad_(False)
     module = QuantizedLinear(linear, kind)
     assert module.weight.dtype == linear.weight.dtype

@@ -325,7 +325,10 @@ def test_help_is_printed_and_nothing_else_happens(flag, capsys):
 
 
 def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_its_own(tmp_path):
-    """In their order, each from the model before; a mixture in place of a data set, and HFT's settings for one stage alone."""
+    """
+    In their order, each from the model before; a mixture in place of a data set, and HFT's settings for one stage
+    alone.
+    """
     file = write(
         tmp_path,
         model="demo",

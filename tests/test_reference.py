@@ -63,7 +63,10 @@ def test_losses_and_weights_are_those_of_an_unshared_run_to_the_last_bit(
 
 
 def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
-    """DDP on CPU copies the policy when it wraps it, which must not undo the sharing; in bfloat16, NF4 and resumed as well."""
+    """
+    DDP on CPU copies the policy when it wraps it, which must not undo the sharing; in bfloat16, NF4 and resumed as
+    well.
+    """
     (tmp_path / "out").mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ddp_halves.py"]
     result = subprocess.run(
@@ -151,7 +154,11 @@ def test_resuming_and_going_back_to_the_best_leave_the_reference_alone(base, ult
 
 
 def test_a_policy_changed_in_memory_is_its_own_reference(base, tokenizer, ultrafeedback, tmp_path):
-    """The reference is the policy before its first step, wherever that came from. An unshared one comes from the path."""
+    """
+    The reference is the policy before its first step, wherever that came from.
+
+    An unshared one comes from the path.
+    """
     changed = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight.add_(0.1)

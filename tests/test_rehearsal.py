@@ -139,7 +139,9 @@ def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, model, t
 
 
 def test_a_start_model_that_could_not_be_saved_is_found_before_training(stages_of, model):
-    """The rehearsal saves the start model's generation config as training leaves it; `temperature` alone is put right."""
+    """
+    The rehearsal saves the start model's generation config as training leaves it; `temperature` alone is put right.
+    """
     stages, tokenizer = stages_of()
     stages[0].model.model_name_or_path = str(model)
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.9}')

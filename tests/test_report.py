@@ -173,7 +173,10 @@ figures = st.floats(min_value=1e-3, max_value=99, allow_nan=False)
     scores=st.lists(st.floats(0, 100), min_size=4, max_size=4),
 )
 def test_every_number_in_the_text_is_in_the_json(losses, shares, counts, speed, scores):
-    """Each number of the tables is one of the JSON's, rounded, in percent, or in binary units, or a difference of two scores."""
+    """
+    Each number of the tables is one of the JSON's, rounded, in percent, or in binary units, or a difference of two
+    scores.
+    """
     record = stage(
         first_loss=losses[0],
         last_loss=losses[1],

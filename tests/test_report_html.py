@@ -1,4 +1,8 @@
-"""report.html: one page with everything that report.json holds, which loads nothing. The second half asks a real browser."""
+"""
+report.html:
+
+one page with everything that report.json holds, which loads nothing. The second half asks a real browser.
+"""
 
 import base64
 import json
@@ -55,7 +59,11 @@ VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags with attributes, its tables as texts, and its text. Tags have to close as they open."""
+    """
+    What a page holds:
+
+    its tags with attributes, its tables as texts, and its text. Tags have to close as they open.
+    """
 
     def __init__(self, html: str):
         super().__init__()
@@ -249,7 +257,9 @@ def test_each_stage_has_its_map():
     [((True, True), "good"), ((True, None), "good"), ((True, False), "bad"), ((None, None), "none")],
 )
 def test_verdict_on_the_frozen_half_stands_on_top(found, state):
-    """One stage that changed a frozen weight is said, whatever the others did; without a frozen half nothing is claimed."""
+    """
+    One stage that changed a frozen weight is said, whatever the others did; without a frozen half nothing is claimed.
+    """
     whole = report(*(stage(name, frozen_unchanged=kept) for name, kept in zip(("sft", "dpo"), found, strict=True)))
     assert verdict(whole)[0] == state
     assert verdict(whole)[1] in Page(report_page(whole)).text
@@ -355,7 +365,10 @@ def opened(browser, tmp_path_factory):
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("name", PAGES)
 def test_page_renders_in_a_browser(browser, opened, name, width):
-    """Nothing in the console, no request beyond the file, headings and pictures there, no scrolling sideways, letters to read."""
+    """
+    Nothing in the console, no request beyond the file, headings and pictures there, no scrolling sideways, letters to
+    read.
+    """
     assert opened(html_of(name), width) == ([], [], [])
     seen = browser.execute_script(
         """
@@ -385,7 +398,11 @@ def test_page_renders_in_a_browser(browser, opened, name, width):
 
 
 def test_wide_tables_scroll_in_their_own_box(browser, opened):
-    """Seven scores with errors are wider than a phone: the last of them can be brought into view, and the page stays put."""
+    """
+    Seven scores with errors are wider than a phone:
+
+    the last of them can be brought into view, and the page stays put.
+    """
     opened(html_of("suites"), 360)
     before, after, page = browser.execute_script(
         """

@@ -1,4 +1,8 @@
-"""reproduce.py: every model of the paper's questions is made once, goes on where it stopped, and is compared seed by seed."""
+"""
+reproduce.py:
+
+every model of the paper's questions is made once, goes on where it stopped, and is compared seed by seed.
+"""
 
 import json
 import math
@@ -60,7 +64,11 @@ def test_the_questions_are_those_of_the_paper():
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Instead of the probes: what a model is, so that models can be told apart. Raises at the call that is asked for."""
+    """
+    Instead of the probes:
+
+    what a model is, so that models can be told apart. Raises at the call that is asked for.
+    """
     calls = {"until": 99, "models": []}
 
     def evaluate(model, tokenizer):

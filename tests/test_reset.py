@@ -1,4 +1,8 @@
-"""Half-Reset and blend: every tensor is bit for bit one model's or the other's, and the output is whole or not there."""
+"""
+Half-Reset and blend:
+
+every tensor is bit for bit one model's or the other's, and the output is whole or not there.
+"""
 
 import errno
 import hashlib
@@ -57,7 +61,9 @@ def layout(folder) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, tokenizer) -> tuple[str, str]:
-    """A base and a tuned model in several shards, the tuned one with a chat template and what training leaves behind."""
+    """
+    A base and a tuned model in several shards, the tuned one with a chat template and what training leaves behind.
+    """
     base, tuned = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("tuned")
     tiny_llama(len(tokenizer)).save_pretrained(base)
     moved(tiny_llama(len(tokenizer))).save_pretrained(tuned, max_shard_size="60KB")

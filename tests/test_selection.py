@@ -87,7 +87,11 @@ OUTSIDE_FROZEN = {"train_embeddings": False, "train_lm_head": False, "train_fina
 
 @pytest.mark.parametrize("strategy", ["category", "model", "element"])
 def test_a_selection_in_which_nothing_learns_is_refused(strategy):
-    """Training would end inside of autograd, or save the start model. One parameter outside of the layers is enough."""
+    """
+    Training would end inside of autograd, or save the start model.
+
+    One parameter outside of the layers is enough.
+    """
     model, few = tiny_llama(50), HFTConfig(ratio=1e-7, strategy=strategy, **OUTSIDE_FROZEN)
     with pytest.raises(
         HFTError, match=r"nothing learns with hft\.ratio 1e-07 and nothing outside .*: raise hft\.ratio"

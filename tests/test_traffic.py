@@ -31,7 +31,11 @@ def computed(printed, stage, model="demo"):
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_weights_and_gradients_are_counted_as_the_shapes_say(printed, stage):
-    """A process receives half of them, the other process's. Beside the weights only the metrics' few numbers are gathered."""
+    """
+    A process receives half of them, the other process's.
+
+    Beside the weights only the metrics' few numbers are gathered.
+    """
     shapes = computed(printed, stage)
     beside = set()
     for variant, row in counted(printed, stage).items():

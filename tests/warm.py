@@ -1,4 +1,8 @@
-"""Recipes in processes of their own, forked from one that has the libraries loaded: started in milliseconds, to be killed."""
+"""
+Recipes in processes of their own, forked from one that has the libraries loaded:
+
+started in milliseconds, to be killed.
+"""
 
 import multiprocessing
 import os

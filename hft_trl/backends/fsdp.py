@@ -16,8 +16,8 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 EMPTY = (
-    "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they can't "
-    "be fingerprinted: set it to false."
+    "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they "
+    "can't be fingerprinted: set it to false."
 )
 FSDP1 = (
     "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
@@ -43,7 +43,9 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
 
 
 def sharded_by(args: TrainingArguments | None) -> str | None:
-    """Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator."""
+    """
+    Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator.
+    """
     if fsdp_version(args) is not None:
         return "FSDP"
     deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
@@ -70,8 +72,9 @@ def check_backend(state: AcceleratorState) -> None:
     for name, size in parallel_sizes(state.parallelism_config).items():
         if size > 1:
             raise HFTError(
-                f"parallelism_config has {name} {size}, which was not tried with a frozen half: set it to 1, and shard larger models "
-                "with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)."
+                f"parallelism_config has {name} {size}, which was not tried with a frozen half: set it to 1, and "
+                "shard larger models with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 "
+                "(accelerate_configs/zero3.yaml)."
             )
     if state.distributed_type == DistributedType.FSDP:
         if state.fsdp_plugin.fsdp_version == 1:

@@ -33,15 +33,17 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
         [`HFTError`]: Naming the setting and what to use instead.
     """
     plugin = args.deepspeed_plugin
-    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share.
+    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers
+    # share.
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
     if plugin.zero_stage != 3:
         return
     if not plugin.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
         raise HFTError(
-            "zero3_save_16bit_model is false, so the model would not be saved as one that can be loaded: set it to true, as "
-            "in accelerate_configs/zero3.yaml (in a DeepSpeed file stage3_gather_16bit_weights_on_model_save)."
+            "zero3_save_16bit_model is false, so the model would not be saved as one that can be loaded: set it to "
+            "true, as in accelerate_configs/zero3.yaml (in a DeepSpeed file "
+            "stage3_gather_16bit_weights_on_model_save)."
         )
     if hft_config.method == "hft":
         _make_reentrant(args)
@@ -54,12 +56,13 @@ def _make_reentrant(args: TrainingArguments) -> None:
         return
     if kwargs.get("selective"):
         raise HFTError(
-            "gradient_checkpointing_kwargs has selective, which needs non-reentrant checkpointing, but under ZeRO-3 frozen "
-            "parameters need the reentrant one: drop it."
+            "gradient_checkpointing_kwargs has selective, which needs non-reentrant checkpointing, but under ZeRO-3 "
+            "frozen parameters need the reentrant one: drop it."
         )
     if kwargs.get("use_reentrant") is False:
         logger.warning(
-            "use_reentrant is False, but under ZeRO-3 frozen parameters need reentrant gradient checkpointing: it is set to True."
+            "use_reentrant is False, but under ZeRO-3 frozen parameters need reentrant gradient checkpointing: it is "
+            "set to True."
         )
     # transformers reads the new name, TRL the old one
     args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": True}
@@ -91,7 +94,9 @@ def log_reference(plugin: DeepSpeedPlugin) -> None:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Let models that are built or loaded inside be whole on the calling process, where ZeRO-3 would partition them."""
+    """
+    Let models that are built or loaded inside be whole on the calling process, where ZeRO-3 would partition them.
+    """
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:

@@ -22,9 +22,9 @@ class FrozenElements(Storage):
     """
     Keeps the bits of single elements while a trainer trains, whatever the optimizer does.
 
-    Gradients are masked as they are computed, so that clipping and the optimizer's moments see only the elements that learn.
-    What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, from values that are kept:
-    one byte per element of the layers, and the frozen elements once more in the model's type.
+    Gradients are masked as they are computed, so that clipping and the optimizer's moments see only the elements that
+    learn. What an optimizer adds of its own (weight decay, rounding) is undone after each of its steps, from values
+    that are kept: one byte per element of the layers, and the frozen elements once more in the model's type.
     """
 
     def __init__(self) -> None:

@@ -52,7 +52,11 @@ class FrozenHalf:
         return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
     def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Cast a gathered state dict back, in place: accelerate's FSDP2 holds what learns in float32 in mixed precision."""
+        """
+        Cast a gathered state dict back, in place:
+
+        accelerate's FSDP2 holds what learns in float32 in mixed precision.
+        """
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.to(self.learning_types.get(plain_name(name), tensor.dtype))
 
@@ -72,9 +76,9 @@ class Storage:
     """
     One optional way to store or update the model, loaded only where its setting asks for it.
 
-    Each method does nothing by default. A trainer calls them in this order: `settle` once, before anything has wrapped the
-    policy; `before_training`, `training_begins` (policy and optimizer are wrapped) and `training_ends` in each `train`;
-    `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
+    Each method does nothing by default. A trainer calls them in this order: `settle` once, before anything has wrapped
+    the policy; `before_training`, `training_begins` (policy and optimizer are wrapped) and `training_ends` in each
+    `train`; `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
     """
 
     frees_gradients = False

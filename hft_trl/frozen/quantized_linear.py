@@ -23,17 +23,20 @@ logger = logging.get_logger(__name__)
 BLOCK = 64
 """Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
 
-# Categories of units whose `nn.Linear`s are called: some mixers compute with their weights themselves, in every product.
+# Categories of units whose `nn.Linear`s are called: some mixers compute with their weights themselves, in every
+# product.
 CATEGORIES = ("attention", "feed_forward")
 
 
 class QuantizedLinear(nn.Module):
     """
-    The function of a frozen [`~torch.nn.Linear`], from bitsandbytes' int8 (a scale for each row) or NF4 (one for every 64 numbers).
+    The function of a frozen [`~torch.nn.Linear`], from bitsandbytes' int8 (a scale for each row) or NF4 (one for every
+    64 numbers).
 
     The matrix is made whole for the moment of each product, in the inputs' type (under autocast in autocast's), and
-    forgotten again: like a frozen `nn.Linear`, and unlike bitsandbytes' own layers, it keeps neither its inputs nor a whole
-    matrix for the backward pass. It is in no state dict, since what is to be saved is the start model's own matrix.
+    forgotten again: like a frozen `nn.Linear`, and unlike bitsandbytes' own layers, it keeps neither its inputs nor a
+    whole matrix for the backward pass. It is in no state dict, since what is to be saved is the start model's own
+    matrix.
 
     Args:
         linear ([`~torch.nn.Linear`]):
@@ -82,7 +85,8 @@ class QuantizedLinear(nn.Module):
         """The matrix that it computes with, `(out_features, in_features)`."""
         if self.kind == "int8":
             return self.packed.to(dtype).mul_((self._scales / 127).unsqueeze(1))
-        # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong numbers.
+        # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong
+        # numbers.
         shape = (self.out_features, self.in_features)
         state = QuantState(
             self._scales, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
@@ -122,8 +126,8 @@ class Quantized(SavedFromStart):
     """
     Holds the frozen matrices of attention and feed-forward in 8 (`"int8"`) or 4 bits (`"nf4"`).
 
-    What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays whole.
-    A warning names it.
+    What is no `nn.Linear` (fused experts, GPT-2's Conv1D), shares a parameter, or is in no file under its name stays
+    whole. A warning names it.
     """
 
     def __init__(self, kind: str) -> None:
@@ -134,8 +138,8 @@ class Quantized(SavedFromStart):
         """Quantise the frozen matrices. A reference that shares the frozen half gets the same modules."""
         if reference is None and vars(trainer).get("ref_model") is not None:
             logger.warning(
-                "hft.frozen_quantization leaves the reference whole, since ref_model was passed: the policy starts beside it, "
-                "and the first rewards are not zero."
+                "hft.frozen_quantization leaves the reference whole, since ref_model was passed: the policy starts "
+                "beside it, and the first rewards are not zero."
             )
         half = trainer.frozen_half
         self.note_names(policy)
@@ -161,15 +165,16 @@ class Quantized(SavedFromStart):
         PartialState().print(f"frozen half: {held} matrices in {self._kind}, {after:,} bytes instead of {before:,}.")
         if left:
             logger.warning(
-                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no nn.Linear of "
-                f"their own, too large for {self._kind}, or not in the safetensors files of {policy.config._name_or_path!r} "
-                "under these names and with these values."
+                f"hft.frozen_quantization leaves {len(left)} frozen matrices whole, such as {left[0]}: they are no "
+                f"nn.Linear of their own, too large for {self._kind}, or not in the safetensors files of "
+                f"{policy.config._name_or_path!r} under these names and with these values."
             )
 
 
 def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
     """
-    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that it is the weight of.
+    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that it is the weight
+    of.
 
     The value is `None` where no [`QuantizedLinear`] can replace it: fused experts, GPT-2's Conv1D, a tied matrix.
     """

@@ -36,7 +36,8 @@ class Replicated(Storage):
         check(trainer.accelerator, policy, self._whole, trainer.frozen_half.digests)
         size, everything = (sum(p.nbytes for p in some) for some in (self._whole, policy.parameters()))
         PartialState().print(
-            f"frozen half: {size:,} of the policy's {everything:,} bytes are whole in each process, FSDP2 shards the rest."
+            f"frozen half: {size:,} of the policy's {everything:,} bytes are whole in each process, FSDP2 shards the "
+            "rest."
         )
 
     def before_training(self, trainer: Any) -> None:
@@ -56,8 +57,8 @@ def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn
     """
     Return the frozen parameters of a model that FSDP2 is to leave whole, given the names of all frozen ones.
 
-    Those that `frozen_dtype` leaves in their own type are not among them: FSDP2 casts only what it gathers to the type that it
-    computes in.
+    Those that `frozen_dtype` leaves in their own type are not among them: FSDP2 casts only what it gathers to the type
+    that it computes in.
     """
     kept = kept_in_their_type(model)
     return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
@@ -67,7 +68,8 @@ def check(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]
 ) -> None:
     """
-    Reject whole parameters that FSDP2 cannot compute with, or that differ between processes. Every process has to call.
+    Reject whole parameters that FSDP2 cannot compute with, or that differ between processes. Every process has to
+    call.
 
     Raises:
         [`HFTError`]: Naming the setting to change.
@@ -75,17 +77,17 @@ def check(
     plugin, ids = accelerator.state.fsdp_plugin, {id(parameter) for parameter in whole}
     if plugin.ignored_modules is not None:
         raise HFTError(
-            f"fsdp_ignored_modules is {plugin.ignored_modules!r}, which says itself what FSDP leaves whole: drop it, or set "
-            "hft.replicate_frozen to false."
+            f"fsdp_ignored_modules is {plugin.ignored_modules!r}, which says itself what FSDP leaves whole: drop it, "
+            "or set hft.replicate_frozen to false."
         )
     computes_in = plugin.mixed_precision_policy and plugin.mixed_precision_policy.param_dtype
     for name, parameter in named_parameters(model):
         if computes_in is not None and id(parameter) in ids and parameter.dtype != computes_in:
             ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (parameter.dtype, computes_in))
             raise HFTError(
-                f"hft.replicate_frozen is true, but {name} is {ours}, and FSDP2, which computes in {theirs}, casts only what "
-                f"it shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), or "
-                "hft.replicate_frozen to false."
+                f"hft.replicate_frozen is true, but {name} is {ours}, and FSDP2, which computes in {theirs}, casts "
+                f"only what it shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), "
+                "or hft.replicate_frozen to false."
             )
     if len(set(gather_object([combined_digest(digests)]))) > 1:
         raise HFTError(

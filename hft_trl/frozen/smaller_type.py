@@ -51,14 +51,15 @@ class SavedFromStart(Storage):
             start = dict(tensors(files, files))
         except (OSError, SafetensorError) as error:
             raise HFTError(
-                f"the frozen half is saved from the start model's files, and one is missing or damaged ({error}): restore it."
+                f"the frozen half is saved from the start model's files, and one is missing or damaged ({error}): "
+                "restore it."
             ) from error
         found = fingerprints((name, tensor.to(self._held[name][1])) for name, tensor in start.items())
         for name, digest in found.items():
             if digest != self._held[name][2]:
                 raise HFTError(
-                    f"the frozen half is saved from the start model's files, but {name} has changed in {str(files[name])!r}: "
-                    "restore the file."
+                    f"the frozen half is saved from the start model's files, but {name} has changed in "
+                    f"{str(files[name])!r}: restore the file."
                 )
         if any(resolved(path).parent == resolved(folder) for path in files.values()):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
@@ -75,8 +76,9 @@ class SmallerType(SavedFromStart):
     """
     Holds the frozen half in a smaller type (`"bfloat16"` or `"float16"`), without a copy in the larger one.
 
-    A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts), where its
-    values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of queries or keys.
+    A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts),
+    where its values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of
+    queries or keys.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -84,7 +86,9 @@ class SmallerType(SavedFromStart):
         self._dtype = getattr(torch, dtype)
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
-        """Round the frozen half, and a reference with weights of its own likewise, so that it stays the start model."""
+        """
+        Round the frozen half, and a reference with weights of its own likewise, so that it stays the start model.
+        """
         half, left = trainer.frozen_half, []
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
@@ -107,8 +111,8 @@ class SmallerType(SavedFromStart):
                 self.hold(name, files[name], loaded.dtype, half.digests[name])
         if left:
             logger.warning(
-                f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: their values do "
-                f"not fit into {str(self._dtype).removeprefix('torch.')}, and the safetensors files of "
+                f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: their "
+                f"values do not fit into {str(self._dtype).removeprefix('torch.')}, and the safetensors files of "
                 f"{policy.config._name_or_path!r} do not hold them under these names."
             )
         self.note_names(policy)
@@ -123,8 +127,8 @@ def kept_in_their_type(model: torch.nn.Module) -> set[int]:
     """
     Return the `id` of each parameter that keeps its type whatever its values are.
 
-    These are the parameters of `nn.LayerNorm`, and of norms inside of attention: flash attention rejects a query and a key of
-    two types.
+    These are the parameters of `nn.LayerNorm`, and of norms inside of attention: flash attention rejects a query and a
+    key of two types.
     """
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]

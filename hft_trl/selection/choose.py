@@ -7,7 +7,8 @@ asked for, rounded up or down (and, where that cannot meet the ratio, moved a li
 that learn come as near to the ratio as they can. Then which ones: a 0/1 matrix of layers by units is filled whose row
 sums (units that learn in a layer) and column sums (layers that a unit learns in) are as even as can be.
 
-With strategy "importance" the first step is the same, so the shares are. Then the units of highest score of each size learn.
+With strategy "importance" the first step is the same, so the shares are. Then the units of highest score of each size
+learn.
 """
 
 import math
@@ -43,8 +44,8 @@ def choose(
             Share of the parameters in layers that are to learn, in (0, 1].
         strategy (`str`):
             `"category"` meets the ratio in each category, `"layer"` takes whole layers at even distances, `"model"`
-            takes units at random whatever their category, `"importance"` takes of each category as many units of each size
-            as `"category"` does, those of the highest scores.
+            takes units at random whatever their category, `"importance"` takes of each category as many units of each
+            size as `"category"` does, those of the highest scores.
         seed (`int`):
             Seed of the generator.
         learned (`Collection[int]`, *optional*):
@@ -82,7 +83,10 @@ def _tolerance(share: Fraction, total: int) -> Fraction:
 
 
 def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, learned: Collection[int]) -> set[Unit]:
-    """Layers at even distances (every other one at 1/2), from a random first one; of those that did not learn, if it can be."""
+    """
+    Layers at even distances (every other one at 1/2), from a random first one; of those that did not learn, if it can
+    be.
+    """
     layers = sorted({unit.layer for unit in units})
 
     def taken(offset: Fraction) -> set[int]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
 
-# All sums of some pieces are the bits of one whole number, in units of their sizes' common divisor: up to so many bits.
+# All sums of some pieces are the bits of one whole number, in units of their sizes' common divisor: up to so many
+# bits.
 _MAX_BITS = 1 << 24
 # Where limits may bind there is such a number for each number of pieces taken: up to so many bits together.
 _MAX_TRACKED = 1 << 30
@@ -104,7 +105,9 @@ def _miss(blocks: Sequence[Block], counts: Sequence[Sequence[int]], goal: Fracti
 
 
 def _large_first(blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, rng: random.Random) -> list[list[int]]:
-    """Settles the large kinds, as many as one search can hold, then those that are left make up for what is missing."""
+    """
+    Settles the large kinds, as many as one search can hold, then those that are left make up for what is missing.
+    """
     counts = [[0] * len(block.kinds) for block in blocks]
     left = [list(range(len(block.kinds))) for block in blocks]
     while any(left):
@@ -177,7 +180,9 @@ def _solve(
 
 
 def _search(blocks: Sequence[Block], unit: int, width: int, bits: int) -> tuple[int, int, list[_Decision]]:
-    """The sum of the least counts within `width`, the sums above it that can be had, and the decisions that lead there."""
+    """
+    The sum of the least counts within `width`, the sums above it that can be had, and the decisions that lead there.
+    """
     base, rows = 0, {0: 1}
     decisions = []
     for index, block in enumerate(blocks):

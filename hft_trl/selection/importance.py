@@ -49,16 +49,16 @@ def unit_scores(
         squares = _weight_squares(model, names)
     elif gradients is None:
         raise HFTError(
-            "hft.importance is 'gradient_norm', which needs a trainer with its data and loss: draw the selection in training, or "
-            "set hft.importance to weight_norm."
+            "hft.importance is 'gradient_norm', which needs a trainer with its data and loss: draw the selection in "
+            "training, or set hft.importance to weight_norm."
         )
     else:
         squares = gradients(names)
     for name in names:
         if not math.isfinite(squares[name]):
             raise HFTError(
-                f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's weights"
-                f"{' and the data' if config.by_gradient else ''}."
+                f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's "
+                f"weights{' and the data' if config.by_gradient else ''}."
             )
     sign = 1 if config.importance_order == "most" else -1
     return {unit: sign * math.sqrt(sum(squares[name] for name in unit.names) / unit.size) for unit in inner}
@@ -72,7 +72,7 @@ def _weight_squares(model: "PreTrainedModel", names: Iterable[str]) -> Squares:
     parameters = dict(named_parameters(model))
     if any(parameters[name].is_meta for name in names):
         raise HFTError(
-            "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, or use "
-            "another hft.strategy."
+            "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, "
+            "or use another hft.strategy."
         )
     return {name: torch.linalg.vector_norm(full(parameters[name]), dtype=torch.float64).item() ** 2 for name in names}

@@ -13,12 +13,16 @@ TRAINED_WITH, FROZEN_BY_HFT = "_hft_trained_with", "_hft_frozen"
 
 
 def remember(model: "PreTrainedModel", selection: Any) -> None:
-    """Note the selection that a model was trained with, so that the next stage on the same object draws another one."""
+    """
+    Note the selection that a model was trained with, so that the next stage on the same object draws another one.
+    """
     setattr(model, TRAINED_WITH, selection)
 
 
 def remembered(model: "PreTrainedModel") -> Any:
-    """Return the selection that this model object was trained with, `None` if it was not trained since it was loaded."""
+    """
+    Return the selection that this model object was trained with, `None` if it was not trained since it was loaded.
+    """
     return vars(model).get(TRAINED_WITH)
 
 

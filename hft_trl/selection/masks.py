@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Masks:
     """
-    The elements that learn in parameters of which others stay frozen. The masks themselves are not kept but drawn again.
+    The elements that learn in parameters of which others stay frozen. The masks themselves are not kept but drawn
+    again.
 
     Args:
         seed (`int`):
@@ -60,8 +61,8 @@ class Masks:
             import torch
 
             raise HFTError(
-                f"the mask of {name} can't be drawn again: torch {torch.__version__} draws other numbers here than where the "
-                "selection was made, so use the torch of that machine."
+                f"the mask of {name} can't be drawn again: torch {torch.__version__} draws other numbers here than "
+                "where the selection was made, so use the torch of that machine."
             )
         return (~mask if self.inverted else mask).view(tuple(shape))
 
@@ -75,7 +76,9 @@ class Masks:
         )
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
-        """The masks of exactly those elements that these keep frozen, given the number of elements of each parameter."""
+        """
+        The masks of exactly those elements that these keep frozen, given the number of elements of each parameter.
+        """
         learning = {name: sizes[name] - number for name, number in self.learning.items()}
         return replace(self, learning=learning, inverted=not self.inverted)
 
@@ -84,8 +87,8 @@ def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[st
     """
     Draw masks for the parameters of all units in layers.
 
-    Of each category `ratio` of the elements learn, rounded to one element, and of each parameter that many rounded down or
-    up (by the largest remainders).
+    Of each category `ratio` of the elements learn, rounded to one element, and of each parameter that many rounded
+    down or up (by the largest remainders).
 
     Args:
         units (`Iterable[Unit]`):

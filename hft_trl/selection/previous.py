@@ -16,7 +16,8 @@ def selection_of(model: PreTrainedModel) -> Selection | None:
     """
     Return the selection that a model was trained with, `None` if it has none.
 
-    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its weights.
+    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its
+    weights.
     """
     if (selection := remembered(model)) is not None:
         return selection
@@ -41,7 +42,8 @@ def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool 
     """
     Reject a checkpoint that was trained with another selection or from another start model.
 
-    With another selection the optimizer's states would go to the wrong parameters, without an error where shapes agree.
+    With another selection the optimizer's states would go to the wrong parameters, without an error where shapes
+    agree.
 
     `resume_from` is the argument of `train`: a folder, `True` for the last checkpoint in `output_dir`, or nothing.
 
@@ -72,15 +74,15 @@ def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool 
             settings.append(f"effective seed {saved.seed} there, {selection.seed} here")
         raise HFTError(
             f"{checkpoint} was trained with selection {saved.digest[:16]}, this run has {selection.digest[:16]} "
-            f"({'; '.join(settings) or 'the parameter names or masks differ'}): resume with the checkpoint's settings, or train "
-            "into another output_dir."
+            f"({'; '.join(settings) or 'the parameter names or masks differ'}): resume with the checkpoint's "
+            "settings, or train into another output_dir."
         )
     if saved.start_model and selection.start_model and saved.start_model != selection.start_model:
         start, here = saved.start_model, selection.start_model
         if start["weights_digest"] != here["weights_digest"]:
             raise HFTError(
-                f"{checkpoint} was started from {start['name_or_path']!r} (weights {start['weights_digest'][:16]}), this "
-                f"run from {here['name_or_path']!r} (weights {here['weights_digest'][:16]}): start from the same model, "
-                "or train into another output_dir."
+                f"{checkpoint} was started from {start['name_or_path']!r} (weights {start['weights_digest'][:16]}), "
+                f"this run from {here['name_or_path']!r} (weights {here['weights_digest'][:16]}): start from the same "
+                "model, or train into another output_dir."
             )
     return True

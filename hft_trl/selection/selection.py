@@ -34,11 +34,13 @@ class Selection:
         trainable (`tuple[str, ...]`): Sorted names of the parameters that learn.
         frozen (`tuple[str, ...]`): Sorted names of the parameters that could learn and do not. A parameter in neither
             (excluded, frozen by the model's class, in a tower for pictures or sound) is frozen too.
-        share (`dict[str, float]`): Share of the parameters that learn, in 0 to 1: of each category in the layers, of all
+        share (`dict[str, float]`): Share of the parameters that learn, in 0 to 1: of each category in the layers, of
+        all
             layers (`"layers"`) and of all parameters that could learn (`"model"`).
         start_model (`dict[str, str]`, *optional*): `{"name_or_path": ..., "weights_digest": ...}` of the stage's start
             model. It is not part of the digest.
-        masks ([`Masks`], *optional*): With strategy `"element"`, the elements that learn of the trainable parameters in
+        masks ([`Masks`], *optional*): With strategy `"element"`, the elements that learn of the trainable parameters
+        in
             layers. The other elements are frozen.
     """
 
@@ -52,7 +54,9 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable, frozen and, if any, masks."""
+        """
+        SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable, frozen and, if any, masks.
+        """
         canonical = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -75,8 +79,9 @@ class Selection:
         """
         Let the trainable parameters of a model learn and freeze all others.
 
-        Call it before a wrapper (DDP, FSDP, DeepSpeed) renames parameters. With method `"fft"` what an earlier selection froze
-        on the same model object learns again, and nothing else changes. Single elements are frozen by the trainers.
+        Call it before a wrapper (DDP, FSDP, DeepSpeed) renames parameters. With method `"fft"` what an earlier
+        selection froze on the same model object learns again, and nothing else changes. Single elements are frozen by
+        the trainers.
 
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
@@ -92,8 +97,8 @@ class Selection:
         missing = [name for name in (*self.trainable, *self.frozen) if name not in parameters]
         if missing:
             raise HFTError(
-                f"The selection names {missing[0]!r} (and {len(missing) - 1} more) that {type(model).__name__} does not "
-                "have: draw a selection for this model."
+                f"The selection names {missing[0]!r} (and {len(missing) - 1} more) that {type(model).__name__} does "
+                "not have: draw a selection for this model."
             )
         trainable = set(self.trainable)
         others = {name for name, p in parameters.items() if not p.requires_grad} - before
@@ -173,27 +178,28 @@ def select(
     """
     Draw the parameters of a model that learn in a stage.
 
-    What has `requires_grad=False` before, and was not frozen by a selection, stays frozen and does not count in the shares.
-    Embedding, output head and final norm follow their own settings. Other parameters outside of the layers (projections of
-    per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
+    What has `requires_grad=False` before, and was not frozen by a selection, stays frozen and does not count in the
+    shares. Embedding, output head and final norm follow their own settings. Other parameters outside of the layers
+    (projections of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            A decoder-only causal language model, on any device; the meta device too, except for strategy `"importance"`.
-            It is not changed.
+            A decoder-only causal language model, on any device; the meta device too, except for strategy
+            `"importance"`. It is not changed.
         config ([`HFTConfig`]):
             The settings. Method `"fft"` selects all parameters, whatever the other settings say.
         previous ([`Selection`], *optional*):
-            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw differs from that of
-            the same seed without it (of whole layers, those that did not learn come first, as in the paper). `"same"` keeps
-            which units of the layers learn, `"complement"` takes the others, so that `config.ratio` has no effect. A
-            selection of method `"fft"` counts as none.
+            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw differs from
+            that of the same seed without it (of whole layers, those that did not learn come first, as in the paper).
+            `"same"` keeps which units of the layers learn, `"complement"` takes the others, so that `config.ratio` has
+            no effect. A selection of method `"fft"` counts as none.
         gradients (`Callable[[list[str]], Squares]`, *optional*):
             For `config.importance` `"gradient_norm"`: returns the squared gradients of the loss by parameter name. The
             trainers have one.
 
     Raises:
-        [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing, `previous`
+        [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing,
+        `previous`
             is of another model, or the importance cannot be measured.
     """
     if config.method == "fft":
@@ -237,8 +243,8 @@ def select(
             else (f"hft.reselect {config.reselect!r}", "set hft.reselect to fresh")
         )
         raise HFTError(
-            f"nothing learns with {how} and nothing outside of the layers: {remedy}, or let the embedding, the head or the final "
-            "norm learn."
+            f"nothing learns with {how} and nothing outside of the layers: {remedy}, or let the embedding, the head "
+            "or the final norm learn."
         )
     return _selection(config, seed, units, learning, masks)
 

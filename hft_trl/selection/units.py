@@ -123,8 +123,8 @@ def _check_model(model: "nn.Module") -> None:
     kind = type(model).__name__
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
         raise HFTError(
-            f"The model {kind} holds PEFT adapters: HFT and adapters exclude each other, so pass the model without them "
-            "(or merge them first)."
+            f"The model {kind} holds PEFT adapters: HFT and adapters exclude each other, so pass the model without "
+            "them (or merge them first)."
         )
     if not isinstance(model, PreTrainedModel):
         raise HFTError(
@@ -139,12 +139,15 @@ def _check_model(model: "nn.Module") -> None:
         )
     if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
         raise HFTError(
-            f"The model is a {kind}, which is no decoder-only causal language model: load it with AutoModelForCausalLM."
+            f"The model is a {kind}, which is no decoder-only causal language model: load it with "
+            "AutoModelForCausalLM."
         )
 
 
 def made_frozen(model: "PreTrainedModel") -> set[str]:
-    """Names of the parameters that the model's class itself creates frozen, such as the biases that correct a router."""
+    """
+    Names of the parameters that the model's class itself creates frozen, such as the biases that correct a router.
+    """
     return {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
 
 
@@ -164,8 +167,8 @@ def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
             return dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))
     except Exception as error:
         raise HFTError(
-            f"The model {type(model).__name__} cannot be built anew from its own config, which HFT needs to learn what "
-            f"the class itself keeps frozen: {type(error).__name__}: {error}"
+            f"The model {type(model).__name__} cannot be built anew from its own config, which HFT needs to learn "
+            f"what the class itself keeps frozen: {type(error).__name__}: {error}"
         ) from error
 
 

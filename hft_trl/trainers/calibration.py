@@ -67,8 +67,9 @@ def drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]
     rows = trainer.train_dataset
     if not isinstance(rows, Sized) or len(rows) == 0:
         raise HFTError(
-            f"hft.importance is 'gradient_norm', but train_dataset is {'streamed' if rows is not None else 'missing'} or empty, so "
-            "no rows can be drawn from it: pass a data set with a length, or set hft.importance to weight_norm."
+            f"hft.importance is 'gradient_norm', but train_dataset is {'streamed' if rows is not None else 'missing'} "
+            "or empty, so no rows can be drawn from it: pass a data set with a length, or set hft.importance to "
+            "weight_norm."
         )
     if isinstance(rows, Dataset):
         rows = trainer._remove_unused_columns(rows)

@@ -138,14 +138,16 @@ STORAGE: tuple[Conflict, ...] = (
         "hft.optimizer_in_backward",
         "gradient clipping",
         _inside(lambda c: (c.args.max_grad_norm or 0) > 0),
-        "max_grad_norm is {case.args.max_grad_norm:g}, and clipping needs the norm of all gradients before the first update",
+        "max_grad_norm is {case.args.max_grad_norm:g}, and clipping needs the norm of all gradients before the first "
+        "update",
         "set max_grad_norm to 0",
     ),
     Conflict(
         "hft.optimizer_in_backward",
         "gradient accumulation",
         _inside(lambda c: c.args.gradient_accumulation_steps > 1),
-        "gradient_accumulation_steps is {case.args.gradient_accumulation_steps}, and gradients that are freed cannot be added up",
+        "gradient_accumulation_steps is {case.args.gradient_accumulation_steps}, and gradients that are freed cannot "
+        "be added up",
         "set it to 1, with a larger per_device_train_batch_size",
     ),
     Conflict(
@@ -219,7 +221,8 @@ STORAGE: tuple[Conflict, ...] = (
         "hft.strategy",
         "`hft.optimizer_in_backward`",
         _elements(lambda c: c.config.optimizer_in_backward),
-        "it puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward there is one for each parameter",
+        "it puts the frozen elements back after each step of the optimizer, and with hft.optimizer_in_backward there "
+        "is one for each parameter",
         "leave it out, or choose another strategy",
     ),
     Conflict(
@@ -291,6 +294,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel) ->
     frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
     if frozen:
         raise HFTError(
-            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the optimizer "
-            "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
+            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
         )

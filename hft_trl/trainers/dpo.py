@@ -19,9 +19,9 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     [`~trl.DPOTrainer`] that trains a half of the policy. The reference stays wholly frozen.
 
     In one process and under DDP the frozen half of policy and reference is stored once, and the reference is a copy of
-    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it is
-    such a copy too, sharded layer by layer like the policy. With `HFTConfig(replicate_frozen=True)` the policy's frozen half
-    serves both.
+    the policy instead of a second load. `HFTConfig(share_reference=False)` leaves the reference to TRL. Under FSDP2 it
+    is such a copy too, sharded layer by layer like the policy. With `HFTConfig(replicate_frozen=True)` the policy's
+    frozen half serves both.
     """
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:

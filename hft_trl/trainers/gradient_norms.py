@@ -1,4 +1,8 @@
-"""Gradient norms that a run has measured, kept in its folder: on a GPU a second measurement may end in another choice."""
+"""
+Gradient norms that a run has measured, kept in its folder:
+
+on a GPU a second measurement may end in another choice.
+"""
 
 import dataclasses
 import hashlib
@@ -38,7 +42,11 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], sa
 
 
 def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> str:
-    """Digest (SHA-256, hex) of all that the gradients depend on. Of the settings it takes those that the trainer's own config adds."""
+    """
+    Digest (SHA-256, hex) of all that the gradients depend on.
+
+    Of the settings it takes those that the trainer's own config adds.
+    """
     others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}

@@ -1,4 +1,8 @@
-"""What learns but gets no gradient, such as experts that no token is routed to: named once, before the first update."""
+"""
+What learns but gets no gradient, such as experts that no token is routed to:
+
+named once, before the first update.
+"""
 
 from typing import Any
 
@@ -15,8 +19,8 @@ class WarnOfIdleParameters(TrainerCallback):
     """
     Warns of trainable parameters without a gradient when the optimizer takes its first step.
 
-    Only then are the gradients of all micro-batches where they belong, in one process, under DDP and under FSDP2, which keeps
-    them elsewhere between micro-batches.
+    Only then are the gradients of all micro-batches where they belong, in one process, under DDP and under FSDP2,
+    which keeps them elsewhere between micro-batches.
     """
 
     _looked = False
@@ -35,6 +39,6 @@ class WarnOfIdleParameters(TrainerCallback):
         idle = [name for name, p in named_parameters(model) if p.requires_grad and p.grad is None]
         if idle and state.is_world_process_zero:
             logger.warning(
-                f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they never "
-                "do, keep them out of the selection with HFTConfig(exclude=[...])."
+                f"{len(idle)} trainable parameters got no gradient in the first step, such as {idle[0]}. If they "
+                "never do, keep them out of the selection with HFTConfig(exclude=[...])."
             )

@@ -17,8 +17,8 @@ def digest(model: torch.nn.Module) -> str:
     """
     A name for what a model computes, from all of its parameters. Every process has to ask for it.
 
-    TRL names its cache of log-probs after the bytes of the model's state dict, which is empty under ZeRO-3: so log-probs
-    of a model that was trained again into the same folder would be taken for the new one's.
+    TRL names its cache of log-probs after the bytes of the model's state dict, which is empty under ZeRO-3: so
+    log-probs of a model that was trained again into the same folder would be taken for the new one's.
 
     Args:
         model (`torch.nn.Module`):
@@ -68,8 +68,8 @@ def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
         return dataset
     if not is_caching_enabled():
         raise HFTError(
-            f"precompute_ref_log_probs is on in {state.num_processes} processes, which share the log-probs through datasets' "
-            "cache, but caching is off: call datasets.enable_caching(), or use one process."
+            f"precompute_ref_log_probs is on in {state.num_processes} processes, which share the log-probs through "
+            "datasets' cache, but caching is off: call datasets.enable_caching(), or use one process."
         )
     file = Path(dataset.cache_files[0]["filename"]) if dataset.cache_files else None
     if all_see(file):
@@ -79,7 +79,7 @@ def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
     state.wait_for_everyone()
     if not all_see(folder / DATASET_STATE_JSON_FILENAME):
         raise HFTError(
-            f"precompute_ref_log_probs: not every process sees {str(folder)!r}: put output_dir on a file system that all "
-            "machines share."
+            f"precompute_ref_log_probs: not every process sees {str(folder)!r}: put output_dir on a file system that "
+            "all machines share."
         )
     return load_from_disk(str(folder))

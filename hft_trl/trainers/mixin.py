@@ -19,8 +19,9 @@ class HFTMixin:
     """
     Gives a TRL trainer a half that learns. Put it first: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
 
-    The half is drawn and frozen after the parent has loaded the model and before anything wraps it. Its fingerprints are
-    checked whenever the model is saved and when training ends. With method `"fft"` training is the parent's bit for bit.
+    The half is drawn and frozen after the parent has loaded the model and before anything wraps it. Its fingerprints
+    are checked whenever the model is saved and when training ends. With method `"fft"` training is the parent's bit
+    for bit.
 
     Args:
         hft_config ([`HFTConfig`], *optional*):
@@ -57,7 +58,9 @@ class HFTMixin:
             self.add_callback(_Begins(self))
 
     def _reference_from_policy(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
-        """Yield what to call the parent with where a trainer can make its reference from the policy, otherwise `None`."""
+        """
+        Yield what to call the parent with where a trainer can make its reference from the policy, otherwise `None`.
+        """
         return nullcontext()
 
     def check_frozen(self) -> None:
@@ -110,7 +113,9 @@ class HFTMixin:
             return super().prediction_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved."""
+        """
+        Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved.
+        """
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
@@ -119,7 +124,9 @@ class HFTMixin:
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller."""
+        """
+        Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller.
+        """
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
         saves = self.args.should_save and bool(self.frozen_half.learning_types)
         if saves:

@@ -32,9 +32,9 @@ def update_in_backward(
     """
     Update each parameter as soon as the backward pass has accumulated its gradient, and free the gradient.
 
-    It stays one optimizer with its groups, schedule and state: an optimizer skips parameters without a gradient, and only one
-    parameter has one at a time. The trainer's own call of `step` finds nothing to do. The optimizer must update each
-    parameter independently of the others.
+    It stays one optimizer with its groups, schedule and state: an optimizer skips parameters without a gradient, and
+    only one parameter has one at a time. The trainer's own call of `step` finds nothing to do. The optimizer must
+    update each parameter independently of the others.
 
     Returns:
         `list[RemovableHandle]`: Handles that end it.
@@ -46,7 +46,8 @@ def update_in_backward(
     devices = {str(parameter.device) for parameter in trained}
     if len(devices) > 1:
         raise HFTError(
-            f"hft.optimizer_in_backward is true, but the model lies on {', '.join(sorted(devices))}: load it onto one device."
+            f"hft.optimizer_in_backward is true, but the model lies on {', '.join(sorted(devices))}: load it onto one "
+            "device."
         )
 
     def update(parameter: torch.nn.Parameter) -> None:

@@ -142,8 +142,8 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
         return
     if trainer.optimizer is not None:
         check_optimizer(trainer.optimizer, policy)
-    # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass none
-    # on to the layers.
+    # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
+    # none on to the layers.
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()
     if trainer.is_deepspeed_enabled:

@@ -1,5 +1,6 @@
 """
-Several recipes in one launch, since starting the processes takes longest: `recipes.py SCRIPT FLAG ... + SCRIPT FLAG ...`.
+Several recipes in one launch, since starting the processes takes longest: `recipes.py SCRIPT FLAG ... + SCRIPT FLAG
+...`.
 
 Under a configuration for FSDP, accelerate is made to use it on the CPU.
 """

@@ -214,7 +214,11 @@ REPLICATED = [pair[1] for pair in EVERY if "replicated" in pair[1]]
 
 @pytest.mark.parametrize("training", REPLICATED)
 def test_a_replicated_frozen_half_is_never_gathered_and_changes_no_bit(together, training):
-    """Each layer is gathered for the forward and for the backward pass, and by the reference: exactly its trained half now."""
+    """
+    Each layer is gathered for the forward and for the backward pass, and by the reference:
+
+    exactly its trained half now.
+    """
     output = together("fsdp2")
     as_ever, gathers = training.replace("-replicated", ""), 3 if training.startswith("dpo") else 2
     for whole, sharded in zip(seen(output, training), seen(output, as_ever), strict=True):

@@ -1,4 +1,6 @@
-"""FSDP2 holds what learns in float32; what it saves has the start model's types, so that the next stage can load it."""
+"""
+FSDP2 holds what learns in float32; what it saves has the start model's types, so that the next stage can load it.
+"""
 
 import json
 from pathlib import Path

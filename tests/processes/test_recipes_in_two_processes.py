@@ -91,8 +91,8 @@ def test_all_recipes_on_two_machines(base, tmp_path, config):
 
 def test_all_recipes_under_fsdp2_with_sharded_state_dicts(base, tmp_path):
     """
-    Both stages in one launch: DPO starts from what SFT saved. Here with a frozen half that is whole in every process, and with
-    FSDP's activation checkpointing, whose wrappers rename parameters: the report has the plain names.
+    Both stages in one launch: DPO starts from what SFT saved. Here with a frozen half that is whole in every process,
+    and with FSDP's activation checkpointing, whose wrappers rename parameters: the report has the plain names.
     """
     changes = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_activation_checkpointing": True}
     output = finish(

@@ -38,7 +38,9 @@ def test_losses_and_saved_weights_are_those_of_a_sharded_half(launched, name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_all_that_is_frozen_is_whole_and_nothing_that_learns(launched, name):
-    """Whole layers, a tied embedding and one of two parameters of a module too; only an `nn.LayerNorm` stays sharded."""
+    """
+    Whole layers, a tied embedding and one of two parameters of a module too; only an `nn.LayerNorm` stays sharded.
+    """
     for rank in launched[1]:
         replicated = rank["seen"][name][1]
         norms = {n for n in replicated["frozen"] if name.startswith("norms") and ".ln_" in n}

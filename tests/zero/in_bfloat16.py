@@ -1,5 +1,6 @@
 """
-Trains a few steps in bf16 under DeepSpeed: `accelerate launch --mixed_precision bf16 in_bfloat16.py FLOAT32 BFLOAT16 OUT`.
+Trains a few steps in bf16 under DeepSpeed: `accelerate launch --mixed_precision bf16 in_bfloat16.py FLOAT32 BFLOAT16
+OUT`.
 
 FLOAT32 and BFLOAT16 are folders of a base model in that type. Every process writes what it saw into OUT.
 """

@@ -6,8 +6,9 @@ import sys
 
 def leave() -> None:
     """
-    End without the interpreter's own end. DeepSpeed keeps process groups and unfinished handles, so a thread of gloo may still
-    let go of a tensor then, wait for the interpreter's lock, and abort the process after all is saved (pytorch#190489).
+    End without the interpreter's own end. DeepSpeed keeps process groups and unfinished handles, so a thread of gloo
+    may still let go of a tensor then, wait for the interpreter's lock, and abort the process after all is saved
+    (pytorch#190489).
     """
     sys.stdout.flush()
     sys.stderr.flush()

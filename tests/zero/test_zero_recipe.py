@@ -180,7 +180,11 @@ def test_checkpointing_is_reentrant_where_frozen_parameters_need_it(run):
 
 
 def test_who_holds_how_much_of_policy_and_reference(run):
-    """Under ZeRO-3 two processes hold half each, of the reference too; under ZeRO-2 each holds all. The log says so."""
+    """
+    Under ZeRO-3 two processes hold half each, of the reference too; under ZeRO-2 each holds all.
+
+    The log says so.
+    """
     for fact in run.facts.values():
         for model in filter(None, (fact["policy"], fact["reference"])):
             own, whole = model

@@ -26,7 +26,11 @@ def rows(path: Path, row) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
 def run(request, tmp_path_factory) -> tuple[Path, str]:
-    """SFT, DPO, the same with log-probs beforehand, and with those of another model of SFT: one launch, one file of pairs."""
+    """
+    SFT, DPO, the same with log-probs beforehand, and with those of another model of SFT:
+
+    one launch, one file of pairs.
+    """
     folder = tmp_path_factory.mktemp("single")
     (folder / "watch").mkdir()
     texts, pairs = rows(folder / "sft.jsonl", tulu_row), rows(folder / "dpo.jsonl", ultrafeedback_row)

@@ -1,8 +1,9 @@
 """
-Runs recipes and writes down what only their processes can see: `accelerate launch ... watched.py RECIPE FLAGS [+ RECIPE FLAGS]`.
+Runs recipes and writes down what only their processes can see: `accelerate launch ... watched.py RECIPE FLAGS [+
+RECIPE FLAGS]`.
 
-WATCH names a folder for one JSON file per stage and process. With KILL_AT=dpo:3 every process kills itself after step 3
-of the DPO stage.
+WATCH names a folder for one JSON file per stage and process. With KILL_AT=dpo:3 every process kills itself after step
+3 of the DPO stage.
 """
 
 import json
