@@ -12,7 +12,7 @@ is counted, whoever asks for it. Bytes are those that a process receives where N
 
 Beside it stands what the shapes say that FSDP2 gathers (each layer and the embedding for the forward and for the
 backward pass, the head once, and all of them once for the reference) and scatters (the gradients): for the embedded
-model, where tests/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not
+model, where tests/benchmarks/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not
 been run.
 """
 

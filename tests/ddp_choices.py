@@ -7,10 +7,11 @@ from pathlib import Path
 from accelerate import PartialState
 from conftest import tulu_row
 from datasets import Dataset
-from test_calibration import GRADIENT
-from test_trainers import sft_trainer
+from training import sft_trainer
 
 from hft_trl import HFTConfig, HFTSFTTrainer
+
+GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
 
 
 def main(base: Path, output: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from conftest import ultrafeedback_row
 from datasets import Dataset
-from test_trainers import dpo_trainer, losses
+from training import dpo_trainer, losses
 
 from hft_trl import HFTConfig, HFTDPOTrainer
 from hft_trl.reference import memory

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import ultrafeedback_row
 from datasets import Dataset
-from test_trainers import dpo_trainer
+from training import dpo_trainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_llama
-from test_trainers import dpo_trainer, losses, sft_trainer
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from training import dpo_trainer, losses, sft_trainer
 from trl import DPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, select

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import PATIENCE, tiny_llama
 from datasets import Dataset
-from test_trainers import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
+from training import QUIET, HFTKTOTrainer, dpo_trainer, losses, weights
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, KTOConfig
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
-from resumable import ResumableSFTTrainer
 from safetensors.torch import load_file
-from test_trainers import dpo_trainer, losses, sft_trainer
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from training import ResumableSFTTrainer, dpo_trainer, losses, sft_trainer
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer

@@ -21,7 +21,7 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tulu_row, ultrafeedback_row
-from resumable import ResumableDPOTrainer, ResumableSFTTrainer
+from training import ResumableDPOTrainer, ResumableSFTTrainer
 
 from hft_trl import HFTConfig
 from hft_trl.chat import load_tokenizer

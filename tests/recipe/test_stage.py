@@ -1,0 +1,123 @@
+"""What is found wrong with a stage before its data are prepared."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import one_line, parse_recipe
+from training import ResumableSFTTrainer
+
+from hft_trl import HFTError, demo
+from hft_trl.recipe import start_model
+from hft_trl.recipe.folder import open_stages
+from hft_trl.skeleton import build_on_meta, shape_of
+
+
+@pytest.fixture
+def stage_of(tmp_path):
+    """The first stage of a run from a model."""
+
+    def parse(model, *flags):
+        data = ("--sft.dataset", "demo", "--dpo.dataset", "demo")
+        return parse_recipe(["--model", str(model), "--output_dir", str(tmp_path), *data, *flags]).stages["sft"]
+
+    return parse
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """A hub where there is Llama 2's config, and nothing else."""
+    monkeypatch.setattr(start_model, "build_on_meta", lambda model, *_: build_on_meta(shape_of(model)))
+    return "meta-llama/Llama-2-7b-hf"
+
+
+def test_a_type_that_rounds_a_folder_s_files_is_refused_before_the_data_are_prepared(stage_of, base):
+    """The files decide. Full fine-tuning may round, and DeepSpeed's cast is named as what does it."""
+    for flags in ((), ("--model.dtype", "auto"), ("--model.dtype", "bfloat16", "--method", "fft")):
+        stage_of(base, *flags).check()
+    with pytest.raises(HFTError, match=r"dtype bfloat16 rounds .* which is F32 .* load the model with dtype float32"):
+        stage_of(base, "--model.dtype", "bfloat16").check()
+    under_zero = stage_of(base)
+    under_zero.args.deepspeed_plugin, under_zero.args.mixed_precision = SimpleNamespace(zero_stage=2), "bf16"
+    with pytest.raises(HFTError, match="DeepSpeed's mixed precision casts the whole model"):
+        under_zero.check()
+    under_zero.args.mixed_precision = "no"
+    under_zero.check()
+
+
+def test_of_a_model_on_the_hub_the_config_tells_the_type_of_files_that_are_not_here_yet(stage_of, published):
+    for flags in ((), ("--model.dtype", "float16"), ("--model.dtype", "bfloat16", "--method", "fft")):
+        stage_of(published, *flags).check()
+    with pytest.raises(HFTError) as error:
+        stage_of(published, "--model.dtype", "bfloat16").check()
+    assert "dtype bfloat16 rounds 'meta-llama/Llama-2-7b-hf', whose config says float16" in one_line(error)
+
+
+def test_a_config_that_tells_no_type_is_no_reason_to_refuse(stage_of, published, monkeypatch):
+    skeleton = build_on_meta(shape_of(published))
+    skeleton.config.dtype = None
+    monkeypatch.setattr(start_model, "build_on_meta", lambda *_: skeleton)
+    stage_of(published, "--model.dtype", "bfloat16").check()
+
+
+def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):
+    adapter = shutil.copytree(demo.MODEL, tmp_path / "adapter")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(HFTError, match=r"is an adapter.*merge_and_unload") as error:
+        stage_of(adapter).check()
+    one_line(error)
+
+
+def test_a_folder_without_a_tokenizer_says_so(stage_of, base, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base / name, bare / name)
+    with pytest.raises(HFTError, match=r"no tokenizer was found for .*bare': save the one that belongs to the model"):
+        stage_of(bare).load_tokenizer()
+
+
+def test_trl_s_chat_template_path_is_the_template_whose_marks_are_looked_for(stage_of, tmp_path):
+    """TRL sets it in the trainer, in place of the tokenizer's own, which may have no marks."""
+    model = shutil.copytree(demo.MODEL, tmp_path / "model")
+    marked = tmp_path / "marked.jinja"
+    marked.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(HFTError, match="generation"):
+        stage_of(model).load_tokenizer()
+    path = ("--sft.chat_template_path", str(marked))
+    assert stage_of(model, *path).load_tokenizer().chat_template == marked.read_text()
+    with pytest.raises(HFTError, match="leave one of them out"):
+        stage_of(model, *path, "--model.chat_template", "tulu").load_tokenizer()
+    with pytest.raises(HFTError, match=r"give the path of a .jinja file"):
+        stage_of(model, "--sft.chat_template_path", str(model)).load_tokenizer()
+
+
+def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage_of, monkeypatch):
+    """What stops training before it begins comes of settings; a fault in the middle keeps its traceback."""
+    sft = stage_of(demo.MODEL, "--sft.max_steps", "2", "--sft.split", "train[:8]", "--sft.report_to", "none")
+    open_stages([sft])
+    sft.load_data()
+    made = {
+        "args": sft.args,
+        "train_dataset": sft.train_dataset,
+        "processing_class": sft.load_tokenizer(),
+        "hft_config": sft.hft,
+    }
+    trainer = ResumableSFTTrainer(model=str(demo.MODEL), **made)
+
+    def fails(*_, **__):
+        raise ValueError("nothing works\nat all.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "get_train_dataloader", fails)
+        with pytest.raises(HFTError, match="sft: training cannot begin: nothing works at all") as error:
+            sft.train(trainer)
+        one_line(error)
+    trainer = ResumableSFTTrainer(model=str(demo.MODEL), **made)
+    monkeypatch.setattr(trainer, "compute_loss", fails)
+    with pytest.raises(ValueError, match="nothing works\nat all") as error:
+        sft.train(trainer)
+    assert not isinstance(error.value, HFTError)

@@ -1,0 +1,165 @@
+"""
+Gradient norms before training:
+
+those of the trainer's own loss, with nothing left behind, the same in every process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PATIENCE
+from datasets import Dataset
+from training import dpo_trainer, losses, sft_trainer, weights
+from transformers import AutoModelForCausalLM
+
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
+from hft_trl.trainers.calibration import gradient_squares
+from hft_trl.trainers.compatibility import check
+
+GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
+NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"]
+
+
+def test_it_is_the_squared_gradient_of_each_rows_loss_over_the_answers_tokens(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu.select(range(3)), tmp_path, HFTConfig(method="fft"))
+    found = gradient_squares(trainer, trainer.model, NAMES, 3, 0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = dict.fromkeys(NAMES, 0.0)
+    for row in trainer.train_dataset:
+        tokens = torch.tensor([row["input_ids"]])
+        model(tokens, labels=torch.tensor([row["labels"]])).loss.backward()
+        for name in NAMES:
+            expected[name] += model.get_parameter(name).grad.double().square().sum().item() / 3
+        model.zero_grad()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_nothing_is_left_behind_in_the_trainer_the_model_and_random_states(base, tulu, ultrafeedback, tmp_path, kind):
+    """Training with a half that was measured is, step by step, training with the same half given."""
+    runs = []
+    for number, hft in enumerate((GRADIENT, None)):
+        start = base
+        if hft is None:  # the same half, taken over from the start model's folder
+            start = tmp_path / "start"
+            start.mkdir()
+            for file in base.iterdir():
+                (start / file.name).write_bytes(file.read_bytes())
+            Selection.load(tmp_path / "0").save(start)
+            hft = HFTConfig(reselect="same")
+        torch.manual_seed(5)
+        make, trainer_class, rows = (
+            (sft_trainer, HFTSFTTrainer, tulu) if kind == "sft" else (dpo_trainer, HFTDPOTrainer, ultrafeedback)
+        )
+        trainer = make(trainer_class, start, rows, tmp_path / str(number), hft)
+        state = torch.get_rng_state()
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+        assert trainer.optimizer is None
+        assert not any(trainer._metrics.values())
+        training = trainer.model.training
+        trainer.train()
+        trainer.save_model()
+        runs.append((losses(trainer), state.tolist(), training, trainer.hft_selection.trainable))
+    assert runs[0] == runs[1]
+    assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
+
+
+def test_least_is_the_other_end_and_the_seed_draws_the_rows(base, tulu, tmp_path):
+    squares = {}
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    for seed in (1, 1, 2):
+        squares.setdefault(seed, []).append(gradient_squares(trainer, trainer.model, NAMES, 2, seed))
+    assert squares[1][0] == squares[1][1] != squares[2][0]
+    halves = [
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(strategy="importance", importance="gradient_norm", importance_order=order)).hft_selection
+        for order in ("most", "least")
+    ]  # fmt: skip
+    assert halves[0].share == halves[1].share
+    layers = [{name for name in half.trainable if "_proj" in name} for half in halves]
+    assert len(layers[0] & layers[1]) < 0.2 * len(layers[0])
+
+
+def test_no_whole_gradient_is_kept(base, tulu, tmp_path, monkeypatch):
+    """When a gradient is there, those before it are gone."""
+    alive = []
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    model = trainer.model
+    plain = torch.linalg.vector_norm
+
+    def norm(*args, **kwargs):
+        alive.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", norm)
+    names = [name for name, _ in model.named_parameters() if ".layers." in name]
+    gradient_squares(trainer, model, names, 2, 0)
+    assert alive == [1] * 2 * len(names)
+
+
+def test_streamed_rows_are_refused(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    for rows in (tulu.to_iterable_dataset(), None, Dataset.from_list([])):
+        trainer.train_dataset = rows
+        with pytest.raises(HFTError, match="no rows can be drawn"):
+            gradient_squares(trainer, trainer.model, NAMES, 2, 0)
+
+
+@pytest.mark.parametrize("hft", [GRADIENT, HFTConfig(strategy="element")], ids=lambda hft: hft.strategy)
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_backends_that_divide_parameters_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, hft, variable):
+    monkeypatch.setenv(variable, "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(
+        HFTError,
+        match=r"divides the whole parameters .*: train in one process or with DDP, or set hft\.(strategy|importance) to",
+    ):
+        check(None, hft)
+    check(None, HFTConfig(strategy="importance"))
+
+
+def test_fp16_is_refused_for_gradients(tmp_path):
+    class Args:
+        deepspeed_plugin = fsdp_plugin_args = parallelism_config = None
+        use_cpu = True
+        mixed_precision = "fp16"
+
+    with pytest.raises(HFTError, match="in fp16 small gradients become 0"):
+        check(Args(), GRADIENT)
+
+
+def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_path):
+    """DDP: the half by gradients is that of one process; frozen elements keep their bits."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "ddp_choices.py",
+    ]
+    result = subprocess.run(
+        [*command, str(base), str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "alone", GRADIENT).hft_selection
+    for process in (0, 1):
+        found = json.loads((tmp_path / f"{process}.json").read_text())
+        assert found == {"processes": 2, "importance": alone.digest}
+    before, after, selection = weights(base), weights(tmp_path / "element"), Selection.load(tmp_path / "element")
+    assert selection.masked
+    for name in selection.masked:
+        learns = selection.masks.draw(name, before[name].shape)
+        assert torch.equal(before[name][~learns], after[name][~learns])
+        assert (before[name] != after[name])[learns].any()

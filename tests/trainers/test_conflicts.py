@@ -1,0 +1,55 @@
+"""What would undo a half that is frozen is rejected before a model is loaded, naming the setting and the fix."""
+
+from pathlib import Path
+
+import pytest
+from conftest import one_line
+from training import sft_trainer
+from trl import SFTConfig
+
+from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
+from hft_trl.config import STORAGE as STORAGE_SETTINGS
+from hft_trl.recipe import parse_stage
+from hft_trl.trainers.compatibility import LAUNCH, STORAGE
+
+
+@pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_casts_the_model_is_rejected_with_hft_only(base, tulu, tmp_path, setting):
+    """With method fft it casts the model, as the parent does."""
+    with pytest.raises(HFTError, match=f"{setting} is true, which casts .* set it to false") as error:
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), **{setting: True})
+    one_line(error)
+    full = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft"), **{setting: True})
+    full.evaluate(full.train_dataset)
+    assert {str(p.dtype) for p in full.model.parameters()} == {
+        "torch.bfloat16" if "bf" in setting else "torch.float16"
+    }
+    full.save_model()
+    flags = [
+        "--model_name_or_path",
+        "demo",
+        "--dataset_name",
+        "demo",
+        "--output_dir",
+        str(tmp_path),
+        f"--{setting}",
+        "true",
+    ]
+    with pytest.raises(HFTError, match=setting):
+        parse_stage("sft", SFTConfig, flags)
+
+
+@pytest.mark.parametrize(("page", "conflicts"), [("memory", STORAGE), ("distributed", LAUNCH)])
+def test_the_tables_in_the_docs_are_the_table_that_is_applied(page, conflicts):
+    text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    documented = text.partition("| setting | not with | instead |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    remedies = [conflict.remedy.replace("{case.autocast}", "bf16 or fp16") for conflict in conflicts]
+    rows = [f"| `{c.setting}` | {c.beside} | {remedy} |" for c, remedy in zip(conflicts, remedies, strict=True)]
+    assert documented.splitlines() == rows
+
+
+def test_every_setting_of_the_table_exists():
+    ours = {f"hft.{name}" for name in vars(HFTConfig())}
+    named = {conflict.setting for conflict in (*STORAGE, *LAUNCH) if conflict.setting.startswith("hft.")}
+    assert named <= ours
+    assert {f"hft.{name}" for name in STORAGE_SETTINGS} - named == {"hft.share_reference"}  # others name it

@@ -1,0 +1,389 @@
+"""The trainers: only the chosen half learns, nothing else about TRL's trainers changes."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
+
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, select
+from hft_trl.chat import load_tokenizer
+from hft_trl.recipe.rows import sft_dataset
+
+
+def test_frozen_bits_equal_the_base_in_the_saved_file_and_every_trainable_matrix_moves(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(seed=3))
+    trainer.train()
+    trainer.save_model()
+    before, after, selection = weights(base), weights(tmp_path), Selection.load(tmp_path)
+    assert set(selection.trainable) | set(selection.frozen) == set(before) == set(after)
+    for name in selection.frozen:
+        assert before[name].numpy().tobytes() == after[name].numpy().tobytes()
+    for name in selection.trainable:
+        assert not torch.equal(before[name], after[name]), name
+
+
+def test_the_optimizer_holds_trainable_parameters_only(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    trainer.train()
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    named = dict(trainer.model.named_parameters())
+    assert held == {id(named[name]) for name in trainer.hft_selection.trainable}
+    assert all(named[name].grad is None for name in trainer.hft_selection.frozen)
+
+
+def test_hft_is_the_default_as_one_changed_line_says(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    assert trainer.hft_config == HFTConfig()
+    assert trainer.hft_selection.digest == select(trainer.model, HFTConfig()).digest
+    assert len(trainer.hft_selection.frozen) > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fft_is_bit_identical_to_trls_sft_trainer(base, tulu, tmp_path, checkpointing):
+    ours = sft_trainer(
+        HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(method="fft"), gradient_checkpointing=checkpointing
+    )
+    theirs = sft_trainer(SFTTrainer, base, tulu, tmp_path / "b", gradient_checkpointing=checkpointing)
+    for trainer in (ours, theirs):
+        trainer.train()
+        trainer.save_model()
+    assert losses(ours) == losses(theirs)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a | b)
+    assert ours.hft_selection.frozen == ()
+
+
+def test_fft_leaves_to_the_parent_what_hft_checks(base, ultrafeedback, tmp_path, caplog, monkeypatch):
+    """
+    A policy that was edited in memory, an optimizer of frozen parameters, a full evaluation:
+
+    no error, no word, the same bits.
+    """
+    monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
+    runs = []
+    for kind, name, hft in ((HFTDPOTrainer, "a", HFTConfig(method="fft")), (DPOTrainer, "b", None)):
+        policy = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            policy.model.layers[1].mlp.up_proj.weight.add_(0.1)
+        policy.lm_head.requires_grad_(False)
+        trainer = dpo_trainer(kind, policy, ultrafeedback, tmp_path / name, hft, eval_rows=8, bf16_full_eval=True)
+        trainer.create_optimizer()
+        trainer.train()
+        evaluated = trainer.evaluate()["eval_loss"]
+        state = [
+            (n, p.requires_grad, p.dtype) for m in (trainer.model, trainer.ref_model) for n, p in m.named_parameters()
+        ]
+        runs.append((losses(trainer), evaluated, state, [type(c) for c in trainer.callback_handler.callbacks]))
+        assert losses(trainer)[0] != pytest.approx(0.693147, abs=1e-5)
+    assert runs[0] == runs[1]
+    assert not [record for record in caplog.records if record.name.startswith("hft_trl") and "rows" not in record.name]
+
+
+def test_fft_is_bit_identical_to_trls_dpo_trainer(base, ultrafeedback, tmp_path):
+    ours = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "a", HFTConfig(method="fft"))
+    theirs = dpo_trainer(DPOTrainer, base, ultrafeedback, tmp_path / "b")
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert losses(ours) == losses(theirs)
+    a, b = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_trains_the_same_half_even_with_a_frozen_embedding(base, tulu, tmp_path, reentrant):
+    """Checkpointing, reentrant or not, changes memory and time only."""
+    hft = HFTConfig(train_embeddings=False)
+    plain = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", hft)
+    checkpointed = sft_trainer(
+        HFTSFTTrainer,
+        base,
+        tulu,
+        tmp_path / "b",
+        hft,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    for trainer in (plain, checkpointed):
+        trainer.train()
+        trainer.save_model()
+    assert losses(plain) == pytest.approx(losses(checkpointed), abs=1e-5)
+    before, a, b = weights(base), weights(tmp_path / "a"), weights(tmp_path / "b")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
+    assert torch.equal(before["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
+    assert all(not torch.equal(before[name], b[name]) for name in checkpointed.hft_selection.trainable)
+
+
+def test_a_fresh_half_follows_in_dpo_and_the_reference_is_frozen_and_the_start(base, tulu, ultrafeedback, tmp_path):
+    sft = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "sft", HFTConfig())
+    sft.train()
+    sft.save_model()
+    dpo = dpo_trainer(HFTDPOTrainer, tmp_path / "sft", ultrafeedback, tmp_path / "dpo", HFTConfig())
+    assert dpo.hft_selection.trainable != sft.hft_selection.trainable
+    assert not dpo.ref_model.training
+    assert not any(p.requires_grad for p in dpo.ref_model.parameters())
+    start = {name: p.clone() for name, p in dpo.ref_model.named_parameters()}
+    dpo.train()
+    assert losses(dpo)[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses(dpo)[-1] < losses(dpo)[0]
+    assert all(torch.equal(p, start[name]) for name, p in dpo.ref_model.named_parameters())
+    dpo.save_model()
+    before, after = weights(tmp_path / "sft"), weights(tmp_path / "dpo")
+    assert all(torch.equal(before[name], after[name]) for name in dpo.hft_selection.frozen)
+
+
+@pytest.mark.parametrize(("reselect", "same"), [("same", True), ("complement", False)])
+def test_reselect_relates_a_stage_to_the_selection_of_its_start_model(base, tulu, tmp_path, reselect, same):
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "1", HFTConfig())
+    first.save_model()
+    second = sft_trainer(HFTSFTTrainer, tmp_path / "1", tulu, tmp_path / "2", HFTConfig(reselect=reselect))
+    layers = {name for name in second.hft_selection.trainable if ".layers." in name}
+    expected = first.hft_selection.trainable if same else first.hft_selection.frozen
+    assert layers == {name for name in expected if ".layers." in name}
+
+
+def test_precomputed_reference_log_probs_train_like_a_live_reference(base, ultrafeedback, tmp_path):
+    live = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "a")
+    precomputed = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path / "b", precompute_ref_log_probs=True)
+    for trainer in (live, precomputed):
+        trainer.train()
+    assert losses(live) == pytest.approx(losses(precomputed), abs=1e-5)
+
+
+def test_the_mixin_gives_any_trl_trainer_a_half(base, ultrafeedback, tmp_path):
+    rows = [
+        {"prompt": row["chosen"][:-1], "completion": row[side][-1:], "label": side == "chosen"}
+        for row in ultrafeedback
+        for side in ("chosen", "rejected")
+    ]
+    trainer = HFTKTOTrainer(
+        model=str(base),
+        args=KTOConfig(str(tmp_path), **QUIET),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(str(base)),
+        hft_config=HFTConfig(ratio=0.3),
+    )
+    assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+    trainer.train()
+    trainer.save_model()
+    before, after = weights(base), weights(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in trainer.hft_selection.frozen)
+    assert any(not torch.equal(before[name], after[name]) for name in trainer.hft_selection.trainable)
+
+
+def test_a_frozen_half_that_moved_ends_in_an_error_and_is_not_saved(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    name = trainer.hft_selection.frozen[0]
+    with torch.no_grad():
+        trainer.model.get_parameter(name).view(-1)[0] += 1e-6
+    with pytest.raises(RuntimeError, match=name):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+    with pytest.raises(RuntimeError, match=name):
+        trainer.train()
+
+
+def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_error(base, tulu, tmp_path):
+    """Checkpoint wrappers and torch.compile rename parameters; the check must not pass for want of names."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    layers = trainer.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    trainer.check_frozen()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "_checkpoint_wrapped_module" in name and not parameter.requires_grad:
+                parameter.add_(1)
+    with pytest.raises(RuntimeError, match="moved"):
+        trainer.check_frozen()
+    del layers[0]
+    with pytest.raises(RuntimeError, match="not in the model any more"):
+        trainer.check_frozen()
+
+
+def test_a_dtype_that_rounds_the_start_model_is_refused(base, tulu, tmp_path):
+    """The frozen half can't keep bits that loading has rounded away; a wider type keeps every value."""
+    narrow = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    with pytest.raises(HFTError, match=r"dtype bfloat16 rounds .* which is F32"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **narrow)
+    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(method="fft"), **narrow)
+    half = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "half")
+    for settings in (narrow, {}):
+        trainer = sft_trainer(HFTSFTTrainer, tmp_path / "half", tulu, tmp_path / "c", HFTConfig(), **settings)
+        trainer.train()
+
+
+class OwnSFTTrainer(SFTTrainer):
+    """A user's subclass that hides its parent's signature."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class HFTOwnSFTTrainer(HFTMixin, OwnSFTTrainer):
+    pass
+
+
+def test_the_mixin_works_on_a_subclass_that_hides_its_signature(base, tulu, tmp_path):
+    sft_trainer(HFTOwnSFTTrainer, base, tulu, tmp_path, HFTConfig()).train()
+    with pytest.raises(HFTError, match="give an HFTConfig"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, {"ratio": 0.5})
+
+
+def test_weight_decay_and_8_bit_adam_leave_the_frozen_half_alone(base, tulu, tmp_path):
+    for number, settings in enumerate([{"weight_decay": 0.1}, {"optim": "adamw_bnb_8bit"}]):
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / str(number), HFTConfig(), **settings)
+        trainer.train()  # checks the frozen half itself
+        before = weights(base)
+        assert all(
+            torch.equal(before[name], trainer.model.get_parameter(name)) for name in trainer.hft_selection.frozen
+        )
+
+
+def test_the_selection_lies_in_every_checkpoint_and_the_final_model(base, tulu, tmp_path):
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2", tmp_path / "checkpoint-4"):
+        content = json.loads((folder / "hft_selection.json").read_text())
+        assert content["digest"] == trainer.hft_selection.digest
+        assert content["start_model"]["name_or_path"] == str(base)
+        assert len(content["start_model"]["weights_digest"]) == 64
+
+
+def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
+    whole.train()
+    whole.save_model()
+    resumed = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    resumed.save_model()
+    a, b = tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors"
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_ends_in_the_same_bits_wherever_it_starts(base, tulu, tmp_path, step):
+    """Also from the checkpoint of the last step, after which stock transformers would train one step more."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    whole = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings)
+    whole.train()
+    whole.save_model()
+    resumed = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "b", HFTConfig(), **settings)
+    resumed.train(resume_from_checkpoint=tmp_path / "a" / f"checkpoint-{step}")
+    resumed.save_model()
+    assert resumed.state.global_step == 4
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_finished_run_goes_on_when_more_epochs_are_asked_for(base, tulu, tmp_path):
+    settings = {"save_strategy": "epoch", "max_steps": -1}
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=1, **settings)
+    first.train()
+    more = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), num_train_epochs=2, **settings)
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 2 * first.state.global_step
+
+
+def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_difference(base, tulu, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), **settings)
+    first.train()
+    other = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(ratio=0.25, seed=1), **settings)
+    with pytest.raises(HFTError) as error:
+        other.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    with pytest.raises(HFTError, match="was trained with selection"):
+        other.train(resume_from_checkpoint=True)
+    message = str(error.value)
+    assert first.hft_selection.digest[:16] in message
+    assert other.hft_selection.digest[:16] in message
+    assert "ratio 0.5 there, 0.25 here" in message
+    assert "seed 42 there, 1 here" in message
+
+
+def test_resuming_from_another_start_model_is_refused(base, tulu, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings).train()
+    other = tmp_path / "other"
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    tiny_llama(len(AutoTokenizer.from_pretrained(base)), rms_norm_eps=1e-5).save_pretrained(other)
+    changed = {name: tensor + 0.01 for name, tensor in weights(other).items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    trainer = sft_trainer(ResumableSFTTrainer, other, tulu, tmp_path / "a", HFTConfig(), **settings)
+    with pytest.raises(HFTError, match="was started from"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_model_card_names_method_shares_digest_start_and_citation(base, tulu, tmp_path):
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(), save_strategy="steps", save_steps=4)
+    trainer.train()
+    card = (tmp_path / "README.md").read_text()
+    for words in (
+        "Half Fine-Tuning",
+        trainer.hft_selection.digest,
+        str(base),
+        "attention | 0.5000",
+        "2404.18466",
+        "- hft",
+    ):
+        assert words in card
+
+
+def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):
+    args = SFTConfig(str(tmp_path), **QUIET)
+    for extra in ({"peft_config": LoraConfig()}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}):
+        with pytest.raises(HFTError, match=next(iter(extra))):
+            ResumableSFTTrainer(model=str(base), args=args, train_dataset=tulu, hft_config=HFTConfig(), **extra)
+
+
+def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    common = {
+        "model": model,
+        "args": SFTConfig(str(tmp_path), **QUIET),
+        "train_dataset": sft_dataset(tulu, "tulu"),
+        "processing_class": load_tokenizer(str(base)),
+        "hft_config": HFTConfig(),
+    }
+    with pytest.raises(HFTError, match="optimizers holds"):
+        ResumableSFTTrainer(**common, optimizers=(everything, None))
+    chosen = set(select(model, HFTConfig()).trainable)
+    half = torch.optim.AdamW([p for name, p in model.named_parameters() if name in chosen], lr=1e-3)
+    ResumableSFTTrainer(**common, optimizers=(half, None)).train()
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(base, tulu, tmp_path, method):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method), **settings)
+    compute = trainer.compute_loss
+
+    def breaks_at_the_third_step(*args, **kwargs):
+        return compute(*args, **kwargs) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+
+    trainer.compute_loss = breaks_at_the_third_step
+    with pytest.raises(HFTError) as error:
+        trainer.train()
+    assert "loss is nan at step 3" in str(error.value)
+    assert str(tmp_path / "checkpoint-2") in str(error.value)
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_the_same_seed_gives_the_same_bits(base, tulu, tmp_path):
+    for folder in ("a", "b"):
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / folder, HFTConfig(seed=9))
+        trainer.train()
+        trainer.save_model()
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
