@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
-from hft_trl import reference as sharing
+from hft_trl import reference
 from hft_trl.chat import load_tokenizer
 from hft_trl.trainers.optimizer_in_backward import update_in_backward
 
@@ -221,7 +221,7 @@ class Run:
         own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
         sizes = {
             "weight": sum(p.nbytes for p in parameters),
-            "reference": sharing.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
+            "reference": reference.memory(trainer.accelerator.unwrap_model(model), own)[0] if own else 0,
             "trained": sum(p.nbytes for p in trained),
             "saved": saved,
             "gradient": sum(p.grad.nbytes for p in trained if p.grad is not None),
