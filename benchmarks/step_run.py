@@ -16,8 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
-from hft_trl import reference
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, reference, select
 from hft_trl.chat import load_tokenizer
 from hft_trl.trainers.optimizer_in_backward import update_in_backward
 

@@ -80,15 +80,7 @@ CHUNK = 1 << 18
 
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """
-    SHA-256 (hex) of a tensor's dtype, shape and bytes: equal exactly when the tensors are equal bit for bit.
-
-    Args:
-        tensor (`torch.Tensor`):
-            The tensor.
-        dtype (`torch.dtype`, *optional*):
-            Take the tensor as converted to this type.
-    """
+    """Return the SHA-256 (hex) of a tensor's dtype, shape and bytes, converted to `dtype` if it is given."""
     dtype = dtype if dtype is not None else tensor.dtype
     digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
     for piece in tensor.cpu().contiguous().reshape(-1).split(CHUNK):
@@ -97,16 +89,7 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """
-    Fingerprint named tensors one by one.
-
-    Args:
-        tensors (`Iterable[tuple[str, torch.Tensor]]`):
-            Names and tensors, such as `model.named_parameters()`. Under FSDP2 and ZeRO-3 every process has to call.
-
-    Returns:
-        `dict[str, str]`: SHA-256 in hex by name.
-    """
+    """Fingerprint named tensors one by one. Under FSDP2 and ZeRO-3 every process has to call."""
     # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s. Tensors are gathered in order,
     # since gathering is a collective operation, and no more of them at a time than are being hashed.
     digests: dict[str, str] = {}
@@ -128,19 +111,12 @@ def combined_digest(digests: dict[str, str]) -> str:
 
 def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     """
-    Where a saved model keeps its tensors.
+    Return the safetensors file of every tensor of a saved model: a folder, or a hub id in the local cache.
 
-    Args:
-        model (`str`):
-            A folder, or a hub id that is in the local cache already (nothing is downloaded).
-        revision (`str`, *optional*):
-            Branch, tag or commit of a hub id.
-
-    Returns:
-        `dict[str, Path]`: The safetensors file of every tensor, by tensor name.
+    Nothing is downloaded.
 
     Raises:
-        [`HFTError`]: If there is no whole set of safetensors files.
+        [`HFTError`]: If there is no complete set of safetensors files.
     """
     local = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     # In the order of `from_pretrained`: an index may be left over from shards that a single file has replaced.
@@ -219,16 +195,10 @@ def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
 
 def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
     """
-    Check that loading a model did not round its weights, so that a frozen parameter has the bits of the file's value.
+    Check that loading a model did not round its weights, given the types of the loaded parameters.
 
-    Args:
-        model (`str`):
-            Folder or cached hub id. What is no safetensors file, or names its tensors in another way, can't be
-            checked.
-        dtypes (`Mapping[str, torch.dtype]`):
-            The loaded parameters' types by name.
-        remedy (`str`, *optional*):
-            What the error tells the user to do, by default to load the model in float32.
+    A model without safetensors files, or with other names in them, cannot be checked. `remedy` is what the error tells
+    the user to do, by default to load the model in float32.
 
     Raises:
         [`HFTError`]: Naming the first parameter that was rounded.

@@ -27,14 +27,9 @@ FSDP1 = (
 
 def fsdp_version(args: TrainingArguments | None = None) -> int | None:
     """
-    The version of FSDP that the trainer will run under, known before there is an accelerator.
+    Return the version of FSDP that a trainer will run under, `None` without FSDP.
 
-    Args:
-        args ([`~transformers.TrainingArguments`], *optional*):
-            The trainer's arguments, which may ask for FSDP themselves.
-
-    Returns:
-        `int` or `None`: 1 (accelerate's own default) or 2, and `None` without FSDP.
+    It is known before an accelerator exists, from the trainer's arguments and the environment.
     """
     asked = args.fsdp_plugin_args if args is not None else None
     if asked is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
@@ -91,16 +86,10 @@ def saves_shards(accelerator: Accelerator) -> bool:
 
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:
     """
-    Shard a reference model with FSDP2 layer by layer, as accelerate shards the policy.
+    Shard a frozen reference with FSDP2 layer by layer, in place, as accelerate shards the policy.
 
-    TRL shards it as one piece, so that every forward gathers the whole model on every process. It leaves alone what is
-    sharded already.
-
-    Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The trainer's accelerator.
-        reference (`torch.nn.Module`):
-            The whole reference, frozen. It is changed in place.
+    TRL would shard it as one piece, so that every forward pass gathers the whole model on every process. TRL leaves a
+    model alone that is sharded already.
     """
     fsdp2_prepare_model(accelerator, reference)
     # accelerate keeps the head gathered for the backward pass, which a reference doesn't have.

@@ -30,19 +30,11 @@ CATEGORIES = ("attention", "feed_forward")
 
 class QuantizedLinear(nn.Module):
     """
-    The function of a frozen [`~torch.nn.Linear`], from bitsandbytes' int8 (a scale for each row) or NF4 (one for every
-    64 numbers).
+    A frozen [`~torch.nn.Linear`] in bitsandbytes' int8 (one scale per row) or NF4 (one per 64 numbers).
 
-    The matrix is made whole for the moment of each product, in the inputs' type (under autocast in autocast's), and
-    forgotten again: like a frozen `nn.Linear`, and unlike bitsandbytes' own layers, it keeps neither its inputs nor a
-    whole matrix for the backward pass. It is in no state dict, since what is to be saved is the start model's own
-    matrix.
-
-    Args:
-        linear ([`~torch.nn.Linear`]):
-            What it stands for. Its bias stays as it is.
-        kind (`str`):
-            `"int8"` or `"nf4"`.
+    The matrix is dequantised for each product, in the inputs' type (under autocast in autocast's), and dropped again.
+    Unlike bitsandbytes' own layers it keeps neither its inputs nor a whole matrix for the backward pass. It is in no
+    state dict, because the start model's own matrix is saved.
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:

@@ -32,29 +32,14 @@ def choose(
     scores: Mapping[Unit, float] | None = None,
 ) -> list[Unit]:
     """
-    Chooses the units in layers that learn.
+    Choose the units in layers that learn, sorted by layer and slot.
 
     The result depends on the arguments alone: not on the order of `units`, the machine, `PYTHONHASHSEED` or any global
-    random state.
-
-    Args:
-        units (`Iterable[Unit]`):
-            Units of a model. Those outside of the layers are passed over.
-        ratio (`float`):
-            Share of the parameters in layers that are to learn, in (0, 1].
-        strategy (`str`):
-            `"category"` meets the ratio in each category, `"layer"` takes whole layers at even distances, `"model"`
-            takes units at random whatever their category, `"importance"` takes of each category as many units of each
-            size as `"category"` does, those of the highest scores.
-        seed (`int`):
-            Seed of the generator.
-        learned (`Collection[int]`, *optional*):
-            Layers that learned in the stage before, which `"layer"` takes again only as far as the ratio needs them.
-        scores (`Mapping[Unit, float]`, *optional*):
-            For `"importance"`, the score of each unit in layers. The seed decides among equal ones.
-
-    Returns:
-        `list[Unit]`: The units that learn, by layer and slot.
+    random state. Units outside of the layers are ignored. `"category"` meets the ratio in each category, `"layer"`
+    takes whole layers at even distances, `"model"` takes units at random whatever their category, and `"importance"`
+    takes of each category as many units of each size as `"category"`, those with the highest `scores` (the seed
+    decides among equal ones). `learned` are the layers of the stage before, which `"layer"` avoids as far as the ratio
+    allows.
     """
     pool = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: (unit.layer, unit.slot))
     # The decimal that was written, not the binary number next to it: 0.3 of 10 is 3.

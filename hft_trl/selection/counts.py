@@ -75,22 +75,11 @@ def nearest_counts(
     blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, rng: random.Random
 ) -> list[list[int]]:
     """
-    Finds how many pieces of each kind to take.
+    Return how many pieces of each kind to take, a list for each block.
 
-    Args:
-        blocks (`Sequence[Block]`):
-            The pieces there are.
-        goal (`Fraction`):
-            What the sizes of the pieces that are taken should add up to.
-        tolerance (`Fraction`):
-            How far from the goal is near enough not to move counts away from their starts.
-        rng (`random.Random`):
-            Breaks ties.
-
-    Returns:
-        `list[list[int]]`: A count for each kind of each block. Their sum is the nearest to `goal` that the limits of
-        the blocks allow, with counts near their starts. Where sizes differ so much that their sums have too many bits,
-        the large ones are settled first and the small ones make up for what is left.
+    Their sum is the nearest to `goal` that the limits of the blocks allow, with counts near their starts. Within
+    `tolerance` of the goal no count is moved away from its start. `rng` breaks ties. Where sizes differ so much that
+    their sums have too many bits, the large pieces are settled first and the small ones compensate.
     """
     counts, settled = _solve(blocks, goal, tolerance, rng)
     if settled:

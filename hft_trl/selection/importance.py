@@ -23,22 +23,11 @@ def unit_scores(
     gradients: Callable[[list[str]], Squares] | None = None,
 ) -> dict[Unit, float]:
     """
-    Score the units in layers such that those of the highest scores are to learn.
+    Score the units in layers; those with the highest scores are to learn.
 
-    A unit's importance is the root mean square over its elements, so that units of different sizes compare.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, with its weights. Under ZeRO-3 every process has to call.
-        units (`Iterable[Unit]`):
-            Its units.
-        config ([`HFTConfig`]):
-            What importance is, and whether the most or the least important units are to learn.
-        gradients (`Callable[[list[str]], Squares]`, *optional*):
-            Gives the squares of the gradients by the parameters of these names.
-
-    Returns:
-        `dict[Unit, float]`: The importance, or less it where the least important are to learn.
+    The importance of a unit is the root mean square over its elements, so that units of different sizes compare. It is
+    negated where the least important units are to learn. `gradients` returns squared gradients by parameter name.
+    Under ZeRO-3 every process has to call.
 
     Raises:
         [`HFTError`]: If there are no weights, no gradients, or one of them is NaN or infinite.

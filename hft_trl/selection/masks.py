@@ -20,18 +20,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Masks:
     """
-    The elements that learn in parameters of which others stay frozen. The masks themselves are not kept but drawn
-    again.
+    The elements that learn in parameters that learn in part. Masks are drawn again rather than stored.
 
-    Args:
-        seed (`int`):
-            Seed of the draws. Each parameter has a generator of its own, by the seed and the parameter's name.
-        learning (`dict[str, int]`):
-            Number of elements that learn, by the parameter's name.
-        digests (`dict[str, str]`):
-            SHA-256 in hexadecimal of each drawn mask.
-        inverted (`bool`, *optional*, defaults to `False`):
-            Whether what was drawn is frozen and the rest learns.
+    Attributes:
+        seed (`int`): Seed of the draws. Each parameter has its own generator, by the seed and the parameter's name.
+        learning (`dict[str, int]`): Number of elements that learn, by parameter name.
+        digests (`dict[str, str]`): SHA-256 (hex) of each drawn mask.
+        inverted (`bool`): Whether the drawn elements are frozen and the others learn.
     """
 
     seed: int
@@ -41,19 +36,10 @@ class Masks:
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """
-        Draw the mask of a parameter.
-
-        Args:
-            name (`str`):
-                The parameter's name.
-            shape (`Sequence[int]`):
-                Its shape.
-
-        Returns:
-            `torch.Tensor`: `True` where an element learns, on the CPU.
+        Draw the mask of a parameter on the CPU: `True` where an element learns.
 
         Raises:
-            [`HFTError`]: If it is not the mask that was drawn at first.
+            [`HFTError`]: If it differs from the mask that was drawn at first.
         """
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
@@ -87,21 +73,8 @@ def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[st
     """
     Draw masks for the parameters of all units in layers.
 
-    Of each category `ratio` of the elements learn, rounded to one element, and of each parameter that many rounded
-    down or up (by the largest remainders).
-
-    Args:
-        units (`Iterable[Unit]`):
-            Units of a model. Those outside of the layers are passed over.
-        ratio (`float`):
-            Share of the elements that are to learn, in (0, 1].
-        seed (`int`):
-            Seed of the draws.
-        sizes (`Mapping[str, int]`):
-            Number of elements of each parameter.
-
-    Returns:
-        [`Masks`]: What learns of each parameter.
+    Of each category `ratio` of the elements learn, rounded to one element; of each parameter the same share, rounded
+    down or up by the largest remainders. `sizes` holds the number of elements of each parameter.
     """
     categories: dict[str, list[str]] = defaultdict(list)
     for unit in units:

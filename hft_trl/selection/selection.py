@@ -29,19 +29,17 @@ class Selection:
     The parameters of a model that learn in a stage, and those that keep their values.
 
     Attributes:
-        config ([`HFTConfig`]): The settings that it was drawn with.
+        config ([`HFTConfig`]): The settings of the draw.
         seed (`int`): The seed of the draw: `config.seed`, or one derived from it and the start model's selection.
         trainable (`tuple[str, ...]`): Sorted names of the parameters that learn.
         frozen (`tuple[str, ...]`): Sorted names of the parameters that could learn and do not. A parameter in neither
             (excluded, frozen by the model's class, in a tower for pictures or sound) is frozen too.
-        share (`dict[str, float]`): Share of the parameters that learn, in 0 to 1: of each category in the layers, of
-        all
-            layers (`"layers"`) and of all parameters that could learn (`"model"`).
+        share (`dict[str, float]`): Share that learns, in 0 to 1: of each category in the layers, of all layers
+            (`"layers"`) and of all parameters that could learn (`"model"`).
         start_model (`dict[str, str]`, *optional*): `{"name_or_path": ..., "weights_digest": ...}` of the stage's start
             model. It is not part of the digest.
-        masks ([`Masks`], *optional*): With strategy `"element"`, the elements that learn of the trainable parameters
-        in
-            layers. The other elements are frozen.
+        masks ([`Masks`], *optional*): With strategy `"element"`, which elements of the trainable parameters in layers
+            learn. The others are frozen.
     """
 
     config: HFTConfig

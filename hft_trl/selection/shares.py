@@ -18,18 +18,9 @@ def share_of(
     units: Iterable[Unit], trainable: Iterable[str], masked: Mapping[str, int] | None = None
 ) -> dict[str, float]:
     """
-    Shares of the parameters that learn, in 0 to 1.
+    Return the share of each category, of `"layers"` and of `"model"` that learns, in 0 to 1.
 
-    Args:
-        units (`Iterable[Unit]`):
-            The units of a model, as [`find_units`] gives them.
-        trainable (`Iterable[str]`):
-            Names of the parameters that learn.
-        masked (`Mapping[str, int]`, *optional*):
-            Number of elements that learn, by the names of the parameters of which not all do.
-
-    Returns:
-        `dict[str, float]`: The share of each category that the layers have, of `"layers"` and of `"model"`.
+    `masked` holds the number of elements that learn of parameters that learn in part.
     """
     learning = set(trainable)
     counts: dict[str, tuple[int, int]] = {}

@@ -24,22 +24,17 @@ _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?mo
 @dataclass(frozen=True)
 class Unit:
     """
-    What learns or stays frozen as one piece: a module's weight together with its bias.
+    The smallest piece that learns or stays frozen: a module's weight with its bias.
 
-    Args:
-        names (`tuple[str, ...]`):
-            Parameter names as `model.named_parameters()` gives them.
-        size (`int`):
-            Number of parameters.
-        category (`str`):
-            In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net, short convolution,
-            ...) or `"other"`; outside of the layers `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
-        layer (`int` or `None`):
-            Running number of the layer over all stacks of the model, `None` outside of the layers.
-        slot (`str`):
-            Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
-        tied (`bool`, *optional*, defaults to `False`):
-            Whether the unit is input embedding and output head at once.
+    Attributes:
+        names (`tuple[str, ...]`): Parameter names.
+        size (`int`): Number of parameters.
+        category (`str`): In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net,
+        short
+            convolution, ...) or `"other"`; outside `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
+        layer (`int`, *optional*): Number of the layer over all stacks of the model, `None` outside of the layers.
+        slot (`str`): Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
+        tied (`bool`): Whether the unit is both input embedding and output head.
     """
 
     names: tuple[str, ...]
@@ -52,27 +47,18 @@ class Unit:
 
 def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
     """
-    Finds the units of a decoder-only causal language model, in the order of `model.named_parameters()`.
+    Find the units of a decoder-only causal language model, in the order of its parameters.
 
-    A parameter is left out where it is frozen and the model's class itself creates it so (router correction biases,
-    sinusoidal positions), where it is not floating point, and where it belongs to a tower for pictures or sound. What
-    an earlier selection or the user's own code has frozen is still a unit: a copy of the class without memory, built
-    from `model.config`, tells the two apart.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The model, on any device, the meta device included. Nothing on it changes.
-        exclude (`Sequence[str]`, *optional*):
-            Regular expressions, searched in parameter names. What matches is left out too.
-        without (`Collection[str]`, *optional*):
-            Names of parameters that are left out too.
-
-    Returns:
-        `list[Unit]`: The units in layers and those outside of them.
+    A parameter is left out if the model's class creates it frozen (router correction biases, sinusoidal positions), if
+    it is not floating point, if it belongs to a tower for pictures or sound, if a regular expression of `exclude` is
+    found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
+    unit: a copy of the class on the meta device tells the two apart. The model may be on any device and is not
+    changed.
 
     Raises:
         [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
-            layers, or if a pattern of `exclude` matches nothing.
+        layers,
+            or if a pattern of `exclude` matches nothing.
     """
     from hft_trl.weights import named_modules, named_parameters
 

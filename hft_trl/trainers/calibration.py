@@ -23,29 +23,17 @@ logger = logging.get_logger(__name__)
 
 def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
     """
-    Square the gradients of the loss by some parameters, row by row.
+    Square the gradients of a trainer's loss, row by row, for the parameters named.
 
-    Each row is a batch of its own, in eval mode, so there is no dropout, and how training divides its batches does not
-    matter. A gradient is squared and dropped as soon as it is there, so that never more than a few are in memory. The
-    trainer, the model and every random state are left as they were.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer, before training. Its reference, if it has one, is the policy.
-        model ([`~transformers.PreTrainedModel`]):
-            Its model, whole in every process. Every process has to call, and computes the same.
-        names (`list[str]`):
-            Names of the parameters.
-        samples (`int`):
-            Number of rows, drawn at random from `train_dataset`; all of them if there are fewer.
-        seed (`int`):
-            Seed of their draw.
+    Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. A gradient is dropped
+    as soon as it is squared. The trainer, the model and every random state are left as they were. The model is whole
+    in every process, and every process has to call.
 
     Returns:
-        `Squares`: For each parameter the sum over its elements of the squared gradient, mean over the rows.
+        `Squares`: By parameter the sum over its elements of the squared gradient, mean over at most `samples` rows.
 
     Raises:
-        [`HFTError`]: If there are no rows that can be drawn from.
+        [`HFTError`]: If no rows can be drawn.
     """
     rows = drawn_rows(trainer, samples, seed)
     squares = dict.fromkeys(names, 0.0)

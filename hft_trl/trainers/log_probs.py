@@ -15,17 +15,10 @@ from hft_trl.weights import combined_digest, fingerprint, fingerprints, full, na
 
 def digest(model: torch.nn.Module) -> str:
     """
-    A name for what a model computes, from all of its parameters. Every process has to ask for it.
+    Return a digest of all parameters of a model, whole or sharded. Every process has to call.
 
-    TRL names its cache of log-probs after the bytes of the model's state dict, which is empty under ZeRO-3: so
-    log-probs of a model that was trained again into the same folder would be taken for the new one's.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, whole, sharded or partitioned.
-
-    Returns:
-        `str`: SHA-256 in hex.
+    TRL names its cache of log-probs after the bytes of the state dict, which is empty under ZeRO-3: log-probs of a
+    model that was trained again into the same folder would be reused.
     """
     return combined_digest(fingerprints(named_parameters(model)))
 
@@ -47,21 +40,12 @@ def make_hashable(reference: torch.nn.Module) -> None:
 
 def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
     """
-    A data set whose file every process sees, so that what one of them caches beside it is there for the others.
+    Return a data set whose file every process sees, so that all find what one of them caches beside it.
 
-    A data set in memory, or in a cache on the disk of one machine, is written to a folder that all machines share.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            The data set, the same in every process.
-        folder (`Path`):
-            Where to write it if it has to be, on a file system that all processes share.
-
-    Returns:
-        [`~datasets.Dataset`]: The same rows.
+    A data set in memory, or in a cache on the disk of one machine, is written to a folder that all processes share.
 
     Raises:
-        [`HFTError`]: If there are several processes and datasets' caching is off, or they don't share the folder.
+        [`HFTError`]: If there are several processes and datasets' caching is off, or they do not share the folder.
     """
     state = PartialState()
     if state.num_processes == 1 or not isinstance(dataset, Dataset):

@@ -17,15 +17,7 @@ CITATION = """\
 
 
 def add_section(path: Path, selection: Selection) -> None:
-    """
-    Add to a model card which half of the model learned, and how to cite the method.
-
-    Args:
-        path (`Path`):
-            The card, as TRL has written it. It is changed in place.
-        selection ([`Selection`]):
-            What learned.
-    """
+    """Add to TRL's model card, in place, which half of the model learned and how to cite the method."""
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or []), "hft"})
     card.text += _section(selection)
