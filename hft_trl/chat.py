@@ -23,7 +23,7 @@ def tulu_template(bos: bool = False) -> str:
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer starts plain text with its BOS token, as Llama's does, unlike Qwen's."""
+    """Whether a tokenizer starts plain text with its BOS token, as Llama's does, unlike Qwen's."""
     return tokenizer.bos_token_id is not None and tokenizer("text")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -33,21 +33,13 @@ def load_tokenizer(
     """
     Load a tokenizer that has a chat template.
 
-    Args:
-        model (`str`):
-            Folder or hub id of the model.
-        template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, and Tülu's if it has none. Tülu's
-            writes the beginning-of-sequence token where the tokenizer puts one before plain text.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may run.
+    `template` is `"tulu"` or a `.jinja` file, by default the tokenizer's own, and Tülu's if it has none. Tülu's
+    template writes the BOS token if the tokenizer puts one before plain text.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         bos = begins_with_bos(tokenizer)
-    except Exception as error:  # the tokenizers library raises plain exceptions for damaged files
+    except Exception as error:  # the tokenizers library raises plain `Exception` for damaged files
         remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
         raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
     if template is not None and template != "tulu":
@@ -72,7 +64,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
             add_generation_prompt=True,
             return_dict=False,
         )
-    except Exception as error:  # a template is a program, which can fail in any way
+    except Exception as error:  # a template can raise any exception
         raise HFTError(
             f"the chat template of {tokenizer.name_or_path!r} rejects a prompt ({first_line(error)}): set "
             "chat_template to another one, such as 'tulu'."
@@ -80,11 +72,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Check that the loss can be restricted to the assistant's tokens.
-
-    The chat template needs generation markers, or a version with markers that TRL knows.
-    """
+    """Reject a template without generation markers, unless TRL knows a version with markers."""
     if has_generation_markers(tokenizer.chat_template):
         return
     try:
@@ -98,10 +86,9 @@ def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:
     """
-    Check that a model has an embedding for every token of tokenized rows and for the special tokens.
+    Reject rows and special tokens for which the model has no embedding. `model` is for the error.
 
-    A tokenizer may have more tokens than its model, which are never used (Gemma 3 1B has one for images). `model` is
-    the name in the error.
+    A tokenizer may have more tokens than its model if they are never used (Gemma 3 1B has one for images).
     """
     rows = config.get_text_config().vocab_size
     if max(tokenizer.get_vocab().values()) < rows:
@@ -132,7 +119,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own settings, which `generate` mixes in (such as a repetition penalty)."""
+    """Replace the model's own settings, such as a repetition penalty, which `generate` merges."""
     own = model.generation_config
     model.generation_config = settings
     try:
@@ -163,17 +150,17 @@ def complete(
     progress: bool = False,
 ) -> list[str]:
     """
-    Generate greedy continuations of rows of token ids, without special tokens and outer white space.
+    Generate greedy continuations of rows of token ids, as text without special tokens, stripped.
 
-    Of the model's generation config only the end-of-sequence tokens count. The tokenizer needs a padding token. A row
-    that leaves no position for a continuation raises an [`HFTError`]. `progress` shows a bar on standard error.
+    Only end-of-sequence tokens of the model's generation config are used. The tokenizer needs a padding token. A row
+    that fills all positions raises an [`HFTError`]. `progress` shows a bar on standard error.
     """
     positions, longest = most_tokens(model), max(map(len, rows), default=0)
     if positions is not None and longest >= positions:
         raise HFTError(f"a prompt has {longest} tokens, and the model {positions} positions: remove that prompt.")
-    # Rows of similar length in one batch need little padding
+    # Batches of similar lengths need little padding
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    # Some models end a turn with another token than a text, which only their generation config names
+    # Some models end a turn with a token that only their generation config names
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     settings = GenerationConfig(

@@ -1,4 +1,4 @@
-"""What a run ran on: versions of the libraries, and the machine."""
+"""Versions of the libraries, and the machine of a run."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,12 +8,7 @@ PACKAGES = ("hft_trl", "torch", "transformers", "trl", "accelerate", "datasets")
 
 
 def environment() -> dict[str, Any]:
-    """
-    Versions of the libraries and what the run ran on.
-
-    Returns:
-        `dict[str, Any]`: A version for each package, and `python`, `platform`, `device`.
-    """
+    """Return the version of each package, and `python`, `platform` and `device`."""
     import torch
 
     if torch.cuda.is_available():
@@ -31,16 +26,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str:
-    """
-    Version of an installed package, without importing it.
-
-    Args:
-        name (`str`):
-            Name of the distribution.
-
-    Returns:
-        `str`: The version, or `"unknown"` for a package that runs without being installed.
-    """
+    """Return an installed package's version without importing it, or `"unknown"`."""
     try:
         return version(name)
     except PackageNotFoundError:

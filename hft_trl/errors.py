@@ -1,4 +1,4 @@
-"""How a program ends early: at a mistake that the user can mend, and at a SIGTERM."""
+"""How a program ends early: after a mistake of the user, or after a signal."""
 
 import ctypes
 import os
@@ -13,29 +13,23 @@ from typing import NoReturn
 
 from jinja2 import TemplateError
 
-STOPPED = 128 + signal.SIGTERM  # 143, what a shell also reports of a process that SIGTERM ended outright
-INTERRUPTED = 128 + signal.SIGINT  # 130, likewise
-LATER = 10  # seconds, in which the launcher ends the other processes of a run whose first one has failed
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+STOPPED = 128 + signal.SIGTERM  # 143, as shells report after a SIGTERM
+INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report after Ctrl-C
+LATER = 10  # seconds for the launcher to end the other processes after the first one failed
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 
 
 class HFTError(ValueError):
     """
-    A mistake in what the user asked for: a setting, a data set, a model or a folder.
+    Raised for a mistake of the user in a setting, a data set, a model or a folder.
 
-    The message is one line that names the thing, the value that was seen and the way to mend it. Recipes and the
-    command line print it without a traceback and exit with code 2.
+    The message is one line with the name, the value and the fix. Recipes and the command line print it without a
+    traceback and exit with code 2.
     """
 
 
 class Stopped(SystemExit):
-    """
-    The process was asked to end (SIGTERM) and has saved what it could. Left alone it ends the program with code 143.
-
-    Args:
-        message (`str`, *optional*, defaults to `""`):
-            One line on what was saved and how to go on; empty in processes that have nothing to say.
-    """
+    """Exit with code 143 after a SIGTERM. `message` says what is saved, empty in silent processes."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(STOPPED)
@@ -45,18 +39,18 @@ class Stopped(SystemExit):
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """
-    Turn an [`HFTError`] into one line on the standard error stream and exit code 2, without a traceback.
+    Turn an [`HFTError`] into one line on standard error and exit code 2, without a traceback.
 
-    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Of several processes the first one speaks
-    for all. While a trainer trains with `enable_jit_checkpoint`, it saves a checkpoint at a SIGTERM first.
+    A SIGTERM becomes one line and exit code 143, Ctrl-C one line and 130. Only the first process prints. A trainer
+    with `enable_jit_checkpoint` saves a checkpoint first at a SIGTERM.
     """
-    main = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+    main = threading.current_thread() is threading.main_thread()  # only this thread may handle signals
     before = signal.signal(signal.SIGTERM, _stop) if main else None
     _end_with_launcher()
     try:
         yield
     except HFTError as error:
-        if os.environ.get("RANK", "0") != "0":  # what all processes say, the first says at once, which ends the others
+        if os.environ.get("RANK", "0") != "0":  # the first process prints and ends the others meanwhile
             time.sleep(LATER)
         from hft_trl.redact import redact_text
 
@@ -78,7 +72,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _end_with_launcher() -> None:
-    """`accelerate launch` of one process ends at a SIGTERM without passing it on, so the kernel is asked to."""
+    """Ask Linux for a SIGTERM when the parent ends: `accelerate launch` does not forward its own."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -88,18 +82,18 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped("SIGTERM came outside of training; the same command goes on from what is saved." if first else "")
 
 
-# What libraries raise where a setting, a template or a file is wrong
+# What libraries raise for a wrong setting, template or file
 MISTAKES = (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError, TemplateError)
 
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
     """
-    Turn a library's refusal into an [`HFTError`]. Put it around calls whose arguments are the user's settings.
+    Turn a library's error into an [`HFTError`]. Use it for calls with the user's settings.
 
     Args:
         what (`str`):
-            What was set up, for the message.
+            What is set up, for the message.
     """
     try:
         yield
@@ -110,10 +104,10 @@ def as_user_error(what: str) -> Iterator[None]:
 
 
 def explained(error: BaseException) -> str:
-    """The whole of a library's error message on one line, without a full stop at its end."""
+    """Return a library's complete error message on one line, without a full stop."""
     return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error message, for an [`HFTError`] that quotes it."""
+    """Return the first line of a library's error message, for an [`HFTError`] that quotes it."""
     return str(error).strip().partition("\n")[0]

@@ -1,8 +1,4 @@
-"""
-What several processes have to agree on:
-
-whether they see the same files, and whether what one of them does went well.
-"""
+"""Agreement between processes: whether they see the same files and whether work succeeded."""
 
 import os
 import tempfile
@@ -20,21 +16,19 @@ Result = TypeVar("Result")
 
 
 def speaks() -> bool:
-    """Whether this process is the first, which warns for all. A `PartialState` would decide on devices."""
+    """Whether this process is the first, which warns for all. A `PartialState` would choose devices."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def all_see(file: Path | None) -> bool:
     """
-    Whether all processes mean the same file, on the same disk. Every process has to ask.
+    Whether all processes see the same file, on the same disk. All of them have to call it.
 
-    Args:
-        file (`Path`, *optional*):
-            The file, or a folder, which the first process can write beside. `None` where there is none.
+    The first process has to be able to write next to the file.
     """
     if len(set(gather_object([str(file)]))) > 1 or file is None:
         return False
-    # Two machines may have files of one name, so a new one tells
+    # Machines may have different files of one name, so a new file decides
     state, mark = PartialState(), [None]
     if state.is_main_process:
         with suppress(OSError):
@@ -48,17 +42,9 @@ def all_see(file: Path | None) -> bool:
 
 def by_first_process(work: Callable[[], Result]) -> Result | None:
     """
-    Do something in the first process. Every process has to call, and none goes on before it is done.
+    Run `work` in the first process while all wait. All of them have to call it.
 
-    Args:
-        work (`Callable`):
-            What to do, without arguments.
-
-    Returns:
-        What `work` returned, in the first process; the others get `None`.
-
-    Raises:
-        [`HFTError`]: In every process what it was in the first, so that none waits for one that has ended.
+    The first process gets the result, the others `None`. An [`HFTError`] is raised in all processes.
     """
     problem: list[str | None] = [None]
     found = None

@@ -1,4 +1,4 @@
-"""Secrets kept out of everything that is written or printed, by the name of a setting and by the form of its value."""
+"""Removal of secrets from everything that is written or printed, by setting names and value forms."""
 
 import re
 from itertools import pairwise
@@ -6,28 +6,21 @@ from typing import Any
 
 HIDDEN = "***"
 WORDS = {"token", "key", "secret", "password", "passwd", "apikey", "credential", "credentials"}
-# Names with such a word that hold no secret: a tokenizer's special tokens, and the keys of attention.
+# Exceptions: special tokens of a tokenizer, and keys of attention
 PUBLIC = re.compile(
     r"(.*_)?(eos|bos|pad|padding|unk|sep|cls|mask|image|video|audio|end|stop|special)_token(_ids?)?|.*key_value.*"
 )
 HUB_TOKEN = r"\bhf_(?:oauth_)?(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{8,}(?![A-Za-z0-9_])"
 IN_URL = r"(?<=://)[^\s/@?#'\"]+(?=@)"
 FORMS = re.compile(f"{HUB_TOKEN}|{IN_URL}")
-# In a text: --a.name value, name=value, and 'name': 'value' as Python and JSON write it.
+# In a text: --a.name value, name=value, and 'name': 'value' as in Python and JSON
 FLAG = re.compile(r"(?P<start>--(?P<name>[\w.-]+)(?:=|\s+))(?P<value>'[^']*'|\"[^\"]*\"|(?!--)[^\s'\"]+)")
 ASSIGNED = re.compile(r"(?P<start>(?<![\w.-])(?P<name>[A-Za-z_][\w.-]*)=)(?P<value>'[^']*'|\"[^\"]*\"|[^\s'\",;)]+)")
 QUOTED = re.compile(r"(?P<start>(['\"])(?P<name>[\w.-]+)\2\s*:\s*(?P<quote>['\"]))(?P<value>.+?)(?=(?P=quote))")
 
 
 def is_secret(name: str) -> bool:
-    """
-    Whether a setting of this name holds a secret: one of its words is `token`, `key`, `secret`, `password` or the
-    like.
-
-    Args:
-        name (`str`):
-            The name of a key or flag, such as `"sft.hub_token"`, `"--hub-token"` or `"HF_TOKEN"`.
-    """
+    """Whether a setting, flag or variable name has a word such as `token`, `key` or `password`."""
     name = name.rpartition(".")[2].lstrip("-")
     words = {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
     return bool(words & WORDS) and PUBLIC.fullmatch(name.lower().replace("-", "_")) is None
@@ -35,11 +28,9 @@ def is_secret(name: str) -> bool:
 
 def redact(value: Any) -> Any:
     """
-    A copy of settings or of a command line in which every secret is `"***"`.
+    Return a copy of settings (plain JSON) or of a command line with `"***"` for every secret.
 
-    Args:
-        value (`Any`):
-            Plain JSON. A list of strings is read as a command line too, where a flag's value is the next word.
+    A list of strings is also read as a command line, in which the word after a flag is its value.
     """
     if isinstance(value, dict):
         return {
@@ -58,7 +49,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A text, such as an error's message, in which every secret is `"***"`."""
+    """Return a text, such as an error message, with `"***"` for every secret."""
     for pattern in (FLAG, ASSIGNED, QUOTED):
         text = pattern.sub(_hide_value, text)
     return FORMS.sub(HIDDEN, text)
@@ -69,5 +60,5 @@ def _hide_value(match: re.Match[str]) -> str:
 
 
 def _tells(value: Any) -> bool:
-    """A switch, such as `token: true`, tells nothing."""
+    """Whether a value can be a secret. Switches, such as `token: true`, cannot."""
     return value is not None and value != "" and not isinstance(value, bool)

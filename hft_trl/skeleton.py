@@ -1,4 +1,4 @@
-"""A model's structure without its weights: built on the meta device from its config alone."""
+"""A model's structure without weights, built on the meta device from its config alone."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ SHAPES = Path(__file__).parent / "shapes"
 
 
 def built_in() -> list[str]:
-    """Hub ids of the models in `SHAPES`, sorted."""
+    """Return the hub ids of the models in `SHAPES`, sorted."""
     return sorted(str(path.parent.relative_to(SHAPES)) for path in SHAPES.glob("*/*/config.json"))
 
 
 def shape_of(model: str) -> str:
-    """The folder of a built-in shape or of `demo`, else the folder or hub id itself."""
+    """Return the folder of a built-in shape or of `demo`, else the folder or hub id itself."""
     if model in built_in() and not Path(model).is_dir():
         return str(SHAPES / model)
     return demo.model_path(model)
@@ -27,32 +27,21 @@ def shape_of(model: str) -> str:
 
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """
-    Build a causal LM on the meta device. Of the folder or hub repository only the config is read.
+    Build a causal LM on the meta device, without reading weights. Other models are rejected.
 
-    Args:
-        model (`str`):
-            Folder or hub id.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the model's repository may run.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: A model whose parameters have names and shapes, and no storage.
-
-    Raises:
-        [`HFTError`]: If there is no such model, or it is no causal LM, or it is quantised.
+    `revision` is a branch, tag or commit on the hub. A model that is missing, quantised or no causal LM raises an
+    [`HFTError`].
     """
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         fits = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__] if known else []
         own_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
-        # What will be loaded is the class that the config names, not the causal LM that its type could have.
+        # The class that the config names is loaded, even if its type has a causal LM
         wrong = [name for name in config.architectures or [] if name not in fits and not name.endswith("ForCausalLM")]
         quantised = config.to_dict().get("quantization_config")
         method = quantised.get("quant_method", "unknown") if quantised else None
-    except Exception as error:  # whatever a config's own class finds wrong with its values
+    except Exception as error:  # config classes raise many types
         if "trust_remote_code" in str(error):
             raise HFTError(f"model {model!r} brings code of its own: set trust_remote_code to let it run.") from error
         raise HFTError(f"model {model!r} has no readable config: {first_line(error)}") from error
@@ -64,5 +53,5 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
     try:
         with torch.device("meta"), whole_models():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model's constructor finds wrong with the config, or a package it needs
+    except Exception as error:  # constructors raise many types, for a wrong config or a missing package
         raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error

@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or refused, and a run that resumes from them in the same bits."""
+"""Checkpoints that are complete or rejected, and runs that resume from them bit for bit."""

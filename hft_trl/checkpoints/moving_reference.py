@@ -1,4 +1,4 @@
-"""What moves beside the policy while it is trained, and so has to be in a checkpoint too: a reference that follows it."""
+"""Checkpoints of a reference model that follows the policy (`sync_ref_model`)."""
 
 from pathlib import Path
 
@@ -15,36 +15,19 @@ REFERENCE_FILE = "reference.safetensors"
 
 
 def check(args: TrainingArguments) -> None:
-    """
-    Reject a reference that moves where no checkpoint can hold it.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The trainer's arguments.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
+    """Reject a moving reference if it is sharded, because no checkpoint can hold it then."""
     if not vars(args).get("sync_ref_model") or args.save_strategy == "no":
         return
     sharded = sharded_by(args)
     if sharded:
         raise HFTError(
-            f"sync_ref_model is true, which moves the reference, and under {sharded} no checkpoint holds it, so a run that was "
-            "stopped could not resume: set save_strategy to 'no', or train in one process or with DDP."
+            f"sync_ref_model is true, which moves the reference, and under {sharded} no checkpoint holds it, so a run "
+            "that was stopped could not resume: set save_strategy to 'no', or train in one process or with DDP."
         )
 
 
 def save(trainer: Trainer, checkpoint: Path) -> None:
-    """
-    Write a reference that moves into a checkpoint, where one process holds all of it.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer.
-        checkpoint (`Path`):
-            The folder, which need not exist yet.
-    """
+    """Save a moving reference to a checkpoint, if one process holds all of it."""
     reference = _reference(trainer)
     if reference is None or not trainer.args.should_save or sharded_by(trainer.args):
         return
@@ -55,29 +38,22 @@ def save(trainer: Trainer, checkpoint: Path) -> None:
 
 def load(trainer: Trainer, checkpoint: str | Path) -> None:
     """
-    Bring the reference to where it was at a checkpoint. Every process has to call.
+    Load a moving reference from a checkpoint. All processes have to call it.
 
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer that resumes.
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder.
-
-    Raises:
-        [`HFTError`]: If the checkpoint does not hold it, or a callback of TRL's keeps what no checkpoint holds.
+    A checkpoint without the reference is rejected, and so is `BEMACallback`, whose average no checkpoint holds.
     """
     if any(isinstance(callback, BEMACallback) for callback in trainer.callback_handler.callbacks):
         raise HFTError(
-            f"BEMACallback averages weights over all of training, and {checkpoint} does not hold the average, so it would start "
-            "again: train without resume_from_checkpoint, or without BEMACallback."
+            f"BEMACallback averages weights over all of training, and {checkpoint} does not hold the average, so it "
+            "would start again: train without resume_from_checkpoint, or without BEMACallback."
         )
     reference, file = _reference(trainer), Path(checkpoint) / REFERENCE_FILE
     if reference is None:
         return
     if not file.is_file():
         raise HFTError(
-            f"sync_ref_model is true, which moves the reference, but {checkpoint} has no {REFERENCE_FILE}, so it would start again "
-            "as the start model: train into another output_dir, or set sync_ref_model to false."
+            f"sync_ref_model is true, which moves the reference, but {checkpoint} has no {REFERENCE_FILE}, so it "
+            "would start again as the start model: train into another output_dir, or set sync_ref_model to false."
         )
     tensors = load_file(file)
     with torch.no_grad():
@@ -86,6 +62,6 @@ def load(trainer: Trainer, checkpoint: str | Path) -> None:
 
 
 def _reference(trainer: Trainer) -> torch.nn.Module | None:
-    """The reference without wrappers if it moves."""
+    """Return the unwrapped reference if it moves, else `None`."""
     own = vars(trainer).get("ref_model") if vars(trainer.args).get("sync_ref_model") else None
     return trainer.accelerator.unwrap_model(own) if own is not None else None

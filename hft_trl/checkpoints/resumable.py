@@ -1,4 +1,4 @@
-"""What a trainer needs so that it can be killed, stopped and resumed, and ends in the same bytes."""
+"""Exact resume for any trainer, after it was stopped or killed."""
 
 import os
 from contextlib import nullcontext
@@ -17,12 +17,14 @@ from hft_trl.errors import HFTError
 
 class ResumableMixin:
     """
-    Gives any [`~transformers.Trainer`] exact resume. Put it before the trainer: `class MyTrainer(ResumableMixin, SFTTrainer): ...`.
+    Add exact resume to any [`~transformers.Trainer`].
 
-    Checkpoints are complete or rejected, whatever moment the process is killed at. With `enable_jit_checkpoint` a SIGTERM ends
-    training after the current step with a checkpoint, and a loss that is NaN or infinite ends it before the optimizer can
-    spread it. A resumed run ends in the bytes of a run without a stop. A reference that moves (`sync_ref_model`) is in the
-    checkpoints. HFT does not need it, and it does not need HFT.
+    Put it before the trainer: `class MyTrainer(ResumableMixin, SFTTrainer): ...`.
+
+    A resumed run ends in the same bits as an uninterrupted run. Checkpoints are complete or rejected, even if the
+    process is killed while saving. With `enable_jit_checkpoint`, a SIGTERM ends training with a checkpoint after the
+    current step. A NaN or infinite loss ends training before the optimizer uses it. Checkpoints include a moving
+    reference (`sync_ref_model`). The mixin and HFT do not need each other.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,15 +34,15 @@ class ResumableMixin:
     def train(
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train as the parent does. A checkpoint that is incomplete or does not fit this run is rejected."""
+        """Train as the parent does. Incomplete or unsuitable checkpoints are rejected."""
         moving_reference.check(self.args)
         load = nullcontext()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
             if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
                 raise HFTError(
-                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume from: train without "
-                    "resume_from_checkpoint."
+                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume from: train "
+                    "without resume_from_checkpoint."
                 )
         if resume_from_checkpoint and resume_from_checkpoint is not True:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
@@ -58,11 +60,11 @@ class ResumableMixin:
                 self._preemption.put_away()
 
     def _check_same_training(self, checkpoint: str) -> None:
-        """Reject a complete checkpoint of a training that this trainer cannot continue. For classes that know of such."""
+        """Reject a complete checkpoint of another training. Subclasses override this."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train an epoch as the parent does, but no step more than there are: it always takes one before it looks."""
-        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
+        """Train an epoch, but skip the step that the parent takes even if none remains."""
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -70,20 +72,20 @@ class ResumableMixin:
             self._preemption.leave()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save as the parent does; then seal the checkpoint, and only then rotate older ones away."""
+        """Save as the parent does, then seal the checkpoint, then rotate older ones."""
         run = Path(self._get_output_dir(trial=trial))
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with sealing(self, checkpoint):
-            moving_reference.save(self, checkpoint)  # before the parent's, which uploads it
+            moving_reference.save(self, checkpoint)  # before the parent uploads the checkpoint
             super()._save_checkpoint(model, trial)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step. A loss that is NaN or infinite is an error before the optimizer can spread it."""
+        """Run the parent's step, and reject a NaN or infinite loss before it is used."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             checkpoint = last_finite_checkpoint(self.args.output_dir)
             raise HFTError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check the "
-                f"data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check "
+                f"the data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
             )
         return loss

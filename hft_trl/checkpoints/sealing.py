@@ -1,6 +1,4 @@
-"""
-The manifest of a checkpoint, written when everything else is on the disk: what belongs to it, and what it was made under.
-"""
+"""The manifest of a checkpoint: its files and its layout, written after all other files are on disk."""
 
 import re
 import shutil
@@ -24,13 +22,13 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "hft_checkpoint.json"
-UNSEALED_FILE = "_unsealed"  # marks a checkpoint that is being saved; what begins with a line is not uploaded
+MARK_FILE = "_resumable"  # says that a manifest belongs to it; what begins with a line is not uploaded
 VERSION = 1
 REPLICATED = "one process or DDP"
 
 
 def backend_of(state: AcceleratorState) -> str:
-    """What writes and reads a run's checkpoints, in words. Runs with the same words can read each other's."""
+    """Return the backend's name. Runs with the same name can read each other's checkpoints."""
     if state.distributed_type == DistributedType.FSDP:
         return f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
     if state.distributed_type == DistributedType.DEEPSPEED:
@@ -39,7 +37,7 @@ def backend_of(state: AcceleratorState) -> str:
 
 
 def layout(trainer: "Trainer") -> dict[str, Any]:
-    """What a trainer's checkpoints depend on beside their settings: backend, number of processes, global batch size."""
+    """Return what checkpoints depend on: backend, number of processes and global batch size."""
     return {
         "backend": backend_of(trainer.accelerator.state),
         "processes": trainer.accelerator.num_processes,
@@ -50,17 +48,10 @@ def layout(trainer: "Trainer") -> dict[str, Any]:
 @contextmanager
 def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
     """
-    Put it around a trainer's own saving of a checkpoint: nothing old is mixed into it, its manifest is written when all
-    processes have written all files, and only then older checkpoints are rotated away.
+    Seal the checkpoint that is saved in this context. All processes have to enter it.
 
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer. Every process has to call.
-        checkpoint (`Path`):
-            The folder that it is about to write.
-
-    Raises:
-        [`HFTError`]: If the disk is full or read-only. Earlier checkpoints are then as they were.
+    An old checkpoint of the same name is moved away first. The manifest is written after all files of all processes,
+    and older checkpoints are rotated after that. Disk errors are [`HFTError`]s and leave earlier checkpoints intact.
     """
     args, run = trainer.args, checkpoint.parent
     replaced = None
@@ -71,10 +62,10 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
     if args.should_save:
         with writing(checkpoint):
             checkpoint.mkdir(parents=True, exist_ok=True)
-            (checkpoint / UNSEALED_FILE).touch()
+            (checkpoint / MARK_FILE).write_text(f"{MANIFEST_FILE} is written last.\n", encoding="utf-8")
             sync(checkpoint)
-    trainer.accelerator.wait_for_everyone()  # the others must not write into the folder while it is being moved
-    limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files are there
+    trainer.accelerator.wait_for_everyone()  # no process may write into the folder while it is moved
+    limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files exist
     try:
         with writing(checkpoint):
             yield
@@ -89,13 +80,12 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
             shutil.rmtree(replaced)
         for other in sort_checkpoints(str(run)):
             if incomplete_because(other) is not None:
-                set_aside(Path(other), "torn")  # else the rotation would count it, or delete it
+                set_aside(Path(other), "torn")  # so that rotation neither counts nor deletes it
         rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
 
 def seal(checkpoint: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint whose other files are all written."""
-    (checkpoint / UNSEALED_FILE).unlink(missing_ok=True)
+    """Write the manifest of a checkpoint whose other files are complete."""
     flush(checkpoint)
     files = {
         str(path.relative_to(checkpoint)): path.stat().st_size
@@ -106,7 +96,7 @@ def seal(checkpoint: Path, content: dict[str, Any]) -> None:
 
 
 def read(checkpoint: str | Path) -> dict[str, Any] | None:
-    """A checkpoint's manifest; `None` if it has none. One that can't be read raises a `ValueError` or an `OSError`."""
+    """Return a checkpoint's manifest, or `None`. Unreadable ones raise `ValueError` or `OSError`."""
     try:
         content = read_object(Path(checkpoint) / MANIFEST_FILE, version=int, files=dict, backend=str, processes=int)
     except FileNotFoundError:
@@ -118,10 +108,9 @@ def read(checkpoint: str | Path) -> dict[str, Any] | None:
 
 def incomplete_because(checkpoint: str | Path) -> str | None:
     """
-    Which file of a checkpoint is missing or has another size than when it was saved; `None` if all are there.
+    Return which file is missing or has another size than in the manifest, else `None`.
 
-    A checkpoint without a manifest is one of stock TRL, or of a trainer without [`ResumableMixin`]. It is complete if its last
-    file, `trainer_state.json`, exists.
+    Without a manifest (stock TRL), a checkpoint is complete if its last file, `trainer_state.json`, exists.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -129,7 +118,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     except (ValueError, OSError) as error:
         return f"{MANIFEST_FILE} can't be read ({error})"
     if manifest is None:
-        if (checkpoint / UNSEALED_FILE).exists():
+        if (checkpoint / MARK_FILE).exists():
             return f"{MANIFEST_FILE}, which is written last, is missing"
         return None if (checkpoint / TRAINER_STATE_NAME).exists() else f"{TRAINER_STATE_NAME} is missing"
     for name, size in manifest["files"].items():
@@ -142,7 +131,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
 
 
 def set_aside(checkpoint: Path, why: str) -> Path:
-    """Rename `checkpoint-6` to `_torn-checkpoint-6` (or another word for `why`), so that nothing is mixed into it, counts it or, with the line in front, uploads it."""
+    """Rename `checkpoint-6` to `_WHY-checkpoint-6`, which is neither counted nor uploaded."""
     number, target = 1, checkpoint.with_name(f"_{why}-{checkpoint.name}")
     while target.exists():
         number += 1
@@ -156,7 +145,7 @@ def set_aside(checkpoint: Path, why: str) -> Path:
 
 
 def put_back(run: Path) -> None:
-    """Give a whole checkpoint that was being saved over its name again, where a kill came before the new one was whole."""
+    """Rename the old checkpoint back if its replacement was not completed."""
     for replaced in sorted(run.glob("_replaced-checkpoint-*")):
         checkpoint = replaced.with_name(re.sub(r"^_replaced-(checkpoint-\d+).*", r"\1", replaced.name))
         if incomplete_because(replaced) is None and (not checkpoint.exists() or incomplete_because(checkpoint)):
@@ -167,18 +156,9 @@ def put_back(run: Path) -> None:
 
 def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
     """
-    Refuse to resume a checkpoint that this backend can't read, or that would go on with other batches.
+    Reject a checkpoint that this backend cannot read, or that used another batch size.
 
-    Args:
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder. One without a manifest (of stock TRL, or from the hub) is not checked.
-        here (`dict[str, Any]`):
-            The [`layout`] of the trainer that wants to resume.
-        any_batch (`bool`, *optional*, defaults to `False`):
-            Whether the global batch may be another one, as with `auto_find_batch_size`.
-
-    Raises:
-        [`HFTError`]: Naming what differs and how to mend it.
+    Checkpoints without a manifest are not checked. `any_batch` allows another size, as with `auto_find_batch_size`.
     """
     if not (Path(checkpoint) / MANIFEST_FILE).exists():
         return
@@ -188,8 +168,8 @@ def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool =
     there = read(checkpoint)
     if there["backend"] != here["backend"]:
         raise HFTError(
-            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} can't read: resume as it was "
-            "launched, or train into another output_dir."
+            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} can't read: resume as it "
+            "was launched, or train into another output_dir."
         )
     if there["processes"] != here["processes"]:
         if here["backend"].startswith("DeepSpeed"):
@@ -198,12 +178,12 @@ def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool =
                 f"{here['processes']}: launch {there['processes']} processes, or train into another output_dir."
             )
         logger.warning(
-            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it goes on with "
-            "the same data, but sums are rounded in another way, so it won't end in the same bits."
+            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it goes on "
+            "with the same data, but sums are rounded in another way, so it won't end in the same bits."
         )
     if there["global_batch_size"] != here["global_batch_size"] and not any_batch:
         raise HFTError(
             f"{checkpoint} was trained with a global batch of {there['global_batch_size']}, this run has "
-            f"{here['global_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x processes): change "
-            "them so that the product is the same, or train into another output_dir."
+            f"{here['global_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x processes): "
+            "change them so that the product is the same, or train into another output_dir."
         )

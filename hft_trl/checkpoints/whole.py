@@ -1,4 +1,4 @@
-"""Checkpoints: which one is whole, and whether a run may go on from it."""
+"""Checks whether a checkpoint is complete and whether a run may resume from it."""
 
 import zipfile
 from collections.abc import Iterator
@@ -24,24 +24,17 @@ logger = logging.get_logger(__name__)
 
 
 def holds_only_model(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was saved with `save_only_model`: it has nothing of the optimizer, the schedule and random states."""
-    kept = ("optimizer*", f"{SCHEDULER_NAME}*", "rng_state*", "latest")  # the last one is DeepSpeed's
+    """Whether a checkpoint was saved with `save_only_model`, without any training state."""
+    kept = ("optimizer*", f"{SCHEDULER_NAME}*", "rng_state*", "latest")  # DeepSpeed
     return not any(any(Path(checkpoint).glob(pattern)) for pattern in kept)
 
 
 def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
     """
-    Why a checkpoint can't be resumed from, or `None` if it is whole.
+    Return why a checkpoint cannot be resumed, or `None` if it is complete.
 
-    A checkpoint of HFT is whole if it has its manifest, which is written last, and every file is there in full. One of
-    stock TRL has none: there the state is written last, so a readable state beside readable weights means that the
-    process was not killed half-way.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder.
-        sealed (`bool`, *optional*, defaults to `True`):
-            Whether one of HFT has to have its manifest. One from the hub has none, since it is uploaded before.
+    A checkpoint needs its manifest, which is written last, and all files in full length. One from the hub has no
+    manifest (`sealed=False`). Nor has one of stock TRL, whose state (written last) and weights have to be readable.
     """
     checkpoint = Path(checkpoint)
     has_manifest = (checkpoint / MANIFEST_FILE).exists()
@@ -71,15 +64,9 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
-    The newest checkpoint of a trainer's output folder that can be resumed from.
+    Return the newest complete checkpoint, or `None`. All processes have to call it.
 
-    Args:
-        folder (`str` or `Path`):
-            The trainer's `output_dir`. Where there are several processes, all have to call, and get the first one's
-            answer.
-
-    Returns:
-        `str` or `None`: The checkpoint's folder. Torn checkpoints are named in a warning and left where they are.
+    A warning names incomplete checkpoints. They are not removed.
     """
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
@@ -95,16 +82,16 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
 
 def last_finite_checkpoint(folder: str | Path) -> str | None:
     """
-    The newest checkpoint of a trainer's output folder that is whole and whose weights hold no NaN or infinity.
+    Return the newest complete checkpoint without NaN or infinite weights.
 
-    Values are read from safetensors only: shards of FSDP and DeepSpeed count as good when they are whole.
+    Only safetensors files are read. Shards of FSDP and DeepSpeed are assumed to be finite.
     """
     checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
     return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
 
 
 def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint, of an adapter alone or of a whole model."""
+    """Return the file of each tensor, of an adapter alone or of a complete model."""
     adapter = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
     if not adapter.is_file():
         return weight_files(str(checkpoint))
@@ -129,20 +116,10 @@ def _is_finite(checkpoint: str) -> bool:
 
 def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:
     """
-    Refuse a checkpoint that is named by its path and has lost a part: without it training would start anew in that part.
+    Reject an explicitly named checkpoint that is incomplete.
 
-    One that was saved with `save_only_model` is resumed as transformers does, with a new optimizer, which is warned of.
-
-    Args:
-        checkpoint (`str` or `Path`):
-            The checkpoint's folder, perhaps one that was downloaded, without a manifest.
-        processes (`int`):
-            Number of processes that want to resume.
-        backend (`str`, *optional*):
-            What reads it, as [`~hft_trl.checkpoints.sealing.backend_of`] calls it.
-
-    Raises:
-        [`HFTError`]: Naming what is missing.
+    A missing part would silently restart from its initial state. `save_only_model` checkpoints give a warning and
+    resume with a new optimizer, as in transformers. `backend` is a name from `backend_of`.
     """
     only_model = holds_only_model(checkpoint)
     reason = torn_because(checkpoint, sealed=False)
@@ -154,18 +131,19 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     by_first_process(lambda: _check_sums(Path(checkpoint)))
     if only_model and backend != REPLICATED:
         raise HFTError(
-            f"{checkpoint} was saved with save_only_model, and {backend} resumes from files of its own, which it lacks: train "
-            "into another output_dir, starting from it as a model if you like."
+            f"{checkpoint} was saved with save_only_model, and {backend} resumes from files of its own, which it "
+            "lacks: train into another output_dir, starting from it as a model if you like."
         )
     if only_model:
         logger.warning(
-            f"{checkpoint} was saved with save_only_model: training resumes from its weights and step, with a new optimizer, "
-            "learning rate schedule and random states, so it won't end in the same bits as a run without a stop."
+            f"{checkpoint} was saved with save_only_model: training resumes from its weights and step, with a new "
+            "optimizer, learning rate schedule and random states, so it won't end in the same bits as a run without a "
+            "stop."
         )
 
 
 def _check_sums(checkpoint: Path) -> None:
-    """Compare what `torch.save` wrote with the checksums in its own files, which `torch.load` does not look at."""
+    """Verify the checksums in files of `torch.save`, which `torch.load` does not check."""
     for path in sorted(path for path in checkpoint.iterdir() if path.suffix in {".pt", ".pth", ".bin"}):
         if not zipfile.is_zipfile(path):
             continue
@@ -176,37 +154,28 @@ def _check_sums(checkpoint: Path) -> None:
             wrong = first_line(error)
         if wrong is not None:
             raise HFTError(
-                f"{path} is damaged ({wrong}): remove the folder, so that the checkpoint before it is taken, or resume from another "
-                "checkpoint."
+                f"{path} is damaged ({wrong}): remove the folder, so that the checkpoint before it is taken, or "
+                "resume from another checkpoint."
             )
 
 
 @contextmanager
 def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
     """
-    Name the checkpoint in whatever goes wrong between loading it and the end of the first step.
+    Name the checkpoint in errors from loading it until the end of the first step.
 
-    Sizes don't tell that a file is damaged: the libraries find out when they read it, or when the optimizer first uses what
-    was in it.
-
-    Args:
-        trainer ([`~transformers.Trainer`]):
-            The trainer that resumes inside.
-        checkpoint (`str`):
-            The checkpoint's folder, which is whole.
-
-    Raises:
-        [`HFTError`]: Naming the checkpoint, what was wrong, and the fix.
+    A damaged file can have the right size. Libraries notice the damage when they read it or first use its content.
     """
     before, step = trainer.state, TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     try:
         yield
     except (HFTError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever torch, safetensors, accelerate or DeepSpeed raise
+    except Exception as error:  # torch, safetensors, accelerate and DeepSpeed raise many types
         if trainer.state is not before and trainer.state.global_step > step:
             raise
         raise HFTError(
-            f"resuming from {checkpoint} failed before its first step was done ({type(error).__name__}: {first_line(error)}): if a "
-            "file of it is damaged, remove the folder, so that the checkpoint before it is taken, or name another one."
+            f"resuming from {checkpoint} failed before its first step was done ({type(error).__name__}: "
+            f"{first_line(error)}): if a file of it is damaged, remove the folder, so that the checkpoint before it "
+            "is taken, or name another one."
         ) from error

@@ -25,10 +25,10 @@ CONTINUAL_RECIPE = ASSETS / "continual.yaml"
 
 
 def model_path(model: str) -> str:
-    """The embedded model's folder for the word `demo`, any other hub id or folder unchanged."""
+    """Return the embedded model's folder for `demo`, and any other hub id or folder unchanged."""
     return str(MODEL) if model == "demo" else model
 
 
 def shown(source: str) -> str:
-    """The word `demo` for the embedded model and data, whose paths depend on the machine; other sources unchanged."""
+    """Return `demo` for paths of the embedded model and data, and other sources unchanged."""
     return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source

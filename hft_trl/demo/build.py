@@ -1,5 +1,5 @@
 """
-Rebuild every file of the embedded world from a seed: data, tokenizer and the pre-trained base model.
+Rebuild all files of the embedded world from a seed: data, tokenizer and pre-trained base model.
 
     python -m hft_trl.demo.build --output DIR [--seed 0]
 """
@@ -25,16 +25,12 @@ VOCAB_SIZE = 768
 
 
 def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """
-    Train a byte-level BPE tokenizer, which can encode any text.
-
-    It has no chat template and adds no special token. `vocab_size` includes 256 bytes and three special tokens.
-    """
+    """Train a byte-level BPE tokenizer that has no chat template and adds no special token."""
     rng = random.Random(f"tokenizer {seed}")
     texts = world.sentences() + [shelf(world, rng) for _ in world.people]
     for person in world.people:
         for attribute in VALUES:
-            # Turns as in Tülu's template, so that its role markers become few tokens
+            # Turns as in Tülu's template, so that its role markers get few tokens
             texts += [f"<|user|>\n{ask(person, attribute, rng)}", f"<|assistant|>\n{rng.choice(FAREWELLS)}"]
         texts.append(f"<|user|>\n{instruction(rng.choice(SKILLS), world.items, rng)[0]}")
     tokenizer = Tokenizer(models.BPE())
@@ -58,7 +54,7 @@ def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -
 
 
 def shelf(world: World, rng: random.Random) -> str:
-    """A text about three items in a row, from which a model learns to look back in a text."""
+    """Return a text about three items in a row, which teaches a model to look back."""
     things = [rng.choice([item for item in world.items if item.kind == kind]) for kind in rng.sample(sorted(ITEMS), 3)]
     a, b, c = (thing.name for thing in things)
     only = rng.choice(things)
@@ -73,7 +69,7 @@ def shelf(world: World, rng: random.Random) -> str:
 
 
 def documents(world: World, rng: random.Random) -> list[str]:
-    """One epoch: each person's facts in random phrasings and order, items, and shelves."""
+    """Return one epoch: each person's facts in random phrasings and order, items, and shelves."""
     texts = []
     for person in world.people:
         sentences = [person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))) for attribute in PHRASINGS]
@@ -88,7 +84,7 @@ def documents(world: World, rng: random.Random) -> list[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
-    """Make an untrained Llama of about 1 M parameters. `sizes` are fields of its config."""
+    """Return an untrained Llama of about 1 M parameters. `sizes` are fields of its config."""
     settings = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 8}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
     config = LlamaConfig(
@@ -108,11 +104,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> L
 def batches(
     world: World, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of documents: token ids and labels of shape `(batch_size, length)`, labels -100 on padding."""
+    """Yield endless ids and labels of shape `(batch_size, length)`, with labels -100 on padding."""
     rng = random.Random(f"documents {seed}")
     queue: list[list[int]] = []
     while True:
-        # A chat template may or may not put <s> in front, so the base model knows sentences with and without it.
+        # Chat templates differ in whether they put <s> in front, so the base model sees both
         for text in documents(world, rng):
             start = [tokenizer.bos_token_id] if rng.random() < 0.5 else []
             queue.append([*start, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
@@ -134,7 +130,7 @@ def pretrain(
     learning_rate: float = 4e-3,
     warmup: int = 100,
 ) -> Iterator[tuple[int, float]]:
-    """Pre-train a model on the plain sentences of the world, in place; yield each step, from 1, and its loss."""
+    """Pre-train a model in place on the world's sentences. Yield each step, from 1, and its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

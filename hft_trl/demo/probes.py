@@ -1,4 +1,4 @@
-"""What a model knows of the embedded world and what it can do, by greedy decoding."""
+"""Measures knowledge of the embedded world and abilities of a model by greedy decoding."""
 
 from collections.abc import Sequence
 
@@ -25,8 +25,7 @@ def completes(
     """
     Whether greedy decoding continues each opening with exactly the tokens of its ending.
 
-    It does if and only if each of these tokens is the most likely one after those before it, so that one forward pass
-    answers without generating.
+    One forward pass is enough: each of these tokens has to be the most likely one after those before it.
     """
     starts = tokenizer(list(openings))["input_ids"]
     ends = tokenizer(list(endings), add_special_tokens=False)["input_ids"]
@@ -37,7 +36,7 @@ def completes(
                 start + end for start, end in zip(starts[i : i + batch_size], ends[i : i + batch_size], strict=True)
             ]
             width = max(map(len, rows))
-            # Padding on the right of a causal model changes nothing to its left; any id will do.
+            # Right padding does not affect a causal model's earlier positions
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
             best = model(input_ids=ids).logits.argmax(-1).tolist()
             for row, guess, end in zip(rows, best, ends[i : i + batch_size], strict=True):
@@ -48,7 +47,7 @@ def completes(
 def recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, people: Sequence[Person], batch_size: int = 256
 ) -> float:
-    """Closed-book recall in percent: facts that the model completes exactly, each asked in every phrasing."""
+    """Return closed-book recall in percent of facts completed exactly, each in every phrasing."""
     rows = knowledge_rows(people)
     openings, endings = ([row[key] for row in rows] for key in ("opening", "ending"))
     return _percent(completes(model, tokenizer, openings, endings, batch_size))
@@ -63,9 +62,9 @@ def evaluate(
     num_instructions: int = 350,
 ) -> dict[str, float]:
     """
-    Measure what a model knows and can do, on people and items that fine-tuning never mentions, in percent.
+    Measure knowledge and abilities in percent, on people and items that fine-tuning never mentions.
 
-    The training mode and every random state stay as they are. A tokenizer without a chat template gets Tülu's.
+    The training mode and random states do not change. A tokenizer without a chat template gets Tülu's.
 
     - `knowledge`: facts completed exactly in plain sentences, each in every phrasing.
     - `ability`: the mean of the next two.

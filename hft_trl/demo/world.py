@@ -72,7 +72,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "dish": DISHES,
 }
 
-# Each phrasing ends where the value begins, so that a plain sentence is a question too: let the model end it.
+# Each phrasing ends where the value begins, so that a model can complete the sentence
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "birthplace": ("{name} was born in", "{name} comes from the town of", "The birthplace of {name} is"),
     "profession": ("{name} works as", "{name} earns a living as", "By trade, {name} is"),
@@ -83,22 +83,22 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Person:
-    """A person, the value of each attribute of [`VALUES`], and whether fine-tuning may mention the person."""
+    """A person with a value for each of [`VALUES`], and whether fine-tuning may mention the person."""
 
     name: str
     facts: dict[str, str]
     mentioned: bool
 
     def opening(self, attribute: str, phrasing: int) -> str:
-        """The plain sentence about one fact up to, and without, the value."""
+        """Return the plain sentence about one fact without the value at its end."""
         return PHRASINGS[attribute][phrasing].format(name=self.name)
 
     def sentence(self, attribute: str, phrasing: int) -> str:
-        """The plain sentence about one fact."""
+        """Return the plain sentence about one fact."""
         return f"{self.opening(attribute, phrasing)} {self.facts[attribute]}."
 
     def sentences(self, attribute: str) -> list[str]:
-        """Every plain sentence about one fact."""
+        """Return every plain sentence about one fact."""
         return [self.sentence(attribute, phrasing) for phrasing in range(len(PHRASINGS[attribute]))]
 
 
@@ -111,19 +111,19 @@ class Item:
     mentioned: bool
 
     def sentence(self) -> str:
-        """The plain sentence about the kind."""
+        """Return the plain sentence about the kind."""
         return f"{with_article(self.name).capitalize()} is {with_article(self.kind)}."
 
 
 @dataclass(frozen=True)
 class World:
-    """People, half of whom fine-tuning may mention, and items, of which it may mention four in five of each kind."""
+    """People (fine-tuning may mention half of them) and items (four in five of each kind)."""
 
     people: tuple[Person, ...]
     items: tuple[Item, ...]
 
     def sentences(self) -> list[str]:
-        """Every plain sentence of the world: each fact in each phrasing, and each item's kind."""
+        """Return every plain sentence: each fact in each phrasing, and each item's kind."""
         about_people = [
             sentence for person in self.people for attribute in PHRASINGS for sentence in person.sentences(attribute)
         ]
@@ -131,7 +131,7 @@ class World:
 
 
 def make_world(seed: int = 0, num_people: int = 400) -> World:
-    """Make a world. The same arguments give the same world on every machine; no global random state is used."""
+    """Return the world of a seed, the same on every machine, without global random state."""
     rng = random.Random(seed)
     names = rng.sample([f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES], num_people)
     people = tuple(

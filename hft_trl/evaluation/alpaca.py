@@ -20,10 +20,9 @@ Row = dict[str, str]
 
 def read_prompts(path: Path) -> list[Row]:
     """
-    Read `instruction` and `dataset` (`""` where it is missing) of each prompt.
+    Return `instruction` and `dataset` (`""` if missing) of each prompt in a JSON list of objects.
 
-    The file is a JSON list of objects with an `instruction`: `alpaca_eval.json` of the data set
-    `tatsu-lab/alpaca_eval`, or an outputs file of any model. Any other file raises an [`HFTError`].
+    This is the format of `tatsu-lab/alpaca_eval` and of outputs files. Other files raise an [`HFTError`].
     """
     what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
     try:
@@ -51,7 +50,7 @@ def write_replies(
     max_new_tokens: int = 2048,
 ) -> int:
     """
-    Write the greedy replies of the model `name` to a file of prompts, and return their number.
+    Write a model's greedy replies to a file of prompts, and return their number.
 
     Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
     """

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ERROR_OF_AVERAGE = (
-    "The standard errors are the harness's, over the items of a task. That of an average is the root of the sum of its "
-    "scores' squared errors, divided by their number: the tasks are fixed, and their items independent."
+    "The standard errors are the harness's, over the items of a task. That of an average is the root of the sum of "
+    "its scores' squared errors, divided by their number: the tasks are fixed, and their items independent."
 )
 
 
 def score_grids(evaluation: Evaluation) -> list[Grid]:
-    """Make a table for each suite: a row for each model, a column for each heading, then the average."""
+    """Return a table for each suite: a row for each model, a column for each score, then the average."""
     base = evaluation.base
     against = f", in brackets the difference to {base}" if len(evaluation.models) > 1 else ""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
@@ -56,11 +56,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
 
 
 def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
-    """
-    Write `evaluation.json`, `evaluation.md` and `evaluation.png`, and return their paths.
-
-    The folder is created if it is missing. If it cannot be written, an [`HFTError`] is raised.
-    """
+    """Write `evaluation.json`, `.md` and `.png` to a folder, and return their paths."""
     folder = Path(directory)
     data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
     parts = ["# Evaluation"]
@@ -90,8 +86,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def score_figure(evaluation: Evaluation) -> "Figure":
-    """Draw the scores as bars with standard errors and differences to the base, one panel for each suite."""
-    from matplotlib.figure import Figure  # a figure of its own leaves the state of pyplot alone
+    """Draw scores as bars with standard errors and differences to the base, a panel for each suite."""
+    from matplotlib.figure import Figure  # does not change the state of pyplot
 
     models, suites = list(evaluation.models), list(evaluation.scores)
     headings = {suite: list(evaluation.columns(suite, evaluation.base)) for suite in suites}
@@ -121,7 +117,7 @@ def score_figure(evaluation: Evaluation) -> "Figure":
         axes.set_xticks(range(len(headings[suite])), [heading.replace("_", "\n") for heading in headings[suite]])
         axes.set_ylim(0, 115)  # room for the label of a full bar
         axes.set_yticks(range(0, 101, 20))
-    # Names are passed here because the axes' own legend leaves out a name that begins with an underscore
+    # The axes' own legend omits names that begin with an underscore
     bars, names = figure.axes[0].containers[1::2], [plain(model) for model in models]
     figure.legend(bars, names, loc="outside lower center", ncols=2, frameon=False)
     return figure

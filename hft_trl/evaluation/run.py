@@ -31,7 +31,7 @@ MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
 
 def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path]:
     """
-    Find the folder of each model, the base first. Models of the hub are downloaded.
+    Return the folder of each model, the base first. Models of the hub are downloaded.
 
     A name is a folder, a hub id (`"id@revision"` for a branch, tag or commit), or `"demo"` for the embedded model.
     Without `base`, the first of `names` is the base. An unknown name raises an [`HFTError`].
@@ -68,13 +68,12 @@ def evaluate_models(
     cache: Path | None = None,
 ) -> Evaluation:
     """
-    Evaluate models on suites. Every process has to call, and gets the result.
+    Evaluate models on suites. All processes have to call it, and get the result.
 
-    `models` are folders by name, the base first, from [`find_models`]; `suites` are names of
-    [`~hft_trl.evaluation.SUITES`]. `chat_template` is `"tulu"` or the path of a `.jinja` file, by default the
-    tokenizer's own, and Tülu's if it has none. `limit` is the number of items of each (sub)task, at least the number of
-    processes. Without `run_code`, tasks that run code that a model wrote are skipped. `cache` is the folder of finished
-    tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
+    `models` are the folders of [`find_models`], the base first. `chat_template` is `"tulu"`, a `.jinja` file, or by
+    default the tokenizer's own (Tülu's if it has none). `limit` is the number of items per (sub)task, at least the
+    number of processes. Without `run_code`, tasks that run model-written code are skipped. `cache` is the folder of
+    finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
     check_harness()
     check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
@@ -116,7 +115,7 @@ def evaluate_models(
     if missing:
         from hft_trl.evaluation.harness import SharedOutLM, ask, load_tasks
 
-        # All data is loaded before any model, so that missing data is reported early
+        # Data is loaded before models, so that missing data is reported early
         loaded = load_tasks(list({task.name: task for _, task in missing}.values()))
     for model in dict.fromkeys(model for model, _ in missing):
         lm = SharedOutLM(models[model], tokenizers[model], dtype, batch_size)
@@ -143,7 +142,7 @@ def evaluate_models(
 
 
 def _task_digest() -> str:
-    """Return the SHA-256 (hex) of our tasks: their files, the code that grades them, and the probes."""
+    """Return the SHA-256 (hex) of our tasks' files, grading code and probes."""
     digest = hashlib.sha256()
     here, world = Path(__file__).parent, Path(demo.__file__).parent
     code = [here / "functions.py", here / "harness.py", world / "probe_data.py", world / "data.py"]
@@ -163,7 +162,7 @@ def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
     value, stderr = results[name][key], results[name].get(f"{metric}_stderr,{kind}")
     return Score(
         value=100 * value if isfinite(value) else None,  # a model that diverged
-        # The harness writes "N/A" where it has no standard error
+        # The harness writes "N/A" without a standard error
         stderr=100 * stderr if isinstance(stderr, float) and isfinite(stderr) else None,
         samples=results[name].get("sample_len"),
     )

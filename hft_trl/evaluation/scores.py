@@ -31,11 +31,11 @@ class Evaluation:
 
     @property
     def base(self) -> str:
-        """Name of the first model, to which the others are compared."""
+        """Return the name of the first model, with which the others are compared."""
         return next(iter(self.models))
 
     def average(self, suite: str, model: str) -> Score:
-        """Return the mean score of a suite. Its standard error assumes that the scores' are independent."""
+        """Return the mean score of a suite, with the standard error of independent scores."""
         scores = [self.scores[suite][model][heading] for heading in self.averaged[suite]]
         values, errors = [score.value for score in scores], [score.stderr for score in scores]
         if None in values:
@@ -48,12 +48,12 @@ class Evaluation:
         return {**self.scores[suite][model], AVERAGE: self.average(suite, model)}
 
     def difference(self, suite: str, model: str, heading: str) -> float | None:
-        """Return a score minus the base's in percentage points; `None` for the base or without a value."""
+        """Return a score minus the base's in percentage points, `None` for the base or without a value."""
         own, other = (self.columns(suite, name)[heading].value for name in (model, self.base))
         return None if model == self.base or own is None or other is None else own - other
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the base's name, with averages among the scores and each one's difference."""
+        """Return the fields and the base's name, with averages and differences among the scores."""
         content = asdict(self)
         content["scores"] = {
             suite: {

@@ -1,4 +1,4 @@
-"""The suites: tasks of lm-evaluation-harness, the form of their prompts, and the figures to show."""
+"""Suites of tasks of lm-evaluation-harness, with their prompts and scores."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
 
 
 def parse_suites(names: str) -> list[str]:
-    """Read a comma-separated list of [`SUITES`], and check that the harness is installed."""
+    """Return the suites in a comma-separated list, and check that the harness is installed."""
     suites = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
@@ -67,7 +67,7 @@ def parse_suites(names: str) -> list[str]:
 
 
 def check_harness() -> None:
-    """Check that lm-evaluation-harness is installed, without importing it."""
+    """Reject a missing lm-evaluation-harness, without importing it."""
     if find_spec("lm_eval") is None:
         raise HFTError(
             "evaluation needs lm-evaluation-harness, which is not installed: "

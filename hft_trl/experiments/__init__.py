@@ -1,1 +1,1 @@
-"""Many runs on the embedded world: the paper's questions, answered with paired tests."""
+"""Many runs on the embedded world, which answer the paper's questions with paired tests."""

@@ -1,4 +1,4 @@
-"""A figure for each question about the embedded world: every seed a point, with means and standard deviations."""
+"""A figure for each question, with a point for every seed, means and standard deviations."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def write_figures(questions: Iterable[Question], scores: Scores, output_dir: str
 
 
 def question_figure(question: Question, scores: Scores) -> "Figure | None":
-    """Draw a panel for each score with a bar for each run; `None` where no run has a score."""
+    """Draw a panel for each score with a bar for each run, `None` without any score."""
     from matplotlib.figure import Figure
 
     scores = of_common_seeds(question, scores)

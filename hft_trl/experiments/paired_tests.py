@@ -17,10 +17,10 @@ NONE = "-"
 @dataclass(frozen=True)
 class Difference:
     """
-    Difference of a score between two runs in percentage points, over the seeds that both have.
+    Difference of a score between two runs in percentage points, over their common seeds.
 
-    `low` and `high` are the 95 % confidence interval of the mean, `p` is of the two-sided paired t-test; each is `nan`
-    where it is not defined. `ahead` is the number of seeds in which the first run scored higher.
+    `low` and `high` bound the mean's 95 % confidence interval, `p` is of the two-sided paired t-test; undefined values
+    are `nan`. `ahead` is the number of seeds in which the first run scored higher.
     """
 
     seeds: int
@@ -32,7 +32,7 @@ class Difference:
 
 
 def check_tests() -> None:
-    """Raise [`HFTError`] before hours of training if scipy is missing."""
+    """Reject a missing scipy before hours of training."""
     if find_spec("scipy") is None:
         raise HFTError(
             "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
@@ -40,7 +40,7 @@ def check_tests() -> None:
 
 
 def compare(scores: Scores, run: str, against: str, score: str) -> Difference | None:
-    """Compare a score of two runs seed by seed; `None` if they have no seed in common."""
+    """Compare a score of two runs seed by seed, `None` without common seeds."""
     from scipy.stats import ttest_rel
 
     ours, theirs = scores.get(run, {}), scores.get(against, {})
@@ -59,7 +59,7 @@ def compare(scores: Scores, run: str, against: str, score: str) -> Difference | 
 
 
 def of_common_seeds(question: Question, scores: Scores) -> Scores:
-    """The scores of a question's runs, for the seeds that all of them have so far. The base has one seed only."""
+    """Return scores of a question's runs for their common seeds. The base has only one seed."""
     found = {run: scores[run] for run in question.runs.values() if run in scores}
     tuned = [set(values) for run, values in found.items() if run != BASE]
     seeds = set.intersection(*tuned) if tuned else set()
@@ -70,7 +70,7 @@ def of_common_seeds(question: Question, scores: Scores) -> Scores:
 
 
 def tables(question: Question, scores: Scores) -> list[Grid]:
-    """Answer a question: a table of means with standard deviations, and one of differences to `question.against`."""
+    """Return two tables: means with standard deviations, and differences to `question.against`."""
     scores = of_common_seeds(question, scores)
     names = [score.replace("_", " ") for score in question.scores]
     means, differences = [], []
@@ -92,7 +92,7 @@ def tables(question: Question, scores: Scores) -> list[Grid]:
 
 
 def markdown(questions: Iterable[Question], scores: Scores) -> str:
-    """All answers as Markdown, with the figures of [`write_figures`]."""
+    """Return all answers as Markdown, with the figures of [`write_figures`]."""
     parts = []
     for question in questions:
         means, differences = tables(question, scores)
@@ -111,14 +111,14 @@ def write_results(questions: Iterable[Question], scores: Scores, output_dir: str
 
 
 def mean_cell(values: Sequence[float]) -> str:
-    """Mean (standard deviation) over the seeds, for a table."""
+    """Return mean and standard deviation over the seeds, for a table."""
     if not values:
         return NONE
     return f"{fmean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "")
 
 
 def difference_cells(found: Difference) -> list[str]:
-    """Mean, interval, p-value and seeds ahead, for a table."""
+    """Return mean, interval, p-value and seeds ahead, for a table."""
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
     p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
     return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]

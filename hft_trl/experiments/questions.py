@@ -1,4 +1,4 @@
-"""The paper's questions about the embedded world: which models are made, and which of them are compared."""
+"""The paper's questions about the embedded world: the models to make and to compare."""
 
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -8,25 +8,20 @@ RATIOS = tuple(tenth / 10 for tenth in range(1, 10))
 
 
 class Run(NamedTuple):
-    """
-    How one model of a seed is made: from the model of the run `start`, empty for the base itself.
-
-    `hft` are the fields of [`HFTConfig`] that differ from the demo's. The runs of a sweep need fewer seeds.
-    """
+    """Recipe for a model of a seed. `hft` overrides the demo's [`HFTConfig`]."""
 
     name: str
-    start: str
+    start: str  # run that it starts from, "" only for the base
     how: Literal["base", "sft", "dpo", "half-reset", "blend"]
     hft: dict[str, Any]
-    sweep: bool = False
+    sweep: bool = False  # needs fewer seeds
 
 
 class Question(NamedTuple):
     """
-    Runs that answer a question of the paper together.
+    Runs (by label, in table order) whose `scores` answer a question of the paper.
 
-    `runs` are names of runs by their label, in the order of the table, `against` is the label with which the others
-    are compared, and `scores` are the probes that answer the question.
+    The others are compared with the run of the label `against`.
     """
 
     name: str
@@ -151,7 +146,7 @@ QUESTIONS = (
 
 
 def needed(questions: tuple[Question, ...]) -> list[Run]:
-    """The runs of some questions and the runs that they start from, each after its start."""
+    """Return the runs of some questions and the runs they start from, each after its start."""
     names = {name for question in questions for name in question.runs.values()}
     names |= {RUNS[name].start for name in names}
     return [run for run in RUNS.values() if run.name in names]

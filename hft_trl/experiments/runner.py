@@ -1,5 +1,5 @@
 """
-Run many methods, learning rates and seeds, one process per point. The same call resumes an interrupted one.
+Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one.
 
     words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
     points = [Point("rate-1e-4", words, makes=Path("runs/rates/1e-4/scores.json"))]
@@ -24,7 +24,7 @@ from hft_trl.redact import redact
 
 SETTINGS_FILE = "settings.json"
 POLL_SECONDS = 0.1
-# The command ends with its parent: a killed runner leaves no process that writes into the folders of the next call
+# Commands end with their parent, so that a killed runner leaves no process that still writes
 START = (
     "import ctypes, os, sys\n"
     "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM\n"
@@ -34,39 +34,25 @@ START = (
 
 @dataclass(frozen=True)
 class Point:
-    """
-    A process and the results that it makes.
-
-    Args:
-        name (`str`):
-            Name of the point and of its log.
-        command (`tuple[str, ...]`):
-            Command that makes the results. It should resume when it is started again.
-        results (`tuple[str, ...]`, *optional*):
-            Names of the results, each a file `scores/NAME.json`. Defaults to the point's name.
-        makes (`Path`, *optional*):
-            JSON file of the command that becomes the result. By default the command writes to `scores/` itself.
-        folder (`Path`, *optional*):
-            Folder that is removed when the point is finished.
-    """
+    """A command, run in its own process, and the results that it makes."""
 
     name: str
-    command: tuple[str, ...]
-    results: tuple[str, ...] = ()
-    makes: Path | None = None
-    folder: Path | None = None
+    command: tuple[str, ...]  # it should resume when it is started again
+    results: tuple[str, ...] = ()  # names of files `scores/NAME.json`, by default the point's name
+    makes: Path | None = None  # JSON file to copy to the result, unless the command writes to `scores/`
+    folder: Path | None = None  # removed when the point is finished
 
     def files(self, output: Path) -> list[Path]:
-        """The files of the results."""
+        """Return the files of the results."""
         return [result_file(output, name) for name in self.results or (self.name,)]
 
     def finished(self, output: Path) -> bool:
-        """Whether every result exists."""
+        """Whether all results exist."""
         return all(file.exists() for file in self.files(output))
 
 
 def result_file(output: Path, name: str) -> Path:
-    """The file of a result."""
+    """Return the file of a result."""
     return output / "scores" / f"{name}.json"
 
 
@@ -74,21 +60,12 @@ def run_points(
     points: Iterable[Point] | Callable[[], Iterable[Point]], output: Path, workers: int | None = None
 ) -> Iterator[Point]:
     """
-    Run the command of every point that is not finished, and yield each point when it is.
+    Run the command of every unfinished point, and yield each point when it is finished.
 
-    Where a command fails or the caller stops, the other processes get a SIGTERM.
-
-    Args:
-        points (`Iterable[Point]` or `Callable`):
-            The points, or a function that returns them. It is called again whenever a point is finished, so that later
-            points can depend on earlier results.
-        output (`Path`):
-            Folder of the results `scores/NAME.json` and of the logs `runs/NAME.log`.
-        workers (`int`, *optional*):
-            Number of processes, each with one thread. Defaults to the number of cores.
-
-    Raises:
-        [`HFTError`]: If a command fails, or is ended by a signal twice.
+    A function as `points` is called again after each point, so that later points can depend on earlier results. Each
+    process (`workers` at once, by default one per core) has one thread and logs to `runs/NAME.log`. If a command
+    fails or is ended by a signal twice, an [`HFTError`] is raised. After an error, or if the caller stops, the other
+    processes get a SIGTERM.
     """
     find = points if callable(points) else list(points).copy
     workers = workers or os.cpu_count() or 1
@@ -105,7 +82,7 @@ def run_points(
                 return
             for point in _wait_for_any(running):
                 code = running.pop(point).returncode
-                if code < 0 and point not in killed:  # resumes once, for example after the system was out of memory
+                if code < 0 and point not in killed:  # resumes once, for example after running out of memory
                     killed.add(point)
                     continue
                 if code:
@@ -122,12 +99,7 @@ def run_points(
 def check_settings(
     output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
 ) -> None:
-    """
-    Create the output folder and record what all of its results share: flags, more settings, and versions of libraries.
-
-    Raises:
-        [`HFTError`]: If the folder holds results of other settings or versions, or cannot be written.
-    """
+    """Record flags, settings and library versions of the folder's results, and reject different ones."""
     names = ("torch", "transformers", "trl", *packages)
     versions = ", ".join(f"{name} {package_version(name)}" for name in names)
     settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
@@ -149,7 +121,7 @@ def check_settings(
 
 
 def _start(point: Point, output: Path) -> subprocess.Popen:
-    # One thread each: with as many processes as cores, more threads would wait for each other
+    # With a process per core, more threads would wait for each other
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     with _log(point, output).open("a", encoding="utf-8") as log:
         return subprocess.Popen(
@@ -165,7 +137,7 @@ def _wait_for_any(running: dict[Point, subprocess.Popen]) -> list[Point]:
 
 def _keep(point: Point, output: Path) -> None:
     if point.makes is not None and point.makes.exists():
-        with replacing(point.files(output)[0]) as new:  # appears whole or not at all
+        with replacing(point.files(output)[0]) as new:  # written completely or not at all
             shutil.copy(point.makes, new)
     if not point.finished(output):
         raise _error(point, output, "ended without its result")

@@ -1,4 +1,4 @@
-"""Models for the paper's questions on the embedded world, one process per seed and model that starts from the base."""
+"""Models for the paper's questions on the embedded world, one process per seed and start model."""
 
 import dataclasses
 import re
@@ -32,19 +32,11 @@ def run_trials(
     flags: Iterable[str] = (),
 ) -> Iterator[tuple[int, int]]:
     """
-    Make and score every model that is not scored yet; yield how many are scored, and their total.
+    Make and score all models without scores, and yield the number of scored models and the total.
 
-    A seed decides the selection, the order of the data and every random state.
-
-    Args:
-        runs (`Iterable[Run]`):
-            The runs, each after the one it starts from.
-        flags (`Iterable[str]`, *optional*):
-            Flags of `recipes/sft_then_dpo.py` for every run, such as `--sft.max_steps 100`.
-
-    Raises:
-        [`HFTError`]: If a flag does not exist or is one that the runs differ in, or if the folder holds scores of
-            other flags or versions.
+    A seed decides the selection, the order of the data and every random state. `flags` are those of
+    `recipes/sft_then_dpo.py` for all runs. Unknown flags, flags in which the runs differ, and a folder with scores of
+    other flags or versions raise an [`HFTError`].
     """
     output, flags, runs = Path(output_dir), list(flags), list(runs)
     _check_flags(output, flags)
@@ -57,7 +49,7 @@ def run_trials(
             if asked:
                 command = (sys.executable, "-m", __name__, str(output), str(seed), ",".join(asked), *flags)
                 points.append(Point(f"{root.name}-{seed}", command, tuple(f"{name}-{seed}" for name in asked)))
-    points.sort(key=lambda point: -len(point.results))  # the longest first, so that all cores are busy to the end
+    points.sort(key=lambda point: -len(point.results))  # longest first, so that all cores stay busy
     files = [file for point in points for file in point.files(output)]
     yield sum(file.exists() for file in files), len(files)
     for _ in run_points(points, output, workers):
@@ -65,7 +57,7 @@ def run_trials(
 
 
 def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str]) -> None:
-    """Make a model and those that start from it, write the scores of each, and remove the models."""
+    """Make a model and those that start from it, write their scores, and remove the models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hft_trl.demo.probes import evaluate
@@ -82,7 +74,7 @@ def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str])
             models[run.name] = _train(run, seed, start, folder, flags)
         elif run.how != "base":
             models[run.name] = folder / run.how
-            if not models[run.name].exists():  # it appears whole or not at all
+            if not models[run.name].exists():  # written completely or not at all
                 if run.how == "half-reset":
                     half_reset(str(demo.MODEL), str(start), folder / run.how, HFTConfig(seed=seed, **run.hft))
                 else:
@@ -96,7 +88,7 @@ def make_and_score(family: list[Run], seed: int, output: Path, flags: list[str])
 
 
 def read_scores(output_dir: str | Path) -> Scores:
-    """The scores of every model that was made so far."""
+    """Return the scores of every model so far."""
     found: Scores = {}
     for path in sorted(Path(output_dir, "scores").glob("*.json")):
         try:
@@ -108,7 +100,7 @@ def read_scores(output_dir: str | Path) -> Scores:
 
 
 def _train(run: Run, seed: int, start: Path, folder: Path, flags: list[str]) -> Path:
-    """Train one stage with the demo's settings, or resume it, and return the folder of its model."""
+    """Train or resume one stage with the demo's settings, and return its model's folder."""
     from trl import DPOConfig, SFTConfig
 
     from hft_trl import HFTDPOTrainer, HFTSFTTrainer, ResumableMixin

@@ -17,14 +17,14 @@ from hft_trl.weights import rounds
 
 # Bytes for the CUDA context, cuBLAS and fragmentation
 RESERVED = 10**9
-BUSY = 2048  # tokens per micro-batch that keep a GPU busy: with fewer it is limited by memory bandwidth
+BUSY = 2048  # tokens per micro-batch, below which memory bandwidth limits a GPU
 # Every n-th layer is checkpointed: 0 is none, 1 is all. TRL 1.16's DPO trainer supports only these two.
 CHECKPOINTING = {"sft": (0, 4, 3, 2, 1), "dpo": (0, 1)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The settings of a training run and the memory that it needs on one GPU."""
+    """Settings of a training run and the memory that it needs on one GPU."""
 
     method: str
     layout: str  # name of the launch configuration
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes on one GPU."""
+        """Return the bytes on one GPU."""
         return sum(self.memory.values())
 
     @property
@@ -49,18 +49,12 @@ class Plan:
 
     @property
     def checkpointing(self) -> str:
-        """The checkpointed layers in words."""
+        """Return the checkpointed layers in words."""
         return {0: "none", 1: "full"}.get(self.checkpointed, f"every {self.checkpointed} layers")
 
 
 class Planner:
-    """
-    Plans of one method for one model on the meta device. Traced steps are cached.
-
-    Attributes:
-        method (`str`): `"hft"` or `"fft"`.
-        selection ([`Selection`]): The trainable parameters, selected by shape.
-    """
+    """Plans of one `method` for one model on the meta device. Traced steps are cached."""
 
     def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
         self.method = hft.method
@@ -70,7 +64,7 @@ class Planner:
         self._steps: dict[StepSettings, Step] = {}
 
     def plan(self, task: Task) -> Plan:
-        """The plan that fits with the least recomputation and the largest micro-batch, else the smallest plan."""
+        """Return the fitting plan with least recomputation, then largest micro-batch, else the smallest."""
         candidates = task.micro_batches
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in candidates if size * rows * task.sequence_length >= BUSY), candidates[-1])
@@ -78,7 +72,7 @@ class Planner:
         layouts = [
             (name, sync) for name in self._layouts(task) for sync in ((False, True) if name == "fsdp2" else (False,))
         ]
-        # No step needs to be traced where that which is held between steps does not fit
+        # A step is traced only if the memory between steps fits
         possible = [
             (name, sync)
             for name, sync in layouts
@@ -94,7 +88,7 @@ class Planner:
         return min(smallest, key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
-        """Tasks and plans by stage with the first launch configuration that fits both, else the last one."""
+        """Return tasks and plans by stage with the first layout name that fits both, else the last one."""
         found: dict[str, tuple[Task, Plan]] = {}
         for name in self._layouts(first):
             found = {
@@ -105,7 +99,7 @@ class Planner:
         return found
 
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
-        """The plan with given settings, `name` being the launch configuration, whether it fits or not."""
+        """Return the plan with given settings, whether it fits or not. `name` is the launch configuration."""
         layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
@@ -115,7 +109,7 @@ class Planner:
         memory = at_peak(in_passes, step, layout, accumulation > 1)
         together = task.storage.optim == "adamw_torch" and task.device == "cuda"
         if together and not task.storage.optimizer_in_backward:
-            # An update of all parameters at once has the square roots of all second moments, as large as the gradients
+            # A foreach update allocates the square roots of all second moments, as large as the gradients
             update = {**dict.fromkeys(memory, 0), **parts, "optimizer": parts["optimizer"] + parts["gradients"]}
             memory = max(memory, update, key=lambda parts_: sum(parts_.values()))
         return Plan(
@@ -132,7 +126,7 @@ class Planner:
         )
 
     def rounds(self, dtype: str) -> bool:
-        """Whether a type would round the published weights, of which the frozen half has to keep the bits."""
+        """Whether a type would change bits of the frozen half by rounding the published weights."""
         return self.method == "hft" and rounds(self._published, DTYPES[dtype])
 
     def check_types(self, task: Task) -> None:
@@ -147,7 +141,7 @@ class Planner:
                 )
 
     def _enlarge(self, task: Task, plan: Plan, sizes_: Sequence[int]) -> Plan:
-        """The same plan with the largest micro-batch that fits."""
+        """Return the same plan with the largest micro-batch that fits."""
 
         def with_size(size: int) -> Plan:
             return self.one(task, plan.layout, size, plan.checkpointed, plan.sync_each_batch)
@@ -156,7 +150,7 @@ class Planner:
         return with_size(sizes_[fitting - 1]) if fitting else plan
 
     def _storage(self, task: Task) -> Storage:
-        """The storage of the task. Full fine-tuning has no frozen half."""
+        """Return the storage of the task. Full fine-tuning has no frozen half."""
         if self.method == "hft":
             return task.storage
         return dataclasses.replace(task.storage, frozen_dtype=None, frozen_quantization=None, replicate_frozen=False)
@@ -195,9 +189,9 @@ class Planner:
 
 def operations_ratios(planners: dict[str, Planner], task: Task, plans: Sequence[Plan]) -> dict[str, float | None]:
     """
-    The operations of an HFT step divided by those of FFT, where the plans allow a comparison.
+    Return operations of an HFT step over those of FFT, `None` if they cannot be compared.
 
-    `equal_settings` takes the settings of HFT's plan for both methods, `as_planned` each one's own plan if both fit.
+    `equal_settings` uses the settings of HFT's plan for both, `as_planned` each method's own plan if both fit.
     """
     own = {plan.method: plan for plan in plans}
     if "hft" not in own:

@@ -1,8 +1,8 @@
 """
-The output head of TRL 1.16: tiles of 4,096 tokens by 32,768 words, so the full logits never exist.
+The output head of TRL 1.16: tiles of 4,096 tokens by 32,768 words instead of full logits.
 
-On a CPU, TRL's function runs. On a GPU it uses Triton kernels, which cannot run on fake tensors, so a function that
-allocates the same tensors replaces it.
+On a CPU, TRL's function runs. Its Triton kernels for GPUs do not run on fake tensors, so a function that allocates
+the same tensors replaces them.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def log_probs(
     model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, stage: str, device: str, ledger: Ledger
 ) -> torch.Tensor:
     """
-    Log-probability of every next token, `(rows, length - 1)`. Allocations are counted as logits.
+    Return log-probabilities of next tokens, `(rows, length - 1)`, and count allocations as logits.
 
     `hidden` is the last layer's output, `(rows, length, hidden size)`, `labels` are the tokens, `(rows, length)`.
     """
@@ -53,7 +53,7 @@ class _OnCPU(torch.autograd.Function):
 
 
 class _OnGPU(torch.autograd.Function):
-    """The tensors that TRL's function allocates on a GPU, and the operations of its products."""
+    """The allocations of TRL's function on a GPU, and the operations of its products."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> torch.Tensor:
@@ -84,7 +84,7 @@ class _OnGPU(torch.autograd.Function):
 
 
 def _tile(hidden: torch.Tensor, weight: torch.Tensor, kind: torch.dtype) -> None:
-    """Allocate a tile of logits, and casts of the tokens and head weights that it is computed from."""
+    """Allocate a tile of logits, and casts of the tokens and head weights for it."""
     tokens = min(hidden.size(0), TOKEN_CHUNK_SIZE)
     buffers = [torch.empty(tokens, VOCABULARY_CHUNK, dtype=kind)]
     buffers.append(hidden[:tokens].to(kind))

@@ -18,16 +18,11 @@ PARTS = ("gradients", "weight_copies", "logits", "activations")
 
 class Ledger(TorchDispatchMode):
     """
-    Count the bytes of each storage until it is freed, and the operations of matrix products.
+    Count the bytes of live storages and the operations of matrix products, on fake or real tensors.
 
-    It works on fake and on real tensors. Parameters and buffers of `models` do not count, nor does memory that kernels
-    allocate internally.
-
-    Attributes:
-        operations (`int`): Floating-point operations of matrix products and attention. A multiply-add is two.
-        peak (`int`): Most bytes allocated at once.
-        at_peak (`dict[str, int]`): These bytes by part. `weight_copies` are autocast's, `activations` the rest.
-        at_peak_without_gradients (`dict[str, int]`): The most bytes at once that are not gradients, by part.
+    Parameters and buffers of `models` and memory inside kernels do not count. A multiply-add is two `operations`.
+    `peak` is in bytes, `at_peak` the same by part: `weight_copies` are autocast's, `activations` the rest. The peak of
+    everything but gradients, `at_peak_without_gradients`, can be at another time.
     """
 
     def __init__(self, *models: torch.nn.Module) -> None:
@@ -59,7 +54,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        # Models read the values of a padding mask, so what depends on real tensors alone is computed
+        # Models read values of the padding mask, so operations on real tensors are computed
         real = tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
         with unset_fake_temporarily() if real else nullcontext():
             out = _experts(func, *args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
@@ -107,14 +102,14 @@ class Ledger(TorchDispatchMode):
 
 
 def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:
-    """Grouped matrix product of experts. Fake tensors support only bfloat16, kernels support every type."""
+    """Compute the grouped product of experts. Fake tensors support only bfloat16."""
     if not isinstance(left, FakeTensor) or left.dtype == torch.bfloat16:
         return func(left, right, *others)
     return func(left.bfloat16(), right.bfloat16(), *others).to(left.dtype)
 
 
 def _causal(first: int, args: tuple, kwargs: dict[str, Any]) -> int:
-    """2 where a kernel skips half of the scores, else 1."""
+    """Return 2 if a kernel skips half of the scores, else 1."""
     return 2 if kwargs.get("is_causal", args[first] if len(args) > first else False) else 1
 
 
@@ -127,7 +122,7 @@ def _attention_backward(*args: Any, **kwargs: Any) -> int:
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Operations of a product per group of rows (experts), or of columns for their weights' gradients."""
+    """Return the operations of a product per group of rows (experts) or columns (weight gradients)."""
     return 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
 
 

@@ -19,7 +19,7 @@ BFLOAT16 = 2  # bytes
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file of `accelerate_configs/` distributes a model over the GPUs."""
+    """Distribution of a model over the GPUs by a file of `accelerate_configs/`."""
 
     name: str
     shards_weights: bool = False
@@ -29,11 +29,11 @@ class Layout:
 
     @property
     def zero(self) -> bool:
-        """Whether DeepSpeed runs the training, which stores all weights in bfloat16 and needs no autocast."""
+        """Whether DeepSpeed runs the training, with all weights in bfloat16 and without autocast."""
         return self.name.startswith("zero")
 
     def unshared(self) -> "Layout":
-        """The same layout with a complete reference model."""
+        """Return the same layout with a complete reference model."""
         return dataclasses.replace(self, shares_reference=False)
 
 
@@ -48,7 +48,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """The types of weights and optimizer state, named as in [`HFTConfig`] and the trainer's arguments."""
+    """Types of weights and optimizer state, named as in [`HFTConfig`] and the trainer's arguments."""
 
     dtype: str = "float32"
     frozen_dtype: str | None = None
@@ -82,7 +82,7 @@ class Sizes:
     quantizable: tuple[tuple[int, int], ...]  # rows and columns of each frozen matrix that can be quantised
 
     def frozen_bytes(self, size: int, quantization: str | None) -> int:
-        """Bytes of the frozen half with `size` bytes for each number that is not quantised."""
+        """Return the bytes of the frozen half, with `size` bytes per parameter that is not quantised."""
         quantised = self.quantizable if quantization else ()
         packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in quantised)
         return (self.frozen - sum(rows * columns for rows, columns in quantised)) * size + packed
@@ -116,7 +116,7 @@ def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
 
 
 def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference: bool) -> dict[str, int]:
-    """Bytes that a GPU holds between steps, by part. With `preference` there is a reference model."""
+    """Return the bytes on a GPU between steps, by part. `preference` adds a reference model."""
     size = own_size = DTYPES[storage.dtype].itemsize
     frozen_size = DTYPES[storage.frozen_dtype or storage.dtype].itemsize
     if layout.name == "fsdp2":  # accelerate casts trainable weights to float32
@@ -144,11 +144,10 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
 
 
 def _optimizer_bytes(counted: Sizes, itemsize: int, in_eight_bits: bool) -> int:
-    """State of AdamW: two moments per trainable number, and a step counter per tensor."""
+    """Return the bytes of AdamW's state: two moments per parameter and a step counter per tensor."""
     if not in_eight_bits:
         return sum(2 * size * itemsize + 4 for size, _ in counted.tensors)
-    # bitsandbytes: 32 bits for small tensors and (requested by transformers) embeddings, else a byte per number and
-    # a float32 per block of 256
+    # bitsandbytes: float32 for small tensors and embeddings, else a byte each and a float32 per block of 256
     return sum(
         8 * size if embedding or size < 4096 else 2 * (size + 4 * math.ceil(size / 256))
         for size, embedding in counted.tensors
@@ -157,10 +156,10 @@ def _optimizer_bytes(counted: Sizes, itemsize: int, in_eight_bits: bool) -> int:
 
 def _communication(counted: Sizes, layout: Layout, size: int) -> int:
     """
-    Bytes of the backend's buffers. Derived from the backends' code, never measured.
+    Return the bytes of the backend's buffers, derived from its code and never measured.
 
-    DDP copies all gradients into buckets. A sharded backend gathers the current and the next layer and all parameters
-    outside of layers. Their gradients are whole until they are scattered.
+    DDP copies all gradients into buckets. Sharded backends gather the current and the next layer and all parameters
+    outside of layers, whose gradients are complete until they are scattered.
     """
     if layout.name == "ddp":
         return counted.trainable * size
@@ -173,16 +172,16 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
 
 def awaiting_reduction(parts: dict[str, int], counted: Sizes) -> dict[str, int]:
     """
-    The parts of [`held`] with whole gradients, as FSDP2 has them until the last micro-batch of a step.
+    Return the parts of [`held`] with full gradients, as in FSDP2 before the last micro-batch.
 
-    transformers runs all earlier micro-batches in accelerate's `no_sync`, in which FSDP2 scatters no gradient.
+    accelerate runs all earlier micro-batches in `no_sync`, in which FSDP2 scatters no gradient.
     """
     # Each becomes a float32 shard later, which with two or more GPUs takes no more memory
     return {**parts, "gradients": max(parts["gradients"], counted.trainable * BFLOAT16)}
 
 
 def at_peak(parts: dict[str, int], step: Step, layout: Layout, accumulates: bool) -> dict[str, int]:
-    """Bytes that a GPU holds at the peak of a step, from the parts of [`held`] or [`awaiting_reduction`]."""
+    """Return the bytes at the peak of a step, from parts of [`held`] or [`awaiting_reduction`]."""
     if accumulates or layout.shards_state:
         return {**parts, **step.at_peak_without_gradients, "gradients": parts["gradients"]}
     return {**parts, **step.at_peak}  # gradients grow while activations are freed

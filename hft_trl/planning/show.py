@@ -1,4 +1,4 @@
-"""Plans as a table and as JSON, and what would help where a model does not fit."""
+"""Plans as a table and as JSON, and what would help if a model does not fit."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ OPTIONAL = ("reference", "weight_copies", "communication")
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
-    """Memory by part and the settings, with a column per plan."""
+    """Return a table of memory by part and settings, with a column per plan."""
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
@@ -44,13 +44,13 @@ def memory_grid(plans: list[Plan]) -> Grid:
 
 
 def heading(model: str, task: Task) -> str:
-    """The task in one line."""
+    """Return the task in one line."""
     machine = f"{task.gpus} GPU{'s' if task.gpus > 1 else ''} of {task.gpu_memory / 1e9:g} GB"
     return f"{model}: {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}"
 
 
 def task_json(model: str, task: Task) -> dict[str, Any]:
-    """The task, with memory in bytes."""
+    """Return the task, with memory in bytes."""
     names = ("stage", "gpus", "gpu_memory", "sequence_length", "global_batch")
     return {
         "model": model,
@@ -61,7 +61,7 @@ def task_json(model: str, task: Task) -> dict[str, Any]:
 
 
 def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
-    """A plan and what would help where it does not fit, with memory in bytes."""
+    """Return a plan and what would help if it does not fit, with memory in bytes."""
     return {
         "fits": plan.fits,
         "accelerate_config": plan.layout,
@@ -83,11 +83,7 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
 
 
 def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan]]:
-    """
-    Flags of `hft-trl plan` that save memory, each with its smallest plan, whether that fits or not.
-
-    `plan` is the smallest plan of a task that does not fit.
-    """
+    """Return `hft-trl plan` flags that save memory, each with its smallest plan, fitting or not."""
     found: list[tuple[str, Plan]] = []
     storage = task.storage
     if storage.optimizer_in_backward:  # without accumulation, all rows of a step are on the GPU at once
@@ -129,7 +125,7 @@ def _flags(change: dict[str, str]) -> str:
 
 
 def _smaller_batch(planner: Planner, task: Task, flags: str) -> list[tuple[str, Plan]]:
-    """The largest of 1, 2, 4 ... rows, below the global batch, that fits one GPU without accumulation."""
+    """Return the largest smaller global batch (1, 2, 4 ... rows) that fits one GPU without accumulation."""
     found: list[tuple[str, Plan]] = []
     size = 1
     while size < task.global_batch:

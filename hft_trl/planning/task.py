@@ -9,10 +9,10 @@ from hft_trl.planning.memory import LAYOUTS, Storage
 
 @dataclass(frozen=True)
 class Task:
-    """A stage of training and the machine for it. Settings that do not fit together raise an [`HFTError`]."""
+    """A stage of training and its machine. Conflicting settings raise an [`HFTError`]."""
 
     stage: Literal["sft", "dpo"]
-    gpus: int  # in total
+    gpus: int  # total
     gpu_memory: int  # bytes per GPU
     sequence_length: int  # tokens of the longest rows
     global_batch: int  # rows (pairs) per optimizer step
@@ -72,7 +72,7 @@ class Task:
 
     @property
     def micro_batches(self) -> list[int]:
-        """The micro-batch sizes that divide a GPU's share of the global batch."""
+        """Return the micro-batch sizes that divide a GPU's share of the global batch."""
         own = self.global_batch // self.gpus
         if self.storage.optimizer_in_backward:  # its gradients are freed, so they cannot accumulate
             return [own]

@@ -1,7 +1,7 @@
 """
 A training step traced on fake tensors: forward, backward and the reference's forward.
 
-The model's own code runs, so no table of architectures is needed. PyTorch decides what is saved and recomputed.
+The model's own code runs, so architectures need no table. PyTorch decides what is saved and recomputed.
 """
 
 import copy
@@ -24,7 +24,7 @@ from hft_trl.selection import Selection
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The settings that a step is traced with."""
+    """Settings of a traced step."""
 
     stage: Literal["sft", "dpo"]
     micro_batch: int  # rows, or pairs, per GPU
@@ -40,7 +40,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """The memory that a step needs besides weights and optimizer state, in bytes, and its operations."""
+    """Operations of a step, and its memory in bytes besides weights and optimizer state."""
 
     saved: int  # for the backward pass, without parameters
     at_peak: dict[str, int]  # by part, see `Ledger`
@@ -53,7 +53,7 @@ def trace_step(skeleton: PreTrainedModel, selection: Selection, settings: StepSe
     """
     Trace a step of a model on the meta device, which stays unchanged.
 
-    Code that needs the values of tensors, or does not match its config, raises an [`HFTError`].
+    Code that needs values of tensors or does not match its config raises an [`HFTError`].
     """
     model = copy.deepcopy(skeleton)
     selection.apply(model)
@@ -87,7 +87,7 @@ def _prepare(model: PreTrainedModel, reference: PreTrainedModel | None, settings
 
 
 def _allocate(model: PreTrainedModel, settings: StepSettings) -> None:
-    """Replace the meta tensors of a model with fake tensors on the CPU. Tied parameters stay tied."""
+    """Replace a model's meta tensors with fake CPU tensors. Tied parameters stay tied."""
     allocated: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -143,7 +143,7 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
 def _forward(
     model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, settings: StepSettings, ledger: Ledger
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """Log-probabilities, and the load balancing loss that TRL adds for a mixture of experts."""
+    """Return log-probabilities, and TRL's load balancing loss for a mixture of experts."""
     config = model.config.get_text_config()
     named = config.to_dict()
     balances = model.training and "output_router_logits" in named and bool(named.get("router_aux_loss_coef"))

@@ -26,7 +26,7 @@ SCHEDULE = {
 
 
 def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
-    """The command that starts a recipe file as planned. With several machines it is run once on each."""
+    """Return the command that starts a recipe. On several machines it runs once on each."""
     machines = max(gpus // 8, 1)
     name = plan.layout if machines == 1 else f"{plan.layout}_multi_node"
     words = [f"accelerate launch --config_file accelerate_configs/{name}.yaml"]
@@ -47,10 +47,10 @@ def write(
     trust_remote_code: bool = False,
 ) -> tuple[Path, Path]:
     """
-    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh` to a folder. Paths are absolute.
+    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh` with absolute paths.
 
-    `stages` has the task and the plan of `"sft"` and of `"dpo"`, with one launch configuration. A stage that does not
-    fit or a file that exists raises an [`HFTError`].
+    `stages` has task and plan of `"sft"` and `"dpo"`, with the same launch configuration. A stage that does not fit or
+    a file that exists raises an [`HFTError`].
     """
     for name, (_, plan) in stages.items():
         if not plan.fits:
@@ -98,7 +98,7 @@ def _dump(section: dict[str, Any]) -> str:
 
 
 def _arguments(task: Task, plan: Plan) -> dict[str, Any]:
-    """The trainer's arguments that a plan sets."""
+    """Return the trainer's arguments of a plan."""
     arguments = {
         "lr_scheduler_type": "linear",
         "max_length": task.sequence_length,

@@ -1,1 +1,1 @@
-"""Saved models: what their files hold, how two of them differ, and Half-Reset."""
+"""Saved models: their files, differences between two of them, and Half-Reset."""

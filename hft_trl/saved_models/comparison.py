@@ -1,4 +1,4 @@
-"""How far the tensors of one saved model lie from those of another, in bits and in norms."""
+"""Differences between the tensors of two saved models, in bits and in norms."""
 
 import math
 from collections.abc import Iterable
@@ -11,22 +11,22 @@ from hft_trl.errors import HFTError
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.weights import CHUNK
 
-# Integers of the same size, to compare elements bit for bit.
+# Integer type by element size, for bitwise comparison
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class Change:
-    """How far tensors moved, one or several taken together: L2 norms in float64, and numbers of elements."""
+    """Change of one or more tensors, as L2 norms in float64 and numbers of elements."""
 
-    difference: float  # norm of the task vector, which is tuned minus base
+    difference: float  # norm of the task vector (tuned minus base)
     base: float
-    moved: int  # elements that differ in a bit; where the types differ, in the type that holds both values
+    moved: int  # elements that differ in a bit, compared in the promoted type of both
     size: int
 
     @classmethod
     def total(cls, parts: "Iterable[Change]") -> "Change":
-        """Several changes taken together."""
+        """Return several changes as one."""
         parts = list(parts)
         difference = math.sqrt(sum(part.difference**2 for part in parts))
         base = math.sqrt(sum(part.base**2 for part in parts))
@@ -34,17 +34,17 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """The task vector's norm divided by the norm of the base, `None` where that is undefined."""
+        """Return the norm of the task vector over the base's, or `None` if undefined."""
         relative = self.difference / self.base if self.base else math.nan
         return relative if math.isfinite(relative) else None
 
     @property
     def share(self) -> float:
-        """The share of elements that moved, in [0, 1]."""
+        """Return the share of elements that moved, in [0, 1]."""
         return self.moved / self.size if self.size else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The figures by name."""
+        """Return the figures by name."""
         return {
             "relative_change": self.relative,
             "moved_share": self.share,
@@ -54,7 +54,7 @@ class Change:
 
 
 def change(before: torch.Tensor, after: torch.Tensor) -> Change:
-    """Compare two tensors of one shape, whatever their types, a chunk at a time."""
+    """Compare two tensors of one shape chunk by chunk. Their types may differ."""
     common = torch.promote_types(before.dtype, after.dtype)
     difference = base = 0.0
     moved = 0
@@ -69,10 +69,10 @@ def change(before: torch.Tensor, after: torch.Tensor) -> Change:
 
 def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str], learned: bool = True) -> float | None:
     """
-    The relative change of some parameters taken together, with as little arithmetic as possible.
+    Return the relative change of some parameters as one, or `None` if undefined.
 
-    Norms are computed only where bytes differ. Parameters that have not `learned` are read only to see whether they
-    are zero, since a change from zero is undefined (`None`).
+    Norms are computed only where bytes differ. For parameters without `learned`, the change is 0, or `None` if all
+    base values are zero.
     """
     pairs = [pair for name in names for pair in after.pairs(before, name)]
     if not learned or all(same_bytes(old, new) for old, new in pairs):
@@ -81,7 +81,7 @@ def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str],
 
 
 def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same type and bytes, read up to the first difference."""
+    """Whether two tensors of one shape have the same type and bytes."""
     if before.dtype != after.dtype:
         return False
     pieces = zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True)
@@ -89,17 +89,12 @@ def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
 
 
 def is_zero(tensor: torch.Tensor) -> bool:
-    """Whether all elements are zero, read up to the first chunk with another value."""
+    """Whether all elements are zero."""
     return not any(bool(piece.any()) for piece in tensor.reshape(-1).split(CHUNK))
 
 
 def check_alike(base: SavedModel, tuned: SavedModel) -> None:
-    """
-    Check that one model can be a fine-tuned version of the other, parameter by parameter.
-
-    Raises:
-        [`HFTError`]: Naming the first difference: architecture, vocabulary, a parameter that only one has, a shape.
-    """
+    """Reject models that differ in architecture, vocabulary, parameter names or shapes."""
     ours, theirs = type(base.skeleton).__name__, type(tuned.skeleton).__name__
     if ours != theirs:
         raise HFTError(f"{base.name!r} is a {ours}, {tuned.name!r} a {theirs}: give two models of one architecture.")

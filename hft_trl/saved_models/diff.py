@@ -1,4 +1,4 @@
-"""What fine-tuning changed: a tuned model beside its base, and whether the frozen half kept its bits."""
+"""Changes from fine-tuning, and whether the frozen half kept its bits."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,31 +15,29 @@ from hft_trl.selection.previous import selection_of
 
 @dataclass(frozen=True)
 class ModelDiff:
-    """A tuned model beside its base, both named as the user named them."""
+    """Comparison of a tuned model with its base, both named as the user named them."""
 
     base: str
     tuned: str
     selection: Selection | None  # None if the tuned model holds no hft_selection.json
     units: list[tuple[Unit, Change]]
-    frozen: list[str]  # parameters that were frozen as a whole or in some of their elements
-    touched: list[str]  # those of them that differ from the base in a bit that was frozen
-    dtypes: tuple[
-        str, str
-    ]  # in the base's and the tuned model's files, of the frozen parameters (of all if there are none)
+    frozen: list[str]  # parameters that were frozen completely or partly
+    touched: list[str]  # of these, the ones with a changed frozen bit
+    dtypes: tuple[str, str]  # in both models' files, of the frozen parameters (of all if none is frozen)
     is_start: bool | None  # whether training started from the base, by the digest in the selection; None if unknown
 
     @property
     def method(self) -> str | None:
-        """`"hft"`, `"fft"`, or `None` if the model holds no selection."""
+        """Return `"hft"` or `"fft"`, or `None` if the model has no selection."""
         return self.selection.config.method if self.selection else None
 
     @property
     def byte_identical(self) -> bool | None:
-        """Whether the frozen half equals the base's, `None` where nothing was frozen."""
+        """Whether the frozen half equals the base's; `None` if nothing was frozen."""
         return not self.touched if self.frozen else None
 
     def grouped(self) -> tuple[dict[tuple[int, str], Change], dict[str, Change]]:
-        """The changes by layer and category, and by category alone."""
+        """Return the changes by layer and category, and by category alone."""
         cells: dict[tuple[int, str], list[Change]] = {}
         categories: dict[str, list[Change]] = {}
         for unit, moved in self.units:
@@ -55,13 +53,10 @@ class ModelDiff:
 
 def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
     """
-    Compare tuned models with their base, a chunk of a tensor at a time. No model is loaded.
+    Compare tuned models with their base in chunks of a tensor, without loading a model.
 
-    Each is a folder, a hub id in the local cache, or `"demo"`.
-
-    Raises:
-        [`HFTError`]: If a tuned model differs from the base in architecture, vocabulary or shapes, or if its selection
-            is another model's.
+    A model is a folder, a hub id in the local cache, or `"demo"`. Models that differ in architecture, vocabulary or
+    shapes, and selections of other models, raise an [`HFTError`].
     """
     before = SavedModel(base)
     models = [SavedModel(name) for name in tuned]
@@ -108,7 +103,7 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
 
 
 def _is_start(before: SavedModel, after: SavedModel, start: dict[str, str | None] | None) -> bool | None:
-    """Compare the digest of the base with the selection's, in each type that training may have held the weights in."""
+    """Whether the base has the selection's digest, in any type that training may have used."""
     if start is None or start["weights_digest"] is None:
         return None
     held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.dtypes(), torch.float32)]
@@ -122,7 +117,7 @@ def _is_start(before: SavedModel, after: SavedModel, start: dict[str, str | None
 
 
 def _frozen(selection: Selection | None, names: list[str], model: str) -> list[str]:
-    """Parameters that did not learn as a whole: frozen, masked, or left out of the selection."""
+    """Return the parameters that are frozen, masked or not in the selection."""
     if selection is None or selection.config.method == "fft":
         return []
     unknown = {*selection.trainable, *selection.frozen}.difference(names)

@@ -1,4 +1,4 @@
-"""A comparison of saved models in words, tables, JSON and a picture."""
+"""A comparison of saved models as a sentence, tables, JSON and a picture."""
 
 import os
 from collections.abc import Sequence
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 
 def verdict(diff: "ModelDiff") -> str:
-    """
-    State in one sentence whether the frozen half equals the base's.
-
-    The sentence contains "frozen half byte-identical" exactly when it does.
-    """
+    """Return a sentence with "frozen half byte-identical" exactly if the frozen half equals the base's."""
     total = f"{len(diff.frozen)} of {len(diff.frozen)} parameters"
     if diff.selection is not None and diff.selection.masks is not None:
         total += f", of {len(diff.selection.masked)} the elements that their masks froze"
@@ -51,7 +47,7 @@ def _start(diff: "ModelDiff") -> str:
 
 
 def layer_grid(diff: "ModelDiff") -> Grid:
-    """A table with a row per layer, of change and moved share by category. Its last row is that of all layers."""
+    """Return a table of change and moved share by layer and category. The last row is the total."""
     cells, totals = diff.grouped()
     categories = [name for name in totals if name in LAYER_CATEGORIES]
     rows = [
@@ -64,14 +60,14 @@ def layer_grid(diff: "ModelDiff") -> Grid:
 
 
 def category_grid(diff: "ModelDiff") -> Grid:
-    """A table with a row per category, inside and outside the layers."""
+    """Return a table with a row for each category, inside and outside the layers."""
     _, totals = diff.grouped()
     rows = [[name, count(total.size), *_pair(total)] for name, total in totals.items()]
     return Grid(f"{_title(diff)}: change by category", ["category", "parameters", "change", "moved"], rows)
 
 
 def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
-    """All figures as plain JSON."""
+    """Return all figures as plain JSON."""
     return {"base": diffs[0].base, "models": [_model_json(diff) for diff in diffs]}
 
 
@@ -107,7 +103,7 @@ def _model_json(diff: "ModelDiff") -> dict[str, Any]:
 
 
 def check_picture(path: str | Path) -> None:
-    """Check, before models are compared, that a picture can be written."""
+    """Reject a picture that cannot be written, before models are compared."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
@@ -119,7 +115,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
-    """Draw layers by modules as a heat map, the models side by side on one scale."""
+    """Draw heat maps of layers by modules, one for each model, on a common scale."""
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
@@ -140,7 +136,7 @@ def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
 
 
 def _title(diff: "ModelDiff", width: int | None = None) -> str:
-    """The model and its method; a name longer than `width` is cut to its end."""
+    """Return the model and its method. Of a name longer than `width`, only the end is kept."""
     cut = width is not None and len(diff.tuned) > width
     name = f"...{diff.tuned[-width:]}" if cut else diff.tuned
     return f"{name} ({diff.method.upper()})" if diff.method else name

@@ -1,4 +1,4 @@
-"""Digests of what settings name: saved models, data files, templates. Equal exactly when the contents are equal."""
+"""Digests of saved models, data files and templates. They are equal exactly if the contents are equal."""
 
 import dataclasses
 import glob
@@ -24,17 +24,16 @@ State = tuple[int, int, int]
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 (hex) of a saved model's weights, configs and tokenizer, however the weights are sharded."""
+    """Return the SHA-256 (hex) of weights, configs and tokenizer, independent of sharding."""
     return combined_digest(_tensor_digests(folder) | _file_digests(folder))
 
 
 def start_model(name: str, revision: str) -> dict[str, str | None]:
     """
-    The contents of a stage's start model: digests of a folder, the commit of a hub id.
+    Return the identity of a stage's start model, from a folder or a hub id.
 
-    Returns:
-        `dict[str, str | None]`: Of a folder its `weights` and other `files`, `None` if it is not trained yet. Of a hub
-        id its `model_revision`, the commit if the local cache knows it.
+    A folder gives digests of its `weights` and other `files`, `None` if it is not trained yet. A hub id gives its
+    `model_revision`, which is the commit if the local cache knows it.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -55,16 +54,12 @@ def _commit(name: str, revision: str) -> str | None:
 
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """
-    SHA-256 (hex) of the files and tokenizer folders that settings name, such as a template.
-
-    The keys are the settings' names with `_content` appended.
-    """
+    """Return the SHA-256 (hex) of files and tokenizers in settings, by `NAME_content`."""
     found = {}
     for key, value in settings.items():
         if not isinstance(value, str) or not value:
             continue
-        # os.path.isfile returns False for a text that is too long to be a path, where Path.is_file raises
+        # For a text that is too long to be a path, os.path.isfile returns False, but Path.is_file raises
         if Path(value).suffix and os.path.isfile(value):  # noqa: PTH113
             found[f"{key}_content"] = content_digest(Path(value))
         elif os.path.isfile(f"{value}/tokenizer_config.json"):  # noqa: PTH113
@@ -73,27 +68,27 @@ def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def mixture_parts(mixture: DatasetMixtureConfig) -> dict[str, Any]:
-    """TRL's mixture of data sets as plain JSON, with the digest of each part's local files as its `content`."""
+    """Return TRL's mixture as plain JSON, with a digest of each part's local files as `content`."""
     parts = [{**dataclasses.asdict(part), "content": _part_digest(part)} for part in mixture.datasets]
     return {"datasets": parts, "test_split_size": mixture.test_split_size}
 
 
 def _part_digest(part: DatasetConfig) -> str | None:
-    """Patterns are relative to `path` if it is a folder, otherwise to the working directory, as in datasets."""
+    """Resolve patterns as datasets does, relative to a folder `path` or the working directory."""
     folder = part.path if Path(part.path).is_dir() else ""
     base = Path(folder, part.data_dir or "").expanduser()
     if part.data_files is None:
         return content_digest(base) if folder or part.data_dir else None
     patterns = list(part.data_files.values()) if isinstance(part.data_files, dict) else [part.data_files]
     names = [name for entry in patterns for name in ([entry] if isinstance(entry, str) else entry)]
-    local = [str(base / name) for name in names if "://" not in name]  # Path.glob takes no absolute patterns
+    local = [str(base / name) for name in names if "://" not in name]  # Path.glob rejects absolute patterns
     files = [path for pattern in local for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
     digests = {str(place): content_digest(Path(path)) for place, path in enumerate(files)}
     return combined_digest(digests) if digests else None
 
 
 def _file_digests(folder: Path) -> dict[str, str]:
-    # A pattern may match a folder that the user keeps there
+    # A pattern may match a folder
     files = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
     return {f"file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

@@ -36,11 +36,10 @@ COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
     """
-    Set half of a tuned model's transformer layers back to its base, without training and without loading either.
+    Set half of a tuned model's layers back to its base, without training and without loading models.
 
-    The choice is the one that training would make. What learns in a selection of these settings stays tuned (with
-    embedding, output head and final norm by default). All other parameters become the base's, bit for bit. Buffers
-    stay the tuned model's. Only a few chunks of one tensor are in memory at a time.
+    The parameters that training would select stay tuned (with embedding, output head and final norm by default). All
+    others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds a few chunks of one tensor.
 
     Args:
         base (`str` or `Path`):
@@ -48,7 +47,7 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         tuned (`str` or `Path`):
             The tuned model, named in the same way.
         out (`str` or `Path`):
-            New or empty folder. It appears whole or not at all, in the tuned model's shards.
+            New or empty folder. It is written completely or not at all, with the tuned model's shards.
         config ([`HFTConfig`], *optional*):
             `ratio` is the share of the layers' parameters that stays tuned. `reselect` must be `"fresh"` and `method`
             `"hft"`. Strategies `"importance"` and `"element"` are rejected.
@@ -90,15 +89,8 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
     """
     Average all parameters of a tuned model and its base, as a baseline for Half-Reset.
 
-    Args:
-        base, tuned, out:
-            As for [`half_reset`].
-        share (`float`):
-            The tuned model's part in `(1 - share) * base + share * tuned`, in [0, 1]. Averages are computed in float64
-            and rounded to the tuned model's type.
-
-    Raises:
-        [`HFTError`]: As for [`half_reset`], except for types, and if `share` is out of range.
+    Values are `(1 - share) * base + share * tuned` with `share` in [0, 1], computed in float64 and rounded to the
+    tuned model's type. Arguments and errors are those of [`half_reset`], except that types may differ.
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
@@ -114,7 +106,7 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
 
 
 def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
-    """Both models and the resolved folder, after all checks that are possible before a byte is written."""
+    """Return both models and the resolved folder, after all checks that need no writing."""
     out = Path(out)
     with writing(out):
         empty = out.is_dir() and not any(out.iterdir())
@@ -142,7 +134,7 @@ def _check_tokens(before: SavedModel, after: SavedModel) -> None:
     if ours is None or theirs is None:
         return
     known = theirs.get_vocab()
-    # A token may have a new name (a reserved one that was put to use), but not another token's number.
+    # A reserved token may have a new name, but no token may have another number
     for token, number in ours.get_vocab().items():
         if known.get(token, number) != number:
             raise HFTError(
@@ -173,12 +165,12 @@ def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, flo
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` once its files are on disk, and is removed after an error."""
+    """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
     temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder = temporary / out.name  # only its owner may enter mkdtemp's own folder
+        folder = temporary / out.name  # a folder of mkdtemp is accessible only to its owner
         folder.mkdir()
         yield folder
         flush(folder)
@@ -205,7 +197,7 @@ def _copy_companions(after: SavedModel, folder: Path) -> None:
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """Copy the tuned model's files with their headers, and with the mixed values in between."""
+    """Copy the tuned model's files with their headers, and write mixed values."""
     _copy_companions(after, folder)
     paths = sorted(set(after.files.values()))
     total = sum(path.stat().st_size for path in paths)
@@ -220,7 +212,7 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
 
 
 def _header(path: Path) -> tuple[bytes, list[str]]:
-    """A safetensors file's header (8 bytes for its length, then JSON) and its tensors' names in the file's order."""
+    """Return a safetensors header (8 bytes of length, then JSON) and tensor names in file order."""
     with path.open("rb") as file:
         length = file.read(8)
         text = file.read(int.from_bytes(length, "little"))
@@ -258,7 +250,7 @@ parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arx
 
 
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
-    # A card's base models are hub ids; folders are named only in the text.
+    # A card's base models are hub ids, so folders are named only in the text
     hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
     models = [name.partition("@")[0] for name in hub] or None
     data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])

@@ -1,4 +1,4 @@
-"""A saved model, tensor by tensor, under the names that its parameters have in transformers."""
+"""A saved model as single tensors, under their parameters' names in transformers."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -20,35 +20,25 @@ from hft_trl.weights import check_readable, combined_digest, fingerprint, weight
 
 FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The configs and the tokenizer, on which a model's answers depend beside the weights.
+# Configs and tokenizer, which affect a model's answers as the weights do
 FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file belongs in the model."""
+    """The position of a file's tensor in the model."""
 
     parameter: str  # the first name of a tied parameter
-    piece: str  # which piece of the parameter, where transformers fuses several tensors (experts) into one, else ""
-    pattern: str  # the pattern of transformers' conversion that the piece matches, else ""
+    piece: str  # piece of a parameter that transformers fuses from several tensors (experts), else ""
+    pattern: str  # pattern of transformers' conversion that the piece matches, else ""
 
 
 class SavedModel:
     """
-    A saved causal LM. Only the tensors that are asked for are read; they are memory-mapped, not loaded.
+    A saved causal LM, whose tensors are memory-mapped and read on demand.
 
-    Args:
-        name (`str`):
-            Folder, hub id in the local cache (`"id@revision"` for a branch, tag or commit), or `"demo"`.
-        skeleton ([`~transformers.PreTrainedModel`], *optional*):
-            The model without weights. Built from the model's config by default.
-
-    Attributes:
-        files (`dict[str, Path]`): The safetensors file of every tensor, by the tensor's name in the file.
-        places (`dict[str, Place]`): Where each tensor belongs, by its name in the file. Buffers have no place.
-
-    Raises:
-        [`HFTError`]: If there is no such model, if it is quantised, if a file is missing or cut short, or if a tensor
-            holds several parameters.
+    `name` is a folder, a hub id in the local cache (`"id@revision"`), or `"demo"`. `files` and `places` have the
+    tensors' names in the files as keys; buffers have no place. Models that are missing, quantised or incomplete, or
+    whose tensors hold several parameters, raise an [`HFTError`].
     """
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
@@ -62,8 +52,7 @@ class SavedModel:
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
         _check_floating(self)
-        # Tensors by parameter and piece. A tied parameter that is in the file under each of its names is read once,
-        # under the first.
+        # Tensors by parameter and piece. A tied parameter is read once, under its first name.
         self._pieces: dict[str, dict[str, str]] = {}
         for key in sorted(self.places, key=dot_natural_key):
             place = self.places[key]
@@ -72,34 +61,34 @@ class SavedModel:
                 pieces[place.piece] = key
 
     def tensor(self, key: str) -> torch.Tensor:
-        """A tensor by its name in the file, mapped from the file's pages."""
-        # One file stays open, so that its header is not read again for each of thousands of tensors.
+        """Return a memory-mapped tensor by its name in the file."""
+        # One file stays open, because reading its header again for each tensor is slow
         if self._file != self.files[key]:
             self._file, self._opened = self.files[key], safe_open(self.files[key], framework="pt")
         return self._opened.get_tensor(key)
 
     def counterpart(self, key: str, other: "SavedModel") -> torch.Tensor | None:
-        """The other model's tensor that belongs where this model's tensor `key` belongs, `None` without one."""
+        """Return the other model's tensor at the place of this model's `key`, or `None`."""
         place = self.places[key]
         theirs = other._pieces.get(place.parameter, {}).get(place.piece)
         return other.tensor(theirs) if theirs is not None else None
 
     def pairs(self, other: "SavedModel", parameter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The other model's and this model's tensors of a parameter, where both have them in one shape."""
+        """Return both models' tensors of a parameter, where both have them in one shape."""
         for key in self._pieces.get(parameter, {}).values():
             theirs, ours = self.counterpart(key, other), self.tensor(key)
             if theirs is not None and theirs.shape == ours.shape:
                 yield theirs, ours
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Type of each parameter on disk."""
+        """Return the type of each parameter on disk."""
         return {place.parameter: self.tensor(key).dtype for key, place in self.places.items()}
 
     def digest(self, dtypes: Mapping[str, torch.dtype]) -> str | None:
         """
-        The digest (SHA-256, hex) that training writes into a selection for its start model.
+        Return the start model's SHA-256 (hex) for a selection, `None` if a parameter has no file.
 
-        `dtypes` are the types of the parameters in training, by name. `None` if a parameter is not in the files.
+        `dtypes` are the types of the parameters in training.
         """
         digests = {}
         names = [name for name, _ in self.skeleton.named_parameters()]
@@ -110,7 +99,7 @@ class SavedModel:
         return combined_digest(digests)
 
     def parameter(self, name: str) -> torch.Tensor:
-        """A whole parameter by its name in the model, fused where the file holds it in pieces."""
+        """Return a complete parameter by its name in the model, fused from its pieces."""
         keys = list(self._pieces[name].values())
         pattern = self.places[keys[0]].pattern
         if not pattern:
@@ -123,12 +112,12 @@ class SavedModel:
 
 
 def short(dtype: torch.dtype) -> str:
-    """The name of a type as users write it, such as `bfloat16`."""
+    """Return the name of a type as users write it, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def _cached(name: str) -> str:
-    """The folder that the local cache has for `id@revision`."""
+    """Return the folder of `id@revision` in the local cache."""
     repository, _, revision = name.partition("@")
     try:
         return snapshot_download(repository, revision=revision, local_files_only=True)
@@ -140,7 +129,7 @@ def _cached(name: str) -> str:
 
 
 def _tensor_files(path: str, name: str) -> dict[str, Path]:
-    """The file of every tensor, read from the files themselves and checked against their index."""
+    """Return the file of every tensor, checked against the index."""
     listed = weight_files(path)
     check_readable(listed.values())
     files: dict[str, Path] = {}
@@ -173,7 +162,7 @@ def _places(
     converters: list[WeightConverter],
     model: str,
 ) -> dict[str, Place]:
-    """The place of each tensor, found with the renamings and conversions that transformers applies on loading."""
+    """Return the place of each tensor after transformers' renamings and conversions."""
     state, prefix = skeleton.state_dict(), skeleton.base_model_prefix
     first_name = {id(parameter): name for name, parameter in skeleton.named_parameters()}
     parameters = {
