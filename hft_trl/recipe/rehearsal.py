@@ -80,18 +80,7 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
     """
     Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer, and save.
 
-    It runs in the main process without the launch's backend, and leaves random states, arguments and tokenizer
-    unchanged. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked. All processes must
-    call it.
-
-    Args:
-        stages (`Sequence[Stage]`):
-            All stages in order, with their data.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of all stages. By default each stage loads the one of the run's start model.
-
-    Raises:
-        [`HFTError`]: Naming the stage, the settings or the row, and the mistake.
+    All processes must call it. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked.
     """
     check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
