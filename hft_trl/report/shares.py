@@ -1,4 +1,4 @@
-"""How much of each category learns."""
+"""Compute how much of each category learns."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from hft_trl.selection.shares import learning_elements
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """The part of a category, of `"layers"` or of `"model"` that learns, in numbers of units and parameters."""
+    """Store the numbers of units, parameters and trained parameters of a category."""
 
     category: str
     units: int
@@ -18,18 +18,14 @@ class CategoryShare:
 
     @property
     def share(self) -> float:
-        """The trained part of the parameters, in [0, 1]."""
+        """Return the trained share of the parameters, in [0, 1]."""
         return self.trained / self.parameters if self.parameters else 0.0
 
 
 def category_shares(
     units: Iterable[Unit], trainable: Collection[str], masked: Mapping[str, int] | None = None
 ) -> list[CategoryShare]:
-    """
-    Count what learns by category: those in the layers, `"layers"`, those outside, `"model"`.
-
-    `masked` has the number of elements that learn, for parameters that learn in part. Empty categories are left out.
-    """
+    """Count what learns by category. `masked` has numbers of elements of partly trained parameters."""
     units, names = list(units), frozenset(trainable)
 
     def count(category: str, members: list[Unit]) -> CategoryShare:
