@@ -1,1 +1,1 @@
-"""Continual learning of tasks, and a measure of forgetting (TRACE, paper section 4.3)."""
+"""Learn tasks one after another, and measure forgetting (TRACE, paper section 4.3)."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: one for all rounds (LoRASeqFT), or in each a new, orthogonal one (O-LoRA)."""
+"""Train LoRA adapters: one for all rounds (LoRASeqFT), or a new, orthogonal one in each (O-LoRA)."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +26,7 @@ START_FILE = "hft_start.json"  # in a checkpoint, with name and digest of the we
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
     """
-    [`~trl.SFTTrainer`] of a LoRA adapter for `model`, a folder or hub id.
+    Train a LoRA adapter for `model`, a folder or hub id, as [`~trl.SFTTrainer`] does.
 
     At the end it saves the merged model, with the adapter alone in `adapter/`.
     """
@@ -51,7 +51,7 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Save a checkpoint as the parent does; at the end, the merged model, tokenizer and adapter."""
+        """Save a checkpoint as the parent does, or at the end the merged model, tokenizer and adapter."""
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(output_dir, state_dict)
@@ -66,12 +66,10 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
 
 class OLoRATrainer(AdapterTrainer):
     """
-    [`AdapterTrainer`] of O-LoRA (Wang et al. 2023, https://huggingface.co/papers/2310.14152).
+    Train an adapter with O-LoRA (Wang et al. 2023, https://huggingface.co/papers/2310.14152).
 
-    The subspace of the new adapter is kept orthogonal to those of earlier rounds, whose adapters are merged into the
-    model. The loss gets the penalty `lambda * sum |A_i A_t^T|` over modules, earlier rounds i and the entries of the
-    product, of shape (r, r). The paper's second penalty, on the norm of the new adapter, has the factor 0 there and is
-    left out.
+    The penalty `lambda * sum |A_i A_t^T|` over modules, earlier rounds i and the entries of the (r, r) products keeps
+    the new subspace orthogonal to earlier ones. The paper's second penalty has the factor 0 there and is left out.
     """
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
@@ -148,12 +146,7 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
 
 
 def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
-    """
-    Merge the adapter in a folder into the weights of a model, which are rounded to the model's type.
-
-    On the CPU and from the files, so that the result has the same bits wherever it is computed. `loading` are
-    arguments of `from_pretrained`.
-    """
+    """Merge a folder's adapter into a model, on the CPU for the same bits on every machine."""
     whole = AutoModelForCausalLM.from_pretrained(model, **loading)
     with as_user_error(f"merging the adapter in {adapter}"):
         return PeftModel.from_pretrained(whole, adapter, torch_device="cpu").merge_and_unload(safe_merge=True)

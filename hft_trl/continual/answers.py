@@ -1,4 +1,4 @@
-"""Evaluation after a round: its model answers test sets, and the answers are scored."""
+"""Generate a model's answers to test sets after a round, and score them."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True)
 class Answered:
-    """The result of a round's model on a task."""
+    """Store the result of a round's model on a task."""
 
     score: float  # of the task's metric, from 0 to 100
     empty: int  # predictions without any text, which score 0
@@ -41,15 +41,11 @@ def evaluate_tasks(
     **loading: Any,
 ) -> dict[str, Answered]:
     """
-    Generate greedy answers to test sets with a round's model, and score them.
+    Generate greedy answers to test sets, and return their scores by task in the main process only.
 
-    All processes must call it and share the work. Predictions are written to `predictions/<task>.json` in the model's
-    folder. Those of the same settings are reused, and scored again. In float32 neither the batch size nor the number
-    of processes changes them; in half precision they can.
-
-    `max_length` is the maximum number of tokens of prompt and prediction together, which the model's positions limit
-    too. `batch_size` is that of each process, and `loading` are arguments of `from_pretrained`. Return the results by
-    task in the first process, and nothing in the others.
+    All processes must call it and share the work. Predictions are written to `predictions/<task>.json`, and reused for
+    the same settings. In half precision, batch size and number of processes can change them. `max_length` counts the
+    tokens of prompt and answer. `batch_size` is that of each process.
     """
     folder, state, results = Path(folder), PartialState(), {}
     model = tokenizer = None
@@ -83,12 +79,7 @@ def evaluate_tasks(
 
 
 def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
-    """
-    Check that answers of `max_new_tokens` tokens leave room for prompts.
-
-    Return the maximum number of tokens of prompt and answer, the smaller one of `max_length` and the model's
-    positions.
-    """
+    """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
     limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name, limit in limits.items():
@@ -117,7 +108,7 @@ def _score(
     made_with: dict[str, Any],
     known: dict[str, Any] | None,
 ) -> Answered:
-    """Score predictions, and write them with the score unless the file holds just that."""
+    """Score predictions, and write them with the score unless the file contains the same."""
     prompts, answers = zip(*task.test, strict=True)
     score = METRICS[task.metric](prompts, predictions, answers)
     result = Answered(score, sum(not text.strip() for text in predictions), truncated)

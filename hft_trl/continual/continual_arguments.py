@@ -1,4 +1,4 @@
-"""Settings of continual runs."""
+"""Define the settings of continual runs."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,23 +16,16 @@ Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask",
 @dataclass
 class ContinualArguments(RunArguments):
     """
-    Settings of a continual run, in addition to those of every run.
+    Define the settings of a continual run, in addition to those of every run.
 
     Args:
-        benchmark (`str`, *optional*):
-            TRACE's folder, any folder with a `tasks.yaml`, `"demo"` for the embedded mini benchmark, or `"none"`.
-        tasks (`str`, *optional*):
-            YAML file with tasks of your own, which are learned after the benchmark's.
-        approach (`str`, *optional*, defaults to `"sequential"`):
-            See [`~hft_trl.continual.rounds.plan_rounds`].
-        replay_share (`float`, *optional*, defaults to `0.1`):
-            Share of the rows of each earlier task that replay mixes in.
-        gem_memory (`int`, *optional*, defaults to `64`):
-            Rows of each earlier task in GEM's memory.
-        max_new_tokens (`int`, *optional*, defaults to `512`):
-            Maximum number of tokens of a prediction (TRACE's `max_ans_len`).
-        eval_batch_size (`int`, *optional*, defaults to `64`):
-            Number of prompts that a process answers at a time.
+        benchmark (`str`, *optional*): TRACE's folder, one with a `tasks.yaml`, `"demo"` (embedded) or `"none"`.
+        tasks (`str`, *optional*): YAML file of your own tasks, which are learned after the benchmark's.
+        approach (`str`, *optional*, defaults to `"sequential"`): See [`~hft_trl.continual.rounds.plan_rounds`].
+        replay_share (`float`, *optional*, defaults to `0.1`): Share of each earlier task's rows that replay adds.
+        gem_memory (`int`, *optional*, defaults to `64`): Rows of each earlier task in GEM's memory.
+        max_new_tokens (`int`, *optional*, defaults to `512`): Maximum number of tokens of a prediction.
+        eval_batch_size (`int`, *optional*, defaults to `64`): Number of prompts that a process answers at a time.
     """
 
     benchmark: str | None = None
@@ -65,19 +58,14 @@ class ContinualArguments(RunArguments):
 @dataclass
 class LoRAArguments:
     """
-    Settings of a LoRA adapter, named as in PEFT's `LoraConfig`, whose types TRL's parser cannot read.
+    Define a LoRA adapter, with the names of PEFT's `LoraConfig`, whose types TRL's parser cannot read.
 
     Args:
-        r (`int`, *optional*, defaults to `8`):
-            Rank.
-        lora_alpha (`int`, *optional*, defaults to `16`):
-            The product of the two matrices is scaled by `lora_alpha / r`.
-        lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout on the adapter's input.
-        target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
-            Names of the modules to adapt, such as `["q_proj", "v_proj"]`, or `all-linear` for all but the head.
-        o_lora_lambda (`float`, *optional*, defaults to `0.5`):
-            Factor of O-LoRA's penalty (its lambda_1), see [`~hft_trl.continual.adapters.OLoRATrainer`].
+        r (`int`, *optional*, defaults to `8`): Rank.
+        lora_alpha (`int`, *optional*, defaults to `16`): The product of the matrices is scaled by `lora_alpha / r`.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
+        target_modules (`list[str]`, *optional*): Modules to adapt, by default `["all-linear"]`: all but the head.
+        o_lora_lambda (`float`, *optional*, defaults to `0.5`): Factor of O-LoRA's penalty (its lambda_1).
     """
 
     r: int = 8

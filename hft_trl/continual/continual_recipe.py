@@ -1,4 +1,4 @@
-"""A continual run: its command line is parsed, and its rounds are planned and prepared."""
+"""Parse the command line of a continual run, and plan and prepare its rounds."""
 
 import dataclasses
 import hashlib
@@ -38,7 +38,7 @@ from hft_trl.skeleton import build_on_meta
 
 logger = logging.get_logger(__name__)
 
-# Arguments of the trainer that the plan of a run notes
+# Arguments of the trainer that a run's plan contains
 NOTED = (
     *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("max_steps", "max_length"),
@@ -56,15 +56,15 @@ KEYS = {
 
 @dataclasses.dataclass
 class ContinualRecipe:
-    """A parsed continual run."""
+    """Store a parsed continual run."""
 
     run: ContinualArguments
     model: ModelArguments  # the base
-    hft: HFTConfig  # what each round trains, unless it trains an adapter
+    hft: HFTConfig  # settings of each round, unless it trains an adapter
     lora: LoRAArguments  # the adapter of the approaches lora and o_lora
-    sft: dict[str, Any]  # the section sft of the file
-    sft_flags: list[str]  # and of the command line
-    auto_checkpointing: bool  # whether the recipe decides how much the rounds recompute
+    sft: dict[str, Any]  # section sft of the file
+    sft_flags: list[str]  # section sft of the command line
+    auto_checkpointing: bool  # whether the recipe chooses the activation checkpointing
 
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
         """Build the trainer's arguments of a round. Epochs or `max_steps` in the settings override `epochs`."""
@@ -82,7 +82,7 @@ class ContinualRecipe:
         return args
 
     def tasks(self) -> tuple[list[Task], tuple[Row, ...]]:
-        """Read and check the tasks of the run, and the general rows for replay. All processes must call it."""
+        """Read and check the tasks, and the general rows for replay. All processes must call it."""
         run, tasks, general = self.run, [], ()
         folder = run.benchmark
         if folder == "demo":
@@ -185,15 +185,9 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
 
     Args:
-        argv (`list[str]`):
-            The command line without the program's name.
-        default_config (`str` or `Path`, *optional*):
-            The YAML file to use without `--config`. Its benchmark is ignored if the command line has `tasks`.
-        help_text (`str`, *optional*):
-            What `--help` prints.
-
-    Raises:
-        [`HFTError`]: Naming the key, its section and the nearest valid key, or the invalid value.
+        argv (`list[str]`): Command line without the program's name.
+        default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
+        help_text (`str`, *optional*): Text of `--help`.
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, KEYS)
@@ -230,7 +224,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
             "sft.activation_checkpointing is auto, which does not count gem's gradients: set true or false."
         )
     recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
-    recipe.arguments(run.output_dir, 1)  # to find a mistake in them now
+    recipe.arguments(run.output_dir, 1)  # rejects mistakes in them now
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""The embedded mini benchmark: eight small tasks about the demo's world, in TRACE's file layout."""
+"""Write the embedded mini benchmark: eight small tasks about the demo's world, in TRACE's layout."""
 
 import random
 from collections.abc import Callable
@@ -75,13 +75,8 @@ TASKS: dict[str, tuple[str, Maker]] = {
 
 
 def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
-    """
-    Write the mini benchmark to a folder: the same files for the same seed on every machine.
-
-    Each task gets `train.json`, `eval.json` and `test.json`. `Lima/train.json` has chat questions and their answers,
-    and `tasks.yaml` metrics and epochs. Test rows ask about people and items that are in no training row, and no row
-    mentions the people of the embedded world's probes.
-    """
+    """Write the mini benchmark to a folder: the same files for the same seed on every machine."""
+    # Test rows ask about people and items that are in no training row, and no row mentions the probes' people
     folder, world = Path(folder), make_world()
     mentioned = [person for person in world.people if person.mentioned]
     people = {"train": mentioned[::2], "eval": mentioned[1::4], "test": mentioned[3::4]}

@@ -1,4 +1,4 @@
-"""Gradient Episodic Memory (GEM): no step may increase the loss on a memory of an earlier task."""
+"""Train with Gradient Episodic Memory (GEM): no step may increase the loss on earlier tasks' memories."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,20 +23,14 @@ EPSILON = 1e-4
 
 class GEMTrainer(ResumableMixin, HFTSFTTrainer):
     """
-    [`HFTSFTTrainer`] with Gradient Episodic Memory (https://huggingface.co/papers/1706.08840).
+    Train with Gradient Episodic Memory (https://huggingface.co/papers/1706.08840), without sharding.
 
-    Before clipping, the gradient of each optimizer step is compared with the gradient of the loss on a batch of each
-    memory, over the trained parameters. If its product with one of them is negative, it is replaced by the nearest
-    gradient for which none is (nearest except for the margin). A step takes the next rows of each memory, as many as a
-    global batch has, counted by `global_step`, so nothing depends on a random state. The share of replaced gradients
-    is logged as `gem_projected_steps`.
-
-    Supports one process and DDP. It needs a backward pass per memory and step, and 4 bytes per memory and trained
-    parameter.
+    Each step's gradient is projected so that its product with no memory's gradient is negative. The share of projected
+    steps is logged as `gem_projected_steps`. It needs a backward pass per memory and step, and 4 bytes per memory and
+    trained parameter.
 
     Args:
-        memories (`Sequence[Dataset]`):
-            A dataset of `input_ids` and `labels` for each earlier task.
+        memories (`Sequence[Dataset]`): A dataset of `input_ids` and `labels` for each earlier task.
     """
 
     def __init__(self, *args: Any, memories: Sequence[Dataset], **kwargs: Any) -> None:
@@ -45,14 +39,14 @@ class GEMTrainer(ResumableMixin, HFTSFTTrainer):
         self.memories = list(memories)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step. After the last micro-batch of an optimizer step, project its gradient."""
+        """Run the parent's step. After the last micro-batch of an optimizer step, project the gradient."""
         loss = super().training_step(*args, **kwargs)
         if self.memories and self.accelerator.sync_gradients:
             self._metrics["train"]["gem_projected_steps"].append(float(self._project()))
         return loss
 
     def _project(self) -> bool:
-        """Replace the gradient if its product with a memory's is negative. Return whether it was replaced."""
+        """Replace the gradient if its product with a memory's is negative. Return whether it was."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         sizes = [parameter.numel() for parameter in parameters]
         parts = self._memory_gradients(parameters, sizes).split(sizes, dim=1)
@@ -103,7 +97,7 @@ class GEMTrainer(ResumableMixin, HFTSFTTrainer):
         return gradients
 
     def _memory_batches(self, memory: Dataset) -> tuple[list[dict[str, torch.Tensor]], int]:
-        """Return this process's micro-batches of a step, and the number of tokens with a loss in all."""
+        """Return this process's micro-batches of a step, and all processes' number of tokens with a loss."""
         processes = self.accelerator.num_processes
         # The rows do not depend on how the global batch is divided, which may change when a run is resumed
         size = self._train_batch_size * processes * self.args.gradient_accumulation_steps
@@ -119,16 +113,15 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     """
     Solve GEM's dual quadratic program (equation 11) for the multiplier of each memory's gradient.
 
-    With G the memories' gradients and g the current one, the solution v minimises v'(GG' + e)v / 2 + (Gg)'v with every
-    v at least `margin`. The diagonal e is relative to that of GG', so v does not depend on the unit of the loss.
-    `gram` is GG', of shape `(memories, memories)`, `dots` is Gg. If no entry of `dots` is negative, all multipliers
-    are 0.
+    With G the memories' gradients and g the current one, v minimizes v'(GG' + e)v / 2 + (Gg)'v with all v at least
+    `margin`. `gram` is GG', of shape `(memories, memories)`, `dots` is Gg, and the diagonal e is relative to that of
+    GG'. If no entry of `dots` is negative, all multipliers are 0.
     """
     if (dots >= 0).all():
         return np.zeros_like(dots)
     import quadprog
 
-    # Gradients are normalised, so that the solver treats short ones with the same precision
+    # Gradients are normalized, so that the solver treats short ones with the same precision
     lengths = np.sqrt(np.diag(gram))
     lengths[lengths == 0] = 1
     scale = np.abs(dots / lengths).max()

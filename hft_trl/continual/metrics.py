@@ -1,4 +1,4 @@
-"""Metrics of tasks, from 0 to 100. An empty prediction scores 0."""
+"""Compute the metrics of tasks, from 0 to 100. An empty prediction scores 0."""
 
 import re
 import sys
@@ -19,16 +19,12 @@ def accuracy(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str
 
 
 def choice_accuracy(prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Compute the accuracy of the first character, the letter of a choice (TRACE's metric of ScienceQA)."""
+    """Compute the accuracy of the first character, a choice's letter (TRACE's metric of ScienceQA)."""
     return accuracy(prompts, *([text.strip()[:1] for text in texts] for texts in (predictions, answers)))
 
 
 def edit_similarity(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """
-    Compute the mean of rapidfuzz's `ratio`: the share of characters that need no insertion or deletion.
-
-    Py150's placeholders of literals (`<STR_LIT:text>`, `<NUM_LIT>`) count as the literal, as in TRACE's code.
-    """
+    """Compute the mean of rapidfuzz's `ratio`. Py150's placeholders of literals count as the literal."""
     from rapidfuzz.fuzz import ratio
 
     def score(prediction: str, answer: str) -> float:
@@ -54,12 +50,9 @@ def rouge_l(_: Sequence[str], predictions: Sequence[str], answers: Sequence[str]
 
 
 class _Words:
-    """
-    Split a text of any alphabet into words. Each Chinese or Japanese character is a word.
+    """Split a text of any alphabet into words. Each Chinese or Japanese character is a word."""
 
-    rouge-score's own tokenizer drops every letter but a to z, and `\\w` of `re` drops the vowel signs of Hindi.
-    """
-
+    # rouge-score's tokenizer keeps only a to z, and `\w` of `re` drops the vowel signs of Hindi
     UNPARTED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
     WORD = regex.compile(rf"{UNPARTED}|(?:(?!{UNPARTED})(?:\p{{L}}\p{{M}}*|[\p{{N}}_]))+")
 

@@ -1,4 +1,4 @@
-"""Tables and figures of a run's scores: the report of one run, and the comparison of several."""
+"""Write the report of a run's scores, and the comparison of several runs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.md`, `matrix.png` and `curves.png` of a run, and return the path of the first."""
+    """Write `report.md`, `matrix.png` and `curves.png` of a run, and return the path of the report."""
     folder = Path(folder)
     scores = _scores(folder)
     with writing(folder):
@@ -134,11 +134,7 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
-    """
-    Compare runs as the paper does: a row per approach, with OP and BWT after the last round by method.
-
-    Adapters have columns of their own, since they have no method. Runs of the same approach and method get a row each.
-    """
+    """Return OP and BWT after the last round, as in the paper: a row per approach, columns per method."""
     rows: list[dict[str | None, Any]] = []
     for name, scores in runs.items():
         approach, method = scores["approach"], scores["method"]
@@ -168,7 +164,7 @@ def other_settings(runs: Mapping[str, Scores]) -> list[str]:
 
 
 def matrix_figure(scores: Scores) -> "Figure":
-    """Draw the score on each task after each round as a heat map. Tasks not seen by then stay grey."""
+    """Draw the score on each task after each round as a heat map. Tasks not seen by then are gray."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The rounds of each approach: what is trained from which model, and what is evaluated then."""
+"""Plan, train and evaluate the rounds of each approach."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,15 @@ WITHOUT_TRANSFER = ("multitask", "individual")
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round trains on and which tasks it is evaluated on."""
+    """Describe the rows that a round trains on and the tasks that it is evaluated on."""
 
-    name: str  # of its folder
-    tasks: tuple[Task, ...]  # that it learns
-    evaluated: tuple[Task, ...]  # whose test sets its model answers
+    name: str  # name of its folder
+    tasks: tuple[Task, ...]  # tasks that it learns
+    evaluated: tuple[Task, ...]  # tasks whose test sets its model answers
     rows: tuple[Row, ...]
     epochs: int
     start: str | None  # name of the round whose model it starts from, None for the base
-    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)  # GEM's, by the name of the earlier task
+    memories: Mapping[str, tuple[Row, ...]] = field(default_factory=dict)  # GEM's, by name of the earlier task
 
 
 def plan_rounds(
@@ -49,13 +49,10 @@ def plan_rounds(
     """
     Plan the rounds of an approach. Each comes after the round that it starts from.
 
-    `sequential` learns one task after the other, each from the previous round's model. `gem` does too, and no step may
-    increase the loss on a memory of each earlier task ([`~hft_trl.continual.gem.GEMTrainer`]). `replay` does too, with
-    a share of each earlier task's rows (at least one row) and all general rows mixed in. `lora` and `o_lora` learn the
-    rows of sequential, in one adapter for all rounds or a new one for each. `multitask` learns all tasks in one round,
-    in which each row is repeated by its task's epochs. `individual` learns each task from the base.
-
-    Replay draws other rows in each round. The memory of a task is the same in all rounds.
+    `sequential`, `gem` and `replay` learn each task from the previous round's model: gem with a memory of each earlier
+    task ([`~hft_trl.continual.gem.GEMTrainer`]), replay with a share of their rows and all general rows. `lora` and
+    `o_lora` train one adapter or one per round. `multitask` learns all tasks in one round, with rows repeated by their
+    task's epochs, and `individual` learns each task from the base.
     """
     if approach == "multitask":
         pooled = tuple(row for task in tasks for row in task.train * task.epochs)
@@ -83,7 +80,7 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
 
 @dataclass
 class Round(Stage):
-    """A round as a stage. `memories` (GEM's) and `truncated_rows` are set by `load_data`."""
+    """Store a round as a stage. `load_data` sets `memories` (GEM's) and `truncated_rows`."""
 
     plan: RoundPlan | None = None
     max_length: int | None = None  # in tokens, of prompt and answer
@@ -93,7 +90,7 @@ class Round(Stage):
     truncated_rows: int = 0
 
     def check(self) -> None:
-        """Check the start model, and its adapter if there is one."""
+        """Check the start model, and the adapter if the round trains one."""
         super().check()
         if self.adapter is not None:
             try:
@@ -105,16 +102,16 @@ class Round(Stage):
             check_adapter(self.model, self.args, self.adapter)
 
     def sources(self) -> set[Path]:
-        """Folders of the earlier rounds that it starts from."""
+        """Return the folders of the earlier rounds that it starts from."""
         return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
 
     def saved_weights(self) -> list[Path]:
-        """Files with the weights of the finished round."""
+        """Return the files with the weights of the finished round."""
         adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
         return super().saved_weights() + adapter
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
-        """Settings of the adapter, and a digest of GEM's memories."""
+        """Return the settings of the adapter, and a digest of GEM's memories."""
         lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}
         data = {} if self.memory is None else {"data": {"memory": content_digest(self.memory)}}
         return lora | data
@@ -133,7 +130,7 @@ class Round(Stage):
         return record
 
     def evaluate(self, max_new_tokens: int, batch_size: int) -> dict[str, Answered]:
-        """Score the round's model on the tasks that its plan names. All processes must call it."""
+        """Score the round's model on the tasks of its plan. All processes must call it."""
         return evaluate_tasks(
             self.folder,
             self.plan.evaluated,

@@ -1,4 +1,4 @@
-"""The folder of a run: its plan, which fixes approach and tasks, its rows, and its scores."""
+"""Read and write the folder of a run: its plan, which fixes approach and tasks, and its scores."""
 
 import hashlib
 import json
@@ -30,21 +30,13 @@ Scores = dict[str, Any]
 
 
 def rows_file(output: Path, name: str, rows: list[dict[str, str]], kind: str = "") -> Path:
-    """
-    Name the file of a round's rows, or of another kind of its rows such as `"-memory"`.
-
-    The name contains a digest of the rows: a run that is rejected later has not changed the rows of an earlier run.
-    """
+    """Return the path of a round's rows, with a digest so that a rejected run overwrites no other rows."""
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:8]
     return output / f"{name}{kind}-{digest}.json"
 
 
 def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
-    """
-    Check that a folder belongs to a run with the same approach and tasks. New tasks may follow.
-
-    Other settings are compared round by round when the rounds' folders are opened.
-    """
+    """Reject a folder of a run with another approach or other tasks. New tasks may follow."""
     path = Path(folder) / PLAN_FILE
     try:
         before = read_object(path, approach=str, tasks=list)
@@ -62,11 +54,7 @@ def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
 
 
 def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
-    """
-    Write the plan of a run whose rounds' folders are locked. All processes must call it.
-
-    With `overwrite`, the results of an earlier run and those of its rounds that this run does not have are removed.
-    """
+    """Write a run's plan, and with `overwrite` remove old results. All processes must call it."""
 
     def write() -> None:
         with writing(folder):
@@ -92,9 +80,8 @@ def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
     """
     Compute overall performance and backward transfer after each round (paper, section 4.3).
 
-    A row of the matrix has the scores on the t tasks seen by then. OP_t is their mean. BWT_t is 1/t times the sum,
-    over the tasks of earlier rounds, of their score now less that after their own round. `bwt_t_minus_1` divides this
-    sum by the t - 1 earlier tasks, as most of the literature does.
+    For t tasks, OP_t is the mean of row t. BWT_t is 1/t times the sum of the changes of earlier tasks' scores since
+    their own rounds. `bwt_t_minus_1` divides this sum by t - 1, as most of the literature does.
     """
     found: dict[str, list[float | None]] = {"op": [], "bwt": [], "bwt_t_minus_1": []}
     first = [next(row for row in matrix if len(row) > task)[task] for task in range(len(matrix[-1]))]
@@ -125,16 +112,12 @@ def write_scores(
     probes: Mapping[str, Mapping[str, float | None]],
 ) -> None:
     """
-    Write `scores.json` to a run's folder. It contains no times: the same rounds give the same bytes.
+    Write `scores.json`, which contains no times: the same rounds give the same bytes.
 
     Args:
-        rounds (`Sequence[Round]`):
-            The finished rounds.
-        answered (`Sequence[Mapping[str, Answered]]`):
-            The results of each round's model by task.
-        probes (`Mapping[str, Mapping[str, float | None]]`):
-            General abilities and knowledge after the last round, by model and name. If there are none, those that an
-            earlier call wrote after these rounds are kept.
+        rounds (`Sequence[Round]`): The finished rounds.
+        answered (`Sequence[Mapping[str, Answered]]`): Results of each round's model by task.
+        probes (`Mapping[str, Mapping]`): Scores by model and name. If empty, those of the same rounds are kept.
     """
     folder, rows = Path(folder), score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Tasks on disk: TRACE's folders as released, and users' own tasks from a small YAML file."""
+"""Read tasks from disk: TRACE's folders as released, and users' own tasks from a YAML file."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ TRACE = {
 
 
 class Row(NamedTuple):
-    """What a model reads and what it has to write. The text is their concatenation."""
+    """Store a prompt and the answer to write. The text is their concatenation."""
 
     prompt: str
     answer: str
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A task with its rows to train on and to be scored on, its metric, and the epochs of its round."""
+    """Store a task: its rows to train on and to be scored on, its metric, and the epochs of its round."""
 
     name: str
     train: tuple[Row, ...]
@@ -47,13 +47,7 @@ class Task:
 
 
 def read_benchmark(folder: str | Path) -> list[Task]:
-    """
-    Read the tasks of a benchmark, in the order in which they are learned.
-
-    The folder is TRACE's, such as `LLM-CL-Benchmark_5000`, with a folder for each of its tasks, which holds
-    `train.json` and `test.json` (`eval.json` is not read). Or it is any folder with a `tasks.yaml`, see
-    [`read_tasks`].
-    """
+    """Read TRACE's folder or one with a `tasks.yaml`, as tasks in the order in which they are learned."""
     folder = Path(folder)
     if not folder.is_dir():
         raise HFTError(f"benchmark {str(folder)!r} is no folder: give the path of TRACE's LLM-CL-Benchmark_5000.")
@@ -72,8 +66,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     """
     Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
 
-    `files` is a folder with `train.json` and `test.json`, or a mapping of `train` and `test` to files, relative to the
-    YAML file. By default it is the folder of the task's name. A task of TRACE needs neither `metric` nor `epochs`.
+    `files` is a folder, or a mapping of `train` and `test` to files. TRACE's tasks need neither `metric` nor `epochs`.
     """
     path = Path(path)
     content = load_yaml(path)
@@ -144,7 +137,7 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Check that there are tasks, and that their names are unique."""
+    """Reject an empty list of tasks and repeated names."""
     names = [task.name for task in tasks]
     if not names:
         raise HFTError("there is no task: give a benchmark, or tasks of your own.")

@@ -1,4 +1,4 @@
-"""Tokenization of prompts and answers: no template, truncation from the left, loss on the answer."""
+"""Tokenize prompts and answers: no template, truncation from the left, loss on the answer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,10 +22,9 @@ def encode(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
 ) -> tuple[Dataset, int]:
     """
-    Encode training rows as TRACE does: prompt, answer and end token, with the loss on the last two.
+    Encode rows as TRACE does: prompt, answer and end token, truncated from the left, unlike in TRL.
 
-    TRL truncates on the right, which would lose the answer, and its option to truncate on the left is deprecated.
-    Return `input_ids` and `labels` (-100 where there is no loss), and the number of truncated rows.
+    Return `input_ids` and `labels` (-100 without a loss), and the number of truncated rows.
     """
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:

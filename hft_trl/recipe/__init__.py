@@ -1,4 +1,4 @@
-"""Recipes: their command line is parsed, and their stages are prepared, trained, resumed and reported."""
+"""Parse recipes, and prepare, train, resume and report their stages."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`activation_checkpointing: auto` in a recipe: the least recomputation that fits the machine."""
+"""Choose the least recomputation that fits in memory (`activation_checkpointing: auto`)."""
 
 import dataclasses
 import os
@@ -37,11 +37,9 @@ UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_fact
 
 def settle_checkpointing(*stages: "Stage") -> None:
     """
-    Choose the activation checkpointing of all stages that set it to `auto`. Every process has to call.
+    Choose the activation checkpointing of all stages that set it to `auto`, in place.
 
-    It is the least recomputation with which a step fits the memory of a process, as `hft-trl plan` computes it. The
-    first stage's model has the shapes of all stages. Arguments are changed in place. A setting that a plan does not
-    cover raises an [`HFTError`].
+    All processes must call it. Settings that `hft-trl plan` does not cover are rejected.
     """
     undecided = [stage for stage in stages if stage.auto_checkpointing]
     if not undecided:
@@ -72,7 +70,7 @@ def settle_checkpointing(*stages: "Stage") -> None:
 
 
 def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
-    """Of each undecided stage, the plan that fits with the least recomputation, else the smallest."""
+    """Return the plan of each undecided stage: the first that fits, or else the smallest."""
     plans = []
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
         if not stage.auto_checkpointing:
@@ -92,12 +90,7 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
 
 
 def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
-    """
-    A planner per stage for a half as large as the stage will have, `None` for adapters and masks.
-
-    `"same"` and `"complement"` depend on the half of the stage that the model comes from. Seed 0 stands for all fresh
-    halves, which have about the same size. Stages with the same trainable parameters share a planner and its traces.
-    """
+    """Return a planner per stage, `None` for adapters and masks. Stages with the same half share one."""
     first = stages[0].model.model_name_or_path
     halves = {first: selection_of(skeleton)}
     masked = {first} if halves[first] is not None and halves[first].masks is not None else set()
@@ -109,6 +102,7 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
         if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
             masked.add(folder)
         elif hft is not None:
+            # Seed 0 stands for all fresh halves, which have about the same size
             planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
             alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
             planner = known.setdefault(alike, planner)
@@ -145,7 +139,7 @@ def _check_covered(stage: "Stage") -> None:
 
 
 def _layout(stage: "Stage") -> str:
-    """The launch configuration by its name in `accelerate_configs/`, before a trainer exists."""
+    """Return the launch configuration's name in `accelerate_configs/`, before a trainer exists."""
     args = stage.args
     if args.deepspeed_plugin is not None:
         return "zero3" if args.deepspeed_plugin.zero_stage == 3 else "zero2"
@@ -155,7 +149,7 @@ def _layout(stage: "Stage") -> str:
 
 
 def _memory() -> int:
-    """The least memory of a process: that of its GPU, or its share of the machine or container."""
+    """Return the least memory of a process in bytes: its GPU's, or its share of the machine or container."""
     if PartialState().device.type == "cpu":
         limits = [path.read_text().strip() for path in LIMITS if path.is_file()]
         total = min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit != "max")])

@@ -1,4 +1,4 @@
-"""Settings of recipes beyond TRL's configs and `HFTConfig`, and checks of their values."""
+"""Define settings of recipes beyond TRL's configs and `HFTConfig`, and check their values."""
 
 import math
 import os
@@ -31,18 +31,13 @@ BOUNDS = {
 @dataclass
 class RunArguments:
     """
-    Settings of the whole run: the keys outside the sections.
+    Define the settings of the whole run, which are the keys outside the sections.
 
     Args:
-        output_dir (`str`):
-            Folder of the run. Each stage gets a subfolder.
-        method (`str`, *optional*, defaults to `"hft"`):
-            Method of every stage, `"hft"` or `"fft"`.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to replace what earlier runs left in the stages' folders.
-        evaluate (`str`, *optional*):
-            Suites to run on the base and each stage's model at the end, such as `"general,knowledge"`. By default, the
-            embedded probes if the base is the embedded model, otherwise nothing.
+        output_dir (`str`): Folder of the run. Each stage gets a subfolder.
+        method (`str`, *optional*, defaults to `"hft"`): Method of every stage, `"hft"` or `"fft"`.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the results of earlier runs.
+        evaluate (`str`, *optional*): Suites, such as `"general,knowledge"`. Default: the embedded model's probes.
     """
 
     output_dir: str
@@ -59,21 +54,15 @@ class RunArguments:
 @dataclass
 class ModelArguments:
     """
-    The start model of the first stage. The names are those of TRL's `ModelConfig`.
+    Define the start model of the first stage, with the names of TRL's `ModelConfig`.
 
     Args:
-        model_name_or_path (`str`):
-            Hub id or folder, or `"demo"` for the embedded model.
-        model_revision (`str`, *optional*, defaults to `"main"`):
-            Branch, tag or commit on the hub.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Type in which the weights are loaded, trained and saved. HFT rejects a type that rounds the saved weights.
-        attn_implementation (`str`, *optional*):
-            Attention implementation.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether code from the hub repository may run.
-        chat_template (`str`, *optional*):
-            `"tulu"` or the path of a `.jinja` file. By default the tokenizer's own, or Tülu's if it has none.
+        model_name_or_path (`str`): Hub id or folder, or `"demo"` for the embedded model.
+        model_revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the hub.
+        dtype (`str`, *optional*, defaults to `"float32"`): Type of the weights. HFT rejects one that rounds them.
+        attn_implementation (`str`, *optional*): Attention implementation.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code from the hub may run.
+        chat_template (`str`, *optional*): `"tulu"` or a `.jinja` file. By default the tokenizer's, else Tülu's.
     """
 
     model_name_or_path: str
@@ -91,24 +80,16 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """
-    The keys of a stage's section in addition to those of its TRL config.
+    Define the keys of a stage's section in addition to those of its TRL config.
 
     Args:
-        dataset (`str`, *optional*):
-            Hub id, folder, `.jsonl`, `.json` or `.parquet` file, or `"demo"` for the embedded data. Without it, the
-            stage uses `datasets`, TRL's mixture.
-        dataset_config (`str`, *optional*):
-            Configuration on the hub.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split to train on, or a part of it such as `"train[:1000]"`.
-        eval_split (`str`, *optional*):
-            Split to evaluate on when `eval_strategy` is set.
-        method (`str`, *optional*):
-            This stage's method, if it differs from the run's.
-        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
-            Whether to drop preference pairs with equal sides instead of rejecting them.
-        reference_quantization (`str`, *optional*):
-            Hold the reference model in `"8bit"` or `"4bit"` with bitsandbytes. This rounds its log-probabilities.
+        dataset (`str`, *optional*): Hub id, folder, file or `"demo"`. Without it, TRL's mixture `datasets` is used.
+        dataset_config (`str`, *optional*): Configuration on the hub.
+        split (`str`, *optional*, defaults to `"train"`): Split to train on, or a part such as `"train[:1000]"`.
+        eval_split (`str`, *optional*): Split to evaluate on when `eval_strategy` is set.
+        method (`str`, *optional*): This stage's method, if it differs from the run's.
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`): Whether to drop equal pairs, not reject them.
+        reference_quantization (`str`, *optional*): `"8bit"` or `"4bit"`, which rounds the log-probabilities.
     """
 
     dataset: str | None = None
@@ -126,14 +107,12 @@ class DataArguments:
 @dataclass
 class StageArguments(HFTConfig):
     """
-    [`HFTConfig`] and the other flags that single-stage recipes add to those of TRL's scripts.
+    Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts.
 
-    `chat_template`, `drop_equal_pairs`, `reference_quantization` and `overwrite` are described in [`ModelArguments`],
-    [`DataArguments`] and [`RunArguments`].
+    The other fields are described in [`ModelArguments`], [`DataArguments`] and [`RunArguments`].
 
     Args:
-        hft_seed (`int`, *optional*):
-            Seed of the selection. By default the trainer's `seed`, which is the flag `--seed`.
+        hft_seed (`int`, *optional*): Seed of the selection. By default the trainer's `seed`.
     """
 
     seed: int = field(init=False, default=42)
@@ -165,11 +144,8 @@ def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
 
 
 def tokens_to_environment(args: "TrainingArguments") -> None:
-    """
-    Move the hub's token from a trainer's arguments to `HF_TOKEN`, where huggingface_hub looks for it.
-
-    Otherwise it would be saved: transformers pickles the arguments with each checkpoint, and trackers log them.
-    """
+    """Move the hub's token from a trainer's arguments to `HF_TOKEN`, where huggingface_hub looks for it."""
+    # Otherwise it would be saved: checkpoints contain the arguments, and trackers log them
     found = {}
     if args.hub_token:
         found["hub_token"] = args.hub_token

@@ -1,4 +1,4 @@
-"""Generation config of a tuned model: it stops at the tokens that end its turns, and it can be saved."""
+"""Adjust generation configs so that tuned models stop at the ends of their turns and can be saved."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -32,10 +32,9 @@ NEUTRAL = {
 
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """
-    Fix a model's generation config before training, so that every save of the model contains it.
+    Adjust a model's generation config before training, so that every save of the model contains it.
 
-    Tokens that end the turns of `dataset`, a trainer's prepared rows, are added to those that stop generation.
-    Sampling is enabled if the config has settings for it, since transformers does not save them otherwise.
+    It also stops at the tokens that end the turns of `dataset`, which are a trainer's prepared rows.
     """
     settle_sampling(model.generation_config)
     with as_user_error("generation_config.json"):
@@ -54,7 +53,7 @@ def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def settle_sampling(config: GenerationConfig) -> None:
-    """Enable sampling in a generation config that has settings for it, in place and with a warning."""
+    """Enable sampling in a config that has settings for it, since it could not be saved otherwise."""
     values = config.to_diff_dict()
     unused = [name for name, neutral in NEUTRAL.items() if values.get(name) not in (None, neutral)]
     if unused and config.do_sample is not True:
@@ -87,7 +86,7 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
-    """Yield runs of trained tokens from rows across a data set: of `labels`, or the preferred answers."""
+    """Yield runs of trained tokens from a sample of rows: of `labels`, or the preferred answers."""
     rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
     for column in ("chosen_ids", "completion_ids"):  # of DPO, of KTO
         if column in dataset.column_names:

@@ -24,17 +24,12 @@ def evaluate_stages(
     Evaluate the models of a recipe, `"base"` first. All processes must call it.
 
     Args:
-        start ([`~hft_trl.recipe.arguments.ModelArguments`]):
-            The base, and the chat template for all models.
-        stages (`dict[str, str]`):
-            Folder of each stage's model by name.
-        suites (`Sequence[str]`, *optional*):
-            Names of [`~hft_trl.evaluation.SUITES`]. Without them, the main process runs the embedded probes if the
-            base is the embedded model. They give the same scores as the suite `demo`.
+        start ([`~hft_trl.recipe.arguments.ModelArguments`]): The base, and the chat template for all models.
+        stages (`dict[str, str]`): Folder of each stage's model by name.
+        suites (`Sequence[str]`, *optional*): Suites to run. Without them, the embedded model is scored by its probes.
 
     Returns:
-        `tuple[dict, dict, dict]`: Scores in percent and known standard errors, by model and heading, and the headings
-        of each suite.
+        `tuple[dict, dict, dict]`: Scores in percent and standard errors by model and heading, and headings by suite.
     """
     base = start.model_name_or_path
     if not Path(base).is_dir() and start.model_revision != "main":

@@ -1,4 +1,4 @@
-"""The folder of a stage: it is locked, checked against the stage's settings, and marked as finished."""
+"""Lock the folder of a stage, check it against the stage's settings, and mark it as finished."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ Settings = dict[str, dict[str, Any]]
 
 
 def settings(stage: "Stage") -> Settings:
-    """Collect what the trained weights depend on, as plain JSON."""
+    """Collect the settings that the trained weights depend on, as plain JSON."""
     args = stage.args.to_dict()
     # `to_dict` hides all names that end with "token"
     args.update({key: value for key, value in vars(stage.args).items() if key in ("eos_token", "pad_token")})
@@ -85,7 +85,7 @@ def settings(stage: "Stage") -> Settings:
 
 
 def place(source: str, folder: Path) -> str:
-    """Write a path independently of the working directory and the run's location. Keep hub ids."""
+    """Return a path that does not depend on the working directory or the run's location. Keep hub ids."""
     path = resolved(source)
     if path.parent == resolved(folder).parent:
         return f"../{path.name}"
@@ -97,12 +97,6 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
     Lock all stages' folders, and check that each can be written and belongs to the same settings.
 
     Nothing is removed or written before all folders are locked and checked. All processes must call it.
-
-    Args:
-        stages (`Iterable["Stage"]`):
-            All stages of the run.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to remove what earlier runs left in folders that have a `stage.json`.
     """
     stages = list(stages)
     by_first_process(partial(_open, stages, overwrite))
@@ -135,7 +129,7 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
 
 
 def _take(folder: Path) -> None:
-    """Lock a folder and make it if it does not exist. Its files are kept."""
+    """Lock a folder, which is created if it does not exist, and keep its files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -151,11 +145,7 @@ def _take(folder: Path) -> None:
 
 
 def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
-    """
-    Check that a folder belongs to a stage's settings, and return whether the stage is finished.
-
-    `unfinished` are the folders of earlier stages that are still to be trained.
-    """
+    """Return whether a stage is finished. Reject a folder of other settings, or of an `unfinished` start."""
     folder, done = stage.folder, finished(stage) is not None
     if not done and not any(folder.glob("checkpoint-*")):
         return False  # nothing was trained, so the settings may differ
@@ -211,17 +201,13 @@ def _clear(folder: Path) -> None:
 
 
 def mark_started(stage: "Stage") -> None:
-    """
-    Record the start model, which may not exist when the folder is opened.
-
-    Other settings stay as they were opened with, since the trainer may have changed its arguments. All processes must
-    call it.
-    """
+    """Record the start model, which may not exist at opening. All processes must call it."""
     by_first_process(partial(_note_start, stage))
 
 
 def _note_start(stage: "Stage") -> None:
     content, now = _read(stage.folder), settings(stage)
+    # Only these: the trainer may have changed its arguments
     start = {section: now[section] for section in ("model", *stage.own_settings())}
     if any(content["settings"].get(section) != values for section, values in start.items()):
         write_json(stage.folder / STAGE_FILE, {"settings": {**content["settings"], **start}, "record": None})
@@ -234,7 +220,7 @@ def finished(stage: "Stage") -> StageRecord | None:
 
 
 def mark_finished(stage: "Stage", record: StageRecord) -> None:
-    """Write a stage's measurements when its model is on the disk. A rerun then skips the stage."""
+    """Write a stage's measurements once its model is on the disk. A rerun then skips the stage."""
     flush(stage.folder)
     content = {**_read(stage.folder), "record": dataclasses.asdict(record)}
     write_json(stage.folder / STAGE_FILE, content)

@@ -1,4 +1,4 @@
-"""Layouts of public data sets: their columns and messages are converted to TRL's conversations."""
+"""Convert the columns and messages of public data sets to TRL's conversations."""
 
 import json
 import re
@@ -43,12 +43,7 @@ OPTIONAL = ("tools", "chat_template_kwargs")  # columns that TRL reads in additi
 
 
 def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
-    """
-    Find the column of each part of a row in pairs (`preference`), or in chats or completions.
-
-    The parts are `chat`, or `prompt` and `completion`, or `chosen` and `rejected` and perhaps `prompt`, with `system`,
-    `history` and `context` if they exist. The result is empty if no layout fits.
-    """
+    """Return the column of each part of a pair, chat or completion, or nothing if no layout fits."""
     found = {part: next((name for name in names if name in columns), None) for part, names in NAMES.items()}
     found = {part: name for part, name in found.items() if name is not None}
     if found.get("prompt") not in WITH_CONTEXT:
@@ -69,8 +64,7 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     """
     Convert rows with the columns `parts` from [`find_parts`] to TRL's form. Errors name the data set.
 
-    The columns become `messages`, or `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. The prompt
-    contains all turns before the answers once. Texts under TRL's names stay plain text.
+    The prompt contains all turns before the answers once. Texts under TRL's names stay plain text.
     """
     if _is_in_form(dataset, parts):
         return dataset
@@ -78,7 +72,7 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     features = {column: List(Json()) for column in wanted}
     for column in [column for column in OPTIONAL if column in dataset.column_names]:
         features[column] = dataset.features[column] if _is_text(dataset, column) else Json()
-    # In Arrow's structs, missing keys are None. JSON tells null from missing.
+    # In Arrow's structs, missing keys are None. JSON distinguishes null from missing.
     structs = [column for column, feature in dataset.features.items() if not _is_json(feature)]
     with PartialState().main_process_first():
         return dataset.map(
@@ -170,7 +164,7 @@ def _after_system(given: Row, turns: list[Message], where: str) -> list[Message]
 
 
 def _joined(asked: list[Message], repeated: list[Message], where: str) -> list[Message]:
-    """Join a prompt and the turns that its answers repeat, so that each is there once."""
+    """Join a prompt and the turns that its answers repeat, so that each appears once."""
     if not asked or any(repeated[i : i + len(asked)] == asked for i in range(len(repeated))):
         return repeated
     overlap = max(n for n in range(len(repeated) + 1) if asked[len(asked) - n :] == repeated[:n])
@@ -184,10 +178,9 @@ def _joined(asked: list[Message], repeated: list[Message], where: str) -> list[M
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """
-    Read a value as messages: a text of `role`, an hh-rlhf dialogue, one message or a list of them.
+    Return a text of `role`, an hh-rlhf dialogue, one message or a list of them as messages.
 
-    Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept. With tool calls,
-    a missing content becomes `""` and arguments in JSON become a dictionary. `where` names the value in errors.
+    Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept.
     """
     if isinstance(value, str):
         return _dialogue(value) if is_dialogue(value) else [{"role": role, "content": value}]

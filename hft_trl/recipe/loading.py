@@ -18,15 +18,9 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 def load_split(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """
-    Load one split of a data set, and reject what does not exist or has no rows.
+    Load one split of a data set, and reject one that does not exist or has no rows.
 
-    Args:
-        source (`str`):
-            A hub id, a folder saved by `datasets` or made of data files, or a `.jsonl`, `.json` or `.parquet` file.
-        split (`str`, *optional*, defaults to `"train"`):
-            The split, or a part of it such as `"train[:1000]"`. A single file is one split, whatever its name.
-        config (`str`, *optional*):
-            Configuration of a hub data set.
+    `source` is a hub id, a folder or a file, and `split` may be a part. A file is one split, whatever its name.
     """
     path = Path(source)
     name = re.match(r"\w*", split).group()

@@ -1,4 +1,4 @@
-"""A lock on the folder of a run. The process holds it until it ends, however it ends."""
+"""Lock the folder of a run until the process ends, however it ends."""
 
 import errno
 import fcntl
@@ -14,11 +14,7 @@ _held: dict[tuple[int, int], int] = {}  # descriptors that hold locks, by the lo
 
 
 def lock(folder: Path) -> None:
-    """
-    Lock a folder against other runs until this process ends, and make it if it does not exist.
-
-    Locking it twice is no error. Forked processes do not hold the lock. File systems without locks are not locked.
-    """
+    """Lock a folder, created if missing, against other runs. Locking it twice is no error."""
     folder.mkdir(parents=True, exist_ok=True)
     for key, held in list(_held.items()):
         if os.fstat(held).st_nlink == 0:  # its folder was removed
@@ -44,7 +40,7 @@ def lock(folder: Path) -> None:
 
 
 def _leave_to_parent() -> None:
-    """Release the locks in a worker, which must not keep the folder locked when it outlives its parent."""
+    """Release the locks in a forked worker, which may outlive its parent."""
     while _held:
         os.close(_held.popitem()[1])
 

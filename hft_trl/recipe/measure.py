@@ -1,4 +1,4 @@
-"""What a stage measures: memory, losses, speed, and how far every unit moved."""
+"""Measure memory, losses and speed of a stage, and how far every unit moved."""
 
 import contextlib
 import re
@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, where the platform supports it."""
+    """Start a new measurement of peak memory, if the platform supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
@@ -42,7 +42,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes: of the GPU since the last reset, without one the process's resident set."""
+    """Return the peak memory in bytes: of the GPU since the last reset, or the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux" and (peak := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())):
@@ -52,12 +52,7 @@ def peak_memory() -> int:
 
 
 def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
-    """
-    The record of a stage, from its trainer after `train`.
-
-    With `resumed_from`, the state of the checkpoint that training resumed from, time and speed are those of the part
-    after it; all other figures are of the whole stage.
-    """
+    """Return the record of a trained stage. Time and speed are of the part after `resumed_from`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
@@ -114,10 +109,9 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
     """
-    How far every unit of a stage's saved model moved from the stage's start model and from the run's (`base_model`).
+    Return how far each unit of a stage's saved model moved from its start model and from `base_model`.
 
-    Every process has to call, and compares its share of the units. A figure is `None` where one model's files do not
-    hold the tensor, or hold it in another shape.
+    All processes must call it and share the work. A change is `None` if the tensors' names or shapes differ.
     """
     start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
     trainable, found, problem = set(selection.trainable), [], None
@@ -126,7 +120,7 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
         before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
-        # Distributed by size, so that all processes read about the same amount.
+        # Distributed by size, so that all processes read about the same amount
         largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]

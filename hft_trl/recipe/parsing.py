@@ -35,7 +35,7 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transf
 
 
 class _Parser(TrlParser):
-    """TRL's parser, which raises errors instead of exiting."""
+    """Raise errors of TRL's parser instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
@@ -66,13 +66,7 @@ def read_sections(
     """
     Read the values of the YAML file and the tokens of the command line, both by section.
 
-    Args:
-        argv (`list[str]`):
-            The command line without the program's name.
-        default_config (`str` or `Path`, *optional*):
-            The YAML file to use without `--config`.
-        known (`Mapping[str, Collection[str]]`):
-            The keys of each section. Those of `""` are outside the sections, or all keys of a recipe without sections.
+    `known` has the keys of each section, and under `""` those outside the sections. `env` sets environment variables.
     """
     path, sections = default_config, [name for name in known if name]
     flags: dict[str, list[str]] = {name: [] for name in known}
@@ -123,11 +117,7 @@ def read_sections(
 
 
 def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
-    """
-    Remove `activation_checkpointing: auto`, unknown to transformers, and return whether it applies.
-
-    The YAML's `values` and the command line's `flags` are changed in place. What `auto` overrides is removed as well.
-    """
+    """Remove `activation_checkpointing: auto` and what it overrides. Return whether it applies."""
     groups: list[list[str]] = []  # flags with the values that follow them
     for token in flags:
         if token.startswith("--") or not groups:
@@ -135,7 +125,7 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
         groups[-1].append(token)
 
     def chosen(group: list[str]) -> str | None:
-        """Return the value of a flag for checkpointing, and `None` for other flags."""
+        """Return the value of a flag for checkpointing, or `None` for other flags."""
         name, _, value = group[0].removeprefix("--").partition("=")
         is_checkpointing = name.replace("-", "_").removeprefix("no_") in CHECKPOINTING
         return " ".join([value, *group[1:]]).strip() if is_checkpointing else None
@@ -250,7 +240,7 @@ def _names(flags: list[str]) -> list[str]:
 
 
 def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping[str, Collection[str]]) -> None:
-    """Reject a file of another recipe, which is recognised by its sections."""
+    """Reject a file of another recipe, which is recognized by its sections."""
     found = [name for name in SECTIONS if isinstance(values.get(name), dict)]
     foreign = [name for name in found if name not in known]
     if foreign:

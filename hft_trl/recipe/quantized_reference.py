@@ -1,4 +1,4 @@
-"""A reference in 8 or 4 bits, for those who want it smaller than the half that is not shared."""
+"""Check and load references in 8 or 4 bits."""
 
 import torch
 from accelerate import PartialState
@@ -11,20 +11,7 @@ from hft_trl.errors import HFTError
 
 
 def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> None:
-    """
-    Check that a model can be a quantised reference, before anything is trained.
-
-    Args:
-        bits (`str`):
-            `"8bit"` or `"4bit"`.
-        args ([`~trl.DPOConfig`]):
-            The trainer's arguments.
-        model ([`~transformers.PreTrainedModel`]):
-            The model, for the sizes of its matrices; it may be on the meta device.
-
-    Raises:
-        [`HFTError`]: Naming the setting or the matrix that stands against it.
-    """
+    """Reject settings or matrices that a quantized reference does not support."""
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
         if vars(args)[name]:
             raise HFTError(f"reference_quantization is {bits}, which {name} has no use for: drop one of the two.")
@@ -43,23 +30,13 @@ def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> Non
             )
             if not fits and module is not head:
                 raise HFTError(
-                    f"reference_quantization is 4bit, which on a CPU takes matrices of a multiple of 64 by a multiple of 32, "
-                    f"but {name} is {module.in_features} by {module.out_features}: use 8bit."
+                    "reference_quantization is 4bit, which on a CPU takes matrices of a multiple of 64 by a multiple "
+                    f"of 32, but {name} is {module.in_features} by {module.out_features}: use 8bit."
                 )
 
 
 def load_quantized(model: str, bits: str, args: DPOConfig) -> PreTrainedModel:
-    """
-    Load a model in 8 bits (LLM.int8) or 4 bits (NF4) onto this process's device. Output head, embeddings and norms stay whole.
-
-    Args:
-        model (`str`):
-            Folder or hub id.
-        bits (`str`):
-            `"8bit"` or `"4bit"`.
-        args ([`~trl.DPOConfig`]):
-            The trainer's arguments.
-    """
+    """Load a model in 8 bits (LLM.int8) or 4 bits (NF4). Head, embeddings and norms are not quantized."""
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
     return create_model_from_path(

@@ -1,4 +1,4 @@
-"""A recipe: its command line is parsed, its stages are prepared, and their results are reported."""
+"""Parse the command line of a recipe, prepare its stages, and report their results."""
 
 import dataclasses
 import sys
@@ -31,11 +31,11 @@ RUN_LEVEL = ("method",)  # fields of HFTConfig that are set outside the section 
 @dataclasses.dataclass
 class Recipe:
     """
-    A parsed run.
+    Store a parsed run.
 
     Attributes:
         run ([`RunArguments`]): Settings of the whole run.
-        stages (`dict[str, Stage]`): Its stages by name, in order. Each starts from the model of the previous one.
+        stages (`dict[str, Stage]`): Stages by name, in order. Each starts from the model of the previous one.
     """
 
     run: RunArguments
@@ -52,19 +52,10 @@ def parse_recipe(
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
 
     Args:
-        argv (`list[str]`):
-            The command line without the program's name.
-        stages (`Mapping[str, type[TrainingArguments]]`):
-            The config of each stage's TRL trainer, by name and in order, such as `{"sft": SFTConfig}`. Each
-            name is a section of the file. It has the fields of the config, of [`DataArguments`], of TRL's mixture of
-            data sets, and `hft` for this stage's own settings of HFT.
-        default_config (`str` or `Path`, *optional*):
-            The YAML file to use without `--config`. The embedded demo's is rejected for other models.
-        help_text (`str`, *optional*):
-            What `--help` prints.
-
-    Raises:
-        [`HFTError`]: Naming the key, its section and the nearest valid key, or the invalid value.
+        argv (`list[str]`): Command line without the program's name.
+        stages (`Mapping[str, type[TrainingArguments]]`): Config of each stage's TRL trainer by name, in order.
+        default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
+        help_text (`str`, *optional*): Text of `--help`.
     """
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, section_keys(stages))
@@ -113,11 +104,7 @@ def _without(config: type[TrainingArguments]) -> tuple[str, ...]:
 
 
 def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
-    """
-    Reject another model with the settings of the embedded demo, which apply without `--config`.
-
-    `default` is the section `model` of the default file, `example` a file with settings for a model of usual size.
-    """
+    """Reject another model with the embedded demo's settings, and name the file `example` instead."""
     if default.get("model_name_or_path") == "demo" != model.model_name_or_path:
         raise HFTError(
             f"model is {model.model_name_or_path!r}, but without --config every setting is the embedded demo's, which "
@@ -141,23 +128,13 @@ def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
     """
-    Parse flags as those of TRL's scripts, such as `--config x.yaml --learning_rate 1e-5`, into a stage.
+    Parse flags as those of TRL's scripts. Return a stage, and whether to overwrite its folder.
 
     Args:
-        name (`str`):
-            `"sft"` or `"dpo"`.
-        config (`type`):
-            [`~trl.SFTConfig`] or [`~trl.DPOConfig`].
-        argv (`list[str]`):
-            The command line without the program's name.
-        help_text (`str`, *optional*):
-            What `--help` prints.
-
-    Returns:
-        `tuple[Stage, bool]`: The stage, and whether to overwrite its folder.
-
-    Raises:
-        [`HFTError`]: Naming the flag and the nearest valid one, or the invalid value.
+        name (`str`): `"sft"` or `"dpo"`.
+        config (`type`): [`~trl.SFTConfig`] or [`~trl.DPOConfig`].
+        argv (`list[str]`): Command line without the program's name.
+        help_text (`str`, *optional*): Text of `--help`.
     """
     answer_help(argv, help_text)
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
@@ -198,18 +175,11 @@ def parse_stage(
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
     """
-    Check all stages, load their data, rehearse them, and open their folders.
-
-    Nothing is removed or written before all checks have passed. All processes must call it.
+    Check and rehearse all stages, load their data, and open their folders. All processes must call it.
 
     Args:
-        stages (`Sequence[Stage]`):
-            All stages of the run, in order.
-        overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to remove what earlier runs left in the stages' folders.
-
-    Raises:
-        [`HFTError`]: Naming the first mistake.
+        stages (`Sequence[Stage]`): All stages of the run, in order.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to remove the results of earlier runs.
     """
     for stage in stages:
         stage.check()
@@ -222,14 +192,11 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     """
-    Write `report.json`, `report.md`, `report.html` and plots of finished stages, and print the tables.
+    Write `report.json`, its views and plots, and print the tables. All processes must call it.
 
     Args:
-        stages (`Sequence[Stage]`):
-            The finished stages, in order. All processes must call it.
-        run ([`~hft_trl.recipe.arguments.RunArguments`], *optional*):
-            The run that they belong to. The report is written to its folder, and its suites are run on the base and
-            each stage's model. Without it, the report covers a single stage and is written to the stage's folder.
+        stages (`Sequence[Stage]`): The finished stages, in order.
+        run ([`RunArguments`], *optional*): Run to report and evaluate. By default, only the stage is reported.
     """
     start = stages[0].model
     folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}
@@ -250,6 +217,6 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
         num_processes=PartialState().num_processes,
         environment=environment(),
     ).save(folder)
-    read = Report.load(folder)  # all views show what the file says
+    read = Report.load(folder)  # all views show the file's content
     write_views(read, folder)
     print_report(read)

@@ -81,18 +81,7 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
     """
     Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer, and save.
 
-    It runs in the main process without the launch's backend, and leaves random states, arguments and tokenizer
-    unchanged. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked. All processes must
-    call it.
-
-    Args:
-        stages (`Sequence[Stage]`):
-            All stages in order, with their data.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            Tokenizer of all stages. By default each stage loads the one of the run's start model.
-
-    Raises:
-        [`HFTError`]: Naming the stage, the settings or the row, and the mistake.
+    All processes must call it. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked.
     """
     check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
@@ -287,6 +276,7 @@ def check_chain(stages: Sequence["Stage"]) -> None:
         upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
         if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
             raise HFTError(
-                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with method fft in float32, "
-                f"which {then.name} with method hft would have to round: set model.dtype to float32, or method to hft in both."
+                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with "
+                f"method fft in float32, which {then.name} with method hft would have to round: set model.dtype to "
+                "float32, or method to hft in both."
             )

@@ -32,11 +32,9 @@ TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
     """
-    Check a data set for supervised fine-tuning and convert it to TRL's form.
+    Return a data set for supervised fine-tuning in TRL's form. Reject missing columns and invalid rows.
 
-    Rows are conversations, prompts and completions in a layout that [`find_parts`] knows, or plain text in the column
-    `text_field`. Rows that have only empty answers are dropped with a warning. Another warning names unused columns.
-    An error names the missing column or the first invalid row. `name` is the data set's in messages.
+    `name` is the data set's in messages. Rows that have only empty answers are dropped with a warning.
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
@@ -80,11 +78,9 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
     """
-    Check preference pairs and convert them to TRL's form: conversations with a prompt, or plain text.
+    Return preference pairs in TRL's form: conversations with a prompt, or plain text.
 
-    The columns have a layout that [`find_parts`] knows. Rows with an empty chosen side are dropped with a warning,
-    since the model would learn to say nothing. Pairs with equal sides are rejected, or dropped with
-    `drop_equal_pairs`. Errors and unused columns are handled as in [`sft_dataset`].
+    Rows with an empty chosen side are dropped. Equal sides are rejected, or dropped with `drop_equal_pairs`.
     """
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=True)
@@ -195,16 +191,12 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
 
 
 def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
-    """
-    Count the rows without a token to train on after truncation. It is an error if all rows are such.
-
-    TRL drops these rows from the `prepared` data set, but keeps them inside packs. The packing strategy `"wrapped"`
-    cuts rows anywhere and drops none. `rows` is the number of rows before preparation.
-    """
+    """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
+    # TRL drops such rows, but keeps them inside packs. The strategy "wrapped" cuts rows anywhere and drops none.
     if "seq_lengths" in prepared.column_names:
         lost = 0
         for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
-            # Number of trained tokens before each token, so that a row has the difference of two of them
+            # Trained tokens before each token: the number of a row is the difference of two of them
             before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
             ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
             lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
@@ -225,8 +217,7 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: s
     """
     Check that a chat template renders the conversations of a data set and leaves nothing out.
 
-    One row of each pattern (roles, empty contents, numbers of tool calls, tools) is rendered unchanged, and with marks
-    instead of contents and function names, which must appear in the text. `name` is the data set's in errors.
+    Only one row of each pattern of roles, contents, tool calls and tools is rendered.
     """
     if not is_conversational(dataset[0]):
         return

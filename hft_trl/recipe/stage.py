@@ -1,4 +1,4 @@
-"""A stage of a recipe: it is checked, loaded, trained or resumed, and measured."""
+"""Check, load, train or resume, and measure a stage of a recipe."""
 
 import dataclasses
 import os
@@ -42,10 +42,10 @@ LARGE = 20_000  # rows from which several processes prepare the data
 @dataclasses.dataclass
 class Stage:
     """
-    One stage of training.
+    Store one stage of training.
 
     Attributes:
-        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round of continual learning.
+        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round.
         model ([`ModelArguments`]): The start model.
         data ([`DataArguments`]): The data set and the settings of the stage.
         args ([`~transformers.TrainingArguments`]): The trainer's arguments, such as [`~trl.SFTConfig`].
@@ -69,17 +69,17 @@ class Stage:
 
     @property
     def section(self) -> str:
-        """Section of its arguments: `"sft"` for a round of continual learning, otherwise its name."""
+        """Return the section of its arguments: `"sft"` for a round of continual learning, else its name."""
         return "sft" if isinstance(self.args, SFTConfig) else self.name
 
     @property
     def folder(self) -> Path:
-        """Folder of the stage's model."""
+        """Return the folder of the stage's model."""
         return Path(self.args.output_dir)
 
     @property
     def source(self) -> str:
-        """Name of the data set in errors."""
+        """Return the name of the data set in errors."""
         return self.data.dataset or "the mixture"
 
     def check(self) -> None:
@@ -92,12 +92,7 @@ class Stage:
             check_quantizable(self.data.reference_quantization, self.args, structure)
 
     def load_data(self) -> None:
-        """
-        Load and check the training rows, and the evaluation rows if there is an `eval_strategy`.
-
-        The loss is restricted to the assistant's tokens only if the rows are conversations. Several processes prepare
-        large data unless `dataset_num_proc` is set. An error names what is missing or the first invalid row.
-        """
+        """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
         args, evaluates = self.args, self.args.eval_strategy != "no"
         if evaluates and not self.data.eval_split:
             raise HFTError(
@@ -125,12 +120,7 @@ class Stage:
         return preference_dataset(dataset, name, self.data.drop_equal_pairs)
 
     def load_tokenizer(self, of_base: bool = False) -> PreTrainedTokenizerBase:
-        """
-        Load the tokenizer of the start model with the chat template of the stage.
-
-        With `of_base`, it is that of the run's first start model, which exists before the stage's own is trained. A
-        template that cannot mark the assistant's tokens is rejected if the loss needs them.
-        """
+        """Load the tokenizer of the start model, or `of_base` of the run's first one, with the chat template."""
         model = (self.base or self.model) if of_base else self.model
         template, sft = model.chat_template, isinstance(self.args, SFTConfig)
         if sft and self.args.chat_template_path is not None:
@@ -149,15 +139,15 @@ class Stage:
         return load_quantized(self.model.model_name_or_path, self.data.reference_quantization, self.args)
 
     def sources(self) -> set[Path]:
-        """Folders of the earlier stages that it starts from."""
+        """Return the folders of the earlier stages that it starts from."""
         return {Path(self.model.model_name_or_path)}
 
     def saved_weights(self) -> list[Path]:
-        """Files with the weights of the finished stage."""
+        """Return the files with the weights of the finished stage."""
         return list(weight_files(str(self.folder)).values())
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
-        """Settings of a subclass, by section, that the trained weights depend on."""
+        """Return the settings of a subclass, by section, that the trained weights depend on."""
         return {}
 
     def finished(self) -> bool:
@@ -168,27 +158,18 @@ class Stage:
         self, trainer: ResumableMixin, rows: int | None = None, truncated_rows: int | None = None
     ) -> StageRecord:
         """
-        Train, or resume from the last whole checkpoint, save the model, and mark the folder as finished.
+        Train or resume, save the model, mark the folder as finished, and return the measurements.
 
         Args:
-            trainer ([`ResumableMixin`]):
-                The stage's trainer.
-            rows (`int`, *optional*):
-                Rows of the trainer's data set, by default those of `train_dataset`.
-            truncated_rows (`int`, *optional*):
-                Rows that were truncated, if they were counted.
-
-        Returns:
-            [`StageRecord`]: Measurements of the stage.
-
-        Raises:
-            [`HFTError`]: If no row has a trained token, the checkpoint has another selection, or the loss diverges.
+            trainer ([`ResumableMixin`]): The stage's trainer.
+            rows (`int`, *optional*): Rows of the trainer's data set, by default those of `train_dataset`.
+            truncated_rows (`int`, *optional*): Number of truncated rows, if they were counted.
         """
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
             raise HFTError(
-                f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put ResumableMixin before "
-                f"its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
+                f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put "
+                f"ResumableMixin before its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
             )
         args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
         rows = len(self.train_dataset) if rows is None else rows
@@ -261,12 +242,7 @@ def make_stage(
     mixture: DatasetMixtureConfig | None = None,
     base: ModelArguments | None = None,
 ) -> Stage:
-    """
-    Build a stage: `"demo"` becomes the embedded files, and `args` say how to load the model.
-
-    Raises:
-        [`HFTError`]: If settings contradict each other or the recipe.
-    """
+    """Build a stage, and reject settings that contradict each other. `"demo"` is the embedded files."""
     if hft is not None:  # checked here so that a mistake in a later stage is found before the first one trains
         check(args, hft)
     moving_reference.check(args)

@@ -17,11 +17,7 @@ from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_fi
 
 
 def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig | None) -> None:
-    """
-    Check that a model is a whole causal LM with layers to select from, and can be trained as launched.
-
-    With HFT, the backend and the loaded type must keep the frozen half unchanged. `hft` is `None` for an adapter.
-    """
+    """Check that a whole causal LM can be trained as launched. `hft` is `None` for an adapter."""
     trains_half = hft is not None and hft.method == "hft"
     folder = Path(model.model_name_or_path)
     if folder.is_dir():

@@ -1,4 +1,4 @@
-"""What a run measured: `report.json`, and every table and picture made from it."""
+"""Write and load a run's `report.json`, and make tables and plots from it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +15,7 @@ __all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report",
 
 
 def write_views(report: Report, directory: str | Path) -> list[Path]:
-    """
-    Write `report.md`, the pictures and `report.html`, and return their paths.
-
-    Pass what [`Report.load`] returns, so that the views show what the JSON contains.
-    """
+    """Write `report.md`, plots and `report.html` of a report from [`Report.load`]. Return their paths."""
     from hft_trl.report.plots import write_plots
     from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
 

@@ -1,4 +1,4 @@
-"""Colours and helpers that every figure of the package shares."""
+"""Define colors and helpers for all figures of the package."""
 
 from math import ceil
 from pathlib import Path
@@ -10,25 +10,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
+# Okabe and Ito's palette, which color-blind readers can distinguish
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY = "#7F7F7F"
 STAGE_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure whole or not at all; the file's ending says the format."""
+    """Write a figure atomically, in the format of the file's extension."""
     with replacing(path) as new:
         figure.savefig(new, dpi=150, facecolor="white")
 
 
 def plain(text: str) -> str:
-    """A text that matplotlib takes for no formula."""
+    """Escape a text so that matplotlib does not parse formulas in it."""
     return text.replace("$", r"\$")
 
 
 def stage_colours(number: int) -> list[str]:
-    """Colours for a base model, which is grey, and what was made from it."""
+    """Return colors for a base model, which is gray, and the models trained from it."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -38,7 +38,7 @@ def stage_colours(number: int) -> list[str]:
 
 
 def panels(number: int) -> tuple["Figure", list["Axes"]]:
-    """A figure with a number of panels, at most three in a row."""
+    """Return a figure with the given number of panels, at most three in a row."""
     from matplotlib.figure import Figure
 
     across = min(number, 3)

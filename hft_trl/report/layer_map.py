@@ -1,4 +1,4 @@
-"""Which units of each layer learn, as cells (layers by slots) and as a picture in characters."""
+"""Show which units of each layer learn, as cells (layers by slots) and as text."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from string import ascii_lowercase
 
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Unit
 
-# A category with more slots than this has its numbered slots (experts.17.up_proj) folded into one column.
+# Number of slots above which a category's numbered slots (experts.17.up_proj) share a column
 FOLD_ABOVE = 12
 
 SQUARES = "■□·"
@@ -19,11 +19,7 @@ _ABBREVIATIONS = (("feed_?forward", "ffn"), ("attention", "attn"), ("layer_?norm
 
 @dataclass(frozen=True)
 class Column:
-    """
-    One column of a layer picture.
-
-    `pattern` is the slot, with `*` for folded numbers: `experts.*.up_proj`. `label` is unique in the category.
-    """
+    """Describe a column. `pattern` is the slot, with `*` for folded numbers: `experts.*.up_proj`."""
 
     category: str
     pattern: str
@@ -31,11 +27,7 @@ class Column:
 
 
 def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column]:
-    """
-    Give each pair of category and slot of a model's layers its column, in the order of the picture.
-
-    The order is by category, then of first occurrence. Several slots share a column where numbered slots are folded.
-    """
+    """Return the column of each pair of category and slot, by category and then first occurrence."""
     by_category: dict[str, list[str]] = {}
     for category, slot in dict.fromkeys(slots):
         by_category.setdefault(category, []).append(slot)
@@ -53,14 +45,14 @@ def columns_of(slots: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Column
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Which units of the layers learn: for each layer and column, how many units learn and how many exist."""
+    """Store how many units learn and how many exist, for each layer and column."""
 
     columns: list[Column]
     layers: list[int]
     cells: dict[tuple[int, Column], tuple[int, int]]
 
     def groups(self) -> dict[str, list[Column]]:
-        """The columns of each category, in the order of the picture."""
+        """Return the columns of each category, in the order of the picture."""
         groups: dict[str, list[Column]] = {}
         for column in self.columns:
             groups.setdefault(column.category, []).append(column)
@@ -83,9 +75,8 @@ def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int 
     """
     Draw which units learn: a row per layer, a column per slot, columns grouped by category.
 
-    Where numbered slots such as a mixture's experts share a column, the cell counts: `64/128` is 64 learning units of
-    128. Labels that do not fit into `width` characters are replaced by letters with a key. `marks` are those of a
-    unit that learns, one that is frozen, and a slot that the layer does not have.
+    In columns of several units, `64/128` is 64 learning units of 128. Labels too long for `width` become letters.
+    `marks` are those of a unit that learns, one that is frozen, and a slot that the layer does not have.
     """
     units, names = list(units), frozenset(trainable)
     inner = layer_map(
@@ -114,7 +105,7 @@ def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int 
 
 
 def cell_mark(learning: int, total: int, marks: str = SQUARES) -> str:
-    """A cell's mark, or a count where it stands for several units."""
+    """Return a cell's mark, or a count if it has several units."""
     return f"{learning}/{total}" if total > 1 else marks[0 if learning else 1]
 
 
@@ -124,10 +115,10 @@ def _rank(category: str) -> tuple[int, str]:
 
 
 def _labels(patterns: list[str]) -> dict[str, str]:
-    """The shortest label for each pattern that no other pattern has."""
+    """Return the shortest label for each pattern that no other pattern has."""
     parts = {pattern: _parts(pattern) for pattern in patterns}
     leaves = [names[-1] for names in parts.values()]
-    # What was folded is named with its owner: "gate" alone would be read as a mixture's router.
+    # Folded slots need their parent's name: "gate" alone looks like a mixture's router
     depths = {pattern: 2 if "*" in pattern else 1 for pattern in patterns}
     labels: dict[str, str] = {}
     for _ in range(max(map(len, parts.values()))):
@@ -144,7 +135,7 @@ def _parts(pattern: str) -> list[str]:
 
 
 def _shorten(leaf: str, leaves: Iterable[str]) -> str:
-    """Drop the ending that says what the category says already, unless what is left begins another name too."""
+    """Drop an ending that repeats the category, unless another name begins with the rest."""
     short = re.sub(r"_(proj|layer_?norm|norm)$", "", leaf)
     if any(other != leaf and other.startswith(f"{short}_") for other in leaves):
         short = leaf
@@ -184,7 +175,7 @@ def _grid(inner: LayerMap, heads: dict[Column, str], cells: dict[tuple[int, Colu
 
 
 def _letters(number: int) -> str:
-    """a, b, ..., z, aa, ab, ...: columns named the way spreadsheets do."""
+    """Return a, b, ..., z, aa, ab, ..., as spreadsheets name columns."""
     number, last = divmod(number, len(ascii_lowercase))
     return (_letters(number - 1) if number else "") + ascii_lowercase[last]
 

@@ -1,4 +1,4 @@
-"""How far layers and categories moved from the base model: means, and heat maps with bars for each stage."""
+"""Compute and draw how far layers and categories moved from the base model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,7 @@ HATCH = "////"
 
 @dataclass(frozen=True)
 class CategoryMovement:
-    """
-    Mean relative change of a category's learned units and of its frozen ones, `None` without such a unit.
-
-    The change of a unit is `||w - w_base|| / ||w_base||`.
-    """
+    """Store the mean of `||w - w_base|| / ||w_base||` of learned and frozen units, `None` without units."""
 
     category: str
     learned: float | None
@@ -37,7 +33,7 @@ class CategoryMovement:
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean relative change of the units of one column in a layer; `frozen` if none of them learned in the stage."""
+    """Store the mean relative change of units in a layer. `frozen` if none of them learned in the stage."""
 
     change: float
     frozen: bool
@@ -45,7 +41,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MovementGrid:
-    """The layer picture of a stage: columns grouped by category, layer numbers, and the cells that exist."""
+    """Store a stage's columns grouped by category, layer numbers, and the cells that exist."""
 
     columns: list[Column]
     layers: list[int]
@@ -53,7 +49,7 @@ class MovementGrid:
 
 
 def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
-    """Average the movement from the base model by category: those inside the layers first, then those outside."""
+    """Average the movement from the base model by category: first those inside the layers."""
     known = [unit for unit in moved if unit.relative_change is not None]
     present = {unit.category for unit in known}
     order = [category for category in LAYER_CATEGORIES + OUTER_CATEGORIES if category in present]
@@ -67,7 +63,7 @@ def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
 
 
 def movement_grid(moved: Iterable[UnitChange]) -> MovementGrid:
-    """Arrange the movement of the layers' units by layer and slot, without units whose change is undefined."""
+    """Arrange the movement of the layers' units by layer and slot, without units of undefined change."""
     inner = [unit for unit in moved if unit.layer is not None and unit.relative_change is not None]
     columns = columns_of((unit.category, unit.slot) for unit in inner)
     members: dict[tuple[int, Column], list[UnitChange]] = {}
@@ -86,11 +82,7 @@ def _mean(units: Iterable[UnitChange]) -> float | None:
 
 
 def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
-    """
-    Draw how far the units moved from the base model, a heat map and bars for each stage.
-
-    `only` is the one stage to draw, on the scale that all of them have together. `None` without any movement.
-    """
+    """Draw all stages or `only` one, on the scale of all. Return `None` without any movement."""
     titles = [f"after {stage.name} ({stage.method.upper()})" for stage in report.stages]
     models = zip(titles, (stage.moved for stage in report.stages), strict=True)
     return change_figure(models, None if only is None else titles[report.stages.index(only)])
@@ -98,12 +90,10 @@ def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure 
 
 def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str | None = None) -> "Figure | None":
     """
-    Draw how far the units of some models moved from one base model, a heat map and bars for each, on one scale.
+    Draw how far models moved from their base, a heat map and bars for each, on one scale.
 
-    A white cell holds the base's very weights. Cells that were frozen in the stage are hatched: where an earlier stage
-    moved them they have a colour, too.
-
-    `models` are pairs of a title and units; `only` is the title of the one model to draw. `None` without any movement.
+    `models` are pairs of a title and units, and `only` is the title of the one to draw. White cells equal the base,
+    and hatched ones were frozen in the stage. Return `None` without any movement.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -117,7 +107,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     categories = [category_movement(moved) for _, moved in models]
     grids = [movement_grid(moved) for _, moved in models]
     changes = sorted(cell.change for grid in grids for cell in grid.cells.values())
-    # The scale ends where nearly all cells do, so that one runaway matrix doesn't turn the rest pale.
+    # The scale ends at the 99th percentile, so that one outlier does not make all other cells pale
     top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
     norm = Normalize(0.0, top or 1.0)
     colours = colormaps["viridis_r"]
@@ -141,7 +131,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
-            aspect = max(20, 6 * map_height)  # as slim beside 80 layers as beside 8
+            aspect = max(20, 6 * map_height)  # the same width for any number of layers
             scale = part.colorbar(
                 ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02, aspect=aspect
             )

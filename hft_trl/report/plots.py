@@ -1,4 +1,4 @@
-"""The pictures of a report. Drawn on figures of their own, so that no plotting state of the user's is touched."""
+"""Draw the plots of a report on own figures, without changing matplotlib's state."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ MARGIN = "rewards/margins"
 
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
-    """Draw every picture that the report has figures for."""
+    """Draw all plots for which the report has data, and return their paths."""
     figures: dict[str, Callable[[Report], Figure | None]] = {
         "evaluation.png": evaluation_figure,
         "loss.png": loss_figure,
@@ -29,7 +29,7 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
         figure = draw(report)
         path = directory / name
         if figure is None:
-            # A picture of an earlier run in this folder must not pass for this one's.
+            # Otherwise a plot of an earlier run would seem to belong to this one
             path.unlink(missing_ok=True)
             continue
         save_figure(figure, path)
@@ -38,7 +38,7 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
 
 
 def loss_figure(report: Report) -> "Figure | None":
-    """Draw the loss over the steps, a panel a stage."""
+    """Draw the loss over the steps, a panel for each stage."""
     stages = [stage for stage in report.stages if _series(stage, "loss")[0]]
     if not stages:
         return None
@@ -82,10 +82,7 @@ def margin_figure(report: Report) -> "Figure | None":
 
 
 def evaluation_figure(report: Report) -> "Figure | None":
-    """
-    Draw the scores of the base model and after each stage: those of the report's suites, without suites knowledge and
-    ability, and all measures without these.
-    """
+    """Draw the scores of all models: those of the suites, else of knowledge and ability, else all."""
     from matplotlib.figure import Figure
 
     known = {name for scores in report.evaluation.values() for name, value in scores.items() if value is not None}
@@ -141,7 +138,7 @@ def _curve(axes: "Axes", steps: list[int], values: list[float], colour: str, lab
 
 
 def _smooth(values: list[float]) -> tuple[list[float], int]:
-    """A centred mean: short series stay as they are, of long ones about a twentieth is averaged at each point."""
+    """Return a centered mean over about a twentieth of a long series, and the size of its window."""
     half = 0 if len(values) < 40 else len(values) // 40
     smooth = [fmean(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
     return smooth, 2 * half + 1

@@ -1,4 +1,4 @@
-"""What a run leaves as figures: one `report.json`, from which every table and picture is made."""
+"""Save and load `report.json`, from which all tables and plots are made."""
 
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -20,10 +20,10 @@ T = TypeVar("T")
 @dataclass
 class UnitChange:
     """
-    How far one unit (a matrix with its bias) moved in a stage.
+    Store how far one unit (a matrix with its bias) moved in a stage.
 
-    `relative_change` is `||w - w_base|| / ||w_base||` with the base model's weights, `None` where undefined;
-    `relative_change_from_start` is the same against the model that the stage started from.
+    `relative_change` is `||w - w_base|| / ||w_base||`, `None` if undefined. `relative_change_from_start` is the same
+    for the model that the stage started from.
     """
 
     name: str
@@ -38,44 +38,27 @@ class UnitChange:
 @dataclass
 class StageRecord:
     """
-    The figures of one stage (SFT, DPO or a later round).
+    Store the measurements of one stage.
 
     Args:
-        name (`str`):
-            Name of the stage, such as `"sft"`.
-        method (`str`, *optional*):
-            `"hft"` or `"fft"`, `None` where an adapter learned.
-        selection_digest (`str`, *optional*):
-            Digest of the selection that the stage was trained with, `None` without one.
-        share (`dict[str, float]`):
-            Shares of trained parameters in [0, 1]: a category each, `"layers"` and `"model"`.
-        trainable_params, total_params (`int`):
-            Numbers of parameters that learned, and of all.
-        steps, tokens (`int`):
-            Optimizer steps taken and tokens seen, over all processes.
-        tokens_per_second, runtime_seconds (`float`, *optional*):
-            Speed over all processes and time of the training loop.
-        peak_memory_bytes, optimizer_state_bytes (`int`, *optional*):
-            Highest memory use of a process and size of the optimizer's state, `None` where not measured.
-        reference_memory_bytes, shared_reference_bytes (`int`, *optional*):
-            In preference training, the bytes that the reference's parameters take in each process beside the policy's,
-            and those that it shares with the policy. `None` without a reference in memory.
-        first_loss, last_loss (`float`, *optional*):
-            Training loss in the first and the last log row.
-        frozen_unchanged (`bool`, *optional*):
-            Whether the frozen half was found bit for bit as before, `None` where nothing is frozen.
-        start_model, dataset (`str`, *optional*):
-            What the stage started from and learned on.
-        rows, dropped_rows (`int`, *optional*):
-            Rows of the data set that were used, and rows left out because truncation left them no trained token.
-        truncated_rows (`int`, *optional*):
-            Rows that were cut from the left to fit, `None` where they were not counted.
-        resumed_from_step (`int`, *optional*):
-            Step of the checkpoint that the stage went on from.
-        history (`list[dict]`, *optional*):
-            The trainer's log rows.
-        moved (`list[UnitChange]`, *optional*):
-            How far each unit moved.
+        name (`str`): Name of the stage, such as `"sft"`.
+        method (`str`, *optional*): `"hft"` or `"fft"`, `None` for an adapter.
+        selection_digest (`str`, *optional*): Digest of the selection.
+        share (`dict[str, float]`): Shares of trained parameters in [0, 1], by category, `"layers"` and `"model"`.
+        trainable_params, total_params (`int`): Number of trained parameters, and of all.
+        steps, tokens (`int`): Optimizer steps, and tokens of all processes.
+        tokens_per_second, runtime_seconds (`float`, *optional*): Speed of all processes, and time of training.
+        peak_memory_bytes, optimizer_state_bytes (`int`, *optional*): Peak memory of a process, and optimizer state.
+        reference_memory_bytes (`int`, *optional*): Memory of the reference per process, without shared parameters.
+        shared_reference_bytes (`int`, *optional*): Memory that the reference shares with the policy.
+        first_loss, last_loss (`float`, *optional*): Training loss in the first and the last log row.
+        frozen_unchanged (`bool`, *optional*): Whether the frozen half is bit-identical, `None` without one.
+        start_model, dataset (`str`, *optional*): Start model and data set.
+        rows, dropped_rows (`int`, *optional*): Rows used, and rows without a trained token after truncation.
+        truncated_rows (`int`, *optional*): Rows truncated from the left, `None` if they were not counted.
+        resumed_from_step (`int`, *optional*): Step of the checkpoint that the stage resumed from.
+        history (`list[dict]`, *optional*): The trainer's log rows.
+        moved (`list[UnitChange]`, *optional*): How far each unit moved.
     """
 
     name: str
@@ -108,32 +91,20 @@ class StageRecord:
 @dataclass
 class Report:
     """
-    All that a run measured: the content of `report.json`.
+    Store all measurements of a run: the content of `report.json`.
 
     Args:
-        stages (`list[StageRecord]`):
-            The stages in the order in which they ran.
-        evaluation (`dict[str, dict[str, float]]`, *optional*):
-            Scores in percent (0 to 100) by model, in order: `"base"`, then each stage's name. Those of
-            the embedded world are `"knowledge"`, `"ability"` and more.
-        standard_errors (`dict[str, dict[str, float]]`, *optional*):
-            Standard errors of the scores, where they are known.
-        suites (`dict[str, list[str]]`, *optional*):
-            Which scores are shown together, and their order; empty where all are.
-        base_model (`str`, *optional*):
-            Hub id or folder of the model that the first stage started from.
-        command (`list[str]`, *optional*):
-            The command line of the run. Secrets in it are hidden, as in the settings.
-        settings (`dict[str, Any]`, *optional*):
-            The settings of the run after the command line has had its say, by section, or by stage and section.
-        num_processes (`int`, *optional*, defaults to 1):
-            Number of processes that the run had.
-        environment (`dict[str, Any]`, *optional*):
-            Versions and machine, see [`~hft_trl.report.environment`].
-        created (`str`, *optional*):
-            Time of creation (ISO 8601, UTC), defaults to now.
-        version (`int`, *optional*):
-            Version of the format.
+        stages (`list[StageRecord]`): The stages in the order in which they ran.
+        evaluation (`dict[str, dict[str, float]]`, *optional*): Scores in percent by model, `"base"` first.
+        standard_errors (`dict[str, dict[str, float]]`, *optional*): Known standard errors of the scores.
+        suites (`dict[str, list[str]]`, *optional*): Names of each suite's scores in order. If empty, all are shown.
+        base_model (`str`, *optional*): Hub id or folder of the first stage's start model.
+        command (`list[str]`, *optional*): Command line of the run, with secrets hidden as in the settings.
+        settings (`dict[str, Any]`, *optional*): Settings of the run by section, or by stage and section.
+        num_processes (`int`, *optional*, defaults to 1): Number of processes of the run.
+        environment (`dict[str, Any]`, *optional*): Versions and machine, see [`~hft_trl.report.environment`].
+        created (`str`, *optional*): Time of creation (ISO 8601, UTC), defaults to now.
+        version (`int`, *optional*): Version of the format.
     """
 
     stages: list[StageRecord]
@@ -152,11 +123,7 @@ class Report:
         self.command, self.settings = redact(self.command), redact(self.settings)
 
     def save(self, directory: str | Path) -> Path:
-        """
-        Write `report.json` atomically into the folder of a run, which is created if missing.
-
-        JSON has neither NaN nor infinity: a figure that is not finite is written as null.
-        """
+        """Write `report.json` atomically to a folder, created if missing. Numbers not finite become null."""
         path = Path(directory) / REPORT_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,12 +134,7 @@ class Report:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Report":
-        """
-        Read `report.json` from the folder of a run.
-
-        Raises:
-            [`HFTError`]: If the file is missing, is no JSON, is of another version or has other fields.
-        """
+        """Read `report.json` from a run's folder. Reject a missing, invalid or differently versioned file."""
         path = Path(directory) / REPORT_FILE
         try:
             content = read_json(path)
@@ -199,7 +161,7 @@ class Report:
 
 
 def stage_record(content: Any, where: str) -> StageRecord:
-    """Make the record of a stage from its JSON. An [`HFTError`] names the damaged field after `where`."""
+    """Build the record of a stage from its JSON. Errors name the invalid field after `where`."""
     record = _build(StageRecord, content, where)
     _check_numbers(record.share, f"{where}: share")
     if not all(isinstance(row, dict) for row in record.history):
@@ -219,7 +181,7 @@ def _finite(value: Any) -> Any:
 
 
 def _build(cls: type[T], content: Any, where: str) -> T:
-    """Make a dataclass from a JSON object with the same fields. Entries of lists and objects are not checked here."""
+    """Build a dataclass from a JSON object with the same fields, without checking nested entries."""
     if not isinstance(content, dict):
         raise HFTError(f"{where} is {content!r:.80}, not a JSON object: run the recipe again.")
     known = {entry.name: entry for entry in fields(cls)}

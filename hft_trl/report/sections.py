@@ -1,4 +1,4 @@
-"""The sections of a report. `report.md` and `report.html` show this one list, so a new section is added here."""
+"""List the sections of a report, which `report.md` and `report.html` both show."""
 
 import shlex
 from dataclasses import dataclass
@@ -25,17 +25,10 @@ CAPTIONS = {
 @dataclass(frozen=True)
 class Block:
     """
-    One piece of a section.
+    Store one piece of a section.
 
-    Args:
-        kind (`str`):
-            `"heading"`, `"text"`, `"table"`, `"picture"`, `"code"`, or `"maps"` (the selection maps, HTML only).
-        text (`str`):
-            The heading, the text or code, the caption of a table, or the file name of a picture.
-        grid ([`~hft_trl.report.tables.Grid`], *optional*):
-            The table.
-        language (`str`):
-            Language of the code.
+    `kind` is `"heading"`, `"text"`, `"table"`, `"picture"`, `"code"`, or `"maps"` (the selection maps, HTML only).
+    `text` is the caption of a table, or the file name of a picture.
     """
 
     kind: str
@@ -46,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Section:
-    """A section: its title, its anchor in the HTML page, and its blocks in order."""
+    """Store a section: its title, its anchor in the HTML page, and its blocks in order."""
 
     title: str
     anchor: str
@@ -54,7 +47,7 @@ class Section:
 
 
 def sections(report: Report) -> list[Section]:
-    """The sections of a report in order, without those that the report has no content for."""
+    """Return the sections of a report in order, without empty ones."""
     found = [
         Section("Kept and forgotten", "retention", _evaluation(report)),
         Section("Stages", "stages", _stages(report)),
@@ -67,13 +60,13 @@ def sections(report: Report) -> list[Section]:
 
 
 def launch_command(report: Report) -> str:
-    """The command line of the run, for a shell. A script is named with the launcher that starts it."""
+    """Return the run's command line for a shell. A script gets the launcher that starts it."""
     launcher = ["accelerate", "launch"] if report.command and report.command[0].endswith(".py") else []
     return shlex.join([*launcher, *report.command])
 
 
 def launch_note(report: Report) -> str:
-    """The number of processes, which the command line does not contain."""
+    """Return the number of processes as text, which the command line does not contain."""
     number = f"{report.num_processes} process{'es' if report.num_processes > 1 else ''}"
     return (
         f"It ran in {number}. Flags of accelerate launch itself, such as --config_file and --num_processes, "

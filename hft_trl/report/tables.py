@@ -1,4 +1,4 @@
-"""The tables of a report, once as plain cells, for the terminal and for Markdown alike."""
+"""Build the tables of a report as plain cells, and format them for the terminal and Markdown."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of finished texts. The first column names the row; `closing` has the numbers of summary rows."""
+    """Store a table of formatted texts. `closing` has the numbers of summary rows."""
 
     title: str
     columns: list[str]
@@ -25,7 +25,7 @@ class Grid:
 
 
 def stage_grid(report: Report) -> Grid:
-    """The stages side by side."""
+    """Return the measurements of the stages, a column for each stage."""
     rows = [
         ["method", *(stage.method for stage in report.stages)],
         ["trained share of the layers", *(percent(stage.share.get("layers")) for stage in report.stages)],
@@ -54,7 +54,7 @@ def stage_grid(report: Report) -> Grid:
 
 
 def evaluation_grids(report: Report) -> list[Grid]:
-    """The scores, a table for each suite, or one for all where the report names no suites."""
+    """Return the scores, a table for each suite, or one for all without suites."""
     if not report.suites:
         grids = [evaluation_grid(report)]
     else:
@@ -63,7 +63,7 @@ def evaluation_grids(report: Report) -> list[Grid]:
 
 
 def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
-    """The scores, with their difference to the first model's."""
+    """Return the scores with their differences from those of the first model."""
     measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
     rows, first = [], None
     for model, scores in report.evaluation.items():
@@ -81,7 +81,7 @@ def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Gr
 
 
 def category_grid(shares: Iterable[CategoryShare]) -> Grid:
-    """What learns, by category."""
+    """Return the trained shares of a selection by category."""
     shares = list(shares)
     rows = [
         [row.category, count(row.units), count(row.parameters), count(row.trained), percent(row.share, 2)]
@@ -92,7 +92,7 @@ def category_grid(shares: Iterable[CategoryShare]) -> Grid:
 
 
 def share_grid(report: Report) -> Grid:
-    """The shares of trained parameters by category, stages side by side."""
+    """Return the shares of trained parameters by category, a column for each stage."""
     categories = list(dict.fromkeys(category for stage in report.stages for category in stage.share))
     rows = [[name, *(percent(stage.share.get(name)) for stage in report.stages)] for name in categories]
     closing = frozenset(number for number, name in enumerate(categories) if name in ("layers", "model"))
@@ -100,7 +100,7 @@ def share_grid(report: Report) -> Grid:
 
 
 def movement_grids(report: Report) -> list[Grid]:
-    """How far each category moved from the base model, a table a stage."""
+    """Return how far each category moved from the base model, a table for each stage."""
     columns = ["category", "units that learned", "their change", "frozen units", "their change"]
     grids = []
     for stage in report.stages:
@@ -114,9 +114,7 @@ def movement_grids(report: Report) -> list[Grid]:
 
 
 def narrowed(grid: Grid, width: int = 14) -> Grid:
-    """
-    Break a table's texts where it hurts least, so that six scores with errors and differences fit into 80 characters.
-    """
+    """Break the texts of a table so that six scores with errors and differences fit into 80 characters."""
     rows = [[_folded(row[0], width), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
     return replace(grid, columns=[heading.replace(" ", "\n") for heading in grid.columns], rows=rows)
 
@@ -131,7 +129,7 @@ def _folded(path: str, width: int) -> str:
 
 
 def rich_table(grid: Grid) -> "Table":
-    """Lay a table out for the terminal."""
+    """Format a table for the terminal."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -152,7 +150,7 @@ def rich_table(grid: Grid) -> "Table":
 
 
 def table(grid: Grid) -> str:
-    """A table of finished texts in Markdown."""
+    """Format a table in Markdown."""
     head = f"| {' | '.join(map(_cell, grid.columns))} |"
     rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
     body = []
@@ -167,17 +165,17 @@ def _cell(text: str) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number with its thousands apart."""
+    """Format a number as an integer with separated thousands."""
     return NONE if value is None else f"{value:,.0f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as a percentage."""
+    """Format a share in [0, 1] as a percentage."""
     return NONE if value is None else f"{100 * value:.{digits}f} %"
 
 
 def size(value: float | None) -> str:
-    """A number of bytes in the unit that leaves it readable."""
+    """Format a number of bytes with a binary unit."""
     if value is None:
         return NONE
     power = min(4, max(0, int(value).bit_length() - 1) // 10)
@@ -185,7 +183,7 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a time that is easily read."""
+    """Format seconds as seconds, minutes or hours."""
     if seconds is None:
         return NONE
     if seconds < 99.95:
@@ -196,12 +194,12 @@ def duration(seconds: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """A loss to four digits."""
+    """Format a loss with four digits."""
     return NONE if value is None else f"{value:.4g}"
 
 
 def change(value: float | None) -> str:
-    """A relative change; an exact zero is told from a small one."""
+    """Format a relative change with three digits, an exact zero as 0."""
     return NONE if value is None else "0" if value == 0 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""A report as Markdown and as one web page, which holds its pictures and loads nothing."""
+"""Write a report as Markdown and as one self-contained web page."""
 
 import io
 from base64 import b64encode
@@ -21,20 +21,16 @@ if TYPE_CHECKING:
 
 PAGE_FILE = "report.html"
 TEMPLATE = "page.html.jinja"
-# Inches. At the width of a phone (360 pixels), letters of a picture this wide are still read.
+# Inches: a picture of this width is readable on a phone (360 pixels)
 NARROW = 4.2
-# A picture of this width still fits the page on a large screen.
+# Inches: the largest width that fits the page on a large screen
 WIDE = 11.0
 CSS_PIXELS = 96
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """
-    A picture of the page: a data URI, its alternative text, and its size in CSS pixels.
-
-    Below `min_width` the picture scrolls instead of shrinking.
-    """
+    """Store a picture of the page. Sizes are CSS pixels, and below `min_width` the picture scrolls."""
 
     source: str
     alt: str
@@ -46,7 +42,7 @@ class Drawing:
 @dataclass(frozen=True)
 class SelectionMap:
     """
-    Which matrices of a stage learned, as rows of finished cells.
+    Store which matrices of a stage learned, as rows of formatted cells.
 
     A cell is a state (`"on"`, `"off"`, `"part"` or `"absent"`), a mark, and whether a category begins there. `outside`
     has state, mark and name of each unit outside the layers.
@@ -89,12 +85,7 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
 
 
 def report_page(report: Report) -> str:
-    """
-    Write a report as one HTML page.
-
-    The page holds its pictures and styles, runs no script, and its security policy forbids loading anything. The same
-    report gives the same bytes. The template escapes texts of the user.
-    """
+    """Write a report as one HTML page without scripts. The same report gives the same bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -129,7 +120,7 @@ def report_page(report: Report) -> str:
 
 
 def verdict(report: Report) -> tuple[str, str]:
-    """Whether the frozen half stayed unchanged: `"good"`, `"bad"` or `"none"`, and a sentence."""
+    """Return whether the frozen half is unchanged (`"good"`, `"bad"` or `"none"`), and a sentence."""
     broken = [stage.name for stage in report.stages if stage.frozen_unchanged is False]
     kept = [stage.name for stage in report.stages if stage.frozen_unchanged]
     if broken:
@@ -158,7 +149,7 @@ def selection_map(stage: StageRecord) -> SelectionMap:
         and all(unit.trainable for unit in stage.moved if unit.layer is not None)
         and stage.share.get("layers", 1) < 1
     ):
-        # Where every matrix learned and yet not all of them, it was single elements.
+        # With masks, all matrices learn, but not all of their elements
         title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
     return SelectionMap(title, groups, rows, outside)
 
@@ -179,7 +170,7 @@ def _module(unit: UnitChange) -> str:
 
 
 def _score_drawings(report: Report) -> Iterator[Drawing]:
-    """The scores of each suite, or of all where the report names no suites."""
+    """Yield the scores of each suite, or of all without suites."""
     for name, measures in report.suites.items() or [("", None)]:
         part = report
         if measures:
@@ -231,7 +222,7 @@ def _drawing(figure: "Figure", alt: str) -> Drawing:
     from matplotlib import rc_context
 
     content = io.BytesIO()
-    # Letters as outlines look alike on every machine. No date and no random names: the same report, the same bytes.
+    # Letters as outlines, no date and no random names, so that the same report gives the same bytes everywhere
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "hft_trl"}):
         figure.savefig(content, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     source = "data:image/svg+xml;base64," + b64encode(content.getvalue()).decode()
