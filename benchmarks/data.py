@@ -3,7 +3,7 @@ The recipes on data of the real size, up to their first step: rows per second, p
 does.
 
 ```bash
-python benchmarks/data.py                                # Tülu V2's and UltraFeedback's row counts; needs 25 GB of disk
+python benchmarks/data.py                                # Tülu V2's and UltraFeedback's row counts; 25 GB of disk
 python benchmarks/data.py --rows 20000 --pairs 5000      # a quick look
 ```
 
@@ -198,7 +198,8 @@ def main() -> None:
             sizes[recipe] = {"rows": rows, "bytes": path.stat().st_size}
             flags = [
                 "--model_name_or_path", "demo", "--dataset_name", str(path), "--output_dir", f"{folder}/{recipe}",
-                "--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--per_device_train_batch_size", "2",
+                "--max_steps", "1", "--save_strategy", "no", "--report_to", "none",
+                "--per_device_train_batch_size", "2",
                 *options.flags,
             ]  # fmt: skip
             for cached in (False, True):

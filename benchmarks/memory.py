@@ -54,7 +54,8 @@ def measure(base: Path, settings: dict[str, str | bool]) -> list[int]:
     bits, optim = settings.pop("reference", None), settings.pop("optim", "adamw_torch")
     args = DPOConfig(
         str(base / "out"), use_cpu=True, bf16="frozen_dtype" in settings, max_steps=2, per_device_train_batch_size=2,
-        max_length=64, optim=optim, max_grad_norm=0, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        max_length=64, optim=optim, max_grad_norm=0, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False,
     )  # fmt: skip
     trainer = HFTDPOTrainer(
         model=str(base),

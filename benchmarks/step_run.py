@@ -94,7 +94,8 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=options.layers,
-        num_attention_heads=options.heads, num_key_value_heads=options.kv_heads or options.heads, vocab_size=options.vocab, max_position_embeddings=options.length,
+        num_attention_heads=options.heads, num_key_value_heads=options.kv_heads or options.heads,
+        vocab_size=options.vocab, max_position_embeddings=options.length,
     )  # fmt: skip
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
@@ -110,7 +111,8 @@ def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """What every trainer of the stage is given."""
     cpu, ours, sft = options.device == "cpu", setting.variant == "hft", setting.stage == "sft"
     args = (SFTConfig if sft else DPOConfig)(
-        options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=options.batch, max_length=options.length,
+        options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=options.batch,
+        max_length=options.length,
         max_steps=MANY, lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, gradient_checkpointing=setting.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

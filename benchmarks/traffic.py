@@ -12,8 +12,8 @@ is counted, whoever asks for it. Bytes are those that a process receives where N
 
 Beside it stands what the shapes say that FSDP2 gathers (each layer and the embedding for the forward and for the
 backward pass, the head once, and all of them once for the reference) and scatters (the gradients): for the embedded
-model, where tests/benchmarks/test_traffic.py holds it against what was counted, and for Llama 2 7B in bfloat16, which has not
-been run.
+model, where tests/benchmarks/test_traffic.py compares it with what was counted, and for Llama 2 7B in bfloat16, which
+has not been run.
 """
 
 import argparse
@@ -122,7 +122,8 @@ def train(stage: str, hft: dict[str, Any], steps: int, folder: Path) -> dict[str
     source, split = {"sft": (demo.SFT_DATA, "train"), "dpo": (demo.DPO_DATA, "train_prefs")}[stage]
     args = config(
         str(folder), use_cpu=True, bf16=False, max_steps=steps, per_device_train_batch_size=GLOBAL_BATCH // processes,
-        max_length=64, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, logging_steps=1,
+        max_length=64, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        logging_steps=1,
     )  # fmt: skip
     trainer = trainer(
         model=str(demo.MODEL),

@@ -92,8 +92,8 @@ class HFTConfig:
     strategy: Literal["category", "layer", "model", "importance", "element"] = field(
         default="category",
         metadata={
-            "help": "Take the share of each category at random or by importance, of the layers, of the whole model, or of "
-            "every matrix's elements."
+            "help": "Take the share of each category at random or by importance, of the layers, of the whole model, "
+            "or of every matrix's elements."
         },
     )
     importance: Literal["weight_norm", "gradient_norm"] = field(

@@ -1,8 +1,9 @@
 """What is known of a trainer before it is built, in the words that settings are checked by."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import ParallelismConfig, PartialState
@@ -110,3 +111,56 @@ class Case:
             return f"{setting} is {vars(self.config)[setting.removeprefix('hft.')]!r}"
         value = vars(self.config)[setting.removeprefix("hft.")]
         return f"{setting} is {str(value).lower() if isinstance(value, bool) else value}"
+
+
+When = Callable[[Case], Any]
+"""Whether a case has a combination of settings."""
+
+
+class Conflict(NamedTuple):
+    """
+    A combination that is rejected.
+
+    Args:
+        setting (`str`): The setting, of `HFTConfig` with `hft.` in front; else what the user passed.
+        beside (`str`): What it cannot be combined with, as the documentation names it.
+        when (`Callable`): Whether a case has the combination.
+        because (`str`): Why, with fields of the case in braces.
+        remedy (`str`): What to do.
+    """
+
+    setting: str
+    beside: str
+    when: When
+    because: str
+    remedy: str
+
+
+def hft(when: When) -> When:
+    """Restrict a condition to method hft."""
+    return lambda case: case.config.method == "hft" and when(case)
+
+
+def held(when: When) -> When:
+    """Restrict a condition to `frozen_dtype`."""
+    return hft(lambda case: case.args is not None and case.config.frozen_dtype and when(case))
+
+
+def quantized(when: When) -> When:
+    """Restrict a condition to `frozen_quantization`."""
+    return hft(lambda case: case.args is not None and case.config.frozen_quantization and when(case))
+
+
+def elements(when: When) -> When:
+    """Restrict a condition to frozen single elements."""
+    return hft(lambda case: case.elements and when(case))
+
+
+def gradient(when: When) -> When:
+    """Restrict a condition to importance by gradients."""
+    return hft(lambda case: case.config.by_gradient and not case.elements and when(case))
+
+
+def inside(when: When) -> When:
+    """Restrict a condition to `optimizer_in_backward`."""
+    return lambda case: case.args is not None and case.config.optimizer_in_backward and when(case)

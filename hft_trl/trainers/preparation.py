@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from hft_trl.frozen.half import FrozenHalf, Storage
 from hft_trl.selection import Selection, select
 from hft_trl.selection.marks import frozen_by_user
 from hft_trl.selection.previous import selection_of
-from hft_trl.trainers.compatibility import check, check_optimizer
+from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.idle import WarnOfIdleParameters
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
 
@@ -141,7 +142,7 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     if trainer.hft_config.method != "hft":
         return
     if trainer.optimizer is not None:
-        check_optimizer(trainer.optimizer, policy)
+        _check_optimizer(trainer.optimizer, policy)
     # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
     # none on to the layers.
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -153,3 +154,19 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
             zero.log_reference(trainer.accelerator.state.deepspeed_plugin)
     elif not trainer.hft_config.optimizer_in_backward:
         trainer.add_callback(WarnOfIdleParameters())
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
+    """
+    Reject a user's optimizer that holds parameters of the frozen half.
+
+    Raises:
+        [`HFTError`]: Naming one of the parameters.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
+    if frozen:
+        raise HFTError(
+            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
+            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+        )
