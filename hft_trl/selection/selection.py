@@ -181,24 +181,19 @@ def select(
     (projections of per-layer inputs, say) always learn, as everything outside of the layers does in the paper.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            A decoder-only causal language model, on any device; the meta device too, except for strategy
-            `"importance"`. It is not changed.
-        config ([`HFTConfig`]):
-            The settings. Method `"fft"` selects all parameters, whatever the other settings say.
-        previous ([`Selection`], *optional*):
-            The selection that the start model was trained with. With `config.reselect` `"fresh"` the draw differs from
-            that of the same seed without it (of whole layers, those that did not learn come first, as in the paper).
-            `"same"` keeps which units of the layers learn, `"complement"` takes the others, so that `config.ratio` has
-            no effect. A selection of method `"fft"` counts as none.
-        gradients (`Callable[[list[str]], Squares]`, *optional*):
-            For `config.importance` `"gradient_norm"`: returns the squared gradients of the loss by parameter name. The
-            trainers have one.
+        model ([`~transformers.PreTrainedModel`]): A decoder-only causal language model, on any device; the meta device
+            too, except for strategy `"importance"`. It is not changed.
+        config ([`HFTConfig`]): The settings. Method `"fft"` selects all parameters, whatever the other settings say.
+        previous ([`Selection`], *optional*): The selection that the start model was trained with. With
+            `config.reselect` `"fresh"` the draw differs from that of the same seed without it (of whole layers, those
+            that did not learn come first, as in the paper). `"same"` keeps which units of the layers learn,
+            `"complement"` takes the others, so `config.ratio` has no effect. One of method `"fft"` counts as none.
+        gradients (`Callable[[list[str]], Squares]`, *optional*): For `config.importance` `"gradient_norm"`: returns
+            the squared gradients of the loss by parameter name. The trainers have one.
 
     Raises:
         [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing,
-        `previous`
-            is of another model, or the importance cannot be measured.
+            `previous` is of another model, or the importance cannot be measured.
     """
     if config.method == "fft":
         units = find_units(model)

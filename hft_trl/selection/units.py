@@ -30,8 +30,7 @@ class Unit:
         names (`tuple[str, ...]`): Parameter names.
         size (`int`): Number of parameters.
         category (`str`): In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net,
-        short
-            convolution, ...) or `"other"`; outside `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
+            short convolution, ...) or `"other"`; outside `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
         layer (`int`, *optional*): Number of the layer over all stacks of the model, `None` outside of the layers.
         slot (`str`): Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
         tied (`bool`): Whether the unit is both input embedding and output head.
@@ -57,8 +56,7 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
 
     Raises:
         [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
-        layers,
-            or if a pattern of `exclude` matches nothing.
+            layers, or if a pattern of `exclude` matches nothing.
     """
     from hft_trl.weights import named_modules, named_parameters
 
