@@ -45,6 +45,16 @@ def test_the_trainers_load_the_core_only():
     assert lines <= 2400
 
 
+def test_bitsandbytes_matplotlib_and_typer_are_imported_only_where_they_are_used():
+    top = ast.Import | ast.ImportFrom
+    for path in ROOT.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in tree.body if isinstance(node, top) for alias in node.names}
+        names |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+        heavy = {name.partition(".")[0] for name in names} & {"bitsandbytes", "matplotlib", "typer"}
+        assert heavy <= ({"typer"} if path.parent.name == "cli" or path.name == "build.py" else set()), path
+
+
 @pytest.mark.parametrize(("ours", "parent"), [(HFTSFTTrainer, SFTTrainer), (HFTDPOTrainer, DPOTrainer)])
 def test_at_most_three_private_methods_of_the_parents_are_overridden(ours, parent):
     own = {name for cls in ours.__mro__[: ours.__mro__.index(parent)] for name in vars(cls)}

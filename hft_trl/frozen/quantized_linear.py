@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 from torch import nn
 from transformers.utils import logging
 
@@ -38,6 +37,8 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
+        from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit  # only where it quantises
+
         super().__init__()
         self.in_features, self.out_features, self.kind = linear.in_features, linear.out_features, kind
         self.dtype = linear.weight.dtype
@@ -77,6 +78,8 @@ class QuantizedLinear(nn.Module):
         """The matrix that it computes with, `(out_features, in_features)`."""
         if self.kind == "int8":
             return self.packed.to(dtype).mul_((self._scales / 127).unsqueeze(1))
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
         # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong
         # numbers.
         shape = (self.out_features, self.in_features)
