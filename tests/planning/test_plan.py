@@ -302,7 +302,7 @@ IN_24_GB = ["--optim", "adamw_bnb_8bit", "--frozen-quantization", "nf4", "--opti
 MEASURED = {
     ("meta-llama/Llama-2-7b-hf", "fft"): (90.9, "143GB", 2048, 4, "none", []),
     ("meta-llama/Llama-2-7b-hf", "hft"): (72.6, "143GB", 2048, 4, "none", []),
-    ("meta-llama/Llama-3.1-8B", "hft"): (22.8, "24GB", 1024, 1, "all", ["--freeze-embeddings", *IN_24_GB]),
+    ("meta-llama/Llama-3.1-8B", "hft"): (22.8, "24GB", 1024, 1, "full", ["--freeze-embeddings", *IN_24_GB]),
 }
 
 
