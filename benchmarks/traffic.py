@@ -146,9 +146,9 @@ def train(stage: str, hft: dict[str, Any], steps: int, folder: Path) -> dict[str
 
 def computed(model: str, variant: str, stage: str, bytes_each: int) -> dict[str, int]:
     """
-    Bytes that FSDP2 gathers and scatters in a step according to the shapes:
+    Bytes that FSDP2 gathers and scatters in a step according to the shapes.
 
-    weights in and out of the layers, gradients.
+    Weights in and out of the layers, gradients.
     """
     skeleton = build_on_meta(shape_of(model))
     hft = HFTConfig(**VARIANTS[variant])

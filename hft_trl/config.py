@@ -187,9 +187,9 @@ class HFTConfig:
 
     def selecting(self) -> dict[str, Any]:
         """
-        The settings that the selection depends on:
+        The settings that the selection depends on.
 
-        not those that only save memory or traffic, nor another strategy's.
+        Not those that only save memory or traffic, nor another strategy's.
         """
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
 

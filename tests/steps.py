@@ -14,9 +14,9 @@ from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 
 class Probe:
     """
-    Of the second step, when the optimizer's state is there:
+    Of the second step, when the optimizer's state is there.
 
-    what the forward pass saves, and what the ledger sees.
+    What the forward pass saves, and what the ledger sees.
     """
 
     trace = True

@@ -78,12 +78,6 @@ def check_backend(state: AcceleratorState) -> None:
             raise HFTError(EMPTY)
 
 
-def saves_shards(accelerator: Accelerator) -> bool:
-    """Whether FSDP's state dicts are sharded, so that transformers writes no model that can be loaded."""
-    state = accelerator.state
-    return state.distributed_type == DistributedType.FSDP and "FULL" not in str(state.fsdp_plugin.state_dict_type)
-
-
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:
     """
     Shard a frozen reference with FSDP2 layer by layer, in place, as accelerate shards the policy.

@@ -52,11 +52,7 @@ class FrozenHalf:
         return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
     def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """
-        Cast a gathered state dict back, in place:
-
-        accelerate's FSDP2 holds what learns in float32 in mixed precision.
-        """
+        """Cast a gathered state dict back, in place: FSDP2 holds what learns in float32 in mixed precision."""
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.to(self.learning_types.get(plain_name(name), tensor.dtype))
 

@@ -45,12 +45,12 @@ class Replicated(Storage):
         self._left.__enter__()
 
     def training_begins(self, trainer: Any) -> None:  # noqa: ARG002
-        self._left.__exit__(None, None, None)
-        self._left = None
+        if self._left is not None:  # `auto_find_batch_size` begins again with the model that is sharded already
+            self._left.__exit__(None, None, None)
+            self._left = None
 
     def training_ends(self, trainer: Any) -> None:
-        if self._left is not None:  # training failed before it began
-            self.training_begins(trainer)
+        self.training_begins(trainer)  # where training failed before it began
 
 
 def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn.Parameter]:

@@ -84,9 +84,9 @@ class Case:
     @cached_property
     def spread(self) -> int:
         """
-        GPUs over which TRL would divide a model's layers:
+        GPUs over which TRL would divide a model's layers.
 
-        a process that is alone loads with `device_map="auto"`.
+        A process that is alone loads with `device_map="auto"`.
         """
         placed = isinstance(self.given.get("model"), torch.nn.Module) or "device_map" in self.init
         if placed or (self.args is not None and self.args.use_cpu) or torch.cuda.device_count() < 2:

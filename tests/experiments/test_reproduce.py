@@ -65,9 +65,9 @@ def test_the_questions_are_those_of_the_paper():
 @pytest.fixture
 def scored(monkeypatch):
     """
-    Instead of the probes:
+    Instead of the probes.
 
-    what a model is, so that models can be told apart. Raises at the call that is asked for.
+    What a model is, so that models can be told apart. Raises at the call that is asked for.
     """
     calls = {"until": 99, "models": []}
 

@@ -103,7 +103,7 @@ def test_fsdp2_trains_in_float32_whatever_the_model_is_loaded_in(skeleton, plann
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_fsdp2_holds_whole_gradients_between_micro_batches_unless_each_is_synced(planners, method):
     """
-    As real processes do (`tests/processes`):
+    As real processes do (`tests/processes`).
 
     2 bytes for each trained number, in place of 4 divided among the GPUs.
     """

@@ -215,9 +215,9 @@ REPLICATED = [pair[1] for pair in EVERY if "replicated" in pair[1]]
 @pytest.mark.parametrize("training", REPLICATED)
 def test_a_replicated_frozen_half_is_never_gathered_and_changes_no_bit(together, training):
     """
-    Each layer is gathered for the forward and for the backward pass, and by the reference:
+    Each layer is gathered for the forward and for the backward pass, and by the reference.
 
-    exactly its trained half now.
+    Exactly its trained half now.
     """
     output = together("fsdp2")
     as_ever, gathers = training.replace("-replicated", ""), 3 if training.startswith("dpo") else 2

@@ -98,9 +98,9 @@ print(len(checked), peak - start)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_and_checking_hold_no_more_memory_for_more_rows(tmp_path):
     """
-    Three times the rows (160 MB more) take less than 60 MB more:
+    Three times the rows (160 MB more) take less than 60 MB more.
 
-    what is held is a batch, whatever the file's size.
+    What is held is a batch, whatever the file's size.
     """
     for rows, name in ((8_000, "small"), (24_000, "large")):
         with (tmp_path / f"{name}.jsonl").open("w") as file:

@@ -36,9 +36,9 @@ def edited(text: str, diff: str) -> str:
 @pytest.mark.e2e
 def test_the_documented_third_stage_runs_from_another_folder(tmp_path):
     """
-    SFT, DPO, then KTO:
+    SFT, DPO, then KTO.
 
-    each from the model before, with a fresh half and settings of its own, and all in one report.
+    Each from the model before, with a fresh half and settings of its own, and all in one report.
     """
     (diff,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
     mine = Path(shutil.copy(ROOT / "recipes" / "sft_then_dpo.py", tmp_path / "mine.py"))

@@ -243,9 +243,9 @@ def one_error(run: Run) -> str:
 @pytest.mark.parametrize(("largest", "file"), [(2_000_000, "model.safetensors"), (4_000_000, "optimizer.pt")])
 def test_files_that_can_not_be_written_in_full_stop_the_run_in_one_line(launch, whole, tmp_path, largest, file):
     """
-    The kernel refuses more bytes than the limit (EFBIG):
+    The kernel refuses more bytes than the limit (EFBIG).
 
-    safetensors' writer and torch's both say it in one line.
+    Safetensors' writer and torch's both say it in one line.
     """
     sft = tmp_path / "run" / "sft"
     run = launch(tmp_path / "run", before=faults.full_from_step, given=("sft", 3, largest))

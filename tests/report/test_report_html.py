@@ -60,9 +60,9 @@ VOID = {"meta", "link", "img", "br"}
 
 class Page(HTMLParser):
     """
-    What a page holds:
+    What a page holds.
 
-    its tags with attributes, its tables as texts, and its text. Tags have to close as they open.
+    Its tags with attributes, its tables as texts, and its text. Tags have to close as they open.
     """
 
     def __init__(self, html: str):
@@ -399,9 +399,9 @@ def test_page_renders_in_a_browser(browser, opened, name, width):
 
 def test_wide_tables_scroll_in_their_own_box(browser, opened):
     """
-    Seven scores with errors are wider than a phone:
+    Seven scores with errors are wider than a phone.
 
-    the last of them can be brought into view, and the page stays put.
+    The last of them can be brought into view, and the page stays put.
     """
     opened(html_of("suites"), 360)
     before, after, page = browser.execute_script(

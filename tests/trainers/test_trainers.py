@@ -64,9 +64,9 @@ def test_fft_is_bit_identical_to_trls_sft_trainer(base, tulu, tmp_path, checkpoi
 
 def test_fft_leaves_to_the_parent_what_hft_checks(base, ultrafeedback, tmp_path, caplog, monkeypatch):
     """
-    A policy that was edited in memory, an optimizer of frozen parameters, a full evaluation:
+    A policy that was edited in memory, an optimizer of frozen parameters, a full evaluation.
 
-    no error, no word, the same bits.
+    No error, no word, the same bits.
     """
     monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
     runs = []

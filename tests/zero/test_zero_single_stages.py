@@ -27,9 +27,9 @@ def rows(path: Path, row) -> Path:
 @pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
 def run(request, tmp_path_factory) -> tuple[Path, str]:
     """
-    SFT, DPO, the same with log-probs beforehand, and with those of another model of SFT:
+    SFT, DPO, the same with log-probs beforehand, and with those of another model of SFT.
 
-    one launch, one file of pairs.
+    One launch, one file of pairs.
     """
     folder = tmp_path_factory.mktemp("single")
     (folder / "watch").mkdir()
