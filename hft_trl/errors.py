@@ -110,4 +110,4 @@ def explained(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, for an [`HFTError`] that quotes it."""
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0].rstrip(".")

@@ -36,11 +36,11 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
         raise HFTError(f"hft_config is {config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
     signature = inspect.signature(init)
     given = dict(signature.bind(*args, **kwargs).arguments)
+    # `*args` first: a trainer of the user's may call them like the argument `args`, which `**kwargs` then gives
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             given.pop(name, None)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     if "ref_model" in signature.parameters:
         given.setdefault("ref_model", None)
