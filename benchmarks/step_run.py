@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import gc
 import random
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,12 +63,23 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "
 
 @dataclass(frozen=True)
 class Setting:
-    """What one column of steps runs: `ratio` counts for `hft` and `stock`."""
+    """
+    What one column of steps runs.
+
+    Attributes:
+        ratio (`float`): Of `hft` and `stock`.
+        micro_batch (`int`, *optional*): Rows of a forward pass, which divide the batch. By default all of it.
+        every_n_layers (`int`): Which layers `checkpointing` recomputes: every one, every second, ...
+        liger (`bool`): Whether Liger's kernels compute the step.
+    """
 
     stage: str
     variant: str
     checkpointing: bool
     ratio: float = 0.5
+    micro_batch: int | None = None
+    every_n_layers: int = 1
+    liger: bool = False
 
     def make_trainer(self, options: argparse.Namespace) -> SFTTrainer | DPOTrainer:
         """The stage's trainer, on a model of its own."""
@@ -110,12 +122,14 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
 def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     """What every trainer of the stage is given."""
     cpu, ours, sft = options.device == "cpu", setting.variant == "hft", setting.stage == "sft"
+    rows, layers = setting.micro_batch or options.batch, {"every_n_layers": setting.every_n_layers}
     args = (SFTConfig if sft else DPOConfig)(
-        options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=options.batch,
-        max_length=options.length,
+        options.folder, use_cpu=cpu, bf16=not cpu, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=options.batch // rows, max_length=options.length,
         max_steps=MANY, lr_scheduler_type="constant", report_to="none", save_strategy="no", logging_strategy="no",
         disable_tqdm=True, gradient_checkpointing=setting.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": False, **(layers if setting.every_n_layers > 1 else {})},
+        use_liger_kernel=setting.liger,
         # What a recipe adds to a step beside the trainer itself
         optim=options.optim, max_grad_norm=0 if ours and options.hft.get("optimizer_in_backward") else 1,
         enable_jit_checkpoint=ours, include_num_input_tokens_seen="non_padding" if ours else "no",
@@ -127,7 +141,7 @@ def start(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def examples(setting: Setting, options: argparse.Namespace) -> list[dict[str, list[int]]]:
-    """A batch of random tokens, always the same; of a pair, the first half is the prompt."""
+    """Return a batch of random tokens, always the same. The first half of a pair is the prompt."""
     rng = random.Random(0)
     draw = [[rng.randrange(options.vocab) for _ in range(options.length)] for _ in range(2 * options.batch)]
     if setting.stage == "sft":
@@ -147,12 +161,18 @@ class Run:
     def __init__(self, setting: Setting, options: argparse.Namespace) -> None:
         gc.collect()  # a trainer that is not used any more holds itself
         self.cuda = options.device == "cuda"
+        if self.cuda:
+            torch.cuda.empty_cache()
         self.setting = setting
+        handler = signal.getsignal(signal.SIGTERM)
         self.trainer = trainer = setting.make_trainer(options)
+        # The handler of `enable_jit_checkpoint` holds its trainer for as long as the process lives
+        signal.signal(signal.SIGTERM, handler)
         self.steps: list[dict[str, float]] = []
         self.losses: list[torch.Tensor] = []
-        batch = trainer.data_collator(examples(setting, options))
-        self.epoch = {"train_dataloader": [batch], "steps_in_epoch": 1, "num_update_steps_per_epoch": 1}
+        rows, size = examples(setting, options), trainer.args.per_device_train_batch_size
+        batches = [trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+        self.epoch = {"train_dataloader": batches, "steps_in_epoch": len(batches), "num_update_steps_per_epoch": 1}
         trainer._run_epoch = self._begin  # `train` prepares everything, and this takes over where its epochs begin
         with contextlib.suppress(Ready):
             trainer.train()
@@ -188,7 +208,9 @@ class Run:
 
     def step(self) -> None:
         """
-        One epoch of one batch in the trainer's own loop; what is neither forward nor backward is the optimizer's.
+        Train one epoch of one batch in the trainer's own loop.
+
+        What is neither forward nor backward counts as the optimizer's.
         """
         self.spent = dict.fromkeys(PARTS, 0.0)
         start = self._now()

@@ -75,31 +75,47 @@ def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.detach().clone()
 
 
-# Elements converted, compared or written at a time, so that the memory needed does not grow with the tensors.
+# Elements compared or written at a time, so that the memory needed does not grow with the tensors.
 CHUNK = 1 << 18
+
+
+# Elements that one thread hashes at a time: few megabytes, so that starting a copy from a GPU costs little.
+PIECE = 1 << 21
 
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256 (hex) of a tensor's dtype, shape and bytes, converted to `dtype` if it is given."""
     dtype = dtype if dtype is not None else tensor.dtype
     digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
-    for piece in tensor.cpu().contiguous().reshape(-1).split(CHUNK):
-        digest.update(memoryview(piece.to(dtype).view(torch.uint8).numpy()))
+    for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):
+        # Converted on the host, since a GPU may round a NaN to other bits
+        digest.update(memoryview(_on_host(piece).to(dtype).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _on_host(piece: torch.Tensor) -> torch.Tensor:
+    """Return a piece in main memory. From a GPU it is copied into pinned memory, which PyTorch keeps for the next."""
+    if not piece.is_cuda:
+        return piece.cpu()
+    return torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece)
 
 
 def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """Fingerprint named tensors one by one. Under FSDP2 and ZeRO-3 every process has to call."""
-    # hashlib lets go of the interpreter lock, so a few threads hash at several GB/s. Tensors are gathered in order,
-    # since gathering is a collective operation, and no more of them at a time than are being hashed.
+    # hashlib and copies release the interpreter lock, so each thread copies and hashes its own tensors at over 1 GB/s.
+    # Tensors are gathered in order, since gathering is a collective operation, and each gathered one leaves the GPU at
+    # once, so that no second whole tensor lies there.
+    workers = min(16, max(4, torch.get_num_threads()))
     digests: dict[str, str] = {}
     pending: deque[tuple[str, Future[str]]] = deque()
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for name, tensor in tensors:
-            if len(pending) == 4:
+            if len(pending) == workers:
                 done, future = pending.popleft()
                 digests[done] = future.result()
-            pending.append((name, pool.submit(fingerprint, full(tensor).cpu())))
+            gathered = isinstance(tensor, DTensor) or is_partitioned(tensor)
+            whole = full(tensor)
+            pending.append((name, pool.submit(fingerprint, whole.cpu() if gathered else whole)))
         digests.update((name, future.result()) for name, future in pending)
     return digests
 

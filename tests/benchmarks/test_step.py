@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import runpy
+import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -117,6 +119,103 @@ def test_blocks_give_the_same_losses_as_turns(rows, by_ratio):
     assert by_ratio["fft", 0.5]["losses"] == in_turn[: len(in_turn) - 1]
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_trainer_and_its_model_are_gone_before_the_next_is_built(monkeypatch, tmp_path, fits):
+    """Also after one that ran out of memory, and where each is measured in this process, as on a GPU."""
+    earlier, make, handler = [], benchmark.Setting.make_trainer, signal.getsignal(signal.SIGTERM)
+
+    def make_trainer(setting, options):
+        assert [reference() for reference in earlier] == [None] * len(earlier)
+        trainer = make(setting, options)
+        earlier.extend([weakref.ref(trainer), weakref.ref(trainer.model)])
+        return trainer
+
+    def sizes(_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(benchmark.Setting, "make_trainer", make_trainer)
+    if not fits:
+        monkeypatch.setattr(benchmark.Run, "sizes", sizes)
+    options = benchmark.parse(["--rounds", "2", *TINY])
+    options.folder = str(tmp_path)
+    settings = [benchmark.Setting(*names, False) for names in (("sft", "hft"), ("sft", "fft"), ("dpo", "hft"))]
+    rows = benchmark.take_turns(settings, options, True)
+    assert [len(row["steps"]) for row in rows] == [2 if fits else 0] * 3
+    assert len(earlier) == 12
+    peak, steps = benchmark.alone(settings[0], options, 1)
+    assert peak >= 0
+    assert len(steps) == 1
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_of_the_settings_that_fit_the_fastest_of_each_variant_is_found_and_measured_again(monkeypatch):
+    """A setting needs as much as it does not recompute. More rows are faster, and recomputing is slower."""
+    tried = []
+
+    def by_itself(setting, options, steps):
+        tried.append(setting)
+        recomputed = 1 / setting.every_n_layers if setting.checkpointing else 0
+        cost = setting.micro_batch * (2 - recomputed) * (0.5 if setting.variant == "hft" else 1)
+        seconds = (1 + recomputed / 3) / setting.micro_batch
+        return (None if cost > 6 else round(cost * 1e9)), [{"total": seconds}] * steps
+
+    def take_turns(settings, options, blocks):
+        assert blocks
+        return [
+            {"variant": each.variant, "steps": [{"total": 1.0 if each.variant == "hft" else 2.0}] * 2}
+            for each in settings
+        ]
+
+    monkeypatch.setattr(benchmark, "by_itself", by_itself)
+    monkeypatch.setattr(benchmark, "take_turns", take_turns)
+    options = benchmark.parse([*TINY, "--batch", "4", "--equal-memory", "4.1", "--stages", "sft", "dpo"])
+    records = benchmark.equal_memory(options)
+    best = {(row["stage"], row["variant"]): row for row in records if "fastest" in row}
+    assert len(best) == 6
+    for stage in ("sft", "dpo"):
+        full, half = best[stage, "fft"], best[stage, "hft"]
+        assert (full["micro_batch"], full["checkpointing"], full["every_n_layers"]) == (4, True, 1)
+        assert (half["micro_batch"], half["checkpointing"]) == (4, False)
+        assert half["fastest"]["time_to_fft"]["median"] == 0.5
+        tokens = 4 * 16 * (1 if stage == "sft" else 2)
+        assert half["fastest"]["tokens_per_second"]["median"] == tokens
+    assert all(row["peak"] < 4.1e9 for row in records if row["fits"])
+    lost = [row for row in records if not row["fits"]]
+    assert lost
+    assert not any("fastest" in row for row in lost)
+    assert benchmark.speed_table(records, 4.1).row_count == len(records) == len(tried)
+    assert {each.every_n_layers for each in tried if each.stage == "dpo"} == {1}
+
+
+def test_rows_are_not_accumulated_where_the_backward_pass_updates():
+    options = benchmark.parse([*TINY, "--batch", "6", "--hft", '{"optimizer_in_backward": true}'])
+    assert benchmark.micro_batches(options, "fft") == [1, 2, 3, 6]
+    assert benchmark.micro_batches(options, "hft") == [6]
+
+
+def test_a_real_search_measures_every_setting():
+    common = ["--stages", "sft", "--variants", "fft", "hft", "--equal-memory"]
+    records = run(*common, "4")["records"]
+    assert len(records) == 2 * 3 * 2
+    assert all(row["fits"] and row["peak"] >= 0 and row["tokens_per_second"]["low"] > 0 for row in records)
+    best = {row["variant"]: row["fastest"] for row in records if "fastest" in row}
+    assert best["fft"]["time_to_fft"]["median"] == 1.0
+    assert best["hft"]["time_to_fft"]["median"] > 0
+
+
+def test_micro_batches_take_the_step_of_the_whole_batch(tmp_path):
+    """Selective checkpointing too. The losses of the micro-batches add up to the batch's."""
+    options = benchmark.parse(TINY)
+    options.folder = str(tmp_path)
+    whole = benchmark.Run(benchmark.Setting("sft", "hft", False), options)
+    parts = benchmark.Run(benchmark.Setting("sft", "hft", True, micro_batch=1, every_n_layers=2), options)
+    for run_ in (whole, parts):
+        run_.step()
+    assert len(parts.losses) == 2 * len(whole.losses)
+    losses = [float(a + b) for a, b in zip(parts.losses[::2], parts.losses[1::2], strict=True)]
+    assert losses == pytest.approx([float(loss) for loss in whole.losses], rel=1e-4)
+
+
 def test_what_does_not_fit_beside_the_others_runs_alone_and_what_never_fits_has_no_time(monkeypatch):
     alive = []
 
@@ -180,6 +279,9 @@ def test_more_settings_of_hft_and_another_optimizer_reach_the_trainer():
         (["--ratios", "0.5", "--stages", "dpo"], "--stages and --ratios: drop one of them"),
         (["--checkpointing", "off", "--ratios", "0.5"], "--checkpointing and --ratios: drop one of them"),
         (["--rounds", "1"], "--rounds: give at least 2"),
+        (["--equal-memory", "0"], "--equal-memory 0: it must be above 0"),
+        (["--equal-memory", "8", "--blocks"], "--blocks and --equal-memory: drop one of them"),
+        (["--equal-memory", "8", "--ratios", "0.5"], "--ratios and --equal-memory: drop one of them"),
     ],
 )
 def test_flags_that_can_not_be_are_refused(flags, complaint, capsys):
