@@ -8,8 +8,8 @@ python benchmarks/fingerprints.py --megabytes 6500   # the frozen half of a 7B m
 
 `now` is `hft_trl.weights.fingerprints`: each thread copies pieces of its own tensors into main memory and hashes them.
 `before` copies whole tensors into fresh memory in the main thread, and four threads hash them. The digests are the
-same. On a CPU a copy within main memory stands for that from a GPU; `no copy` is what training on a CPU needs. All take
-turns in an order that is shuffled for each round. The quotient is the median over the rounds.
+same. On a CPU a copy within main memory stands for that from a GPU; `no copy` is what training on a CPU needs. All
+take turns in an order that is shuffled for each round. The quotient is the median over the rounds.
 """
 
 import argparse

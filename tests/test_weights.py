@@ -1,5 +1,6 @@
 """Fingerprints tell tensors apart bit by bit; differences of saved models are exact."""
 
+import hashlib
 import json
 import math
 
@@ -13,6 +14,7 @@ from hft_trl.errors import HFTError
 from hft_trl.saved_models.comparison import Change, change, is_zero, same_bytes
 from hft_trl.weights import (
     CHUNK,
+    PIECE,
     check_readable,
     combined_digest,
     fingerprint,
@@ -37,6 +39,32 @@ def test_a_fingerprint_is_equal_exactly_when_every_bit_is(dtype, shape, data):
         flipped = tensor.clone().reshape(-1).view(torch.uint8)
         flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1
         assert fingerprint(tensor) != fingerprint(flipped.view(dtype).reshape(shape))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(DTYPES), st.data())
+def test_any_flipped_bit_of_any_piece_changes_the_fingerprint_of_that_tensor_alone(dtype, data):
+    """However many tensors are hashed side by side."""
+    tensors = {str(number): torch.zeros(3 + number, dtype=dtype) for number in range(20)}
+    tensors["large"] = torch.zeros(PIECE + 1, dtype=dtype)
+    before = fingerprints(tensors.items())
+    assert before == {name: fingerprint(tensor) for name, tensor in tensors.items()}
+    name = data.draw(st.sampled_from(["0", "19", "large"]))
+    flat = tensors[name].view(torch.uint8)
+    last = len(flat) - 1
+    place = data.draw(st.one_of(st.integers(0, last), st.sampled_from([0, last, last - dtype.itemsize])))
+    flat[place] ^= 1 << data.draw(st.integers(0, 7))
+    after = fingerprints(tensors.items())
+    assert {key for key in before if before[key] != after[key]} == {name}
+
+
+def test_a_fingerprint_does_not_depend_on_the_size_of_the_pieces(monkeypatch):
+    """It is the SHA-256 of type, shape and bytes, as in the files of earlier versions."""
+    tensor = torch.arange(1000.0).reshape(10, 100)
+    expected = hashlib.sha256(b"torch.float32 (10, 100) " + tensor.numpy().tobytes()).hexdigest()
+    for size in (1, 7, 1000, PIECE):
+        monkeypatch.setattr("hft_trl.weights.PIECE", size)
+        assert fingerprint(tensor) == expected
 
 
 def test_a_transposed_view_is_fingerprinted_by_its_values():
@@ -97,7 +125,7 @@ def test_a_change_of_type_alone_is_none_where_the_wider_type_holds_the_same_valu
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([0, 3, CHUNK, CHUNK + 1]))
+@given(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([0, 3, PIECE, PIECE + 1]))
 def test_a_fingerprint_in_another_type_is_that_of_the_converted_tensor(dtype, other, size):
     tensor = torch.arange(size).remainder(100).to(dtype)
     assert fingerprint(tensor, other) == fingerprint(tensor.to(other))
