@@ -15,7 +15,8 @@ test: $(VENV)/.installed-test
 test-deepspeed: $(VENV)/.installed-deepspeed
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest -m deepspeed tests/zero
 
-# What only a GPU can settle. On a machine without one all of it is skipped.
+# Every setting on one GPU, meant to take less than 5 minutes on an H100. Without CUDA all of it is skipped, and pytest
+# says why. Most of the bodies run on a CPU in `make test`.
 test-gpu: $(VENV)/.installed-test
 	HFT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/gpu
 

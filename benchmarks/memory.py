@@ -88,7 +88,7 @@ def main() -> None:
         parser.error(f"--hidden {options.hidden}: it must be a multiple of 64, which is the size of a head")
     if options.layers < 1:
         parser.error(f"--layers {options.layers}: it must be at least 1")
-    table = Table("variant", *("policy", "reference, beside it", "gradients", "optimizer state", "together"))
+    table = Table("variant", *("policy", "reference, beside it", "gradients", "optimizer state", "total"))
     with tempfile.TemporaryDirectory() as folder:
         size = {"hidden_size": options.hidden, "intermediate_size": options.hidden * 8 // 3 // 64 * 64}
         heads = {"num_attention_heads": options.hidden // 64, "num_hidden_layers": options.layers}

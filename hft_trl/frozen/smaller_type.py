@@ -89,7 +89,7 @@ class SmallerType(SavedFromStart):
         """
         Round the frozen half, and a reference with weights of its own likewise, so that it stays the start model.
         """
-        half, left = trainer.frozen_half, []
+        half, left, rounded = trainer.frozen_half, [], {}
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
         kept = kept_in_their_type(policy)
@@ -103,6 +103,8 @@ class SmallerType(SavedFromStart):
                 cast = loaded.to(self._dtype)
                 if torch.equal(cast.to(loaded.dtype), loaded) or (name in on_disk and cast.isfinite().all()):
                     parameter.data = cast
+                    if cast.dtype != loaded.dtype:
+                        rounded[name] = parameter
                     if name in others:
                         others[name].data = others[name].data.to(self._dtype)
                 else:
@@ -116,7 +118,7 @@ class SmallerType(SavedFromStart):
                 f"{policy.config._name_or_path!r} do not hold them under these names."
             )
         self.note_names(policy)
-        half.digests = half.digests | fingerprints(parameters.items())
+        half.digests = half.digests | fingerprints(rounded.items())
 
     def evaluating(self, trainer: Any) -> AbstractContextManager:
         """Return autocast: before `train` accelerate has not put it around a model with halves of two types."""
