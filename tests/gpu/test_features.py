@@ -38,6 +38,11 @@ RUNS = {
     "sft, 8 bit": ("sft", {}, IN_8_BIT),
     "sft, 8 bit, in backward": ("sft", {"optimizer_in_backward": True}, {**IN_8_BIT, "max_grad_norm": 0}),
     "sft, element": ("sft", {"strategy": "element"}, {}),
+    "dpo, element, evaluated": (
+        "dpo",
+        {"strategy": "element"},
+        {"eval_rows": 8, "eval_strategy": "steps", "eval_steps": 2},
+    ),
     "sft, gradient_norm": ("sft", {"strategy": "importance", "importance": "gradient_norm"}, {}),
     "sft, weight_norm": ("sft", {"strategy": "importance", "importance": "weight_norm"}, {}),
     "sft, checkpointing": ("sft", {}, {"gradient_checkpointing": True}),
