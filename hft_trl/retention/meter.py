@@ -10,20 +10,25 @@ Measure what a model keeps of its base.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import begins_with_bos, most_tokens
 from hft_trl.errors import HFTError, first_line
+from hft_trl.files import replacing
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
 BATCH = 8  # sequences in a forward pass
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
+
+PARTS = ("ids", "log_probs")
 
 Base = list[tuple[torch.Tensor, torch.Tensor]]
 """For each prompt, the numbers and log-probabilities of the base's likeliest tokens, `(positions, LIKELIEST)`."""
@@ -123,6 +128,19 @@ class Meter:
             of_fact[fact].append(scores[number])
         # The first candidate is the right one; an equal score is no knowledge
         return 100 * sum(right > max(wrong) for right, *wrong in of_fact) / len(self.facts)
+
+
+def save_base(base: Base, path: Path) -> None:
+    """Write a base's predictions as a safetensors file, completely or not at all."""
+    tensors = {f"{name}.{number}": row[place] for number, row in enumerate(base) for place, name in enumerate(PARTS)}
+    with replacing(path) as new:
+        save_file(tensors, new)
+
+
+def load_base(path: Path) -> Base:
+    """Read the file of [`save_base`]."""
+    tensors = load_file(path)
+    return [tuple(tensors[f"{name}.{number}"] for name in PARTS) for number in range(len(tensors) // 2)]
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[list[int]]:
