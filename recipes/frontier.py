@@ -28,18 +28,26 @@ from hft_trl import exit_on_user_error
 from hft_trl.experiments.frontier_report import print_frontier, write_frontier
 from hft_trl.experiments.frontier_trial import frontier_points, parse_frontier
 from hft_trl.experiments.runner import run_points
-from rich.progress import track
+from rich.progress import MofNCompleteColumn, Progress
 
 
 def main(argv: list[str]) -> None:
     recipe, grid, flags = parse_frontier(argv, help_text=__doc__)
     output = Path(recipe.run.output_dir)
 
-    # The base first, since all others are compared with it; then each seed
-    points = frontier_points(recipe, grid, flags)
-    for _ in track(run_points(points, output, grid.workers), "models", total=len(points)):
-        write_frontier(output, points, grid, argv)
-    print_frontier(write_frontier(output, points, grid, argv), output)
+    # Whatever can be wrong is found before anything is trained
+    trials = frontier_points(recipe, grid, flags)
+    files = [file for trial in trials for file in trial.files(output)]
+
+    # Train and measure; the results are up to date after each model
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        bar = progress.add_task("models", total=len(trials), completed=sum(file.exists() for file in files))
+        for _ in run_points(trials, output, grid.workers):
+            write_frontier(output, files, grid, argv)
+            progress.advance(bar)
+
+    # Who keeps most at an equal task loss
+    print_frontier(write_frontier(output, files, grid, argv), output)
 
 
 if __name__ == "__main__":

@@ -121,5 +121,9 @@ def mean_cell(values: Sequence[float]) -> str:
 def difference_cells(found: Difference) -> list[str]:
     """Return mean, interval, p-value and seeds ahead, for a table."""
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
-    p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
-    return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]
+    return [f"{found.mean:+.1f}", interval, p_value(found.p), f"{found.ahead} of {found.seeds}"]
+
+
+def p_value(p: float) -> str:
+    """Return a p-value for a table."""
+    return NONE if p != p else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
