@@ -80,7 +80,9 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         check_harness()
         parse_suites(grid.tasks)
     if "lora" in grid.methods and find_spec("peft") is None:
-        raise HFTError("methods has lora, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop it.")
+        raise HFTError(
+            "methods has lora, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop lora."
+        )
     stage.check()
     _load_data(stage)
     Meter(stage.load_tokenizer(), **vars(recipe.sections["retention"]))

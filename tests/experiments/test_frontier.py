@@ -203,7 +203,7 @@ def test_a_finished_frontier_is_not_trained_again_and_more_rates_can_be_added(sm
 
 
 def test_other_settings_are_rejected_in_the_same_folder(small):
-    output, command = small
+    _, command = small
     run = subprocess.run([*command, "--sft.max_steps", "3"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert "sft.max_steps 2, now they are 3" in run.stderr
