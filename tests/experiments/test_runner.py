@@ -1,5 +1,6 @@
 """The runner of experiments: points are made once, a killed run resumes, and no finished point is lost."""
 
+import itertools
 import json
 import os
 import signal
@@ -96,4 +97,4 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert {gpu for gpu, _, _ in times} == {"3", "5"}
     for gpu in ("3", "5"):
         spans = sorted((begin, end) for own, begin, end in times if own == gpu)
-        assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
