@@ -11,8 +11,7 @@ from typing import BinaryIO
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR, FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
+from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR
 from transformers.utils import (
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -30,7 +29,7 @@ from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
 
-# Copied with the weights. A tokenizer's class names further files.
+# Copied with the weights
 COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
 
 
@@ -75,7 +74,13 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     selection = select(after.skeleton, config)
     stays = set(selection.trainable)
     shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
-    _check_exact(before, after, shares)
+    for key, place in after.places.items():
+        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
+        if not shares[key] and torch.promote_types(old, new) != new:
+            raise HFTError(
+                f"{place.parameter} is {short(old)} in {base!r} and {short(new)} in {tuned!r}, which cannot hold all "
+                f"its values: save {tuned!r} in {short(old)} first."
+            )
     start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(selection, start_model=start)
     with _new_folder(out) as folder:
@@ -117,50 +122,7 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
         raise HFTError(f"out {str(out)!r} is a mount point, which cannot be replaced: choose a new folder in it.")
     before, after = SavedModel(base), SavedModel(tuned)
     check_alike(before, after)
-    _check_tokens(before, after)
-    out = resolved(out)  # a link to an empty folder cannot be replaced by a folder
-    here = next(path for path in out.parents if path.exists())
-    needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
-    if free < needed:
-        raise HFTError(
-            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or "
-            "choose a folder on another disk."
-        )
-    return before, after, out
-
-
-def _check_tokens(before: SavedModel, after: SavedModel) -> None:
-    ours, theirs = _tokenizer(before), _tokenizer(after)
-    if ours is None or theirs is None:
-        return
-    known = theirs.get_vocab()
-    # A reserved token may have a new name, but no token may have another number
-    for token, number in ours.get_vocab().items():
-        if known.get(token, number) != number:
-            raise HFTError(
-                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
-                f"of {after.name!r}: give the model that the tuned one started from."
-            )
-
-
-def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
-    root = next(iter(saved.files.values())).parent
-    if not any((root / name).is_file() for name in (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(saved.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):  # one that this machine cannot load
-        return None
-
-
-def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, float]) -> None:
-    for key, share in shares.items():
-        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
-        if share == 0 and torch.promote_types(old, new) != new:
-            raise HFTError(
-                f"{after.places[key].parameter} is {short(old)} in {before.name!r} and {short(new)} in {after.name!r},"
-                f" which cannot hold all its values: save {after.name!r} in {short(old)} first."
-            )
+    return before, after, resolved(out)  # a link to an empty folder cannot be replaced by a folder
 
 
 @contextmanager
@@ -185,21 +147,15 @@ def _new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _copy_companions(after: SavedModel, folder: Path) -> None:
-    root, tokenizer = next(iter(after.files.values())).parent, _tokenizer(after)
-    patterns = {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}
-    if set(after.files.values()) != {root / SAFE_WEIGHTS_NAME}:
-        patterns.add(SAFE_WEIGHTS_INDEX_NAME)
+def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
+    """Copy the tuned model's files with their headers, and write mixed values."""
+    paths = sorted(set(after.files.values()))
+    root = paths[0].parent
+    patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
     for path in {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}:
         shutil.copyfile(path, folder / path.name)
     if (root / CHAT_TEMPLATE_DIR).is_dir():
         shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
-
-
-def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """Copy the tuned model's files with their headers, and write mixed values."""
-    _copy_companions(after, folder)
-    paths = sorted(set(after.files.values()))
     total = sum(path.stat().st_size for path in paths)
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as bar:
         for path in paths:

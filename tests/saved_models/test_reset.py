@@ -6,7 +6,6 @@ every tensor is bit for bit one model's or the other's, and the output is whole 
 
 import errno
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_saved import tiny_moe, without_prefix
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hft_trl import HFTConfig, half_reset, select
 from hft_trl.errors import HFTError
@@ -257,7 +255,7 @@ def test_what_belongs_to_no_parameter_stays_the_tuned_models(tmp_path):
 
 def resized(base, tuned):
     tiny_llama(301).save_pretrained(tuned)
-    return "300 tokens.*301|tokens"
+    return r"\(300, 32\).*\(301, 32\)"
 
 
 def other_shape(base, tuned):
@@ -287,18 +285,7 @@ def no_weights(base, tuned):
     return "holds no"
 
 
-def other_tokens(base, tuned):
-    tiny_llama(300).save_pretrained(tuned)
-    for folder, words in ((base, ["a", "<s>", "</s>", "b"]), (tuned, ["b", "<s>", "</s>", "a"])):
-        vocabulary = {word: number for number, word in enumerate(words)}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
-    return "token '[ab]' is number"
-
-
-@pytest.mark.parametrize(
-    "prepare", [resized, other_shape, other_architecture, narrower, torn, no_weights, other_tokens]
-)
+@pytest.mark.parametrize("prepare", [resized, other_shape, other_architecture, narrower, torn, no_weights])
 def test_what_does_not_fit_is_an_error_before_a_byte_is_written(tmp_path, prepare):
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     tiny_llama(300).save_pretrained(base)
@@ -372,18 +359,6 @@ def test_a_mount_point_is_refused_before_a_byte_is_written(pair, tmp_path, monke
     with pytest.raises(HFTError, match="mount point"):
         half_reset(*pair, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_disk_too_small_is_refused_before_a_byte_is_written(pair, tmp_path, monkeypatch):
-    """By the size of the tuned model's files; the message says what is needed and what is free."""
-    needed = sum(path.stat().st_size for path in Path(pair[1]).glob("*.safetensors"))
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    monkeypatch.setattr(reset, "_write", None)  # nothing is to be written
-    for run in (half_reset, lambda *folders: blend(*folders, 0.5)):
-        with pytest.raises(HFTError, match=r"needs 0\.0 GB, and 0\.0 GB are free"):
-            run(*pair, tmp_path / "new" / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_index_left_over_beside_a_single_file_is_passed_over(tmp_path):
