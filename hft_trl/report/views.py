@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import SQUARES, Column, cell_mark, layer_map
+from hft_trl.report.layer_map import SQUARES, cell_mark, layer_map
 from hft_trl.report.movement import movement_figure
 from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
@@ -37,21 +37,6 @@ class Drawing:
     width: int
     height: int
     min_width: int
-
-
-@dataclass(frozen=True)
-class SelectionMap:
-    """
-    Store which matrices of a stage learned, as rows of formatted cells.
-
-    A cell is a state (`"on"`, `"off"`, `"part"` or `"absent"`), a mark, and whether a category begins there. `outside`
-    has state, mark and name of each unit outside the layers.
-    """
-
-    stage: str
-    groups: dict[str, list[Column]]
-    rows: list[tuple[int, list[tuple[str, str, bool]]]]
-    outside: list[tuple[str, str, str]]
 
 
 def report_markdown(report: Report, pictures: Collection[str]) -> str:
@@ -96,7 +81,14 @@ def report_page(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    maps = [selection_map(stage) for stage in report.stages if stage.moved]
+    maps = [
+        (map_title(stage), layer_map(stage.moved), [unit for unit in stage.moved if unit.layer is None])
+        for stage in report.stages
+        if stage.moved
+    ]
+    cells = [
+        grid.cells.get((layer, column)) for _, grid, _ in maps for layer in grid.layers for column in grid.columns
+    ]
     draw = {
         "evaluation.png": _score_drawings,
         "loss.png": _loss_drawings,
@@ -114,7 +106,8 @@ def report_page(report: Report) -> str:
         sections=shown_sections,
         drawings={name: list(draw[name](report)) for name in pictures},
         maps=maps,
-        states={state for chart in maps for state in _states(chart)},
+        cell=_cell,
+        states={_cell(units)[0] for units in cells},
         marks=SQUARES,
     )
 
@@ -131,42 +124,22 @@ def verdict(report: Report) -> tuple[str, str]:
     return "none", "Nothing was frozen."
 
 
-def selection_map(stage: StageRecord) -> SelectionMap:
-    """Arrange which matrices of a stage learned: a row per layer, a column per slot."""
-    inner = layer_map((u.layer, u.category, u.slot, u.trainable) for u in stage.moved if u.layer is not None)
-    groups = inner.groups()
-    first = {members[0] for members in groups.values()}
-    columns = [column for members in groups.values() for column in members]
-    rows = []
-    for layer in inner.layers:
-        counts = [inner.cells.get((layer, column)) for column in columns]
-        cells = [(*_state(count), column in first) for column, count in zip(columns, counts, strict=True)]
-        rows.append((layer, cells))
-    outside = [(*_state((int(unit.trainable), 1)), _module(unit)) for unit in stage.moved if unit.layer is None]
+def map_title(stage: StageRecord) -> str:
+    """Return the heading of a stage's map of what learned."""
     title = f"{stage.name} ({stage.method.upper()})"
-    if (
-        rows
-        and all(unit.trainable for unit in stage.moved if unit.layer is not None)
-        and stage.share.get("layers", 1) < 1
-    ):
+    inner = [unit.trainable for unit in stage.moved if unit.layer is not None]
+    if inner and all(inner) and stage.share.get("layers", 1) < 1:
         # With masks, all matrices learn, but not all of their elements
         title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
-    return SelectionMap(title, groups, rows, outside)
+    return title
 
 
-def _state(count: tuple[int, int] | None) -> tuple[str, str]:
-    if count is None:
+def _cell(units: list[UnitChange] | None) -> tuple[str, str]:
+    """Return a map's cell: its state (`"on"`, `"off"`, `"part"` or `"absent"`) and its mark."""
+    if units is None:
         return "absent", SQUARES[2]
-    learning, total = count
-    return "on" if learning == total else "part" if learning else "off", cell_mark(learning, total)
-
-
-def _states(chart: SelectionMap) -> set[str]:
-    return {state for _, cells in chart.rows for state, *_ in cells} | {state for state, *_ in chart.outside}
-
-
-def _module(unit: UnitChange) -> str:
-    return unit.name.removesuffix(".weight")
+    learning = sum(unit.trainable for unit in units)
+    return "on" if learning == len(units) else "part" if learning else "off", cell_mark(learning, len(units))
 
 
 def _score_drawings(report: Report) -> Iterator[Drawing]:

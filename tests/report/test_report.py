@@ -19,8 +19,8 @@ from rich.console import Console
 from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
-from hft_trl.report.layer_map import ASCII, columns_of, layer_picture
-from hft_trl.report.movement import category_movement, movement_figure, movement_grid
+from hft_trl.report.layer_map import ASCII, layer_map, layer_picture
+from hft_trl.report.movement import category_movement, movement_figure
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
 from hft_trl.report.views import report_markdown, report_page
@@ -347,11 +347,13 @@ def test_folded_cell_is_the_mean_of_its_units():
         for layer in range(2)
         for n in range(20)
     ]
-    grid = movement_grid(units)
-    (column,) = grid.columns
+    (column,) = layer_map(units).columns
     assert column.pattern == "mlp.experts.*.up_proj"
-    assert grid.cells[0, column].change == pytest.approx(0.05)
-    assert [grid.cells[layer, column].frozen for layer in (0, 1)] == [False, True]
+    (part,) = movement_figure(report(stage(moved=units))).subfigs
+    plain, hatched = part.axes[0].collections
+    assert [len(cells.get_paths()) for cells in (plain, hatched)] == [1, 1]
+    assert part.axes[2].get_ylim() == pytest.approx((0, 0.05))  # the scale ends at the largest cell
+    assert (plain.get_facecolor() == hatched.get_facecolor()).all()
 
 
 @given(
@@ -365,11 +367,12 @@ def test_folded_cell_is_the_mean_of_its_units():
     )
 )  # fmt: skip
 def test_labels_are_unique_in_their_category(slots):
-    """Every slot gets a column, and two columns of a category never carry the same label."""
-    columns = columns_of(slots)
-    assert set(columns) == set(slots)
-    distinct = set(columns.values())
-    assert len({(column.category, column.label) for column in distinct}) == len(distinct)
+    """Every slot is in a column, and two columns of a category never carry the same label."""
+    grid = layer_map(UnitChange("", 0, category, slot, True, 1.0) for category, slot in slots)
+    found = [(unit.category, unit.slot) for units in grid.cells.values() for unit in units]
+    assert sorted(found) == sorted(slots)
+    assert {column for _, column in grid.cells} == set(grid.columns)
+    assert len({(column.category, column.label) for column in grid.columns}) == len(grid.columns)
 
 
 GOLDEN = """\

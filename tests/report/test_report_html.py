@@ -25,7 +25,7 @@ from reports import ODD, SLOTS, moved, report, stage
 from hft_trl.report import Report
 from hft_trl.report.sections import launch_command, sections
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
-from hft_trl.report.views import report_markdown, report_page, selection_map, verdict
+from hft_trl.report.views import map_title, report_markdown, report_page, verdict
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">&'\""
@@ -216,28 +216,30 @@ def test_what_users_typed_stays_text():
 @pytest.mark.parametrize("name", ["two stages", "full fine-tuning", "hybrid", "80 layers", "experts", "only outside"])
 def test_selection_map_counts_what_learned(name):
     """The marks of a stage's map add up to the matrices that learned and those that were frozen, layer by layer."""
-    for record in PAGES[name].stages:
-        drawn = selection_map(record)
+    section = re.search(r'<div class="maps">\n(.*?)\n</div>\s*</section>', html_of(name), re.DOTALL)[1]
+    maps = [Page(f'<div class="map">{part}') for part in section.split('<div class="map">')[1:]]
+    assert len(maps) == len(PAGES[name].stages)
+    for record, drawn in zip(PAGES[name].stages, maps, strict=True):
         learned, frozen = Counter(), Counter()
-        for layer, cells in drawn.rows:
-            assert len(cells) == sum(map(len, drawn.groups.values()))
-            for _, mark, _ in cells:
+        for layer, *marks in (row for table in drawn.tables for row in table[2:]):
+            for mark in marks:
                 count, _, total = mark.partition("/")
-                learned[layer] += int(count) if total else mark == "■"
-                frozen[layer] += int(total) - int(count) if total else mark == "□"
+                learned[int(layer)] += int(count) if total else mark == "■"
+                frozen[int(layer)] += int(total) - int(count) if total else mark == "□"
         inner = [unit for unit in record.moved if unit.layer is not None]
         assert learned == Counter(unit.layer for unit in inner if unit.trainable)
         assert frozen == Counter(unit.layer for unit in inner if not unit.trainable)
-        outer = {unit.name.removesuffix(".weight"): unit.trainable for unit in record.moved if unit.layer is None}
-        assert {name: state == "on" for state, _, name in drawn.outside} == outer
+        outer = [unit for unit in record.moved if unit.layer is None]
+        shown = "".join(f"{'□■'[unit.trainable]}{unit.name.removesuffix('.weight')} " for unit in outer)
+        assert drawn.text.endswith(shown.strip())
 
 
 def test_a_map_of_single_elements_says_so():
     record = stage(share={"layers": 0.25, "model": 0.4})
-    assert "elements" not in selection_map(record).stage
+    assert "elements" not in map_title(record)
     for unit in record.moved:
         unit.trainable = True
-    assert selection_map(record).stage.endswith("25% of the elements of each matrix")
+    assert map_title(record).endswith("25% of the elements of each matrix")
 
 
 def test_each_stage_has_its_map():
