@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hft_trl.report.figures import BLUE
 from hft_trl.report.layer_map import LayerMap, category_rank, layer_map
-from hft_trl.report.record import Report, StageRecord, UnitChange
+from hft_trl.report.record import Report, UnitChange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,19 +46,17 @@ def _mean(units: Iterable[UnitChange]) -> float | None:
     return fmean(changes) if changes else None
 
 
-def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
-    """Draw all stages or `only` one, on the scale of all. Return `None` without any movement."""
-    titles = [f"after {stage.name} ({stage.method.upper()})" for stage in report.stages]
-    models = zip(titles, (stage.moved for stage in report.stages), strict=True)
-    return change_figure(models, None if only is None else titles[report.stages.index(only)])
+def movement_figure(report: Report) -> "Figure | None":
+    """Draw all stages on one scale. Return `None` without any movement."""
+    return change_figure([(f"after {stage.name} ({stage.method.upper()})", stage.moved) for stage in report.stages])
 
 
-def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str | None = None) -> "Figure | None":
+def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure | None":
     """
     Draw how far models moved from their base, a heat map and bars for each, on one scale.
 
-    `models` are pairs of a title and units, and `only` is the title of the one to draw. White cells equal the base,
-    and hatched ones were frozen in the stage. Return `None` without any movement.
+    `models` are pairs of a title and units. White cells equal the base, and hatched ones were frozen in the stage.
+    Return `None` without any movement.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -67,7 +65,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     from matplotlib.patches import Patch
 
     models = [(title, moved) for title, moved in models if category_movement(moved)]
-    if not models or (only is not None and all(title != only for title, _ in models)):
+    if not models:
         return None
     categories = [category_movement(moved) for _, moved in models]
     grids = [layer_map(unit for unit in moved if unit.relative_change is not None) for _, moved in models]
@@ -79,10 +77,8 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
-    titles = [title for title, _ in models]
-    shown = [row for row in zip(titles, categories, grids, strict=True) if only in (None, row[0])]
-    across = max(1, min(len(shown), int(17 // width)))
-    down = ceil(len(shown) / across)
+    across = max(1, min(len(models), int(17 // width)))
+    down = ceil(len(models) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
     longest = max(
@@ -90,7 +86,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     )
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for (title, rows, grid), part in zip(shown, parts, strict=False):
+    for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
         part.suptitle(title, fontweight="bold")
         if grid.cells:
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])

@@ -18,14 +18,8 @@ MARGIN = "rewards/margins"
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
     """Draw all plots for which the report has data, and return their paths."""
-    figures: dict[str, Callable[[Report], Figure | None]] = {
-        "evaluation.png": evaluation_figure,
-        "loss.png": loss_figure,
-        "margins.png": margin_figure,
-        "moved.png": movement_figure,
-    }
     written = []
-    for name, draw in figures.items():
+    for name, draw in FIGURES.items():
         figure = draw(report)
         path = directory / name
         if figure is None:
@@ -147,3 +141,11 @@ def _smooth(values: list[float]) -> tuple[list[float], int]:
 def _series(stage: StageRecord, key: str) -> tuple[list[int], list[float]]:
     rows = [row for row in stage.history if row.get(key) is not None and row.get("step") is not None]
     return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+FIGURES: dict[str, Callable[[Report], "Figure | None"]] = {
+    "evaluation.png": evaluation_figure,
+    "loss.png": loss_figure,
+    "margins.png": margin_figure,
+    "moved.png": movement_figure,
+}
