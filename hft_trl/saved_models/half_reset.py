@@ -1,16 +1,16 @@
 """Half-Reset: set a part of a tuned model back to its base, or average both, tensor by tensor."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR
 from transformers.utils import (
     FEATURE_EXTRACTOR_NAME,
@@ -38,7 +38,7 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     Set half of a tuned model's layers back to its base, without training and without loading models.
 
     The parameters that training would select stay tuned (with embedding, output head and final norm by default). All
-    others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds a few chunks of one tensor.
+    others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds at most one file's tensors.
 
     Args:
         base (`str` or `Path`):
@@ -128,27 +128,19 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
-    temporary = None
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder = temporary / out.name  # a folder of mkdtemp is accessible only to its owner
-        folder.mkdir()
-        yield folder
-        flush(folder)
-        folder.replace(out)
-        sync(out.parent)
-    except OSError as error:
-        raise HFTError(
-            f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary, out.name)  # the temporary folder itself is accessible only to its owner
+            folder.mkdir()
+            yield folder
+            flush(folder)
+            folder.replace(out)
+            sync(out.parent)
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """Copy the tuned model's files with their headers, and write mixed values."""
+    """Write the tuned model's files with mixed values. `shares` are those of the tuned values."""
     paths = sorted(set(after.files.values()))
     root = paths[0].parent
     patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
@@ -156,40 +148,23 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
         shutil.copyfile(path, folder / path.name)
     if (root / CHAT_TEMPLATE_DIR).is_dir():
         shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
-    total = sum(path.stat().st_size for path in paths)
-    with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as bar:
-        for path in paths:
-            header, keys = _header(path)
-            with (folder / path.name).open("wb") as file:
-                bar.update(file.write(header))
-                for key in keys:
-                    for piece in _pieces(before, after, key, shares.get(key, 1.0)):
-                        bar.update(_write(file, piece))
+    for path in logging.tqdm(paths, desc="Writing", disable=None):
+        with safe_open(path, framework="pt") as opened:
+            keys, metadata = opened.keys(), opened.metadata()
+        tensors: dict[str, torch.Tensor] = {}
+        for key in keys:
+            new, share = after.tensor(key), shares.get(key, 1.0)
+            if share != 1:
+                old = after.counterpart(key, before)
+                new = _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
+            tensors[key] = new
+        save_file(tensors, folder / path.name, metadata)
 
 
-def _header(path: Path) -> tuple[bytes, list[str]]:
-    """Return a safetensors header (8 bytes of length, then JSON) and tensor names in file order."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        text = file.read(int.from_bytes(length, "little"))
-    entries = json.loads(text)
-    entries.pop("__metadata__", None)
-    return length + text, sorted(entries, key=lambda key: entries[key]["data_offsets"])
-
-
-def _pieces(before: SavedModel, after: SavedModel, key: str, share: float) -> Iterator[torch.Tensor]:
-    new = after.tensor(key).reshape(-1)
-    if share == 1:
-        yield from new.split(CHUNK)
-        return
-    old = after.counterpart(key, before).reshape(-1)
-    for start, end in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
-        mixed = start if share == 0 else torch.lerp(start.double(), end.double(), share)
-        yield mixed.to(new.dtype)
-
-
-def _write(file: BinaryIO, piece: torch.Tensor) -> int:
-    return file.write(memoryview(piece.view(torch.uint8).numpy()))
+def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
+    """Return `(1 - share) * old + share * new` in the type of `new`, computed in float64 piece by piece."""
+    pieces = zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK), strict=True)
+    return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
 
 
 def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> str:

@@ -104,6 +104,10 @@ class SavedModel:
         theirs = other._keys.get(self.places[key])
         return other.tensor(theirs) if theirs is not None else None
 
+    def is_repeated(self, key: str) -> bool:
+        """Return whether another tensor of the files holds the same tied parameter."""
+        return self._keys.get(self.places[key]) != key
+
     def pairs(self, other: "SavedModel", parameter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Return both models' tensors of a parameter, where both have them in one shape."""
         for key in self._pieces.get(parameter, ()):

@@ -4,7 +4,6 @@ Half-Reset and blend:
 every tensor is bit for bit one model's or the other's, and the output is whole or not there.
 """
 
-import errno
 import hashlib
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import torch
 from conftest import PATIENCE, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_saved import tiny_moe, without_prefix
+from test_saved import tied_with_both_in_the_file, tiny_moe, without_prefix
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hft_trl import HFTConfig, half_reset, select
@@ -373,21 +373,33 @@ def test_an_index_left_over_beside_a_single_file_is_passed_over(tmp_path):
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("after", [0, 1, 30])
+@pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_full_disk_leaves_nothing_behind(pair, tmp_path, monkeypatch, after):
-    """Whichever write it is that fails."""
-    write, left = reset._write, [after]
+    """Whichever file it is that cannot be written whole."""
+    left = [after]
 
-    def fail(file, piece):
+    def fail(tensors, path, metadata):
         left[0] -= 1
         if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(file, piece)
+            path.write_bytes(b"a part")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(reset, "_write", fail)
+    monkeypatch.setattr(reset, "save_file", fail)
     with pytest.raises(HFTError, match="No space left"):
         half_reset(*pair, tmp_path / "out")
+    assert left == [-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_parameter_that_is_in_the_file_twice_is_written_twice(tmp_path):
+    """The base has it once."""
+    tied_with_both_in_the_file(tmp_path / "tuned")
+    moved(tiny_llama(64, tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    half_reset(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", HFTConfig(train_embeddings=False))
+    out, base = tensors(tmp_path / "out"), tensors(tmp_path / "base")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(out[name], base["model.embed_tokens.weight"])
 
 
 def test_interrupted_the_output_is_not_there(pair, tmp_path, monkeypatch):
