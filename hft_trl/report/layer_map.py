@@ -4,7 +4,7 @@ import itertools
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from string import ascii_letters
 from typing import Generic, TypeVar
@@ -69,19 +69,19 @@ def category_rank(category: str) -> tuple[int, str]:
     return (order.index(category) if category in order else len(order), category)
 
 
-def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int = 80, marks: str = SQUARES) -> str:
+def layer_picture(units: Iterable[T], learns: Callable[[T], bool], width: int = 80, marks: str = SQUARES) -> str:
     """
     Draw which units learn: a row per layer, a column per slot, columns grouped by category.
 
     In columns of several units, `64/128` is 64 learning units of 128. Labels too long for `width` become letters.
     `marks` are those of a unit that learns, one that is frozen, and a slot that the layer does not have.
     """
-    units, names = list(units), frozenset(trainable)
+    units = list(units)
     grid = layer_map(units)
-    cells = {
-        place: cell_mark(sum(unit.names[0] in names for unit in members), len(members), marks)
-        for place, members in grid.cells.items()
-    }
+    cells = {}
+    for place, members in grid.cells.items():
+        learning = sum(map(learns, members))
+        cells[place] = f"{learning}/{len(members)}" if len(members) > 1 else marks[not learning]
     heads = {column: column.label for column in grid.columns}
     lines = _lines(grid, heads, cells, marks[2])
     key: list[str] = []
@@ -89,20 +89,16 @@ def layer_picture(units: Iterable[Unit], trainable: Collection[str], width: int 
         heads = dict(zip(grid.columns, itertools.chain(ascii_letters, map(str, itertools.count(1))), strict=False))
         lines = _lines(grid, heads, cells, marks[2])
         key = [f"{head} {column.pattern}" for column, head in heads.items()]
-    outer = sorted((u for u in units if u.layer is None), key=lambda u: (category_rank(u.category), u.names))
-    shown = [f"{marks[unit.names[0] not in names]} {unit.names[0].removesuffix('.weight')}" for unit in outer]
+    outer = sorted((u for u in units if u.layer is None), key=lambda u: (category_rank(u.category), u.slot))
+    shown = [f"{marks[not learns(unit)]} {unit.slot}" for unit in outer]
     legend = [f"{marks[0]} learns", f"{marks[1]} frozen"]
     if any(marks[2] in line.split() for line in lines):
         legend.append(f"{marks[2]} no such unit")
     if any("/" in mark for mark in cells.values()):
         legend.append("1/8 one of eight units learns")
-    parts = ["\n".join(lines), _wrap(key, width), _wrap(shown, width), "   ".join(legend)]
+    layers = "\n".join(lines) if grid.layers else ""
+    parts = [layers, _wrap(key, width), _wrap(shown, width), "   ".join(legend)]
     return "\n\n".join(part for part in parts if part)
-
-
-def cell_mark(learning: int, total: int, marks: str = SQUARES) -> str:
-    """Return a cell's mark, or a count if it has several units."""
-    return f"{learning}/{total}" if total > 1 else marks[0 if learning else 1]
 
 
 def _labels(patterns: list[str]) -> dict[str, str]:
@@ -134,7 +130,7 @@ def _abbreviate(name: str) -> str:
 
 
 def _lines(
-    grid: LayerMap[Unit], heads: dict[Column, str], cells: dict[tuple[int, Column], str], absent: str
+    grid: LayerMap[T], heads: dict[Column, str], cells: dict[tuple[int, Column], str], absent: str
 ) -> list[str]:
     """Return the categories, the heads of the columns, and a line for each layer."""
     rows = [heads, *({column: cells.get((layer, column), absent) for column in heads} for layer in grid.layers)]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import SQUARES, cell_mark, layer_map
 from hft_trl.report.plots import FIGURES
-from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
+from hft_trl.report.record import REPORT_FILE, Report
 from hft_trl.report.sections import CAPTIONS, Block, sections
 from hft_trl.report.tables import table
 
@@ -64,12 +63,6 @@ def report_page(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    maps = [
-        (map_title(stage), layer_map(stage.moved), [unit for unit in stage.moved if unit.layer is None])
-        for stage in report.stages
-        if stage.moved
-    ]
-    places = [(grid, layer, column) for _, grid, _ in maps for layer in grid.layers for column in grid.columns]
     figures = {name: draw(report) for name, draw in FIGURES.items()}
     return templates.get_template(TEMPLATE).render(
         report=report,
@@ -79,10 +72,6 @@ def report_page(report: Report) -> str:
         verdict=verdict(report),
         sections=sections(report),
         drawings={name: _drawing(figure) for name, figure in figures.items() if figure is not None},
-        maps=maps,
-        cell=_cell,
-        states={_cell(grid.cells.get((layer, column)))[0] for grid, layer, column in places},
-        marks=SQUARES,
     )
 
 
@@ -96,24 +85,6 @@ def verdict(report: Report) -> tuple[str, str]:
         stages = "every stage" if len(kept) == len(report.stages) else ", ".join(kept)
         return "good", f"What was frozen is unchanged, bit for bit, in {stages}."
     return "none", "Nothing was frozen."
-
-
-def map_title(stage: StageRecord) -> str:
-    """Return the heading of a stage's map of what learned."""
-    title = f"{stage.name} ({stage.method.upper()})"
-    inner = [unit.trainable for unit in stage.moved if unit.layer is not None]
-    if inner and all(inner) and stage.share.get("layers", 1) < 1:
-        # With masks, all matrices learn, but not all of their elements
-        title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
-    return title
-
-
-def _cell(units: list[UnitChange] | None) -> tuple[str, str]:
-    """Return a map's cell: its state (`"on"`, `"off"`, `"part"` or `"absent"`) and its mark."""
-    if units is None:
-        return "absent", SQUARES[2]
-    learning = sum(unit.trainable for unit in units)
-    return "on" if learning == len(units) else "part" if learning else "off", cell_mark(learning, len(units))
 
 
 def _drawing(figure: "Figure") -> tuple[str, int, int]:
