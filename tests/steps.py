@@ -32,7 +32,7 @@ class Probe:
         models = [self.model, *([self.ref_model] if "ref_model" in vars(self) else [])]
         with Ledger(*models) as ledger:
             loss = super().training_step(*args, **kwargs)
-        self.peak, self.at_peak, self.operations = ledger.peak, ledger.at_peak, ledger.operations
+        self.peak, self.operations = sum(ledger.at_peak.values()), ledger.operations
         self.gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         return loss
 

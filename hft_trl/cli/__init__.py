@@ -114,7 +114,8 @@ def _show(heading: str, selection: Selection, units: list[Unit], shares: list[Ca
 
     console = Console(highlight=False)
     marks = ASCII if console.options.ascii_only else SQUARES
-    picture = Text(layer_picture(units, selection.trainable, console.width, marks))
+    trainable = set(selection.trainable)
+    picture = Text(layer_picture(units, lambda unit: unit.names[0] in trainable, console.width, marks))
     picture.highlight_regex(f"{marks[0]}(?= |$)", "green")
     config = selection.config
     drawn = f"ratio {config.ratio:g}, strategy {config.strategy}" if config.method == "hft" else "all learns (FFT)"

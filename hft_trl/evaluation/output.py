@@ -9,7 +9,7 @@ from hft_trl.errors import HFTError
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.files import write_json, write_text
 from hft_trl.report.figures import plain, save_figure, stage_colours
-from hft_trl.report.tables import NONE, Grid, narrowed, rich_table, table
+from hft_trl.report.tables import NONE, Grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
     """Print the tables of an evaluation on standard output."""
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
-        console.print(rich_table(narrowed(grid)))
+        console.print(rich_table(grid))
     for note in _notes(evaluation):
         console.print(note, markup=False)
 

@@ -4,6 +4,8 @@ import dataclasses
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 from transformers import PreTrainedModel
 
@@ -69,28 +71,22 @@ class Planner:
         rows = 2 if task.stage == "dpo" else 1
         busy = next((size for size in candidates if size * rows * task.sequence_length >= BUSY), candidates[-1])
         # First without sync_each_batch, which needs more communication
-        layouts = [
-            (name, sync) for name in self._layouts(task) for sync in ((False, True) if name == "fsdp2" else (False,))
-        ]
+        layouts = [(name, sync) for name in task.layouts for sync in ((False, True) if name == "fsdp2" else (False,))]
         # A step is traced only if the memory between steps fits
-        possible = [
-            (name, sync)
-            for name, sync in layouts
-            if sum(self._held(task, self._layout(task, name)).values()) <= task.gpu_memory - RESERVED
-        ]
-        ways = [(checkpointed, *layout) for checkpointed in CHECKPOINTING[task.stage] for layout in possible]
-        for least in dict.fromkeys((busy, candidates[0])):
-            for checkpointed, name, sync in ways:
-                plan = self.one(task, name, least, checkpointed, sync)
-                if plan.fits:
-                    return self._enlarge(task, plan, [size for size in candidates if size > least])
+        limit = task.gpu_memory - RESERVED
+        possible = [layout for layout in layouts if sum(self._held(task, layout[0]).values()) <= limit]
+        for least, way, (name, sync) in product((busy, candidates[0]), CHECKPOINTING[task.stage], possible):
+            plan = partial(self.one, task, name, checkpointed=way, sync_each_batch=sync)
+            if plan(least).fits:
+                sizes_ = candidates[candidates.index(least) :]
+                too_large = bisect_left(sizes_, True, key=lambda size, plan=plan: not plan(size).fits)
+                return plan(sizes_[too_large - 1])
         smallest = [self.one(task, name, candidates[0], 1, sync) for name, sync in layouts]
         return min(smallest, key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
         """Return tasks and plans by stage with the first layout name that fits both, else the last one."""
-        found: dict[str, tuple[Task, Plan]] = {}
-        for name in self._layouts(first):
+        for name in first.layouts:
             found = {
                 task.stage: (task, self.plan(dataclasses.replace(task, layouts=(name,)))) for task in (first, second)
             }
@@ -103,7 +99,7 @@ class Planner:
         layout = self._layout(task, name)
         step = self._step(task, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
-        parts = self._held(task, layout)
+        parts = self._held(task, name)
         defers = name == "fsdp2" and accumulation > 1
         in_passes = awaiting_reduction(parts, self._sizes) if defers and not sync_each_batch else parts
         memory = at_peak(in_passes, step, layout, accumulation > 1)
@@ -140,15 +136,6 @@ class Planner:
                     f"so the frozen half would not keep its bits: remove {flag}, or use --method fft."
                 )
 
-    def _enlarge(self, task: Task, plan: Plan, sizes_: Sequence[int]) -> Plan:
-        """Return the same plan with the largest micro-batch that fits."""
-
-        def with_size(size: int) -> Plan:
-            return self.one(task, plan.layout, size, plan.checkpointed, plan.sync_each_batch)
-
-        fitting = bisect_left(sizes_, True, key=lambda size: not with_size(size).fits)
-        return with_size(sizes_[fitting - 1]) if fitting else plan
-
     def _storage(self, task: Task) -> Storage:
         """Return the storage of the task. Full fine-tuning has no frozen half."""
         if self.method == "hft":
@@ -161,11 +148,8 @@ class Planner:
             layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
         return layout if self._shares and self.method == "hft" else layout.unshared()
 
-    def _layouts(self, task: Task) -> list[str]:
-        return [name for name in task.layouts if not (task.storage.in_eight_bits and LAYOUTS[name].shards_state)]
-
-    def _held(self, task: Task, layout: Layout) -> dict[str, int]:
-        return held(self._sizes, layout, task.gpus, self._storage(task), task.stage == "dpo")
+    def _held(self, task: Task, name: str) -> dict[str, int]:
+        return held(self._sizes, self._layout(task, name), task.gpus, self._storage(task), task.stage == "dpo")
 
     def _step(self, task: Task, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
         storage = self._storage(task)
@@ -193,13 +177,9 @@ def operations_ratios(planners: dict[str, Planner], task: Task, plans: Sequence[
 
     `equal_settings` uses the settings of HFT's plan for both, `as_planned` each method's own plan if both fit.
     """
-    own = {plan.method: plan for plan in plans}
-    if "hft" not in own:
+    full, half = ({plan.method: plan for plan in plans}.get(method) for method in ("fft", "hft"))
+    if half is None:
         return {"equal_settings": None, "as_planned": None}
-    half = own["hft"]
-    full = planners["fft"].one(task, half.layout, half.micro_batch, half.checkpointed)
-    both_fit = "fft" in own and own["fft"].fits and half.fits
-    return {
-        "equal_settings": half.operations / full.operations,
-        "as_planned": half.operations / own["fft"].operations if both_fit else None,
-    }
+    same = planners["fft"].one(task, half.layout, half.micro_batch, half.checkpointed)
+    as_planned = half.operations / full.operations if full and full.fits and half.fits else None
+    return {"equal_settings": half.operations / same.operations, "as_planned": as_planned}

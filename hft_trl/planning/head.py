@@ -30,26 +30,12 @@ def log_probs(
     targets = labels[:, 1:]
     rows = hidden[:, :-1].reshape(-1, hidden.size(-1))
     inputs = (rows, head.weight, head.bias, targets.reshape(-1))
-    if device == "cpu":
-        scores, *_ = _OnCPU.apply(*inputs, 1.0, VOCABULARY_CHUNK, None, 1.0, OUTPUTS[stage], ledger)
+    if device == "cpu":  # memory of its backward pass counts as activations
+        with ledger.part("logits"):
+            scores, *_ = ChunkedLogProbFunction.apply(*inputs, 1.0, VOCABULARY_CHUNK, None, 1.0, OUTPUTS[stage])
     else:
         scores = _OnGPU.apply(*inputs, ledger)
     return scores.view(targets.shape)
-
-
-class _OnCPU(torch.autograd.Function):
-    """TRL's function, with its allocations counted as logits. The ledger is the last input."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[torch.Tensor | None, ...]:
-        ctx.ledger = args[-1]
-        with ctx.ledger.part("logits"):
-            return ChunkedLogProbFunction.forward(ctx, *args[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        with ctx.ledger.part("logits"):
-            return (*ChunkedLogProbFunction.backward(ctx, *grads), None)
 
 
 class _OnGPU(torch.autograd.Function):

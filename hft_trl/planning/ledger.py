@@ -21,16 +21,15 @@ class Ledger(TorchDispatchMode):
     Count the bytes of live storages and the operations of matrix products, on fake or real tensors.
 
     Parameters and buffers of `models` and memory inside kernels do not count. A multiply-add is two `operations`.
-    `peak` is in bytes, `at_peak` the same by part: `weight_copies` are autocast's, `activations` the rest. The peak of
-    everything but gradients, `at_peak_without_gradients`, can be at another time.
+    `at_peak` has the bytes by part: `weight_copies` are autocast's, `activations` the rest. The peak of everything but
+    gradients, `at_peak_without_gradients`, can be at another time.
     """
 
     def __init__(self, *models: torch.nn.Module) -> None:
         super().__init__()
         self.operations = 0
         self.live = dict.fromkeys(PARTS, 0)
-        self.peak, self.at_peak = 0, dict(self.live)
-        self._other_peak, self.at_peak_without_gradients = 0, dict(self.live)
+        self.at_peak, self.at_peak_without_gradients = dict(self.live), dict(self.live)
         self._part: str | None = None
         self._known: dict[int, tuple[weakref.ref, int, str]] = {}
         parameters = [parameter for model in models for parameter in model.parameters()]
@@ -79,12 +78,9 @@ class Ledger(TorchDispatchMode):
         # The weak reference removes the entry before another storage can have the same address
         self._known[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, part)
         self.live[part] += size
-        total = sum(self.live.values())
-        if total > self.peak:
-            self.peak, self.at_peak = total, dict(self.live)
-        other = total - self.live["gradients"]
-        if other > self._other_peak:
-            self._other_peak, self.at_peak_without_gradients = other, {**self.live, "gradients": 0}
+        now, other = dict(self.live), {**self.live, "gradients": 0}
+        self.at_peak = max(self.at_peak, now, key=_total)
+        self.at_peak_without_gradients = max(self.at_peak_without_gradients, other, key=_total)
 
     def _leave(self, key: int) -> None:
         _, size, part = self._known.pop(key)
@@ -99,6 +95,10 @@ class Ledger(TorchDispatchMode):
             self._known[key] = (reference, size, "gradients")
             self.live[part] -= size
             self.live["gradients"] += size
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
 
 
 def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -84,31 +84,26 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
 
 def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan]]:
     """Return `hft-trl plan` flags that save memory, each with its smallest plan, fitting or not."""
-    found: list[tuple[str, Plan]] = []
-    storage = task.storage
-    if storage.optimizer_in_backward:  # without accumulation, all rows of a step are on the GPU at once
-        found += _smaller_batch(planner, task, "")
+    storage, half = task.storage, planner.method == "hft"
+    frozen, eight, nf4 = {"frozen_dtype": "bfloat16"}, {"optim": "adamw_bnb_8bit"}, {"frozen_quantization": "nf4"}
+    # Without accumulation, all rows of a step are on the GPU at once
+    found = _smaller_batch(planner, task, {}) if storage.optimizer_in_backward else []
+    changes: list[dict[str, Any]] = []
     if plan.layout in ("single", "ddp"):
-        frozen, eight = {"frozen_dtype": "bfloat16"}, {"optim": "adamw_bnb_8bit"}
         changes = [eight]
-        if planner.method == "hft" and storage.frozen_quantization is None:
-            changes += [frozen, {**frozen, **eight}]
-            if storage.frozen_dtype is None:
-                changes.append({"frozen_quantization": "nf4", **eight})
-        for change in changes:
-            changed = dataclasses.replace(storage, **change)
-            if changed != storage:
-                other = dataclasses.replace(task, storage=changed, layouts=(plan.layout,))
-                found.append((_flags(change), planner.one(other, plan.layout, plan.micro_batch, 1)))
+        if half and storage.frozen_quantization is None:
+            changes += [frozen, {**frozen, **eight}, *([] if storage.frozen_dtype else [{**nf4, **eight}])]
+    for change in changes:
+        changed = dataclasses.replace(storage, **change)
+        if changed != storage:
+            other = dataclasses.replace(task, storage=changed, layouts=(plan.layout,))
+            found.append((_flags(change), planner.one(other, plan.layout, plan.micro_batch, 1)))
     if any(other.fits for _, other in found):
         return found
-    if planner.method == "hft" and task.gpus == 1:
-        smallest = {"optim": "adamw_bnb_8bit", "frozen_quantization": "nf4"}
-        if not planner.rounds("bfloat16"):
-            smallest = {"dtype": "bfloat16", **smallest}
-        storage_ = dataclasses.replace(storage, **smallest, frozen_dtype=None, optimizer_in_backward=True)
-        flags = f"{_flags(smallest)} --optimizer-in-backward"
-        found += _smaller_batch(planner, dataclasses.replace(task, storage=storage_), flags)
+    if half and task.gpus == 1:
+        narrow = {} if planner.rounds("bfloat16") else {"dtype": "bfloat16"}
+        same_type = dataclasses.replace(task, storage=dataclasses.replace(storage, frozen_dtype=None))
+        found += _smaller_batch(planner, same_type, {**narrow, **eight, **nf4, "optimizer_in_backward": True})
     if storage.in_eight_bits or storage.frozen_quantization or storage.optimizer_in_backward:
         return found  # these are not sharded
     for gpus in (2, 4, 8, 16, 32, 64, 128):
@@ -120,18 +115,21 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
     return found
 
 
-def _flags(change: dict[str, str]) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
+def _flags(change: dict[str, Any]) -> str:
+    flags = (f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in change.items())
+    return " ".join(flags)
 
 
-def _smaller_batch(planner: Planner, task: Task, flags: str) -> list[tuple[str, Plan]]:
+def _smaller_batch(planner: Planner, task: Task, change: dict[str, Any]) -> list[tuple[str, Plan]]:
     """Return the largest smaller global batch (1, 2, 4 ... rows) that fits one GPU without accumulation."""
+    storage = dataclasses.replace(task.storage, **change)
     found: list[tuple[str, Plan]] = []
     size = 1
     while size < task.global_batch:
-        plan = planner.one(dataclasses.replace(task, global_batch=size), "single", size, 1)
+        other = dataclasses.replace(task, global_batch=size, storage=storage)
+        plan = planner.one(other, "single", size, 1)
         if not plan.fits:
             break
-        found = [(f"{flags} --global-batch {size}".strip(), plan)]
+        found = [(_flags({**change, "global_batch": size}), plan)]
         size *= 2
     return found

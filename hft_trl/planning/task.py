@@ -34,7 +34,7 @@ class Task:
                 f"use a multiple, such as {below}."
             )
         if not self.layouts:
-            several = ("ddp",) if storage.frozen_quantization else ("ddp", "fsdp2")
+            several = ("ddp",) if storage.frozen_quantization or storage.in_eight_bits else ("ddp", "fsdp2")
             if storage.replicate_frozen:
                 several = ("fsdp2",)
             object.__setattr__(self, "layouts", ("single",) if self.gpus == 1 else several)
@@ -67,7 +67,7 @@ class Task:
             )
         if storage.frozen_quantization and LAYOUTS[name].shards_state:
             raise HFTError(f"--launch is {name}, which cannot shard quantised matrices: use single or ddp.")
-        if storage.in_eight_bits and LAYOUTS[name].shards_state and len(self.layouts) == 1:
+        if storage.in_eight_bits and LAYOUTS[name].shards_state:
             raise HFTError(f"--optim is {storage.optim}, which is not tested with {name}: use single or ddp.")
 
     @property

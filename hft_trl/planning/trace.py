@@ -45,7 +45,6 @@ class Step:
     saved: int  # for the backward pass, without parameters
     at_peak: dict[str, int]  # by part, see `Ledger`
     at_peak_without_gradients: dict[str, int]
-    gradients: int  # in total
     operations: int
 
 
@@ -88,18 +87,12 @@ def _prepare(model: PreTrainedModel, reference: PreTrainedModel | None, settings
 
 def _allocate(model: PreTrainedModel, settings: StepSettings) -> None:
     """Replace a model's meta tensors with fake CPU tensors. Tied parameters stay tied."""
-    allocated: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None and id(old) not in allocated:
-                dtype = settings.dtype if old.requires_grad else settings.frozen_dtype or settings.dtype
-                new = torch.nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
-                allocated[id(old)] = new
-            if old is not None:
-                module._parameters[name] = allocated[id(old)]
-        for name, old in module._buffers.items():
-            if old is not None:
-                module._buffers[name] = torch.empty(old.shape, dtype=old.dtype)
+    with unset_fake_temporarily():
+        for parameter in model.parameters():
+            dtype = settings.dtype if parameter.requires_grad else settings.frozen_dtype or settings.dtype
+            parameter.data = parameter.data.to(dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
 
 
 def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: StepSettings) -> Step:
@@ -136,8 +129,7 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(_free)
         loss.backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    return Step(saved_bytes, ledger.at_peak, ledger.at_peak_without_gradients, gradients, ledger.operations)
+    return Step(saved_bytes, ledger.at_peak, ledger.at_peak_without_gradients, ledger.operations)
 
 
 def _forward(
@@ -146,7 +138,7 @@ def _forward(
     """Return log-probabilities, and TRL's load balancing loss for a mixture of experts."""
     config = model.config.get_text_config()
     named = config.to_dict()
-    balances = model.training and "output_router_logits" in named and bool(named.get("router_aux_loss_coef"))
+    balances = model.training and bool(named.get("router_aux_loss_coef")) and "output_router_logits" in named
     # accelerate runs each forward pass, of policy and reference, under its own autocast
     with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
         router = {"output_router_logits": True} if balances else {}

@@ -125,9 +125,7 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]
             learns = unit.names[0] in trainable
-            known = {start: relative_change(before[start], after, unit.names, learns)}
-            if base_model != start:
-                known[base_model] = relative_change(before[base_model], after, unit.names)
+            known = {name: relative_change(saved, after, unit.names) for name, saved in before.items()}
             place = (unit.names[0], unit.layer, unit.category, unit.slot)
             found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
     except (HFTError, OSError, SafetensorError) as error:

@@ -7,9 +7,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from hft_trl.report.figures import BLUE
-from hft_trl.report.layer_map import Column, columns_of
-from hft_trl.report.record import Report, StageRecord, UnitChange
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES
+from hft_trl.report.layer_map import LayerMap, category_rank, layer_map
+from hft_trl.report.record import Report, UnitChange
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,49 +30,15 @@ class CategoryMovement:
     frozen_units: int
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Store the mean relative change of units in a layer. `frozen` if none of them learned in the stage."""
-
-    change: float
-    frozen: bool
-
-
-@dataclass(frozen=True)
-class MovementGrid:
-    """Store a stage's columns grouped by category, layer numbers, and the cells that exist."""
-
-    columns: list[Column]
-    layers: list[int]
-    cells: dict[tuple[int, Column], Cell]
-
-
 def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
     """Average the movement from the base model by category: first those inside the layers."""
     known = [unit for unit in moved if unit.relative_change is not None]
-    present = {unit.category for unit in known}
-    order = [category for category in LAYER_CATEGORIES + OUTER_CATEGORIES if category in present]
-    order += sorted(present.difference(order))
     rows = []
-    for category in order:
+    for category in sorted({unit.category for unit in known}, key=category_rank):
         learned = [unit for unit in known if unit.category == category and unit.trainable]
         frozen = [unit for unit in known if unit.category == category and not unit.trainable]
         rows.append(CategoryMovement(category, _mean(learned), _mean(frozen), len(learned), len(frozen)))
     return rows
-
-
-def movement_grid(moved: Iterable[UnitChange]) -> MovementGrid:
-    """Arrange the movement of the layers' units by layer and slot, without units of undefined change."""
-    inner = [unit for unit in moved if unit.layer is not None and unit.relative_change is not None]
-    columns = columns_of((unit.category, unit.slot) for unit in inner)
-    members: dict[tuple[int, Column], list[UnitChange]] = {}
-    for unit in inner:
-        members.setdefault((unit.layer, columns[unit.category, unit.slot]), []).append(unit)
-    cells = {
-        place: Cell(fmean(unit.relative_change for unit in units), not any(unit.trainable for unit in units))
-        for place, units in members.items()
-    }
-    return MovementGrid(list(dict.fromkeys(columns.values())), sorted({unit.layer for unit in inner}), cells)
 
 
 def _mean(units: Iterable[UnitChange]) -> float | None:
@@ -81,19 +46,17 @@ def _mean(units: Iterable[UnitChange]) -> float | None:
     return fmean(changes) if changes else None
 
 
-def movement_figure(report: Report, only: StageRecord | None = None) -> "Figure | None":
-    """Draw all stages or `only` one, on the scale of all. Return `None` without any movement."""
-    titles = [f"after {stage.name} ({stage.method.upper()})" for stage in report.stages]
-    models = zip(titles, (stage.moved for stage in report.stages), strict=True)
-    return change_figure(models, None if only is None else titles[report.stages.index(only)])
+def movement_figure(report: Report) -> "Figure | None":
+    """Draw all stages on one scale. Return `None` without any movement."""
+    return change_figure([(f"after {stage.name} ({stage.method.upper()})", stage.moved) for stage in report.stages])
 
 
-def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str | None = None) -> "Figure | None":
+def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure | None":
     """
     Draw how far models moved from their base, a heat map and bars for each, on one scale.
 
-    `models` are pairs of a title and units, and `only` is the title of the one to draw. White cells equal the base,
-    and hatched ones were frozen in the stage. Return `None` without any movement.
+    `models` are pairs of a title and units. White cells equal the base, and hatched ones were frozen in the stage.
+    Return `None` without any movement.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -102,11 +65,11 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     from matplotlib.patches import Patch
 
     models = [(title, moved) for title, moved in models if category_movement(moved)]
-    if not models or (only is not None and all(title != only for title, _ in models)):
+    if not models:
         return None
     categories = [category_movement(moved) for _, moved in models]
-    grids = [movement_grid(moved) for _, moved in models]
-    changes = sorted(cell.change for grid in grids for cell in grid.cells.values())
+    grids = [layer_map(unit for unit in moved if unit.relative_change is not None) for _, moved in models]
+    changes = sorted(_mean(units) for grid in grids for units in grid.cells.values())
     # The scale ends at the 99th percentile, so that one outlier does not make all other cells pale
     top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
     norm = Normalize(0.0, top or 1.0)
@@ -114,10 +77,8 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
-    titles = [title for title, _ in models]
-    shown = [row for row in zip(titles, categories, grids, strict=True) if only in (None, row[0])]
-    across = max(1, min(len(shown), int(17 // width)))
-    down = ceil(len(shown) / across)
+    across = max(1, min(len(models), int(17 // width)))
+    down = ceil(len(models) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
     longest = max(
@@ -125,7 +86,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     )
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
-    for (title, rows, grid), part in zip(shown, parts, strict=False):
+    for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
         part.suptitle(title, fontweight="bold")
         if grid.cells:
             upper, lower = part.subplots(2, 1, height_ratios=[map_height, bar_height])
@@ -150,7 +111,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]], only: str 
     return figure
 
 
-def _heat_map(axes: "Axes", grid: MovementGrid, colours: "Colormap", norm: "Normalize") -> None:
+def _heat_map(axes: "Axes", grid: LayerMap[UnitChange], colours: "Colormap", norm: "Normalize") -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -158,10 +119,11 @@ def _heat_map(axes: "Axes", grid: MovementGrid, colours: "Colormap", norm: "Norm
     places = {column: place for place, column in enumerate(grid.columns)}
     axes.set_facecolor(ABSENT)
     plain, hatched = [], []
-    for (layer, column), cell in grid.cells.items():
-        face = "white" if cell.change == 0 else colours(norm(cell.change))
+    for (layer, column), units in grid.cells.items():
+        moved = _mean(units)
         corner = (places[column] - 0.5, rows[layer] - 0.5)
-        (hatched if cell.frozen else plain).append(Rectangle(corner, 1, 1, facecolor=face))
+        cell = Rectangle(corner, 1, 1, facecolor=colours(norm(moved)) if moved else "white")
+        (plain if any(unit.trainable for unit in units) else hatched).append(cell)
     line = 0.5 if len(grid.layers) <= 40 else 0.2
     if plain:
         axes.add_collection(PatchCollection(plain, match_original=True, edgecolor="white", linewidth=line))
@@ -180,19 +142,13 @@ def _heat_map(axes: "Axes", grid: MovementGrid, colours: "Colormap", norm: "Norm
     axes.set_xticks(range(len(grid.columns)), [column.label for column in grid.columns], rotation=90, fontsize=small)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    _name_categories(axes, grid)
-
-
-def _name_categories(axes: "Axes", grid: MovementGrid) -> None:
-    groups: dict[str, list[int]] = {}
-    for place, column in enumerate(grid.columns):
-        groups.setdefault(column.category, []).append(place)
-    for category, members in groups.items():
-        if members[0]:
-            axes.axvline(members[0] - 0.5, color="black", linewidth=1.5)
+    first = 0
+    for category, members in grid.groups.items():
+        if first:
+            axes.axvline(first - 0.5, color="black", linewidth=1.5)
         axes.annotate(
             category.replace("_", "-\n"),
-            ((members[0] + members[-1]) / 2, 1),
+            (first + (len(members) - 1) / 2, 1),
             (0, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
@@ -200,28 +156,22 @@ def _name_categories(axes: "Axes", grid: MovementGrid) -> None:
             va="bottom",
             fontsize=9,
         )
+        first += len(members)
 
 
 def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
     for place, row in enumerate(rows):
-        _bar_pair(axes, place, row)
+        present = [pair for pair in (("learned", row.learned), ("frozen", row.frozen)) if pair[1] is not None]
+        height = 0.8 / len(present)
+        for number, (kind, value) in enumerate(present):
+            middle = place - 0.4 + height * (number + 0.5)
+            hatched = {"facecolor": "white", "edgecolor": EDGE, "hatch": HATCH}
+            axes.barh(middle, value, 0.9 * height, **({"color": BLUE} if kind == "learned" else hatched))
+            text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
+            axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest or 1.0)
     axes.set_xlabel("mean change from the base,\n||w - w_base|| / ||w_base||")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-
-
-def _bar_pair(axes: "Axes", place: int, row: CategoryMovement) -> None:
-    pairs = [("learned", row.learned), ("frozen", row.frozen)]
-    present = [(kind, value) for kind, value in pairs if value is not None]
-    height = 0.8 / len(present)
-    for number, (kind, value) in enumerate(present):
-        middle = place - 0.4 + height * (number + 0.5)
-        if kind == "learned":
-            axes.barh(middle, value, 0.9 * height, color=BLUE)
-        else:
-            axes.barh(middle, value, 0.9 * height, facecolor="white", edgecolor=EDGE, hatch=HATCH)
-        text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
-        axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)

@@ -10,7 +10,6 @@ from hft_trl.report.movement import movement_figure
 from hft_trl.report.record import Report, StageRecord
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARGIN = "rewards/margins"
@@ -18,14 +17,8 @@ MARGIN = "rewards/margins"
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
     """Draw all plots for which the report has data, and return their paths."""
-    figures: dict[str, Callable[[Report], Figure | None]] = {
-        "evaluation.png": evaluation_figure,
-        "loss.png": loss_figure,
-        "margins.png": margin_figure,
-        "moved.png": movement_figure,
-    }
     written = []
-    for name, draw in figures.items():
+    for name, draw in FIGURES.items():
         figure = draw(report)
         path = directory / name
         if figure is None:
@@ -39,44 +32,41 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
 
 def loss_figure(report: Report) -> "Figure | None":
     """Draw the loss over the steps, a panel for each stage."""
-    stages = [stage for stage in report.stages if _series(stage, "loss")[0]]
-    if not stages:
-        return None
-    figure, drawn = panels(len(stages))
-    for stage, axes in zip(stages, drawn, strict=True):
-        _curve(axes, *_series(stage, "loss"), BLUE, "training loss")
-        steps, values = _series(stage, "eval_loss")
-        if steps:
-            axes.plot(steps, values, "D", color=RED, markersize=5, label="evaluation loss")
-        axes.set_title(f"{stage.name} ({stage.method.upper()})")
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.legend(frameon=False)
-    return figure
+    return _curves(report, "loss", "loss", "training loss", RED, "evaluation loss")
 
 
 def margin_figure(report: Report) -> "Figure | None":
     """Draw the reward margin over the steps, a panel for each stage that has one."""
-    stages = [stage for stage in report.stages if _series(stage, MARGIN)[0]]
+    return _curves(report, MARGIN, "reward", "margin", BLUE, "margin in evaluation")
+
+
+def _curves(report: Report, key: str, unit: str, label: str, colour: str, evaluated: str) -> "Figure | None":
+    """Draw a logged value over the steps, and its evaluations in `colour`."""
+    stages = [stage for stage in report.stages if _series(stage, key)[0]]
     if not stages:
         return None
     figure, drawn = panels(len(stages))
     for stage, axes in zip(stages, drawn, strict=True):
-        axes.axhline(0, color="black", linewidth=0.8)
-        for key, colour, style, label in (
-            ("rewards/chosen", GREEN, "--", "reward of the chosen"),
-            ("rewards/rejected", RED, ":", "reward of the rejected"),
-        ):
-            steps, values = _series(stage, key)
-            if steps:
-                axes.plot(steps, _smooth(values)[0], style, color=colour, linewidth=1.5, label=label)
-        _curve(axes, *_series(stage, MARGIN), BLUE, "margin")
-        steps, values = _series(stage, f"eval_{MARGIN}")
+        if key == MARGIN:
+            axes.axhline(0, color="black", linewidth=0.8)
+            for reward, own, style in (("chosen", GREEN, "--"), ("rejected", RED, ":")):
+                steps, values = _series(stage, f"rewards/{reward}")
+                if steps:
+                    text = f"reward of the {reward}"
+                    axes.plot(steps, _smooth(values)[0], style, color=own, linewidth=1.5, label=text)
+        steps, values = _series(stage, key)
+        smooth, window = _smooth(values)
+        if window == 1:
+            axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=BLUE, markersize=4, label=label)
+        else:
+            axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1)
+            axes.plot(steps, smooth, color=BLUE, linewidth=2, label=f"{label} (mean of {window} log rows)")
+        steps, values = _series(stage, f"eval_{key}")
         if steps:
-            axes.plot(steps, values, "D", color=BLUE, markersize=5, label="margin in evaluation")
+            axes.plot(steps, values, "D", color=colour, markersize=5, label=evaluated)
         axes.set_title(f"{stage.name} ({stage.method.upper()})")
         axes.set_xlabel("step")
-        axes.set_ylabel("reward")
+        axes.set_ylabel(unit)
         axes.legend(frameon=False)
     return figure
 
@@ -128,15 +118,6 @@ def evaluation_figure(report: Report) -> "Figure | None":
     return figure
 
 
-def _curve(axes: "Axes", steps: list[int], values: list[float], colour: str, label: str) -> None:
-    smooth, window = _smooth(values)
-    if window == 1:
-        axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=colour, markersize=4, label=label)
-        return
-    axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
-    axes.plot(steps, smooth, color=colour, linewidth=2, label=f"{label} (mean of {window} log rows)")
-
-
 def _smooth(values: list[float]) -> tuple[list[float], int]:
     """Return a centered mean over about a twentieth of a long series, and the size of its window."""
     half = 0 if len(values) < 40 else len(values) // 40
@@ -147,3 +128,11 @@ def _smooth(values: list[float]) -> tuple[list[float], int]:
 def _series(stage: StageRecord, key: str) -> tuple[list[int], list[float]]:
     rows = [row for row in stage.history if row.get(key) is not None and row.get("step") is not None]
     return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+FIGURES: dict[str, Callable[[Report], "Figure | None"]] = {
+    "evaluation.png": evaluation_figure,
+    "loss.png": loss_figure,
+    "margins.png": margin_figure,
+    "moved.png": movement_figure,
+}

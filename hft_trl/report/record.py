@@ -37,54 +37,32 @@ class UnitChange:
 
 @dataclass
 class StageRecord:
-    """
-    Store the measurements of one stage.
-
-    Args:
-        name (`str`): Name of the stage, such as `"sft"`.
-        method (`str`, *optional*): `"hft"` or `"fft"`, `None` for an adapter.
-        selection_digest (`str`, *optional*): Digest of the selection.
-        share (`dict[str, float]`): Shares of trained parameters in [0, 1], by category, `"layers"` and `"model"`.
-        trainable_params, total_params (`int`): Number of trained parameters, and of all.
-        steps, tokens (`int`): Optimizer steps, and tokens of all processes.
-        tokens_per_second, runtime_seconds (`float`, *optional*): Speed of all processes, and time of training.
-        peak_memory_bytes, optimizer_state_bytes (`int`, *optional*): Peak memory of a process, and optimizer state.
-        reference_memory_bytes (`int`, *optional*): Memory of the reference per process, without shared parameters.
-        shared_reference_bytes (`int`, *optional*): Memory that the reference shares with the policy.
-        first_loss, last_loss (`float`, *optional*): Training loss in the first and the last log row.
-        frozen_unchanged (`bool`, *optional*): Whether the frozen half is bit-identical, `None` without one.
-        start_model, dataset (`str`, *optional*): Start model and data set.
-        rows, dropped_rows (`int`, *optional*): Rows used, and rows without a trained token after truncation.
-        truncated_rows (`int`, *optional*): Rows truncated from the left, `None` if they were not counted.
-        resumed_from_step (`int`, *optional*): Step of the checkpoint that the stage resumed from.
-        history (`list[dict]`, *optional*): The trainer's log rows.
-        moved (`list[UnitChange]`, *optional*): How far each unit moved.
-    """
+    """Store the measurements of one stage."""
 
     name: str
-    method: str | None
+    method: str | None  # "hft" or "fft", None for an adapter
     selection_digest: str | None
-    share: dict[str, float]
+    share: dict[str, float]  # of trained parameters in [0, 1], by category, "layers" and "model"
     trainable_params: int
     total_params: int
     steps: int
-    tokens: int
-    tokens_per_second: float | None
+    tokens: int  # of all processes
+    tokens_per_second: float | None  # of all processes
     runtime_seconds: float | None
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # of a process
     optimizer_state_bytes: int | None
-    first_loss: float | None
+    first_loss: float | None  # in the first log row
     last_loss: float | None
-    frozen_unchanged: bool | None
+    frozen_unchanged: bool | None  # whether the frozen half is bit-identical, None without one
     start_model: str = ""
     dataset: str = ""
     rows: int | None = None
-    dropped_rows: int | None = None
-    truncated_rows: int | None = None
+    dropped_rows: int | None = None  # without a trained token after truncation
+    truncated_rows: int | None = None  # from the left, None if they were not counted
     resumed_from_step: int | None = None
-    reference_memory_bytes: int | None = None
+    reference_memory_bytes: int | None = None  # per process, without parameters shared with the policy
     shared_reference_bytes: int | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)  # the trainer's log rows
     moved: list[UnitChange] = field(default_factory=list)
 
 

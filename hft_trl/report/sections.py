@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import yaml
 
 from hft_trl.demo import shown
+from hft_trl.report.layer_map import layer_picture
 from hft_trl.report.record import Report
 from hft_trl.report.tables import NONE, Grid, evaluation_grid, movement_grids, share_grid, stage_grid
 
@@ -22,13 +23,16 @@ CAPTIONS = {
 }
 
 
+WIDTH = 100  # characters of the pictures of what learned
+
+
 @dataclass(frozen=True)
 class Block:
     """
     Store one piece of a section.
 
-    `kind` is `"heading"`, `"text"`, `"table"`, `"picture"`, `"code"`, or `"maps"` (the selection maps, HTML only).
-    `text` is the caption of a table, or the file name of a picture.
+    `kind` is `"heading"`, `"text"`, `"table"`, `"picture"` or `"code"`. `text` is the caption of a table, or the file
+    name of a picture.
     """
 
     kind: str
@@ -53,7 +57,7 @@ def sections(report: Report) -> list[Section]:
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
         Section("What moved", "moved", _movement(report)),
-        Section("What learned", "selection", [Block("maps")] if any(s.moved for s in report.stages) else []),
+        Section("What learned", "selection", _selection(report)),
         Section("Run it again", "rerun", _rerun(report)),
     ]
     return [section for section in found if section.blocks]
@@ -107,6 +111,21 @@ def _movement(report: Report) -> list[Block]:
     grids = movement_grids(report)
     tables = [Block("table", f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units)", grid) for grid in grids]
     return [Block("picture", "moved.png"), *tables] if tables else []
+
+
+def _selection(report: Report) -> list[Block]:
+    blocks = []
+    for stage in report.stages:
+        if not stage.moved:
+            continue
+        title = f"{stage.name} ({stage.method.upper()})"
+        inner = [unit.trainable for unit in stage.moved if unit.layer is not None]
+        if inner and all(inner) and stage.share.get("layers", 1) < 1:
+            # With masks, all matrices learn, but not all of their elements
+            title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
+        picture = layer_picture(stage.moved, lambda unit: unit.trainable, WIDTH)
+        blocks += [Block("heading", title), Block("code", picture, language="text")]
+    return blocks
 
 
 def _rerun(report: Report) -> list[Block]:

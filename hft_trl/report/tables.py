@@ -1,7 +1,7 @@
 """Build the tables of a report as plain cells, and format them for the terminal and Markdown."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.report.movement import category_movement
@@ -55,10 +55,7 @@ def stage_grid(report: Report) -> Grid:
 
 def evaluation_grids(report: Report) -> list[Grid]:
     """Return the scores, a table for each suite, or one for all without suites."""
-    if not report.suites:
-        grids = [evaluation_grid(report)]
-    else:
-        grids = [evaluation_grid(report, measures) for measures in report.suites.values()]
+    grids = [evaluation_grid(report, measures) for measures in report.suites.values() or [None]]
     return [grid for grid in grids if grid.rows]
 
 
@@ -111,21 +108,6 @@ def movement_grids(report: Report) -> list[Grid]:
         if rows:
             grids.append(Grid(f"Change from the base after {stage.name}", columns, rows))
     return grids
-
-
-def narrowed(grid: Grid, width: int = 14) -> Grid:
-    """Break the texts of a table so that six scores with errors and differences fit into 80 characters."""
-    rows = [[_folded(row[0], width), *(cell.replace(" (", "\n(") for cell in row[1:])] for row in grid.rows]
-    return replace(grid, columns=[heading.replace(" ", "\n") for heading in grid.columns], rows=rows)
-
-
-def _folded(path: str, width: int) -> str:
-    lines = [""]
-    for part in path.replace("/", "/\n").splitlines():
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
 
 
 def rich_table(grid: Grid) -> "Table":

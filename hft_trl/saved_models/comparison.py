@@ -56,69 +56,43 @@ class Change:
 def change(before: torch.Tensor, after: torch.Tensor) -> Change:
     """Compare two tensors of one shape chunk by chunk. Their types may differ."""
     common = torch.promote_types(before.dtype, after.dtype)
+    integer = INTEGERS[common.itemsize]
     difference = base = 0.0
     moved = 0
     for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
         old, new = old.to(common), new.to(common)
-        moved += int((_bits(old) != _bits(new)).sum())
-        old, new = old.double(), new.double()
-        difference += (new - old).square().sum().item()
-        base += old.square().sum().item()
+        differing = int((old.view(integer) != new.view(integer)).sum())
+        base += old.double().square().sum().item()
+        if differing:
+            moved += differing
+            difference += (new.double() - old.double()).square().sum().item()
     return Change(math.sqrt(difference), math.sqrt(base), moved, before.numel())
 
 
-def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str], learned: bool = True) -> float | None:
-    """
-    Return the relative change of some parameters as one, or `None` if undefined.
-
-    Norms are computed only where bytes differ. For parameters without `learned`, the change is 0, or `None` if all
-    base values are zero.
-    """
-    pairs = [pair for name in names for pair in after.pairs(before, name)]
-    if not learned or all(same_bytes(old, new) for old, new in pairs):
-        return 0.0 if any(not is_zero(old) for old, _ in pairs) else None
+def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str]) -> float | None:
+    """Return the relative change of some parameters as one, or `None` if undefined."""
+    pairs = (pair for name in names for pair in after.pairs(before, name))
     return Change.total(change(old, new) for old, new in pairs).relative
 
 
-def same_bytes(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two tensors of one shape have the same type and bytes."""
-    if before.dtype != after.dtype:
-        return False
-    pieces = zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True)
-    return all(torch.equal(_bits(old), _bits(new)) for old, new in pieces)
-
-
-def is_zero(tensor: torch.Tensor) -> bool:
-    """Whether all elements are zero."""
-    return not any(bool(piece.any()) for piece in tensor.reshape(-1).split(CHUNK))
-
-
 def check_alike(base: SavedModel, tuned: SavedModel) -> None:
-    """Reject models that differ in architecture, vocabulary, parameter names or shapes."""
+    """Reject models that differ in architecture, parameter names or shapes, and incomplete ones."""
     ours, theirs = type(base.skeleton).__name__, type(tuned.skeleton).__name__
     if ours != theirs:
         raise HFTError(f"{base.name!r} is a {ours}, {tuned.name!r} a {theirs}: give two models of one architecture.")
-    ours, theirs = (len(next(saved.skeleton.get_input_embeddings().parameters())) for saved in (base, tuned))
-    if ours != theirs:
-        raise HFTError(
-            f"{base.name!r} has a vocabulary of {ours} tokens, {tuned.name!r} one of {theirs}: give the model that "
-            "the tuned one started from, with the same vocabulary."
-        )
     for first, second in ((base, tuned), (tuned, base)):
-        for key in first.places:
-            if first.counterpart(key, second) is None:
+        missing = first.parameters.keys() - {place.parameter for place in first.places.values()}
+        if missing:
+            raise HFTError(f"no file of {first.name!r} holds {min(missing)}: save the model again.")
+        for key, place in first.places.items():
+            ours, theirs = first.tensor(key), first.counterpart(key, second)
+            if theirs is None:
                 raise HFTError(
                     f"{first.name!r} holds {key}, to which nothing in {second.name!r} corresponds: give two models of "
                     "one architecture, saved in the same way."
                 )
-    for key, place in tuned.places.items():
-        before, after = tuple(tuned.counterpart(key, base).shape), tuple(tuned.tensor(key).shape)
-        if before != after:
-            raise HFTError(
-                f"{place.parameter} has the shape {before} in {base.name!r} and {after} in {tuned.name!r}: give two "
-                "models of one size."
-            )
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(INTEGERS[tensor.element_size()])
+            if ours.shape != theirs.shape:
+                raise HFTError(
+                    f"{place.parameter} has the shape {tuple(ours.shape)} in {first.name!r} and "
+                    f"{tuple(theirs.shape)} in {second.name!r}: give two models of one size and vocabulary."
+                )

@@ -66,19 +66,12 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
 
 
 def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
-    names = [name for name, _ in after.skeleton.named_parameters()]
     selection = selection_of(after.skeleton)
-    frozen = _frozen(selection, names, after.name)
+    frozen = _frozen(selection, after)
     changes = {
         name: [change(old, new) for old, new in after.pairs(before, name)]
-        for name in logging.tqdm(names, desc=f"Comparing {after.name}", disable=None, leave=False)
+        for name in logging.tqdm(after.parameters, desc=f"Comparing {after.name}", disable=None, leave=False)
     }
-    unknown = next((name for name in frozen if not changes[name]), None)
-    if unknown is not None:
-        raise HFTError(
-            f"{unknown} is frozen in {after.name!r}, but no file holds it, so it cannot be compared: save the model "
-            "again."
-        )
 
     def touched(name: str) -> bool:
         if name not in selection.masked:
@@ -87,6 +80,15 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
         frozen_elements = ~selection.masks.draw(name, new.shape)
         return change(old[frozen_elements], new[frozen_elements]).moved > 0
 
+    def types(saved: SavedModel) -> str:
+        return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
+
+    is_start = None
+    if selection is not None and selection.start_model and (known := selection.start_model["weights_digest"]):
+        # The start model was hashed in the type of training
+        held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.parameters, torch.float32)]
+        distinct = [dtypes for number, dtypes in enumerate(held) if dtypes not in held[:number]]
+        is_start = any(before.digest(dtypes) == known for dtypes in distinct)
     return ModelDiff(
         base=before.name,
         tuned=after.name,
@@ -97,38 +99,19 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
         ],
         frozen=frozen,
         touched=[name for name in frozen if touched(name)],
-        dtypes=(_types(before, frozen or names), _types(after, frozen or names)),
-        is_start=_is_start(before, after, selection.start_model if selection else None),
+        dtypes=(types(before), types(after)),
+        is_start=is_start,
     )
 
 
-def _is_start(before: SavedModel, after: SavedModel, start: dict[str, str | None] | None) -> bool | None:
-    """Whether the base has the selection's digest, in any type that training may have used."""
-    if start is None or start["weights_digest"] is None:
-        return None
-    held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.dtypes(), torch.float32)]
-    digests = []
-    for number, dtypes in enumerate(held):
-        if dtypes not in held[:number]:
-            digests.append(before.digest(dtypes))
-            if digests[-1] == start["weights_digest"]:
-                return True
-    return None if None in digests else False
-
-
-def _frozen(selection: Selection | None, names: list[str], model: str) -> list[str]:
+def _frozen(selection: Selection | None, saved: SavedModel) -> list[str]:
     """Return the parameters that are frozen, masked or not in the selection."""
     if selection is None or selection.config.method == "fft":
         return []
-    unknown = {*selection.trainable, *selection.frozen}.difference(names)
+    unknown = {*selection.trainable, *selection.frozen}.difference(saved.parameters)
     if unknown:
         raise HFTError(
-            f"the selection in {model!r} names {min(unknown)}, which the model lacks: it is another model's."
+            f"the selection in {saved.name!r} names {min(unknown)}, which the model lacks: it is another model's."
         )
     learns = set(selection.trainable) - selection.masked.keys()
-    return [name for name in names if name not in learns]
-
-
-def _types(saved: SavedModel, names: Iterable[str]) -> str:
-    dtypes = saved.dtypes()
-    return " and ".join(sorted({short(dtypes[name]) for name in names if name in dtypes}))
+    return [name for name in saved.parameters if name not in learns]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.errors import HFTError
+from hft_trl.files import writing
 from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
@@ -19,31 +20,31 @@ if TYPE_CHECKING:
 
 def verdict(diff: "ModelDiff") -> str:
     """Return a sentence with "frozen half byte-identical" exactly if the frozen half equals the base's."""
-    total = f"{len(diff.frozen)} of {len(diff.frozen)} parameters"
-    if diff.selection is not None and diff.selection.masks is not None:
-        total += f", of {len(diff.selection.masked)} the elements that their masks froze"
-    if diff.byte_identical is None and diff.method is None:
-        return f"{diff.tuned}: no hft_selection.json, so nothing says what should have stayed frozen"
+    number = len(diff.frozen)
     if diff.byte_identical is None:
+        if diff.method is None:
+            return f"{diff.tuned}: no hft_selection.json, so nothing says what should have stayed frozen"
         return f"{diff.tuned}: everything learned ({diff.method.upper()}), so nothing should have stayed frozen"
     if diff.byte_identical:
+        total = f"{number} of {number} parameters"
+        if diff.selection.masked:
+            total += f", of {len(diff.selection.masked)} the elements that their masks froze"
         old, new = diff.dtypes
-        wider = "" if old == new else f", its values bit for bit, {old} in the base and {new} here"
-        return f"{diff.tuned}: frozen half byte-identical to {diff.base} ({total}{wider}){_start(diff)}"
-    return (
-        f"{diff.tuned}: the frozen half is NOT that of {diff.base} ({len(diff.touched)} of {len(diff.frozen)} frozen "
-        f"parameters differ, such as {diff.touched[0]}){_start(diff)}"
-    )
-
-
-def _start(diff: "ModelDiff") -> str:
-    if diff.is_start is not False:
-        return ""
-    start = diff.selection.start_model
-    return (
-        f". Note that {diff.base} is not the model that its last stage started from, which was "
-        f"{start['name_or_path']} (weights {start['weights_digest'][:16]})"
-    )
+        if old != new:
+            total += f", its values bit for bit, {old} in the base and {new} here"
+        text = f"{diff.tuned}: frozen half byte-identical to {diff.base} ({total})"
+    else:
+        text = (
+            f"{diff.tuned}: the frozen half is NOT that of {diff.base} ({len(diff.touched)} of {number} frozen "
+            f"parameters differ, such as {diff.touched[0]})"
+        )
+    if diff.is_start is False:
+        start = diff.selection.start_model
+        text += (
+            f". Note that {diff.base} is not the model that its last stage started from, which was "
+            f"{start['name_or_path']} (weights {start['weights_digest'][:16]})"
+        )
+    return text
 
 
 def layer_grid(diff: "ModelDiff") -> Grid:
@@ -74,17 +75,10 @@ def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
 def _model_json(diff: "ModelDiff") -> dict[str, Any]:
     cells, totals = diff.grouped()
     old, new = diff.dtypes
-    units = [
-        {
-            "name": unit.name,
-            "layer": unit.layer,
-            "category": unit.category,
-            "slot": unit.slot,
-            "trainable": unit.trainable,
-            **moved.as_json(),
-        }
-        for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True)
-    ]
+    units = []
+    for unit, (_, moved) in zip(_unit_changes(diff), diff.units, strict=True):
+        names = ("name", "layer", "category", "slot", "trainable")
+        units.append({**{name: getattr(unit, name) for name in names}, **moved.as_json()})
     return {
         "model": diff.tuned,
         "method": diff.method,
@@ -107,24 +101,20 @@ def check_picture(path: str | Path) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     path = Path(path)
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in formats:
-        raise HFTError(f"plot {str(path)!r} does not end in a picture format: choose another file, such as diff.png.")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise HFTError(f"plot {str(path)!r} can't be written there: choose another file, such as diff.png.")
+    known = path.suffix.removeprefix(".").lower() in FigureCanvasBase.get_supported_filetypes()
+    if not known or path.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "cannot be written there" if known else "does not end in a picture format"
+        raise HFTError(f"plot {str(path)!r} {reason}: choose another file, such as diff.png.")
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     """Draw heat maps of layers by modules, one for each model, on a common scale."""
+    check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
-    try:
+    with writing(Path(path).parent):
         save_figure(figure, path)
-    except (OSError, ValueError) as error:
-        raise HFTError(
-            f"plot {str(path)!r} can't be written ({error}): choose another file, such as diff.png."
-        ) from error
 
 
 def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:

@@ -1,18 +1,17 @@
 """Half-Reset: set a part of a tuned model back to its base, or average both, tensor by tensor."""
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR, FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR
 from transformers.utils import (
     FEATURE_EXTRACTOR_NAME,
     PROCESSOR_NAME,
@@ -30,7 +29,7 @@ from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
 
-# Copied with the weights. A tokenizer's class names further files.
+# Copied with the weights
 COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
 
 
@@ -39,7 +38,7 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     Set half of a tuned model's layers back to its base, without training and without loading models.
 
     The parameters that training would select stay tuned (with embedding, output head and final norm by default). All
-    others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds a few chunks of one tensor.
+    others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds at most one file's tensors.
 
     Args:
         base (`str` or `Path`):
@@ -75,7 +74,13 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     selection = select(after.skeleton, config)
     stays = set(selection.trainable)
     shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
-    _check_exact(before, after, shares)
+    for key, place in after.places.items():
+        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
+        if not shares[key] and torch.promote_types(old, new) != new:
+            raise HFTError(
+                f"{place.parameter} is {short(old)} in {base!r} and {short(new)} in {tuned!r}, which cannot hold all "
+                f"its values: save {tuned!r} in {short(old)} first."
+            )
     start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(selection, start_model=start)
     with _new_folder(out) as folder:
@@ -117,123 +122,49 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
         raise HFTError(f"out {str(out)!r} is a mount point, which cannot be replaced: choose a new folder in it.")
     before, after = SavedModel(base), SavedModel(tuned)
     check_alike(before, after)
-    _check_tokens(before, after)
-    out = resolved(out)  # a link to an empty folder cannot be replaced by a folder
-    here = next(path for path in out.parents if path.exists())
-    needed, free = sum(path.stat().st_size for path in set(after.files.values())), shutil.disk_usage(here).free
-    if free < needed:
-        raise HFTError(
-            f"out {str(out)!r} needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there: make room, or "
-            "choose a folder on another disk."
-        )
-    return before, after, out
-
-
-def _check_tokens(before: SavedModel, after: SavedModel) -> None:
-    ours, theirs = _tokenizer(before), _tokenizer(after)
-    if ours is None or theirs is None:
-        return
-    known = theirs.get_vocab()
-    # A reserved token may have a new name, but no token may have another number
-    for token, number in ours.get_vocab().items():
-        if known.get(token, number) != number:
-            raise HFTError(
-                f"token {token!r} is number {number} in the vocabulary of {before.name!r} and {known[token]} in that "
-                f"of {after.name!r}: give the model that the tuned one started from."
-            )
-
-
-def _tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase | None:
-    root = next(iter(saved.files.values())).parent
-    if not any((root / name).is_file() for name in (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(saved.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):  # one that this machine cannot load
-        return None
-
-
-def _check_exact(before: SavedModel, after: SavedModel, shares: Mapping[str, float]) -> None:
-    for key, share in shares.items():
-        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
-        if share == 0 and torch.promote_types(old, new) != new:
-            raise HFTError(
-                f"{after.places[key].parameter} is {short(old)} in {before.name!r} and {short(new)} in {after.name!r},"
-                f" which cannot hold all its values: save {after.name!r} in {short(old)} first."
-            )
+    return before, after, resolved(out)  # a link to an empty folder cannot be replaced by a folder
 
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
-    temporary = None
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder = temporary / out.name  # a folder of mkdtemp is accessible only to its owner
-        folder.mkdir()
-        yield folder
-        flush(folder)
-        folder.replace(out)
-        sync(out.parent)
-    except OSError as error:
-        raise HFTError(
-            f"out {str(out)!r} can't be written ({error.strerror or error}): choose another folder."
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            folder = Path(temporary, out.name)  # the temporary folder itself is accessible only to its owner
+            folder.mkdir()
+            yield folder
+            flush(folder)
+            folder.replace(out)
+            sync(out.parent)
 
 
-def _copy_companions(after: SavedModel, folder: Path) -> None:
-    root, tokenizer = next(iter(after.files.values())).parent, _tokenizer(after)
-    patterns = {*COMPANIONS, *(tokenizer.vocab_files_names.values() if tokenizer is not None else ())}
-    if set(after.files.values()) != {root / SAFE_WEIGHTS_NAME}:
-        patterns.add(SAFE_WEIGHTS_INDEX_NAME)
+def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
+    """Write the tuned model's files with mixed values. `shares` are those of the tuned values."""
+    paths = sorted(set(after.files.values()))
+    root = paths[0].parent
+    patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
     for path in {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}:
         shutil.copyfile(path, folder / path.name)
     if (root / CHAT_TEMPLATE_DIR).is_dir():
         shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
+    for path in logging.tqdm(paths, desc="Writing", disable=None):
+        with safe_open(path, framework="pt") as opened:
+            keys, metadata = opened.keys(), opened.metadata()
+        tensors: dict[str, torch.Tensor] = {}
+        for key in keys:
+            new, share = after.tensor(key), shares.get(key, 1.0)
+            if share != 1:
+                old = after.counterpart(key, before)
+                new = _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
+            tensors[key] = new
+        save_file(tensors, folder / path.name, metadata)
 
 
-def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """Copy the tuned model's files with their headers, and write mixed values."""
-    _copy_companions(after, folder)
-    paths = sorted(set(after.files.values()))
-    total = sum(path.stat().st_size for path in paths)
-    with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Writing", disable=None) as bar:
-        for path in paths:
-            header, keys = _header(path)
-            with (folder / path.name).open("wb") as file:
-                bar.update(file.write(header))
-                for key in keys:
-                    for piece in _pieces(before, after, key, shares.get(key, 1.0)):
-                        bar.update(_write(file, piece))
-
-
-def _header(path: Path) -> tuple[bytes, list[str]]:
-    """Return a safetensors header (8 bytes of length, then JSON) and tensor names in file order."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        text = file.read(int.from_bytes(length, "little"))
-    entries = json.loads(text)
-    entries.pop("__metadata__", None)
-    return length + text, sorted(entries, key=lambda key: entries[key]["data_offsets"])
-
-
-def _pieces(before: SavedModel, after: SavedModel, key: str, share: float) -> Iterator[torch.Tensor]:
-    new = after.tensor(key).reshape(-1)
-    if share == 1:
-        yield from new.split(CHUNK)
-        return
-    old = after.counterpart(key, before).reshape(-1)
-    for start, end in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
-        mixed = start if share == 0 else torch.lerp(start.double(), end.double(), share)
-        yield mixed.to(new.dtype)
-
-
-def _write(file: BinaryIO, piece: torch.Tensor) -> int:
-    return file.write(memoryview(piece.view(torch.uint8).numpy()))
+def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
+    """Return `(1 - share) * old + share * new` in the type of `new`, computed in float64 piece by piece."""
+    pieces = zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK), strict=True)
+    return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
 
 
 def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> str:

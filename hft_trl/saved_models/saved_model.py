@@ -37,28 +37,60 @@ class SavedModel:
     A saved causal LM, whose tensors are memory-mapped and read on demand.
 
     `name` is a folder, a hub id in the local cache (`"id@revision"`), or `"demo"`. `files` and `places` have the
-    tensors' names in the files as keys; buffers have no place. Models that are missing, quantised or incomplete, or
-    whose tensors hold several parameters, raise an [`HFTError`].
+    tensors' names in the files as keys; buffers have no place. `parameters` are those of the structure. Models that
+    are missing or quantised, or whose tensors hold several parameters, raise an [`HFTError`].
     """
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
         self.name = name
         self.path = _cached(name) if "@" in name and not Path(name).is_dir() else demo.model_path(name)
         self.skeleton = skeleton if skeleton is not None else build_on_meta(self.path)
+        self.parameters = dict(self.skeleton.named_parameters())
         self.files = _tensor_files(self.path, name)
         self._file, self._opened = None, None
         transforms = get_model_conversion_mapping(self.skeleton)
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        self.places = _places(self.skeleton, self.files, renamings, self._converters, name)
-        _check_floating(self)
-        # Tensors by parameter and piece. A tied parameter is read once, under its first name.
-        self._pieces: dict[str, dict[str, str]] = {}
-        for key in sorted(self.places, key=dot_natural_key):
-            place = self.places[key]
-            pieces = self._pieces.setdefault(place.parameter, {})
-            if key == place.parameter or place.piece not in pieces:
-                pieces[place.piece] = key
+        self.places = self._find_places([each for each in transforms if isinstance(each, WeightRenaming)])
+        self._keys: dict[Place, str] = {}
+        # A tied parameter is read once, under its first name
+        for key, place in sorted(self.places.items(), key=lambda item: dot_natural_key(item[0])):
+            if place not in self._keys or key == place.parameter:
+                self._keys[place] = key
+        self._pieces: dict[str, list[str]] = {}
+        for place, key in self._keys.items():
+            self._pieces.setdefault(place.parameter, []).append(key)
+
+    def _find_places(self, renamings: list[WeightRenaming]) -> dict[str, Place]:
+        """Return the place of each tensor after transformers' renamings and conversions."""
+        state, prefix = self.skeleton.state_dict(), self.skeleton.base_model_prefix
+        first_name = {id(parameter): name for name, parameter in self.parameters.items()}
+        every_name = {name: first_name[id(p)] for name, p in self.skeleton.named_parameters(remove_duplicate=False)}
+        places = {}
+        for key in self.files:
+            name, pattern = rename_source_key(key, renamings, self._converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = key, None
+            if name not in every_name:  # a buffer, or a tensor that the model ignores
+                continue
+            if (dtype := self.tensor(key).dtype) not in FULL_PRECISION:
+                raise HFTError(
+                    f"{key} is {short(dtype)} in {self.name!r}, so the model is quantised: give the full-precision "
+                    "model."
+                )
+            piece = ""
+            if pattern is not None:
+                if len(self._converter(pattern).target_patterns) > 1:
+                    raise HFTError(
+                        f"{key} in {self.name!r} holds several parameters, such as {name}, which cannot be separated "
+                        "in the file: load the model and save it with "
+                        "save_pretrained(folder, save_original_format=False) first."
+                    )
+                piece = rename_source_key(key, renamings, [])[0].removeprefix(f"{prefix}.")
+            places[key] = Place(every_name[name], piece, pattern or "")
+        return places
+
+    def _converter(self, pattern: str) -> WeightConverter:
+        return next(each for each in self._converters if pattern in each.source_patterns)
 
     def tensor(self, key: str) -> torch.Tensor:
         """Return a memory-mapped tensor by its name in the file."""
@@ -69,13 +101,16 @@ class SavedModel:
 
     def counterpart(self, key: str, other: "SavedModel") -> torch.Tensor | None:
         """Return the other model's tensor at the place of this model's `key`, or `None`."""
-        place = self.places[key]
-        theirs = other._pieces.get(place.parameter, {}).get(place.piece)
+        theirs = other._keys.get(self.places[key])
         return other.tensor(theirs) if theirs is not None else None
+
+    def is_repeated(self, key: str) -> bool:
+        """Return whether another tensor of the files holds the same tied parameter."""
+        return self._keys.get(self.places[key]) != key
 
     def pairs(self, other: "SavedModel", parameter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Return both models' tensors of a parameter, where both have them in one shape."""
-        for key in self._pieces.get(parameter, {}).values():
+        for key in self._pieces.get(parameter, ()):
             theirs, ours = self.counterpart(key, other), self.tensor(key)
             if theirs is not None and theirs.shape == ours.shape:
                 yield theirs, ours
@@ -84,27 +119,18 @@ class SavedModel:
         """Return the type of each parameter on disk."""
         return {place.parameter: self.tensor(key).dtype for key, place in self.places.items()}
 
-    def digest(self, dtypes: Mapping[str, torch.dtype]) -> str | None:
-        """
-        Return the start model's SHA-256 (hex) for a selection, `None` if a parameter has no file.
-
-        `dtypes` are the types of the parameters in training.
-        """
-        digests = {}
-        names = [name for name, _ in self.skeleton.named_parameters()]
-        if any(name not in self._pieces or name not in dtypes for name in names):
-            return None
-        for name in logging.tqdm(names, desc=f"Digest of {self.name}", disable=None, leave=False):
-            digests[name] = fingerprint(self.parameter(name), dtypes[name])
-        return combined_digest(digests)
+    def digest(self, dtypes: Mapping[str, torch.dtype]) -> str:
+        """Return a start model's SHA-256 (hex) as in selections. `dtypes` are the types in training."""
+        names = logging.tqdm(self.parameters, desc=f"Digest of {self.name}", disable=None, leave=False)
+        return combined_digest({name: fingerprint(self.parameter(name), dtypes[name]) for name in names})
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a complete parameter by its name in the model, fused from its pieces."""
-        keys = list(self._pieces[name].values())
+        keys = self._pieces[name]
         pattern = self.places[keys[0]].pattern
         if not pattern:
             return self.tensor(keys[0])
-        converter = copy.deepcopy(next(each for each in self._converters if pattern in each.source_patterns))
+        converter = copy.deepcopy(self._converter(pattern))
         for key in keys:
             converter.add_tensor(name, key, self.places[key].pattern, self.tensor(key))
         found = converter.convert(name, model=self.skeleton, config=self.skeleton.config)[name]
@@ -129,61 +155,14 @@ def _cached(name: str) -> str:
 
 
 def _tensor_files(path: str, name: str) -> dict[str, Path]:
-    """Return the file of every tensor, checked against the index."""
-    listed = weight_files(path)
-    check_readable(listed.values())
-    files: dict[str, Path] = {}
-    for file in sorted(set(listed.values())):
+    """Return the file of every tensor, sorted by file. Index and files must agree."""
+    files = weight_files(path)
+    check_readable(files.values())
+    found = set()
+    for file in set(files.values()):
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 (no mapping)
-                if key in files:
-                    raise HFTError(f"{name!r} holds {key} twice, in {files[key].name} and {file.name}: save it again.")
-                files[key] = file
-    wrong = next((key for key, file in listed.items() if files.get(key) != file), None)
-    if wrong is not None:
-        raise HFTError(f"{name!r} has no {wrong} in {listed[wrong].name}, where its index says it is: save it again.")
-    return files
-
-
-def _check_floating(saved: SavedModel) -> None:
-    """Reject weights that are quantised although the config does not say so."""
-    for key in saved.places:
-        dtype = saved.tensor(key).dtype
-        if dtype not in FULL_PRECISION:
-            raise HFTError(
-                f"{key} is {short(dtype)} in {saved.name!r}, so the model is quantised: give the full-precision model."
-            )
-
-
-def _places(
-    skeleton: PreTrainedModel,
-    keys: Mapping[str, object],
-    renamings: list[WeightRenaming],
-    converters: list[WeightConverter],
-    model: str,
-) -> dict[str, Place]:
-    """Return the place of each tensor after transformers' renamings and conversions."""
-    state, prefix = skeleton.state_dict(), skeleton.base_model_prefix
-    first_name = {id(parameter): name for name, parameter in skeleton.named_parameters()}
-    parameters = {
-        name: first_name[id(parameter)] for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-    }
-    places = {}
-    for key in keys:
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-        if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
-        if name not in parameters:  # a buffer, or a tensor that the model ignores
-            continue
-        if pattern is None:
-            places[key] = Place(parameters[name], "", "")
-            continue
-        converter = next(each for each in converters if pattern in each.source_patterns)
-        if len(converter.target_patterns) > 1:
-            raise HFTError(
-                f"{key} in {model!r} holds several parameters, such as {name}, which cannot be separated in the file: "
-                "load the model and save it with save_pretrained(folder, save_original_format=False) first."
-            )
-        piece, _ = rename_source_key(key, renamings, [])
-        places[key] = Place(parameters[name], piece.removeprefix(f"{prefix}."), pattern)
-    return places
+            found |= {(key, file) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+    if found != set(files.items()):
+        key, file = min(found ^ set(files.items()))
+        raise HFTError(f"{file.name} in {name!r} and its index differ in {key}: save or download the model again.")
+    return dict(sorted(files.items(), key=lambda item: item[1]))

@@ -81,7 +81,7 @@ def test_every_part_is_what_a_trainer_has(
     model = trainer.model
     assert parts["weights_trainable"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert parts["weights_frozen"] == sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    assert parts["gradients"] == step.gradients == trainer.gradients
+    assert parts["gradients"] == trainer.gradients
     assert parts["optimizer"] == _bytes(trainer.optimizer)
     assert parts["reference"] == (memory(model, trainer.ref_model)[0] if stage == "dpo" else 0)
     assert step.operations == trainer.operations
@@ -130,7 +130,7 @@ def test_a_quantised_frozen_half_and_updates_inside_the_backward_pass_are_counte
     assert parts["weights_frozen"] == frozen
     assert parts["gradients"] == max(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     assert parts["reference"] == (memory(trainer.model, trainer.ref_model)[0] if stage == "dpo" else 0)
-    assert step.gradients == trainer.gradients == 0
+    assert trainer.gradients == 0
     assert step.operations == trainer.operations
     assert step.saved == pytest.approx(trainer.saved, abs=5_000)
     assert sum(step.at_peak.values()) == pytest.approx(trainer.peak, rel=0.001)
@@ -189,7 +189,7 @@ def test_a_gpu_s_tiles_cost_the_same_products_and_less_memory(folders):
     )
     assert cuda.operations == cpu.operations
     assert cuda.saved == cpu.saved
-    assert cuda.at_peak["logits"] < cpu.at_peak["logits"]
+    assert sum(cuda.at_peak.values()) < sum(cpu.at_peak.values())
 
 
 def test_the_frozen_half_spares_its_weight_gradients_only(folders):

@@ -19,8 +19,8 @@ from rich.console import Console
 from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
-from hft_trl.report.layer_map import ASCII, columns_of, layer_picture
-from hft_trl.report.movement import category_movement, movement_figure, movement_grid
+from hft_trl.report.layer_map import ASCII, layer_map, layer_picture
+from hft_trl.report.movement import category_movement, movement_figure
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.tables import duration, evaluation_grid, evaluation_grids, size
 from hft_trl.report.views import report_markdown, report_page
@@ -347,11 +347,13 @@ def test_folded_cell_is_the_mean_of_its_units():
         for layer in range(2)
         for n in range(20)
     ]
-    grid = movement_grid(units)
-    (column,) = grid.columns
+    (column,) = layer_map(units).columns
     assert column.pattern == "mlp.experts.*.up_proj"
-    assert grid.cells[0, column].change == pytest.approx(0.05)
-    assert [grid.cells[layer, column].frozen for layer in (0, 1)] == [False, True]
+    (part,) = movement_figure(report(stage(moved=units))).subfigs
+    plain, hatched = part.axes[0].collections
+    assert [len(cells.get_paths()) for cells in (plain, hatched)] == [1, 1]
+    assert part.axes[2].get_ylim() == pytest.approx((0, 0.05))  # the scale ends at the largest cell
+    assert (plain.get_facecolor() == hatched.get_facecolor()).all()
 
 
 @given(
@@ -365,11 +367,12 @@ def test_folded_cell_is_the_mean_of_its_units():
     )
 )  # fmt: skip
 def test_labels_are_unique_in_their_category(slots):
-    """Every slot gets a column, and two columns of a category never carry the same label."""
-    columns = columns_of(slots)
-    assert set(columns) == set(slots)
-    distinct = set(columns.values())
-    assert len({(column.category, column.label) for column in distinct}) == len(distinct)
+    """Every slot is in a column, and two columns of a category never carry the same label."""
+    grid = layer_map(UnitChange("", 0, category, slot, True, 1.0) for category, slot in slots)
+    found = [(unit.category, unit.slot) for units in grid.cells.values() for unit in units]
+    assert sorted(found) == sorted(slots)
+    assert {column for _, column in grid.cells} == set(grid.columns)
+    assert len({(column.category, column.label) for column in grid.columns}) == len(grid.columns)
 
 
 GOLDEN = """\
@@ -388,17 +391,17 @@ layer  attention  feed_forward  norm
 def test_picture_of_a_llama():
     """A row a layer, slots in the model's order under their categories, what lies outside, and a legend."""
     units = find_units(tiny_llama(300))
-    names = [name for unit in units for name in unit.names]
     learns = re.compile(r"q_proj|up_proj|post_attention|embed|model\.norm|3\.self_attn\.o_proj")
-    assert layer_picture(units, [name for name in names if learns.search(name)]) == GOLDEN
-    assert layer_picture(units, names, marks=ASCII).isascii()
+    assert layer_picture(units, lambda unit: bool(learns.search(unit.names[0]))) == GOLDEN
+    assert layer_picture(units, lambda _: True, marks=ASCII).isascii()
 
 
 def test_picture_counts_experts_and_marks_absent_slots():
     """Experts are counted in one column, and a slot that a layer doesn't have is told from a frozen one."""
     units = [Unit(("layers.0.up.weight",), 8, "feed_forward", 0, "mlp.up_proj")]
     units += [Unit((f"layers.1.{n}.weight",), 8, "feed_forward", 1, f"mlp.experts.{n}.up_proj") for n in range(16)]
-    lines = layer_picture(units, ["layers.0.up.weight", *(f"layers.1.{n}.weight" for n in range(5))]).splitlines()
+    learning = {"layers.0.up.weight", *(f"layers.1.{n}.weight" for n in range(5))}
+    lines = layer_picture(units, lambda unit: unit.names[0] in learning).splitlines()
     assert lines[1].split() == ["up", "experts.up"]
     assert lines[2].split() == ["0", "■", "·"]
     assert lines[3].split() == ["1", "·", "5/16"]
@@ -415,7 +418,7 @@ def test_picture_fits_80_columns(slots, layers):
         for layer in range(layers)
         for n in range(slots)
     ]
-    lines = layer_picture(units, []).splitlines()
+    lines = layer_picture(units, lambda _: False).splitlines()
     assert max(map(len, lines)) <= 80
     assert sum(line.strip().split(" ")[0].isdigit() for line in lines) == layers
     assert all(f"quite_a_long_name_{chr(97 + n)}" in "\n".join(lines) for n in range(slots))

@@ -25,7 +25,7 @@ from reports import ODD, SLOTS, moved, report, stage
 from hft_trl.report import Report
 from hft_trl.report.sections import launch_command, sections
 from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
-from hft_trl.report.views import report_markdown, report_page, selection_map, verdict
+from hft_trl.report.views import report_markdown, report_page, verdict
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>document.title='broken in'</script><img src=x onerror=\"document.title='broken in'\">&'\""
@@ -163,12 +163,12 @@ def test_headings_make_an_outline_and_pictures_have_texts(name):
 
 
 def test_both_views_have_the_sections_of_the_list():
-    """In their order; the selection maps are cells of the page and not in the Markdown."""
+    """In their order."""
     whole = PAGES["everything"]
     titles = [section.title for section in sections(whole)]
     assert re.findall(r"<h2>(.*)</h2>", html_of("everything")) == titles
     text = report_markdown(whole, ["loss.png", "margins.png", "moved.png", "evaluation.png"])
-    assert re.findall(r"(?m)^## (.*)$", text) == [title for title in titles if title != "What learned"]
+    assert re.findall(r"(?m)^## (.*)$", text) == titles
 
 
 def test_same_report_gives_the_same_bytes(tmp_path):
@@ -213,43 +213,49 @@ def test_what_users_typed_stays_text():
     assert [HOSTILE, HOSTILE] in page.tables[-1]
 
 
+def pictures(whole):
+    """The headings of what each stage learned, with its picture."""
+    blocks = next(section.blocks for section in sections(whole) if section.anchor == "selection")
+    return [(heading.text, picture.text) for heading, picture in zip(blocks[::2], blocks[1::2], strict=True)]
+
+
 @pytest.mark.parametrize("name", ["two stages", "full fine-tuning", "hybrid", "80 layers", "experts", "only outside"])
-def test_selection_map_counts_what_learned(name):
-    """The marks of a stage's map add up to the matrices that learned and those that were frozen, layer by layer."""
-    for record in PAGES[name].stages:
-        drawn = selection_map(record)
+def test_the_picture_counts_what_learned(name):
+    """The marks of a stage's picture add up to what learned and what was frozen, layer by layer, in both views."""
+    whole = PAGES[name]
+    assert len(pictures(whole)) == len(whole.stages)
+    for record, (_, drawn) in zip(whole.stages, pictures(whole), strict=True):
+        assert drawn in report_markdown(whole, [])
+        assert " ".join(drawn.split()) in Page(html_of(name)).text
         learned, frozen = Counter(), Counter()
-        for layer, cells in drawn.rows:
-            assert len(cells) == sum(map(len, drawn.groups.values()))
-            for _, mark, _ in cells:
+        for layer, *marks in (line.split() for line in drawn.splitlines() if line.strip()[:1].isdigit()):
+            for mark in marks:
                 count, _, total = mark.partition("/")
-                learned[layer] += int(count) if total else mark == "■"
-                frozen[layer] += int(total) - int(count) if total else mark == "□"
+                learned[int(layer)] += int(count) if total else mark == "■"
+                frozen[int(layer)] += int(total) - int(count) if total else mark == "□"
         inner = [unit for unit in record.moved if unit.layer is not None]
         assert learned == Counter(unit.layer for unit in inner if unit.trainable)
         assert frozen == Counter(unit.layer for unit in inner if not unit.trainable)
-        outer = {unit.name.removesuffix(".weight"): unit.trainable for unit in record.moved if unit.layer is None}
-        assert {name: state == "on" for state, _, name in drawn.outside} == outer
+        outer = [unit for unit in record.moved if unit.layer is None]
+        assert all(f"{'□■'[unit.trainable]} {unit.slot}" in drawn for unit in outer)
 
 
-def test_a_map_of_single_elements_says_so():
+def test_a_picture_of_single_elements_says_so():
     record = stage(share={"layers": 0.25, "model": 0.4})
-    assert "elements" not in selection_map(record).stage
+    assert pictures(report(record))[0][0] == "sft (HFT)"
     for unit in record.moved:
         unit.trainable = True
-    assert selection_map(record).stage.endswith("25% of the elements of each matrix")
+    assert pictures(report(record))[0][0].endswith("25% of the elements of each matrix")
 
 
-def test_each_stage_has_its_map():
-    """Two stages with two selections show two maps, and they differ."""
+def test_each_stage_has_its_picture():
+    """Two stages with two selections show two pictures, and they differ."""
     first, second = stage(), stage("dpo", moved=moved())
     for unit in second.moved:
         unit.trainable = not unit.trainable
-    tables = Page(report_page(report(first, second))).tables
-    maps = [table for table in tables if table[0][0] == "layer"]
-    assert len(maps) == 2
-    marks = [[cell for row in table[2:] for cell in row[1:]] for table in maps]
-    assert [{"■": "□", "□": "■"}[mark] for mark in marks[0]] == marks[1]
+    (_, one), (_, other) = pictures(report(first, second))
+    swapped = str.maketrans("■□", "□■")
+    assert one.partition("\n\n■ lm_head")[0].translate(swapped) == other.partition("\n\n□ lm_head")[0]
 
 
 @pytest.mark.parametrize(
@@ -430,7 +436,7 @@ def test_texts_stand_out_from_their_ground(browser, opened, scheme):
             const own = getComputedStyle(element).backgroundColor;
             return own === 'rgba(0, 0, 0, 0)' ? ground(element.parentElement) : own;
         };
-        const texts = [...document.querySelectorAll('h1, h2, h3, p, a, li, th, td:not(.map td), code, figcaption')];
+        const texts = [...document.querySelectorAll('h1, h2, h3, p, a, li, th, td, code, figcaption')];
         return [light(ground(document.body)), texts.map(element => {
             const [a, b] = [light(getComputedStyle(element).color), light(ground(element))];
             return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
@@ -441,17 +447,6 @@ def test_texts_stand_out_from_their_ground(browser, opened, scheme):
     assert (ground < 0.05) == (scheme == "dark")
     assert len(contrasts) > 50
     assert min(contrasts) >= 4.5
-
-
-def test_learned_and_frozen_cells_differ_in_colour(browser, opened):
-    """In a map the two states are told apart without reading the marks."""
-    opened(html_of("everything"))
-    colours = browser.execute_script(
-        """return ['on', 'off'].map(state => [...new Set([...document.querySelectorAll(`.map td.${state}`)]
-               .map(cell => getComputedStyle(cell).backgroundColor))])"""
-    )
-    assert [len(found) for found in colours] == [1, 1]
-    assert colours[0] != colours[1]
 
 
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")

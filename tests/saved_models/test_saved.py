@@ -166,7 +166,7 @@ def other_width(folder):
     ("save", "words"),
     [
         (other_architecture, "LlamaForCausalLM.*Qwen3MoeForCausalLM"),
-        (other_vocabulary, "64 tokens.*65"),
+        (other_vocabulary, r"\(64, 32\).*\(65, 32\)"),
         (other_depth, r"model\.layers\.3\."),
         (other_width, r"mlp.*\(64, 32\).*\(48, 32\)|mlp.*\(32, 64\).*\(32, 48\)"),
     ],
