@@ -20,7 +20,7 @@ FLOORS = (
     {"errors"},
     {"config", "files", "processes", "chat"},
     {"weights", "demo"},
-    {"selection", "backends"},
+    {"selection", "backends", "retention"},
     {"frozen", "checkpoints", "skeleton", "report"},
     {"reference", "saved_models", "planning"},
     {"trainers"},

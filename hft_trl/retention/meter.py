@@ -21,7 +21,7 @@ from hft_trl.errors import HFTError, first_line
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
-BATCH = 8  # sequences in a forward pass
+BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
 
@@ -68,6 +68,12 @@ class Meter:
         self.facts = [_candidates(tokenizer, fact) for fact in chosen]
         chosen = choose(read_prompts(prompts), max_rows) if prompts is not None else []
         self.prompts = [_prompt_ids(tokenizer, prompt) for prompt in chosen]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Reject rows that are longer than the model's positions. A model without weights is enough."""
+        candidates = [candidate.ids for fact in self.facts for candidate in fact]
+        for rows in (self.texts, candidates, self.prompts):
+            _check_fit(model, max(map(len, rows), default=0))
 
     def base(self, model: PreTrainedModel) -> Base:
         """Return the base's predictions on the prompts. All processes must call it."""
@@ -166,10 +172,12 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
     """
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))  # little padding
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    longest, positions = len(rows[order[-1]]), most_tokens(model)
-    if positions is not None and longest > positions:
-        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+    batches: list[list[int]] = [[]]
+    for number in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(rows[number]) > BATCH:
+            batches.append([])
+        batches[-1].append(number)
+    _check_fit(model, len(rows[order[-1]]))
     with _measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
@@ -188,12 +196,20 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
                     yield number, row[: len(rows[number])].float()
 
 
+def _check_fit(model: PreTrainedModel, longest: int) -> None:
+    positions = most_tokens(model)
+    if positions is not None and longest > positions:
+        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+
+
 @contextmanager
 def _measuring(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # inference mode would leave tensors that a later backward pass rejects
+        # Inference mode would leave tensors that a later backward pass rejects. Compiled code would be compiled again
+        # for these shapes, and then also for those of training.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(was_training)
