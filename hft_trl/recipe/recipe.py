@@ -29,6 +29,7 @@ from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.report import Report, environment, print_report, write_views
+from hft_trl.report.record import retention_of
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
@@ -224,11 +225,13 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
         folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
     if not PartialState().is_main_process:
         return
+    records = [finished(stage) for stage in stages]
     Report(
-        stages=[finished(stage) for stage in stages],
+        stages=records,
         evaluation=scores,
         standard_errors=errors,
         suites=shown,
+        retention=retention_of(records),
         base_model=start.model_name_or_path,
         command=sys.argv,
         settings=settings(stages[0]) if run is None else {stage.name: settings(stage) for stage in stages},

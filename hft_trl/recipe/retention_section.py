@@ -24,7 +24,7 @@ from hft_trl.skeleton import build_on_meta
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
 
-DEMO_EVERY = 30  # steps of the embedded model, which take as long as about three measurements
+DEMO_EVERY = 60  # steps of the embedded model: a measurement takes as long as three of them
 
 
 def retention_section(section: RetentionArguments, model: ModelArguments) -> RetentionArguments | None:

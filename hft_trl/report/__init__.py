@@ -36,9 +36,11 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     """Print the tables of a finished run, by default to standard output."""
     from rich.console import Console
 
-    from hft_trl.report.tables import evaluation_grids, narrowed, rich_table, stage_grid
+    from hft_trl.report.tables import evaluation_grids, narrowed, retention_grid, rich_table, stage_grid
 
     console = console or Console()
     console.print(rich_table(stage_grid(report)))
     for scores in evaluation_grids(report):
         console.print(rich_table(narrowed(scores) if report.suites else scores))
+    if report.retention:
+        console.print(rich_table(retention_grid(report)))

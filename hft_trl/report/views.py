@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from hft_trl.demo import shown
 from hft_trl.report.layer_map import SQUARES, Column, cell_mark, layer_map
 from hft_trl.report.movement import movement_figure
-from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure
+from hft_trl.report.plots import MARGIN, evaluation_figure, loss_figure, margin_figure, retention_figure
 from hft_trl.report.record import REPORT_FILE, Report, StageRecord, UnitChange
 from hft_trl.report.sections import CAPTIONS, Block, sections
 from hft_trl.report.tables import loss, table
@@ -102,6 +102,7 @@ def report_page(report: Report) -> str:
         "loss.png": _loss_drawings,
         "margins.png": _margin_drawings,
         "moved.png": _movement_drawings,
+        "retention.png": _retention_drawings,
     }
     shown_sections = sections(report)
     pictures = [block.text for section in shown_sections for block in section.blocks if block.kind == "picture"]
@@ -204,6 +205,12 @@ def _margin_drawings(report: Report) -> Iterator[Drawing]:
             figure.set_size_inches(NARROW, 3.2)
             margins = [row[MARGIN] for row in stage.history if row.get(MARGIN) is not None]
             yield _drawing(figure, f"Reward margin of {stage.name}, from {loss(margins[0])} to {loss(margins[-1])}.")
+
+
+def _retention_drawings(report: Report) -> Iterator[Drawing]:
+    figure = retention_figure(report)
+    if figure is not None:
+        yield _drawing(figure, "Retention over the steps of all stages; the table has the last figures of each stage.")
 
 
 def _movement_drawings(report: Report) -> Iterator[Drawing]:
