@@ -154,11 +154,10 @@ class Report:
         for name in ("evaluation", "standard_errors"):
             for model, scores in content.get(name, {}).items():
                 _check_numbers(scores, f"{path}: {name} = {{{model!r}: ...}}", optional=True)
-        for model, found in report.retention.items():
-            places = found if model == HISTORY and isinstance(found, dict) else {model: [found]}
-            for rows in places.values():
-                for row in rows if isinstance(rows, list) else [rows]:
-                    _check_numbers(row, f"{path}: retention = {{{model!r}: ...}}", optional=True)
+        for name, figures in report.retention.items():
+            rows = figures.values() if name == HISTORY and isinstance(figures, dict) else [[figures]]
+            for row in (row for part in rows for row in (part if isinstance(part, list) else [part])):
+                _check_numbers(row, f"{path}: retention = {{{name!r}: ...}}", optional=True)
         for name, words in {"command": report.command, **report.suites}.items():
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise HFTError(
