@@ -99,5 +99,8 @@ ODD = {
     "experts": report(stage(moved=moved(4, {**SLOTS, **WIDE}))),
     "eight rounds": report(*(stage(f"round {n}") for n in range(8))),
     "retention": report(retention=RETENTION),
+    "retention of one stage": report(
+        retention={"sft": {"facts": 80.0}, "history": {"sft": [{"step": 5, "facts": 80.0}], "dpo": [{"step": 0}]}}
+    ),
     "no stage": Report([]),
 }

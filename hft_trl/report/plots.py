@@ -97,7 +97,8 @@ def retention_figure(report: Report) -> "Figure | None":
         begin = 0
         for (stage, rows), colour in zip(history.items(), colours, strict=True):
             points = [(begin + row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=stage)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=stage)
             begin += max(row["step"] for row in rows)
         axes.set_xlabel("step of all stages")
         axes.set_ylabel(MEASURES[name])

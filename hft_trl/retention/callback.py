@@ -110,14 +110,19 @@ class RetentionCallback(TrainerCallback):
         self._meter = Meter(tokenizer, **self._rows)
         # A trainer passes its callbacks neither itself nor a way to log, so this searches for the handler that calls
         # this one. By type, as `isinstance` would ask lazily loaded objects for their class.
-        self._handler = next(
-            found
-            for found in gc.get_objects()
-            if issubclass(type(found), CallbackHandler)
-            and found.model is model
-            and found.optimizer is optimizer
-            and any(callback is self for callback in found.callbacks)
+        handlers = (found for found in gc.get_objects() if issubclass(type(found), CallbackHandler))
+        mine = (
+            handler
+            for handler in handlers
+            if handler.model is model
+            and handler.optimizer is optimizer
+            and any(callback is self for callback in handler.callbacks)
         )
+        self._handler = next(mine, None)
+        if self._handler is None:
+            raise HFTError(
+                "RetentionCallback does not find its trainer: call gc.freeze() before the trainer is built, not after."
+            )
         # First, so that EarlyStoppingCallback finds the figures in the metrics of an evaluation. Callbacks after the
         # one that is called now keep their places.
         self._handler.callbacks.remove(self)
