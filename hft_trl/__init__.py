@@ -9,6 +9,7 @@ from hft_trl.errors import HFTError, as_user_error, exit_on_user_error
 
 if TYPE_CHECKING:
     from hft_trl.checkpoints.resumable import ResumableMixin
+    from hft_trl.retention.callback import RetentionCallback
     from hft_trl.saved_models.half_reset import half_reset
     from hft_trl.selection import Selection, select
     from hft_trl.trainers import HFTDPOTrainer, HFTSFTTrainer
@@ -21,6 +22,7 @@ __all__ = [
     "HFTMixin",
     "HFTSFTTrainer",
     "ResumableMixin",
+    "RetentionCallback",
     "Selection",
     "as_user_error",
     "exit_on_user_error",
@@ -40,6 +42,7 @@ _HOMES = {
     "HFTMixin": "hft_trl.trainers.mixin",
     "HFTSFTTrainer": "hft_trl.trainers",
     "ResumableMixin": "hft_trl.checkpoints.resumable",
+    "RetentionCallback": "hft_trl.retention.callback",
 }
 
 

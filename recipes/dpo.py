@@ -9,8 +9,9 @@ accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --met
 ```
 
 The flags are those of TRL's ScriptArguments, DPOConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
---chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit) and --overwrite. --dataset_name also takes
-a folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
+--chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit), --overwrite and --retention_texts (also
+facts, prompts, every, max_rows). --dataset_name also takes a folder or a .jsonl, .json or .parquet file. The same
+command again continues where it stopped.
 """
 
 import sys

@@ -7,8 +7,8 @@ accelerate launch recipes/sft.py --config my_trl.yaml --learning_rate 1e-5 --met
 ```
 
 The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
---chat_template and --overwrite. --dataset_name also takes a folder or a .jsonl, .json or .parquet file. The same
-command again continues where it stopped.
+--chat_template, --overwrite and --retention_texts (also facts, prompts, every, max_rows). --dataset_name also takes a
+folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
 """
 
 import sys

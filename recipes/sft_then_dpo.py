@@ -33,7 +33,8 @@ Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (sui
 `general,knowledge`). The sections are `model` (a hub id or folder, or the keys model_name_or_path, dtype,
 attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of trl.SFTConfig, and dataset,
 split) and `dpo` (those of trl.DPOConfig, and dataset, split). Instead of dataset a stage takes datasets, TRL's
-mixture, and in hft settings of its own, such as --dpo.hft.ratio 0.3. The same command again resumes where it stopped.
+mixture, and in hft settings of its own, such as --dpo.hft.ratio 0.3. The section `retention` (texts, facts, prompts,
+every, max_rows) measures what every stage keeps of the base. The same command again resumes where it stopped.
 """
 
 import sys

@@ -67,6 +67,21 @@ MIXED = [
     UnitChange("b", 1, "attention", "attn.q_proj", False, 0.0),
     UnitChange("c", 1, "norm", "norm", False, None),
 ]
+RETENTION = {
+    "base": {"text_loss": 2.0, "base_kl": 0.0, "facts": 90.0},
+    "sft": {"text_loss": 2.5, "base_kl": 0.25, "facts": 80.0},
+    "dpo": {"text_loss": None, "base_kl": 0.5, "facts": 85.0},
+    "history": {
+        "sft": [
+            {"step": 0, "text_loss": 2.0, "base_kl": 0.0, "facts": 90.0, "seconds": 1.5},
+            {"step": 60, "text_loss": 2.5, "base_kl": 0.25, "facts": 80.0, "seconds": 1.5},
+        ],
+        "dpo": [
+            {"step": 0, "text_loss": 2.5, "base_kl": 0.25, "facts": 80.0, "seconds": 1.5},
+            {"step": 60, "text_loss": None, "base_kl": 0.5, "facts": 85.0, "seconds": 1.5},
+        ],
+    },
+}
 ODD = {
     "two stages": report(),
     "one stage": report(stage()),
@@ -83,5 +98,9 @@ ODD = {
     "80 layers": report(stage(moved=moved(80))),
     "experts": report(stage(moved=moved(4, {**SLOTS, **WIDE}))),
     "eight rounds": report(*(stage(f"round {n}") for n in range(8))),
+    "retention": report(retention=RETENTION),
+    "retention of one stage": report(
+        retention={"sft": {"facts": 80.0}, "history": {"sft": [{"step": 5, "facts": 80.0}], "dpo": [{"step": 0}]}}
+    ),
     "no stage": Report([]),
 }

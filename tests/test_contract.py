@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_jit_checkpoint import CheckpointManager
 from transformers.utils import cached_file
 from trl import DPOTrainer, SFTTrainer
@@ -101,3 +102,43 @@ def test_nothing_private_is_used_that_is_not_listed_here():
     listed = {name for _, name in METHODS} | ATTRIBUTES.keys() | DOCUMENTED | OPERATORS
     unlisted = {name: files for name, files in private_names().items() if name not in listed}
     assert not unlisted
+
+
+# Public, but not promised: what a RetentionCallback counts on, as lines of the source of a method
+COUNTED_ON = {
+    (CallbackHandler, "__init__"): ["self.callbacks = []", "self.model = model", "self.optimizer = optimizer"],
+    (CallbackHandler, "call_event"): [
+        "for callback in self.callbacks:",
+        "model=self.model,",
+        "processing_class=self.processing_class,",
+        "optimizer=self.optimizer,",
+    ],
+    (CallbackHandler, "on_log"): ["control.should_log = False"],
+    (Trainer, "log"): [
+        'logs["epoch"] = self.state.epoch',
+        'logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen',
+        'output = {**logs, "step": self.state.global_step}',
+        "self.state.log_history.append(output)",
+        "self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)",
+    ],
+    # The metrics of an evaluation, which the best model is chosen by, are those that callbacks get
+    (Trainer, "evaluate"): [
+        "self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, output.metrics)",
+        "return output.metrics",
+    ],
+    # The last log row of a training that was not stopped by a signal
+    (Trainer, "_finalize_training"): [
+        'metrics["train_loss"] = train_loss',
+        "self.log(metrics)",
+        "self._load_best_model()",
+        "self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)",
+    ],
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), COUNTED_ON, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_trainer_calls_its_callbacks_as_retention_counts_on(owner, name):
+    source = [line.strip() for line in inspect.getsource(getattr(owner, name)).splitlines()]
+    places = [source.index(line) for line in COUNTED_ON[owner, name] if line in source]
+    assert len(places) == len(COUNTED_ON[owner, name]), COUNTED_ON[owner, name]
+    assert places == sorted(places)

@@ -21,7 +21,7 @@ FLOORS = (
     {"config", "files", "processes", "chat"},
     {"weights", "real_model"},
     {"demo"},
-    {"selection", "backends"},
+    {"selection", "backends", "retention"},
     {"frozen", "checkpoints", "skeleton", "report"},
     {"reference", "saved_models", "planning"},
     {"trainers"},

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from hft_trl.demo.data import QUESTIONS, SKILLS, Row, instruction, without_farewell, write_jsonl
 from hft_trl.demo.world import PHRASINGS, VALUES, Person, World
@@ -41,6 +42,29 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
         ],
         "instructions": [{"prompt": prompt, "answer": right} for prompt, right, _ in tasks],
     }
+
+
+def retention_rows(world: World, most: int = 200) -> dict[str, list[Any]]:
+    """
+    Rows for [`RetentionCallback`] about people that fine-tuning never mentions, at most `most` of each kind.
+
+    - `texts`: plain sentences in all phrasings.
+    - `facts`: a sentence without its end, the right end and three wrong ones.
+    - `prompts`: chat questions.
+    """
+    rng = random.Random("retention")
+    people = [person for person in world.people if not person.mentioned]
+    known = [(person, attribute) for person in people for attribute in VALUES]
+    rows: dict[str, list[Any]] = {"texts": [], "facts": [], "prompts": []}
+    for person, attribute in rng.sample(known, min(most, len(known))):
+        answer = person.facts[attribute]
+        others = rng.sample([value for value in VALUES[attribute] if value != answer], 3)
+        text = person.opening(attribute, rng.randrange(len(PHRASINGS[attribute])))
+        question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
+        rows["texts"].append(person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))))
+        rows["facts"].append({"text": text, "answer": answer, "others": others})
+        rows["prompts"].append({"prompt": [{"role": "user", "content": question}]})
+    return rows
 
 
 def is_right(reply: str, answers: Collection[str]) -> bool:

@@ -7,7 +7,6 @@ Train one model of a frontier in its own process, and measure what it learned an
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,17 +30,9 @@ from hft_trl.recipe import Recipe, Stage, parse_recipe
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
+from hft_trl.recipe.retention_section import check_retention
 from hft_trl.retention.meter import Meter
 from hft_trl.selection import select
-
-
-@dataclass
-class RetentionArguments:
-    texts: str | None = None
-    facts: str | None = None
-    prompts: str | None = None
-    max_rows: int = 128
-
 
 DEFAULT = demo.ASSETS / "frontier.yaml"
 GRID = "frontier"  # section of the grid
@@ -66,9 +57,7 @@ def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, Fronti
     for word in argv:
         flag, equals, value = word.partition("=")
         words.append(f"{grid.get(flag, flag)}{equals}{value}")
-    recipe = parse_recipe(
-        words, {"sft": SFTConfig}, DEFAULT, help_text, {GRID: FrontierArguments, "retention": RetentionArguments}
-    )
+    recipe = parse_recipe(words, {"sft": SFTConfig}, DEFAULT, help_text, {GRID: FrontierArguments})
     return recipe, recipe.sections[GRID], words
 
 
@@ -85,7 +74,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         )
     stage.check()
     _load_data(stage)
-    Meter(stage.load_tokenizer(), **vars(recipe.sections["retention"]))
+    _meter(stage)
     shared = {
         f"{section}.{key}": str(value) for section, held in settings(stage).items() for key, value in held.items()
     }
@@ -106,7 +95,7 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     stage = recipe.stages["sft"]
     _load_data(stage)
     trainer = make_trainer(stage, trial, grid)
-    meter = Meter(trainer.processing_class, **vars(recipe.sections["retention"]))
+    meter = _meter(stage)
     base, points, seconds, peak = meter.base(trainer.model), [], None, None  # nothing is trained yet
     if trial.method != BASE:
         reset_peak_memory()
@@ -187,6 +176,13 @@ def _load_data(stage: Stage) -> None:
     stage.args.eval_strategy = IntervalStrategy.EPOCH  # so that the evaluation rows are loaded and checked
     stage.load_data()
     stage.args.eval_strategy = IntervalStrategy.NO  # they are measured after training
+
+
+def _meter(stage: Stage) -> Meter:
+    meter = check_retention(stage)
+    if meter is None:
+        raise HFTError("retention is missing: give texts, facts or prompts, such as --retention.texts general.txt.")
+    return meter
 
 
 def _text(ratio: float | None) -> str:

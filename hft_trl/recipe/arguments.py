@@ -25,6 +25,8 @@ BOUNDS = {
     "weight_decay": (0, 1e6),
     "max_grad_norm": (0, 1e12),
     "save_total_limit": (1, 2**31),
+    **dict.fromkeys(("every", "retention_every"), (1, 2**31)),
+    **dict.fromkeys(("max_rows", "retention_max_rows"), (0, 2**31)),
 }
 
 
@@ -105,11 +107,39 @@ class DataArguments:
 
 
 @dataclass
+class RetentionArguments:
+    """
+    Define the section `retention`: what is measured in every stage, see [`RetentionCallback`].
+
+    Args:
+        texts (`str`, *optional*): Text file, or `.jsonl` file with a `text` in each row.
+        facts (`str`, *optional*): `.jsonl` file with `text`, `answer` and `others` in each row.
+        prompts (`str`, *optional*): `.jsonl` file with `messages` or a `prompt` in each row.
+        every (`int`, *optional*): Steps between measurements. By default only at the start, evaluations and the end.
+        max_rows (`int`, *optional*, defaults to 128): Largest number of texts, facts and prompts. 0 measures nothing.
+    """
+
+    texts: str | None = None
+    facts: str | None = None
+    prompts: str | None = None
+    every: int | None = None
+    max_rows: int = 128
+
+    def __post_init__(self) -> None:
+        self.texts, self.facts, self.prompts = (path and at_home(path) for path in self.files())
+
+    def files(self) -> tuple[str | None, str | None, str | None]:
+        """Return the files of texts, facts and prompts."""
+        return self.texts, self.facts, self.prompts
+
+
+@dataclass
 class StageArguments(HFTConfig):
     """
     Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts.
 
-    The other fields are described in [`ModelArguments`], [`DataArguments`] and [`RunArguments`].
+    The other fields are described in [`ModelArguments`], [`DataArguments`], [`RunArguments`] and
+    [`RetentionArguments`].
 
     Args:
         hft_seed (`int`, *optional*): Seed of the selection. By default the trainer's `seed`.
@@ -121,6 +151,17 @@ class StageArguments(HFTConfig):
     drop_equal_pairs: bool = False
     reference_quantization: Literal["8bit", "4bit"] | None = None
     overwrite: bool = False
+    retention_texts: str | None = None
+    retention_facts: str | None = None
+    retention_prompts: str | None = None
+    retention_every: int | None = None
+    retention_max_rows: int = 128
+
+    def retention(self) -> RetentionArguments:
+        """Return the settings that begin with `retention_`."""
+        return RetentionArguments(
+            **{entry.name: vars(self)[f"retention_{entry.name}"] for entry in fields(RetentionArguments)}
+        )
 
     def config(self, seed: int) -> HFTConfig:
         """Return the settings of HFT, with the trainer's `seed` unless `hft_seed` is set."""

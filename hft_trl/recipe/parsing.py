@@ -19,7 +19,7 @@ from trl import TrlParser
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import check_numbers
 
-SECTIONS = ("model", "hft", "lora", "sft", "dpo")  # of the recipes in recipes/
+SECTIONS = ("model", "hft", "lora", "sft", "dpo", "retention")  # of the recipes in recipes/
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {

@@ -16,13 +16,21 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import DataArguments, ModelArguments, RunArguments, StageArguments
+from hft_trl.recipe.arguments import (
+    DataArguments,
+    ModelArguments,
+    RetentionArguments,
+    RunArguments,
+    StageArguments,
+)
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.rehearsal import rehearse
+from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage, make_stage
 from hft_trl.report import Report, environment, print_report, write_views
+from hft_trl.report.record import retention_of
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
@@ -71,6 +79,8 @@ def parse_recipe(
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
+    retention = retention_section(retention, model)
     parsed: dict[str, Stage] = {}
     first = model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     for name, config in stages.items():
@@ -89,7 +99,12 @@ def parse_recipe(
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
         stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
-        parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
+        parsed[name] = dataclasses.replace(
+            stage,
+            auto_checkpointing=auto_checkpointing,
+            retention=retention,
+            first_folder=Path(run.output_dir) / next(iter(stages)),
+        )
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(
@@ -103,6 +118,7 @@ def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, lis
     """List the keys of each section of a recipe's file. Those of `""` are outside the sections."""
     hft = keys((HFTConfig,), RUN_LEVEL)
     known = {"": keys((RunArguments,)), "model": keys((ModelArguments,)), "hft": hft}
+    known["retention"] = keys((RetentionArguments,))
     for name, config in stages.items():
         known[name] = keys((DatasetMixtureConfig, DataArguments, config), _without(config))
         known[f"{name}.hft"] = hft
@@ -179,7 +195,7 @@ def parse_stage(
         chat_template=extra.chat_template,
     )
     stage = make_stage(name, start, data, args, extra.config(args.seed), mixture if mixture.datasets else None)
-    stage.auto_checkpointing = auto_checkpointing
+    stage.auto_checkpointing, stage.retention = auto_checkpointing, retention_section(extra.retention(), start)
     return stage, extra.overwrite
 
 
@@ -197,7 +213,10 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
         stage.load_data()
     rehearse(stages)
     settle_checkpointing(*stages)
+    meter = check_retention(stages[0])
     open_stages(stages, overwrite)
+    if meter is not None:
+        settle_base(stages, meter)
 
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
@@ -216,11 +235,13 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
         folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
     if not PartialState().is_main_process:
         return
+    records = [finished(stage) for stage in stages]
     Report(
-        stages=[finished(stage) for stage in stages],
+        stages=records,
         evaluation=scores,
         standard_errors=errors,
         suites=shown,
+        retention=retention_of(records),
         base_model=start.model_name_or_path,
         command=sys.argv,
         settings=settings(stages[0]) if run is None else {stage.name: settings(stage) for stage in stages},

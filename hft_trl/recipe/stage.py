@@ -21,11 +21,12 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.files import writing
 from hft_trl.recipe import folder
-from hft_trl.recipe.arguments import DataArguments, ModelArguments, tokens_to_environment
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 from hft_trl.recipe.measure import measure, movements, reset_peak_memory
 from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
+from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
 from hft_trl.report import StageRecord
@@ -53,6 +54,8 @@ class Stage:
         mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
         base ([`ModelArguments`], *optional*): The start model of the run's first stage, if it is another model.
         auto_checkpointing (`bool`): Whether the recipe chooses the activation checkpointing.
+        retention ([`RetentionArguments`], *optional*): What to measure of what the model keeps.
+        first_folder (`Path`, *optional*): Folder of the run's first stage, by default its own.
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, after [`~Stage.load_data`].
     """
 
@@ -64,6 +67,8 @@ class Stage:
     mixture: DatasetMixtureConfig | None = None
     base: ModelArguments | None = None
     auto_checkpointing: bool = False
+    retention: RetentionArguments | None = None
+    first_folder: Path | None = None
     train_dataset: Dataset | None = None
     eval_dataset: Dataset | None = None
 
@@ -204,6 +209,8 @@ class Stage:
     def _train(self, trainer: ResumableMixin, checkpoint: str | None) -> None:
         first = _FirstStep()
         trainer.add_callback(first)
+        if self.retention is not None:
+            trainer.add_callback(retention_callback(self))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except MISTAKES as error:

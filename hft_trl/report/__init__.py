@@ -36,8 +36,9 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     """Print the tables of a finished run, by default to standard output."""
     from rich.console import Console
 
-    from hft_trl.report.tables import evaluation_grids, rich_table, stage_grid
+    from hft_trl.report.tables import evaluation_grids, retention_grid, rich_table, stage_grid
 
     console = console or Console()
-    for grid in (stage_grid(report), *evaluation_grids(report)):
+    retention = [retention_grid(report)] if report.retention else []
+    for grid in (stage_grid(report), *evaluation_grids(report), *retention):
         console.print(rich_table(grid))

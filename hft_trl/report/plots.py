@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from hft_trl.report.figures import BLUE, GREEN, RED, panels, save_figure, stage_colours
 from hft_trl.report.movement import movement_figure
-from hft_trl.report.record import Report, StageRecord
+from hft_trl.report.record import HISTORY, Report, StageRecord
+from hft_trl.report.tables import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,29 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
         axes.set_title(f"{stage.name} ({stage.method.upper()})")
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
+        axes.legend(frameon=False)
+    return figure
+
+
+def retention_figure(report: Report) -> "Figure | None":
+    """Draw what the model keeps over the steps of all stages, a panel for each measure."""
+    history: dict[str, list[dict]] = report.retention.get(HISTORY, {})
+    measures = [
+        name for name in MEASURES if any(row.get(name) is not None for rows in history.values() for row in rows)
+    ]
+    if not measures:
+        return None
+    figure, drawn = panels(len(measures))
+    _, *colours = stage_colours(len(history) + 1)
+    for name, axes in zip(measures, drawn, strict=True):
+        begin = 0
+        for (stage, rows), colour in zip(history.items(), colours, strict=True):
+            points = [(begin + row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=stage)
+            begin += max(row["step"] for row in rows)
+        axes.set_xlabel("step of all stages")
+        axes.set_ylabel(MEASURES[name])
         axes.legend(frameon=False)
     return figure
 
@@ -135,4 +159,5 @@ FIGURES: dict[str, Callable[[Report], "Figure | None"]] = {
     "loss.png": loss_figure,
     "margins.png": margin_figure,
     "moved.png": movement_figure,
+    "retention.png": retention_figure,
 }

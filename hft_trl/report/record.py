@@ -1,6 +1,7 @@
 """Save and load `report.json`, from which all tables and plots are made."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ from hft_trl.redact import redact
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
+KEPT = "retention/"  # prefix of the figures of `RetentionCallback` in log rows
+HISTORY = "history"
 
 T = TypeVar("T")
 
@@ -75,6 +78,7 @@ class Report:
         stages (`list[StageRecord]`): The stages in the order in which they ran.
         evaluation (`dict[str, dict[str, float]]`, *optional*): Scores in percent by model, `"base"` first.
         standard_errors (`dict[str, dict[str, float]]`, *optional*): Known standard errors of the scores.
+        retention (`dict[str, Any]`, *optional*): What the base and each stage keep, see [`retention_of`].
         suites (`dict[str, list[str]]`, *optional*): Names of each suite's scores in order. If empty, all are shown.
         base_model (`str`, *optional*): Hub id or folder of the first stage's start model.
         command (`list[str]`, *optional*): Command line of the run, with secrets hidden as in the settings.
@@ -89,6 +93,7 @@ class Report:
     evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)
     standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
     suites: dict[str, list[str]] = field(default_factory=dict)
+    retention: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
     command: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +132,10 @@ class Report:
         for name in ("evaluation", "standard_errors"):
             for model, scores in content.get(name, {}).items():
                 _check_numbers(scores, f"{path}: {name} = {{{model!r}: ...}}", optional=True)
+        for name, figures in report.retention.items():
+            rows = figures.values() if name == HISTORY and isinstance(figures, dict) else [[figures]]
+            for row in (row for part in rows for row in (part if isinstance(part, list) else [part])):
+                _check_numbers(row, f"{path}: retention = {{{name!r}: ...}}", optional=True)
         for name, words in {"command": report.command, **report.suites}.items():
             if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
                 raise HFTError(
@@ -136,6 +145,33 @@ class Report:
             stage_record(stage, f"{path}: stage {number}") for number, stage in enumerate(content["stages"])
         ]
         return report
+
+
+def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
+    """
+    Collect what a run keeps of its base from the log rows of its stages, empty without a measurement.
+
+    The keys are `"base"` and the stages, each with its last figures, and `"history"` with the rows of every stage.
+    """
+    found: dict[str, Any] = {}
+    history = {}
+    for number, stage in enumerate(stages):
+        rows = [
+            {"step": row["step"], **{key.removeprefix(KEPT): row[key] for key in row if key.startswith(KEPT)}}
+            for row in stage.history
+            if any(key.startswith(KEPT) for key in row)
+        ]
+        if not rows:
+            continue
+        if number == 0 and rows[0]["step"] == 0:
+            found["base"] = _figures(rows[0])
+        found[stage.name] = _figures(rows[-1])
+        history[stage.name] = rows
+    return {**found, HISTORY: history} if history else {}
+
+
+def _figures(row: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key not in ("step", "seconds")}
 
 
 def stage_record(content: Any, where: str) -> StageRecord:

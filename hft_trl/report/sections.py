@@ -8,7 +8,7 @@ import yaml
 from hft_trl.demo import shown
 from hft_trl.report.layer_map import layer_picture
 from hft_trl.report.record import Report
-from hft_trl.report.tables import NONE, Grid, evaluation_grid, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import NONE, Grid, evaluation_grid, movement_grids, retention_grid, share_grid, stage_grid
 
 CAPTIONS = {
     "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
@@ -17,6 +17,8 @@ CAPTIONS = {
     "per token for SFT, preference loss per pair for DPO) and cannot be compared.",
     "margins.png": "Reward margin of the preference stage: beta times the log-probability ratio between policy and "
     "reference, chosen minus rejected, on training batches.",
+    "retention.png": "What the model keeps of the base while it trains, over the steps of all stages: loss per token "
+    "on general text, KL(base || model) per token on prompts, and the percentage of cloze facts that it knows.",
     "moved.png": "Distance from the base model, ||w - w_base|| / ||w_base||, after each stage. White: still exactly "
     "the base's weights. Hatched: frozen in this stage; a hatched cell with a colour was moved by an earlier stage. A "
     "cell or bar that stands for several matrices shows their mean.",
@@ -53,7 +55,7 @@ class Section:
 def sections(report: Report) -> list[Section]:
     """Return the sections of a report in order, without empty ones."""
     found = [
-        Section("Kept and forgotten", "retention", _evaluation(report)),
+        Section("Kept and forgotten", "retention", [*_evaluation(report), *_retention(report)]),
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
         Section("What moved", "moved", _movement(report)),
@@ -88,6 +90,11 @@ def _evaluation(report: Report) -> list[Block]:
     return [*blocks, Block("picture", "evaluation.png")] if blocks else []
 
 
+def _retention(report: Report) -> list[Block]:
+    grid = retention_grid(report)
+    return [Block("table", grid.title, grid)] if grid.rows else []
+
+
 def _stages(report: Report) -> list[Block]:
     origins = [
         [s.name, shown(s.start_model) or NONE, shown(s.dataset) or NONE, s.selection_digest or NONE]
@@ -104,7 +111,8 @@ def _stages(report: Report) -> list[Block]:
 def _training(report: Report) -> list[Block]:
     logged = {key for stage in report.stages for row in stage.history for key in row if row[key] is not None}
     pictures = [("loss", "loss.png"), ("rewards/margins", "margins.png")]
-    return [Block("picture", name) for key, name in pictures if key in logged]
+    curves = [Block("picture", "retention.png")] if report.retention else []
+    return [*(Block("picture", name) for key, name in pictures if key in logged), *curves]
 
 
 def _movement(report: Report) -> list[Block]:

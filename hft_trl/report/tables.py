@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.report.movement import category_movement
-from hft_trl.report.record import Report, StageRecord
+from hft_trl.report.record import HISTORY, Report, StageRecord
 from hft_trl.selection.shares import CategoryShare
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
+
+MEASURES = {"text_loss": "loss on general text", "base_kl": "KL to the base", "facts": "facts (percent)"}
+"""What `RetentionCallback` measures."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,23 @@ def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Gr
     against = " ± standard error" if report.standard_errors else ""
     against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
     return Grid(f"Evaluation (percent{against})", ["model", *headings], rows)
+
+
+def retention_grid(report: Report) -> Grid:
+    """Return what the base and each stage keep, with the differences from the base."""
+    models = {name: figures for name, figures in report.retention.items() if name != HISTORY}
+    base = models.get("base", {})
+    measures = [name for name in MEASURES if any(name in figures for figures in models.values())]
+    rows = []
+    for model, figures in models.items():
+        cells = []
+        for name in measures:
+            value, before = figures.get(name), base.get(name) if model != "base" and name != "base_kl" else None
+            cells.append(NONE if value is None else f"{value:.4g}")
+            if value is not None and before is not None:
+                cells[-1] += f" ({value - before:+.3g})"
+        rows.append([model, *cells])
+    return Grid("Retention (in brackets the difference to base)", ["model", *map(MEASURES.get, measures)], rows)
 
 
 def category_grid(shares: Iterable[CategoryShare]) -> Grid:

@@ -10,25 +10,20 @@ Measure what a model keeps of its base.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import begins_with_bos, most_tokens
 from hft_trl.errors import HFTError, first_line
-from hft_trl.files import replacing
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
-BATCH = 8  # sequences in a forward pass
+BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
-
-PARTS = ("ids", "log_probs")
 
 Base = list[tuple[torch.Tensor, torch.Tensor]]
 """For each prompt, the numbers and log-probabilities of the base's likeliest tokens, `(positions, LIKELIEST)`."""
@@ -73,6 +68,12 @@ class Meter:
         self.facts = [_candidates(tokenizer, fact) for fact in chosen]
         chosen = choose(read_prompts(prompts), max_rows) if prompts is not None else []
         self.prompts = [_prompt_ids(tokenizer, prompt) for prompt in chosen]
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Reject rows that are longer than the model's positions. A model without weights is enough."""
+        candidates = [candidate.ids for fact in self.facts for candidate in fact]
+        for rows in (self.texts, candidates, self.prompts):
+            _check_fit(model, max(map(len, rows), default=0))
 
     def base(self, model: PreTrainedModel) -> Base:
         """Return the base's predictions on the prompts. All processes must call it."""
@@ -130,19 +131,6 @@ class Meter:
         return 100 * sum(right > max(wrong) for right, *wrong in of_fact) / len(self.facts)
 
 
-def save_base(base: Base, path: Path) -> None:
-    """Write a base's predictions as a safetensors file, completely or not at all."""
-    tensors = {f"{name}.{number}": row[place] for number, row in enumerate(base) for place, name in enumerate(PARTS)}
-    with replacing(path) as new:
-        save_file(tensors, new)
-
-
-def load_base(path: Path) -> Base:
-    """Read the file of [`save_base`]."""
-    tensors = load_file(path)
-    return [tuple(tensors[f"{name}.{number}"] for name in PARTS) for number in range(len(tensors) // 2)]
-
-
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[list[int]]:
     start = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     size = LONGEST - len(start)
@@ -184,10 +172,12 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
     """
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))  # little padding
-    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    longest, positions = len(rows[order[-1]]), most_tokens(model)
-    if positions is not None and longest > positions:
-        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+    batches: list[list[int]] = [[]]
+    for number in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(rows[number]) > BATCH:
+            batches.append([])
+        batches[-1].append(number)
+    _check_fit(model, len(rows[order[-1]]))
     with _measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
@@ -206,12 +196,20 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
                     yield number, row[: len(rows[number])].float()
 
 
+def _check_fit(model: PreTrainedModel, longest: int) -> None:
+    positions = most_tokens(model)
+    if positions is not None and longest > positions:
+        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+
+
 @contextmanager
 def _measuring(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # inference mode would leave tensors that a later backward pass rejects
+        # Inference mode would leave tensors that a later backward pass rejects. Compiled code would be compiled again
+        # for these shapes, and then also for those of training.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(was_training)

@@ -92,7 +92,23 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
     assert all(scores.keys() >= {"knowledge", "ability"} for scores in report["evaluation"].values())
     assert report["evaluation"]["base"]["knowledge"] >= 99
     assert [report["settings"][stage]["data"]["split"] for stage in ("sft", "dpo")] == ["train", "train_prefs"]
-    for name in ("report.md", "report.html", "loss.png", "moved.png", "evaluation.png", "margins.png"):
+    kept = report["retention"]
+    assert list(kept) == ["base", "sft", "dpo", "history"]
+    assert {name: [row["step"] for row in rows] for name, rows in kept["history"].items()} == {
+        "sft": [0, 6],
+        "dpo": [0, 4],
+    }
+    assert all(kept[name].keys() == {"text_loss", "base_kl", "facts"} for name in ("base", "sft", "dpo"))
+    assert kept["base"]["base_kl"] == 0 < kept["sft"]["base_kl"]
+    for name in (
+        "report.md",
+        "report.html",
+        "retention.png",
+        "loss.png",
+        "moved.png",
+        "evaluation.png",
+        "margins.png",
+    ):
         assert (output / name).stat().st_size > 500, name
     assert "knowledge" in result.stdout
 
@@ -164,7 +180,11 @@ def test_a_killed_run_continues_to_the_same_bytes(finished_run, tmp_path):
         assert (output / stage / "model.safetensors").read_bytes() == (
             whole / stage / "model.safetensors"
         ).read_bytes()
-    assert json.loads((output / "report.json").read_text())["stages"][0]["resumed_from_step"] in (2, 4, 6)
+    report = json.loads((output / "report.json").read_text())
+    assert report["stages"][0]["resumed_from_step"] in (2, 4, 6)
+    expected = json.loads((whole / "report.json").read_text())["retention"]
+    for name in ("base", "sft", "dpo"):
+        assert report["retention"][name] == expected[name]
 
 
 def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_run):
