@@ -3,17 +3,15 @@
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.run import find_models
-from hft_trl.files import read_json, write_json
+from hft_trl.files import read_json, write_json, writing
 
 Row = dict[str, str]
 
@@ -55,32 +53,25 @@ def write_replies(
     Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
     """
     rows = read_prompts(prompts)[:limit]
-    with _writing(output):  # checked before the replies are generated
+    try:  # before the replies are generated
+        output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=output.parent):
             pass
+    except OSError as error:
+        raise HFTError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
     (folder,) = find_models([name]).values()
     tokenizer = load_tokenizer(str(folder), chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     with as_user_error(f"the model {name!r}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(PartialState().device)
     replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
     answered = [
         {"instruction": row["instruction"], "output": reply, "generator": generator, "dataset": row["dataset"]}
         for row, reply in zip(rows, replies, strict=True)
     ]
-    with _writing(output):
+    with writing(output):
         write_json(output, answered, ensure_ascii=False)
     return len(answered)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise HFTError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error
