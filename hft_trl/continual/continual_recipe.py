@@ -15,13 +15,7 @@ from hft_trl import demo
 from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
-from hft_trl.continual.continual_arguments import (
-    ADAPTERS,
-    Adapter,
-    ContinualArguments,
-    LoRAArguments,
-    check_installed,
-)
+from hft_trl.continual.continual_arguments import ADAPTERS, Adapter, ContinualArguments, LoRAArguments, check_installed
 from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.rounds import Round, plan_rounds

@@ -1,6 +1,5 @@
 """Read tasks from disk: TRACE's folders as released, and users' own tasks from a YAML file."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json
+from hft_trl.files import read_texts, write_json
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
@@ -111,24 +110,8 @@ def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """Read a JSON list of `{"prompt": ..., "answer": ...}`. An error names the first invalid row."""
-    file = f"the task file {str(path)!r}"
-    try:
-        content = read_json(Path(path))
-        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, but no text
-    except OSError as error:
-        raise HFTError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise HFTError(f"{file} is not valid JSON: {error}.") from error
-    if not isinstance(content, list) or not content:
-        raise HFTError(f"{file} must be a JSON list of rows with prompt and answer, and not empty.")
-    for number, row in enumerate(content):
-        if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
-            raise HFTError(f"row {number} of {file} is {row!s:.80}: give it a prompt and an answer.")
-        for key in Row._fields:
-            if not isinstance(row[key], str) or not row[key].strip():
-                raise HFTError(f"row {number} of {file} has {key} {row[key]!r}: it must be text, and not empty.")
-    return tuple(Row(row["prompt"], row["answer"]) for row in content)
+    """Read a JSON list of `{"prompt": ..., "answer": ...}`."""
+    return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), *Row._fields))
 
 
 def check_names(tasks: Sequence[Task]) -> None:

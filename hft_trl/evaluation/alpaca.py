@@ -11,28 +11,7 @@ from transformers import AutoModelForCausalLM
 from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.run import find_models
-from hft_trl.files import read_json, write_json, writing
-
-Row = dict[str, str]
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """
-    Return `instruction` and `dataset` (`""` if missing) of each prompt in a JSON list of objects.
-
-    This is the format of `tatsu-lab/alpaca_eval` and of outputs files. Other files raise an [`HFTError`].
-    """
-    what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise HFTError(f"{what} cannot be read as JSON ({getattr(error, 'strerror', error)}): {remedy}") from error
-    if not isinstance(content, list) or not content:
-        raise HFTError(f"{what} are not a list of objects: {remedy}")
-    for number, row in enumerate(content):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise HFTError(f"row {number} of {what} has no text named 'instruction': {remedy}")
-    return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", ""))} for row in content]
+from hft_trl.files import read_texts, write_json, writing
 
 
 def write_replies(
@@ -50,9 +29,9 @@ def write_replies(
     """
     Write a model's greedy replies to a file of prompts, and return their number.
 
-    Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
+    `prompts` has the format of `tatsu-lab/alpaca_eval` and of outputs files: `instruction`, and perhaps `dataset`. The file adds `output` and `generator`, the name that the judge shows.
     """
-    rows = read_prompts(prompts)[:limit]
+    rows = read_texts(prompts, "instruction")[:limit]
     try:  # before the replies are generated
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
@@ -69,7 +48,7 @@ def write_replies(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(PartialState().device)
     replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
     answered = [
-        {"instruction": row["instruction"], "output": reply, "generator": generator, "dataset": row["dataset"]}
+        {"dataset": "", **row, "output": reply, "generator": generator}
         for row, reply in zip(rows, replies, strict=True)
     ]
     with writing(output):

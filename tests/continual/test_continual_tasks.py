@@ -76,7 +76,7 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
     with pytest.raises(HFTError, match=r"nowhere.* is no folder"):
         read_benchmark(tmp_path / "nowhere")
     (benchmark / "Py150" / "test.json").unlink()
-    with pytest.raises(HFTError, match=r"Py150/test.json.* cannot be read: No such file"):
+    with pytest.raises(HFTError, match=r"Py150/test.json.* cannot be read as JSON: No such file"):
         read_benchmark(benchmark)
     (benchmark / "Py150").rename(benchmark / "py")
     with pytest.raises(HFTError, match=r"no folder 'Py150' \(1 of TRACE's 8 tasks are missing\)"):
@@ -86,16 +86,16 @@ def test_missing_folders_and_files_are_named(benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "not valid JSON"),
+        ("{", "cannot be read as JSON: Expecting"),
         ("[]", "must be a JSON list"),
         (json.dumps(ROW), "must be a JSON list"),
-        (json.dumps([ROW, "text"]), "row 1 .*give it a prompt and an answer"),
-        (json.dumps([ROW, {"prompt": "p", "output": "a"}]), "row 1 .*give it a prompt and an answer"),
-        (json.dumps([ROW, ROW, {"prompt": "p", "answer": " "}]), "row 2 .* has answer ' ': it must be text"),
-        (json.dumps([{"prompt": None, "answer": "a"}]), "row 0 .* has prompt None"),
+        (json.dumps([ROW, "text"]), "row 1 .* has no text named 'prompt': text"),
+        (json.dumps([ROW, {"prompt": "p", "output": "a"}]), "row 1 .* has no text named 'answer'"),
+        (json.dumps([ROW, ROW, {"prompt": "p", "answer": " "}]), "row 2 .* has no text named 'answer'"),
+        (json.dumps([{"prompt": None, "answer": "a"}]), "row 0 .* has no text named 'prompt'"),
         (
             json.dumps([ROW, {"prompt": "p", "answer": "a \ud83d"}]),
-            r"not valid JSON: .*'\\ud83d' in position .* surrogates",
+            r"cannot be read as JSON: .*'\\ud83d' in position .* surrogates",
         ),
     ],
 )

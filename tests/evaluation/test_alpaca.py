@@ -61,10 +61,10 @@ def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read as JSON (No such file"),
-        ("{", "cannot be read as JSON (Expecting property name"),
-        ("{}", "not a list"),
-        ("[]", "not a list"),
+        (None, "cannot be read as JSON: No such file"),
+        ("{", "cannot be read as JSON: Expecting property name"),
+        ("{}", "must be a JSON list"),
+        ("[]", "must be a JSON list"),
         ('[{"instruction": "a"}, {"question": "b"}]', "row 1"),
         ('[{"instruction": 3}]', "row 0"),
     ],
