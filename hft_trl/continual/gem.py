@@ -27,10 +27,7 @@ class GEMTrainer(ResumableMixin, HFTSFTTrainer):
 
     Each step's gradient is projected so that its product with no memory's gradient is negative. The share of projected
     steps is logged as `gem_projected_steps`. It needs a backward pass per memory and step, and 4 bytes per memory and
-    trained parameter.
-
-    Args:
-        memories (`Sequence[Dataset]`): A dataset of `input_ids` and `labels` for each earlier task.
+    trained parameter. `memories` has a dataset of `input_ids` and `labels` for each earlier task.
     """
 
     def __init__(self, *args: Any, memories: Sequence[Dataset], **kwargs: Any) -> None:

@@ -1,7 +1,6 @@
 """Write the report of a run's scores, and the comparison of several runs."""
 
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +28,8 @@ def write_report(folder: str | Path) -> Path:
 def _markdown(scores: Scores) -> str:
     probes = []
     for model, found in scores["probes"].items():
-        shown = {name.replace("_", " "): NONE if value is None else f"{value:.1f}" for name, value in found.items()}
-        probes.append(f"- {model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        values = [f"{name.replace('_', ' ')} {NONE if v is None else f'{v:.1f}'}" for name, v in found.items()]
+        probes.append(f"- {model}: {', '.join(values)}")
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -105,10 +104,9 @@ def transfer(scores: Scores, number: int = -1) -> str:
 def score_grid(scores: Scores) -> Grid:
     """Show the matrix with OP and BWT: a row per round, a column per task."""
     rows = []
-    for number, row in enumerate(scores["matrix"]):
+    for number, (planned, row) in enumerate(zip(scores["rounds"], scores["matrix"], strict=True)):
         cells = [f"{score:.1f}" for score in row] + [NONE] * (len(scores["tasks"]) - len(row))
-        ends = [f"{scores['op'][number]:.1f}", transfer(scores, number)]
-        rows.append([scores["rounds"][number]["name"], *cells, *ends])
+        rows.append([planned["name"], *cells, f"{scores['op'][number]:.1f}", transfer(scores, number)])
     return Grid(f"{run_name(scores)}: scores from 0 to 100", ["after", *scores["tasks"], "OP", "BWT"], rows)
 
 
@@ -123,28 +121,12 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
-    """Return OP and BWT after the last round, as in the paper: a row per approach, columns per method."""
-    columns: dict[str | None, str] = {"fft": "FFT", "hft": "HFT"}
-    if any(scores["method"] is None for scores in runs.values()):
-        columns[None] = "LoRA"
-    rows: list[tuple[str, dict[str | None, str]]] = []  # approach, and the run's name by method
-    for name, scores in runs.items():
-        approach, method = scores["approach"], scores["method"]
-        row = next((names for other, names in rows if other == approach and method not in names), None)
-        if row is None:
-            rows.append((approach, row := {}))
-        row[method] = name
-    last = {name: (f"{scores['op'][-1]:.1f}", transfer(scores)) for name, scores in runs.items()}
-    cells = [
-        [
-            approach,
-            *chain(*(last.get(names.get(method), (NONE, NONE)) for method in columns)),
-            ", ".join(names.values()),
-        ]
-        for approach, names in rows
+    """Show OP and BWT after the last round, a row per run."""
+    rows = [
+        [name, run["approach"], (run["method"] or NONE).upper(), f"{run['op'][-1]:.1f}", transfer(run)]
+        for name, run in runs.items()
     ]
-    head = [f"{figure} {name}" for name in columns.values() for figure in ("OP", "BWT")]
-    return Grid("After the last round", ["approach", *head, "runs"], cells)
+    return Grid("After the last round", ["run", "approach", "method", "OP", "BWT"], rows)
 
 
 def other_settings(runs: Mapping[str, Scores]) -> list[str]:

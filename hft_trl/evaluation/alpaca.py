@@ -29,7 +29,8 @@ def write_replies(
     """
     Write a model's greedy replies to a file of prompts, and return their number.
 
-    `prompts` has the format of `tatsu-lab/alpaca_eval` and of outputs files: `instruction`, and perhaps `dataset`. The file adds `output` and `generator`, the name that the judge shows.
+    `prompts` has the format of `tatsu-lab/alpaca_eval` and of outputs files: `instruction`, and perhaps `dataset`. The
+    file adds `output` and `generator`, the name that the judge shows.
     """
     rows = read_texts(prompts, "instruction")[:limit]
     try:  # before the replies are generated
