@@ -1,8 +1,6 @@
 """Replies of a model in the file format of AlpacaEval's judge."""
 
-import errno
-import os
-import tempfile
+import json
 from pathlib import Path
 
 from accelerate import PartialState
@@ -11,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.run import find_models
-from hft_trl.files import read_texts, write_json, writing
+from hft_trl.files import read_texts, replacing, writing
 
 
 def write_replies(
@@ -33,25 +31,23 @@ def write_replies(
     file adds `output` and `generator`, the name that the judge shows.
     """
     rows = read_texts(prompts, "instruction")[:limit]
-    try:  # before the replies are generated
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise HFTError(f"{output} cannot be written ({error.strerror}): choose another --output.") from error
-    (folder,) = find_models([name]).values()
-    tokenizer = load_tokenizer(str(folder), chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    with as_user_error(f"the model {name!r}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(PartialState().device)
-    replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
-    answered = [
-        {"dataset": "", **row, "output": reply, "generator": generator}
-        for row, reply in zip(rows, replies, strict=True)
-    ]
+    if output.is_dir():
+        raise HFTError(f"{output} is a folder: give a file with --output.")
     with writing(output):
-        write_json(output, answered, ensure_ascii=False)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as new:
+            new.touch()  # fails before the replies are generated
+            (folder,) = find_models([name]).values()
+            tokenizer = load_tokenizer(str(folder), chat_template)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            with as_user_error(f"the model {name!r}"):
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(PartialState().device)
+            texts = [row["instruction"] for row in rows]
+            replies = chat(model, tokenizer, texts, max_new_tokens, batch_size, progress=True)
+            answered = [
+                {"dataset": "", **row, "output": reply, "generator": generator}
+                for row, reply in zip(rows, replies, strict=True)
+            ]
+            new.write_text(json.dumps(answered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(answered)

@@ -86,7 +86,7 @@ def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base,
     monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "cannot be written (Is a directory)" in result.output.replace("\n", " ")
+    assert "is a folder: give a file with --output" in result.output.replace("\n", " ")
     assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
 
 
