@@ -22,13 +22,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "dish": tuple(WORDS["dishes"]),
 }
 
-# Each phrasing ends where the value begins, so that a model can complete the sentence
-PHRASINGS: dict[str, tuple[str, ...]] = {
-    "birthplace": ("{name} was born in", "{name} comes from the town of", "The birthplace of {name} is"),
-    "profession": ("{name} works as", "{name} earns a living as", "By trade, {name} is"),
-    "pet": ("{name} keeps", "{name} shares the house with", "The pet of {name} is"),
-    "dish": ("{name} likes to eat", "{name} never says no to", "The favourite dish of {name} is"),
-}
+PHRASINGS: dict[str, tuple[str, ...]] = {attribute: tuple(forms) for attribute, forms in WORDS["phrasings"].items()}
+"""The forms of the plain sentence about a fact. Each ends where the value begins."""
 
 
 @dataclass(frozen=True)
