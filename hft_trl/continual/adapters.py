@@ -72,21 +72,15 @@ class OLoRATrainer(AdapterTrainer):
             products = [(rows @ new[name].float().T).abs().sum() for name, rows in self._earlier.items()]
         return self._lambda * torch.stack(products).sum()
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the parent's loss. In training, the penalty is added once per optimizer step."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, *args, **kwargs)
         if not model.training:
             return found
         # With the number of tokens given, losses of micro-batches are summed and not averaged
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        penalty = self.penalty() / steps
-        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
+        summed = kwargs.get("num_items_in_batch") is not None
+        penalty = self.penalty() / (self.current_gradient_accumulation_steps if summed else 1)
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
 
 def lora_config(lora: LoRAArguments) -> LoraConfig:

@@ -143,20 +143,16 @@ class ContinualRecipe:
         }
         if run.approach in ADAPTERS:
             settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
-            if run.approach == "lora":
-                del settings["lora.o_lora_lambda"]  # there is no penalty
         elif run.method == "hft":
             settings |= {f"hft.{key}": value for key, value in self.hft.selecting().items() if key != "method"}
-        for approach, key in (("replay", "replay_share"), ("gem", "gem_memory")):
-            if run.approach == approach:
-                settings[key] = vars(run)[key]
+        settings |= {"replay_share": run.replay_share, "gem_memory": run.gem_memory}
         return {
             "approach": run.approach,
             "method": None if run.approach in ADAPTERS else run.method,
             "model": demo.shown(self.model.model_name_or_path),
             "tasks": [task.name for task in tasks],
             "metrics": [task.metric for task in tasks],
-            "settings": settings,
+            "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
 
 

@@ -56,23 +56,20 @@ def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
 def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
     """Write a run's plan, and with `overwrite` remove old results. All processes must call it."""
 
+    folder = Path(folder)
+    ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
+
     def write() -> None:
+        results = [folder / name for name in (SCORES_FILE, "report.md", "matrix.png", "curves.png")]
         with writing(folder):
-            if overwrite:
-                _clear(Path(folder), rounds)
-            write_json_once(Path(folder) / PLAN_FILE, plan)
+            for path in {*results, *folder.glob("round-*")} - ours if overwrite else ():
+                if (path / STAGE_FILE).is_file():
+                    shutil.rmtree(path)
+                elif path.is_file():
+                    path.unlink()
+            write_json_once(folder / PLAN_FILE, plan)
 
     by_first_process(write)
-
-
-def _clear(folder: Path, rounds: Sequence[Round]) -> None:
-    ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
-    written = (folder / name for name in (SCORES_FILE, "report.md", "matrix.png", "curves.png"))
-    for path in (*written, *folder.glob("round-*")):
-        if (path / STAGE_FILE).is_file() and path not in ours:
-            shutil.rmtree(path)
-        elif path.is_file() and path not in ours:
-            path.unlink()
 
 
 def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:

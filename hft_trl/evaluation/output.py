@@ -57,9 +57,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
     parts = ["# Evaluation"]
     for grid in score_grids(evaluation):
-        suite, _, form = grid.title.partition(" ")
-        form = form.strip("()")
-        parts += [f"## {suite}", f"{form[0].upper()}{form[1:]}.", table(grid)]
+        parts += [f"## {grid.title}", table(grid)]
     parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})", f"Every figure comes from `{data.name}`, {evaluation.created}."]
     try:
