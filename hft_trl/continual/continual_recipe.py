@@ -21,7 +21,6 @@ from hft_trl.continual.gem import check_gem
 from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
-from hft_trl.continual.text import check_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -165,10 +164,8 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
     rounds = recipe.rounds(tasks, general)
     first = rounds[0]
     first.check()
-    tokenizer = first.load_tokenizer()
-    check_tokenizer(tokenizer)
     first.load_data()
-    rehearse([first], tokenizer)
+    rehearse([first], first.load_tokenizer())
     settle_checkpointing(*rounds)
     open_stages(rounds, run.overwrite)
     write_plan(run.output_dir, plan, rounds, run.overwrite)
@@ -183,6 +180,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
         for section, tokens in flags.items()
         for flag in tokens
+        if flag.startswith("--")
     ]
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
