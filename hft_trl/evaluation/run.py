@@ -19,7 +19,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
-from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
+from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import read_object, write_json
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
@@ -75,7 +75,6 @@ def evaluate_models(
     number of processes. Without `run_code`, tasks that run model-written code are skipped. `cache` is the folder of
     finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
-    check_harness()
     check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
     state = PartialState(cpu=not torch.accelerator.is_available())
     if limit is not None and limit < state.num_processes:
