@@ -88,13 +88,7 @@ MISTAKES = (ValueError, TypeError, KeyError, ImportError, OSError, RuntimeError,
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """
-    Turn a library's error into an [`HFTError`]. Use it for calls with the user's settings.
-
-    Args:
-        what (`str`):
-            What is set up, for the message.
-    """
+    """Turn a library's error into an [`HFTError`] that names `what` is set up with the user's settings."""
     try:
         yield
     except HFTError:

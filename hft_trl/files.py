@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -14,8 +14,6 @@ from hft_trl.errors import HFTError
 
 # Parts of messages of torch's and safetensors' writers, whose own error types hide the system's error
 WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing", "SafetensorError")
-
-
 # System errors of a disk
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
@@ -75,13 +73,28 @@ def read_object(path: Path, **types: type | UnionType) -> dict[str, Any]:
     return content
 
 
+def read_texts(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Read a JSON list of objects with a text for each of `keys`. An [`HFTError`] names the first invalid one."""
+    try:
+        content = read_json(path)
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, but no text
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{str(path)!r} cannot be read as JSON: {getattr(error, 'strerror', error)}.") from error
+    if not isinstance(content, list) or not content:
+        raise HFTError(f"{str(path)!r} must be a JSON list of rows with {' and '.join(keys)}, and not empty.")
+    for number, row in enumerate(content):
+        for key in keys:
+            text = row.get(key) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise HFTError(f"row {number} of {str(path)!r} has no text named {key!r}: {row!s:.80}.")
+    return content
+
+
 def write_json_once(path: Path, content: Any) -> None:
     """Write a JSON file unless it has this content, since a new file causes new work."""
-    try:
+    with suppress(OSError, ValueError):
         if read_json(path) == content:
             return
-    except (OSError, ValueError):
-        pass
     write_json(path, content, ensure_ascii=False)
 
 

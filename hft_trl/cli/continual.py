@@ -24,7 +24,7 @@ def compare_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare overall performance and backward transfer after the last round, by approach and method."""
+    """Compare overall performance and backward transfer after the last round."""
     with quiet():
         from hft_trl.continual.report import compare, comparison_grid, other_settings, write_comparison
 

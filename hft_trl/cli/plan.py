@@ -86,16 +86,7 @@ def plan_command(
     memory = parse_memory(gpu_memory)
     if gpus > 8 and gpus % 8:
         raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
-    settings = given(
-        ratio=ratio,
-        strategy=strategy,
-        seed=seed,
-        train_embeddings=train_embeddings,
-        frozen_dtype=frozen_dtype,
-        frozen_quantization=frozen_quantization,
-        optimizer_in_backward=optimizer_in_backward,
-        replicate_frozen=replicate_frozen,
-    )
+    settings = given(**locals() | {"method": None})
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
     with quiet():
         from hft_trl.planning.fit import Planner, operations_ratios

@@ -1,6 +1,7 @@
 """Train LoRA adapters: one for all rounds (LoRASeqFT), or a new, orthogonal one in each (O-LoRA)."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.checkpoints.resumable import ResumableMixin
-from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
+from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments, sharding
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.files import read_json, write_json
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import combined_digest, fingerprints
-
-START_FILE = "hft_start.json"  # in a checkpoint, with name and digest of the weights that training started from
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
@@ -32,35 +28,20 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
     """
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
-        _check_not_sharded(args)
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
+        self._start = model
         if adapter.start is not None:
             self._load_from_checkpoint(str(adapter.start / ADAPTER_FOLDER))
-        # A new adapter is drawn, which can differ in its last bits between machines. All other weights are read.
-        read = ((name, p) for name, p in self.model.named_parameters() if adapter.start or not p.requires_grad)
-        self._start = {"name_or_path": model, "weights_digest": combined_digest(fingerprints(read))}
-
-    def _check_same_training(self, checkpoint: str) -> None:
-        path = Path(checkpoint) / START_FILE
-        digest = read_json(path)["weights_digest"] if path.exists() else "unknown"
-        if digest != self._start["weights_digest"]:
-            raise HFTError(
-                f"{checkpoint} was started from other weights (digest {digest[:16]}) than "
-                f"{self._start['name_or_path']!r} has now ({self._start['weights_digest'][:16]}): restore those, or "
-                "train into another output_dir."
-            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save a checkpoint as the parent does, or at the end the merged model, tokenizer and adapter."""
         folder = Path(output_dir or self.args.output_dir)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             super()._save(output_dir, state_dict)
-            if self.args.should_save:
-                write_json(folder / START_FILE, self._start)
         elif self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(folder / ADAPTER_FOLDER)
             loading = {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
-            merge(self._start["name_or_path"], folder / ADAPTER_FOLDER, **loading).save_pretrained(folder)
+            merge(self._start, folder / ADAPTER_FOLDER, **loading).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
 
 
@@ -91,37 +72,33 @@ class OLoRATrainer(AdapterTrainer):
             products = [(rows @ new[name].float().T).abs().sum() for name, rows in self._earlier.items()]
         return self._lambda * torch.stack(products).sum()
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the parent's loss. In training, the penalty is added once per optimizer step."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, *args, **kwargs)
         if not model.training:
             return found
         # With the number of tokens given, losses of micro-batches are summed and not averaged
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        penalty = self.penalty() / steps
-        return (found[0] + penalty, *found[1:]) if return_outputs else found + penalty
+        summed = kwargs.get("num_items_in_batch") is not None
+        penalty = self.penalty() / (self.current_gradient_accumulation_steps if summed else 1)
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
 
 def lora_config(lora: LoRAArguments) -> LoraConfig:
     """Build PEFT's config of an adapter."""
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if lora.target_modules == ["all-linear"] else lora.target_modules,
-    )
+    settings = asdict(lora)
+    del settings["o_lora_lambda"]
+    if lora.target_modules == ["all-linear"]:
+        settings["target_modules"] = "all-linear"
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
 def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> None:
     """Check that a round's adapter can be trained and merged, before anything is trained."""
-    _check_not_sharded(args)
+    if (found := sharding(args)) is not None:
+        raise HFTError(
+            f"this is launched with {found}, but adapters need the whole model in each process: launch with "
+            "accelerate_configs/single.yaml or ddp.yaml."
+        )
     names = adapter.lora.target_modules
     structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
     known = [name for name, _ in structure.named_modules()]
@@ -133,16 +110,15 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
                 "q_proj, or all-linear alone."
             )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
-        adapted = get_peft_model(structure, lora_config(adapter.lora))
+        get_peft_model(structure, lora_config(adapter.lora))  # puts its modules into the structure
     unmerged = [structure.get_output_embeddings()]
     if structure.config.get_text_config().tie_word_embeddings:
         unmerged.append(structure.get_input_embeddings())
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer) and any(module is other for other in unmerged):
-            raise HFTError(
-                f"lora.target_modules reaches {name}, which cannot be merged alone: leave out the output head and "
-                "tied embeddings."
-            )
+    if any(isinstance(module, LoraLayer) for module in unmerged):
+        raise HFTError(
+            f"lora.target_modules {names} reaches the output head or a tied embedding, which cannot be merged alone: "
+            "leave them out."
+        )
 
 
 def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:
@@ -158,11 +134,3 @@ def earlier_subspaces(rounds: Iterable[Path]) -> dict[str, torch.Tensor]:
     # The matrix of an embedding is called lora_embedding_A
     names = [name for name in adapters[0] if name.endswith(("lora_A.weight", "lora_embedding_A"))]
     return {name: torch.cat([adapter[name].float() for adapter in adapters]) for name in names}
-
-
-def _check_not_sharded(args: TrainingArguments) -> None:
-    if fsdp_version(args) is not None or args.deepspeed_plugin is not None:
-        raise HFTError(
-            f"this is launched with {'FSDP' if args.deepspeed_plugin is None else 'DeepSpeed'}, but adapters need the "
-            "whole model in each process: launch with accelerate_configs/single.yaml or ddp.yaml."
-        )

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl.backends.zero import whole_models
 from hft_trl.chat import complete, most_tokens
-from hft_trl.continual.metrics import METRICS
+from hft_trl.continual.metrics import mean_score
 from hft_trl.continual.tasks import Task
 from hft_trl.continual.text import encode_prompts
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object, write_json, writing
+from hft_trl.files import read_object, write_json_once, writing
 from hft_trl.processes import by_first_process
-
-PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -50,29 +49,26 @@ def evaluate_tasks(
     folder, state, results = Path(folder), PartialState(), {}
     model = tokenizer = None
     for task in tasks:
-        path = folder / PREDICTIONS / f"{task.name}.json"
+        path = folder / "predictions" / f"{task.name}.json"
         made_with = {
             "test_digest": hashlib.sha256(json.dumps(task.test).encode()).hexdigest(),
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
         }
-        known = _read(path, made_with) if state.is_main_process else None
-        if not any(gather_object([known is not None])):
+        predictions, truncated = _read(path, made_with) if state.is_main_process else (None, 0)
+        if not any(gather_object([predictions is not None])):
             if model is None:
                 with whole_models():
                     model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
                 trusted = loading.get("trust_remote_code", False)
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-            limit = min((length for length in (max_length, most_tokens(model)) if length is not None), default=None)
-            prompt_length = None if limit is None else max(1, limit - max_new_tokens)
+            limit = check_lengths(max_length, max_new_tokens, most_tokens(model))
+            prompt_length = None if limit is None else limit - max_new_tokens
             rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
             with state.split_between_processes(rows) as ours:
                 found = complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
                 predictions = gather_object(found)
-        elif known is not None:
-            predictions = [row["prediction"] for row in known["predictions"]]
-            truncated = known["result"]["truncated"]
-        scored = by_first_process(lambda: _score(path, task, predictions, truncated, made_with, known))  # noqa: B023
+        scored = by_first_process(partial(_score, path, task, made_with, predictions, truncated))
         if scored is not None:
             results[task.name] = scored
     return results
@@ -91,38 +87,31 @@ def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | 
     return min(limits.values(), default=None)
 
 
-def _read(path: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
-    """Read what [`_score`] wrote, if it is complete and of the same test set and settings."""
+def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]:
+    """Read the predictions that [`_score`] wrote for the same test set and settings, and the truncated prompts."""
     try:
         content = read_object(path, made_with=dict, predictions=list, result=dict)
-        return content if content["made_with"] == made_with else None
     except (OSError, ValueError):
-        return None
+        return None, 0
+    if content["made_with"] != made_with:
+        return None, 0
+    return [row["prediction"] for row in content["predictions"]], content["result"]["truncated"]
 
 
-def _score(
-    path: Path,
-    task: Task,
-    predictions: Sequence[str],
-    truncated: int,
-    made_with: dict[str, Any],
-    known: dict[str, Any] | None,
-) -> Answered:
+def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Sequence[str], truncated: int) -> Answered:
     """Score predictions, and write them with the score unless the file contains the same."""
-    prompts, answers = zip(*task.test, strict=True)
-    score = METRICS[task.metric](prompts, predictions, answers)
+    answers = [row.answer for row in task.test]
+    score = mean_score(task.metric, predictions, answers)
     result = Answered(score, sum(not text.strip() for text in predictions), truncated)
+    pairs = zip(answers, predictions, strict=True)
     content = {
         "task": task.name,
         "metric": task.metric,
         "result": asdict(result),
         "made_with": made_with,
-        "predictions": [
-            {"answer": answer, "prediction": text} for answer, text in zip(answers, predictions, strict=True)
-        ],
+        "predictions": [{"answer": answer, "prediction": text} for answer, text in pairs],
     }
-    if content != known:
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, content, ensure_ascii=False)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json_once(path, content)
     return result

@@ -1,40 +1,42 @@
 """Define the settings of continual runs."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import RunArguments, at_home
 from hft_trl.recipe.folder import place
 from hft_trl.saved_models.digests import content_digest
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 ADAPTER_FOLDER = "adapter"  # of a round's folder
+ADAPTERS = ("lora", "o_lora")
+"""Approaches that train an adapter, so no half of the model is selected."""
 Approach = Literal["sequential", "gem", "replay", "lora", "o_lora", "multitask", "individual"]
+NEEDED = {
+    **{"gem": "quadprog", "lora": "peft", "o_lora": "peft"},
+    **{"edit_similarity": "rapidfuzz", "rouge_l": "rouge_score"},
+}
+"""Libraries of the approaches and metrics."""
 
 
 @dataclass
 class ContinualArguments(RunArguments):
-    """
-    Define the settings of a continual run, in addition to those of every run.
+    """Define the settings of a continual run, in addition to those of every run."""
 
-    Args:
-        benchmark (`str`, *optional*): TRACE's folder, one with a `tasks.yaml`, `"demo"` (embedded) or `"none"`.
-        tasks (`str`, *optional*): YAML file of your own tasks, which are learned after the benchmark's.
-        approach (`str`, *optional*, defaults to `"sequential"`): See [`~hft_trl.continual.rounds.plan_rounds`].
-        replay_share (`float`, *optional*, defaults to `0.1`): Share of each earlier task's rows that replay adds.
-        gem_memory (`int`, *optional*, defaults to `64`): Rows of each earlier task in GEM's memory.
-        max_new_tokens (`int`, *optional*, defaults to `512`): Maximum number of tokens of a prediction.
-        eval_batch_size (`int`, *optional*, defaults to `64`): Number of prompts that a process answers at a time.
-    """
-
-    benchmark: str | None = None
-    tasks: str | None = None
-    approach: Approach = "sequential"
-    replay_share: float = 0.1
-    gem_memory: int = 64
-    max_new_tokens: int = 512
-    eval_batch_size: int = 64
+    benchmark: str | None = None  # TRACE's folder, one with a tasks.yaml, "demo" (embedded) or "none"
+    tasks: str | None = None  # YAML file of users' own tasks, which are learned after the benchmark's
+    approach: Approach = "sequential"  # see `plan_rounds`
+    replay_share: float = 0.1  # share of each earlier task's rows that replay adds
+    gem_memory: int = 64  # rows of each earlier task in GEM's memory
+    max_new_tokens: int = 512  # of a prediction
+    eval_batch_size: int = 64  # prompts that a process answers at a time
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,22 +59,13 @@ class ContinualArguments(RunArguments):
 
 @dataclass
 class LoRAArguments:
-    """
-    Define a LoRA adapter, with the names of PEFT's `LoraConfig`, whose types TRL's parser cannot read.
-
-    Args:
-        r (`int`, *optional*, defaults to `8`): Rank.
-        lora_alpha (`int`, *optional*, defaults to `16`): The product of the matrices is scaled by `lora_alpha / r`.
-        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout on the adapter's input.
-        target_modules (`list[str]`, *optional*): Modules to adapt, by default `["all-linear"]`: all but the head.
-        o_lora_lambda (`float`, *optional*, defaults to `0.5`): Factor of O-LoRA's penalty (its lambda_1).
-    """
+    """Define a LoRA adapter, with the names of PEFT's `LoraConfig`, whose types TRL's parser cannot read."""
 
     r: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    o_lora_lambda: float = 0.5
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which are all but the head
+    o_lora_lambda: float = 0.5  # factor of O-LoRA's penalty, its lambda_1
 
     def __post_init__(self) -> None:
         for name, fits, range_ in (
@@ -92,9 +85,7 @@ class Adapter:
 
     lora: LoRAArguments
     start: Path | None = None  # folder of the round whose adapter is trained further, None for a new adapter
-    earlier: tuple[
-        Path, ...
-    ] = ()  # folders of the rounds to whose adapters, merged into the model, it is kept orthogonal
+    earlier: tuple[Path, ...] = ()  # rounds to whose adapters, merged into the model, it is kept orthogonal
 
     @property
     def folders(self) -> list[Path]:
@@ -112,3 +103,17 @@ class Adapter:
             "earlier": [place(str(other), folder) for other in self.earlier],
             "content": [content_digest(other / ADAPTER_FOLDER) for other in self.folders],
         }
+
+
+def check_installed(names: Iterable[str]) -> None:
+    """Check that the libraries of the named approaches and metrics are installed."""
+    for name in names:
+        if name in NEEDED and find_spec(NEEDED[name]) is None:
+            raise HFTError(f"{name} needs {NEEDED[name]}: run pip install -c constraints.txt -e '.[continual]'.")
+
+
+def sharding(args: "TrainingArguments") -> str | None:
+    """Name what shards the model, if anything does."""
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    return "FSDP" if fsdp_version(args) is not None else None

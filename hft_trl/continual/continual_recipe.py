@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,12 @@ from hft_trl import demo
 from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.continual.answers import check_lengths
-from hft_trl.continual.continual_arguments import Adapter, ContinualArguments, LoRAArguments
+from hft_trl.continual.continual_arguments import ADAPTERS, Adapter, ContinualArguments, LoRAArguments, check_installed
 from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
-from hft_trl.continual.metrics import check_metrics
-from hft_trl.continual.rounds import ADAPTERS, Round, plan_rounds
+from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
-from hft_trl.continual.text import check_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -43,8 +41,8 @@ NOTED = (
     *("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("max_steps", "max_length"),
 )
-
-
+# Keys that one approach alone uses
+USED_BY = {"replay_share": "replay", "gem_memory": "gem", "lora.o_lora_lambda": "o_lora"}
 KEYS = {
     "": keys((ContinualArguments,)),
     "model": keys((ModelArguments,)),
@@ -87,13 +85,13 @@ class ContinualRecipe:
         folder = run.benchmark
         if folder == "demo":
             folder = f"{run.output_dir}/benchmark"
-            by_first_process(partial(_write_demo, Path(folder)))
+            by_first_process(partial(_locked, Path(run.output_dir), partial(write_benchmark, folder)))
         if folder is not None:
             tasks, general = read_benchmark(folder), read_replay(folder) if run.approach == "replay" else ()
         if run.tasks is not None:
             tasks += read_tasks(run.tasks)
         check_names(tasks)
-        check_metrics(task.metric for task in tasks)
+        check_installed([run.approach, *(task.metric for task in tasks)])
         if run.approach == "replay" and not general:
             logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
         return tasks, general
@@ -126,7 +124,7 @@ class ContinualRecipe:
             stage.auto_checkpointing = self.auto_checkpointing
             memory_file = files[1] if memory else None
             rounds.append(Round(**vars(stage), plan=plan, max_length=max_length, memory=memory_file, adapter=adapter))
-        by_first_process(partial(_write_rows, output, contents))
+        by_first_process(partial(_locked, output, partial(_write_rows, contents)))
         return rounds
 
     def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -144,20 +142,16 @@ class ContinualRecipe:
         }
         if run.approach in ADAPTERS:
             settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
-            if run.approach == "lora":
-                del settings["lora.o_lora_lambda"]  # there is no penalty
         elif run.method == "hft":
             settings |= {f"hft.{key}": value for key, value in self.hft.selecting().items() if key != "method"}
-        for approach, key in (("replay", "replay_share"), ("gem", "gem_memory")):
-            if run.approach == approach:
-                settings[key] = vars(run)[key]
+        settings |= {"replay_share": run.replay_share, "gem_memory": run.gem_memory}
         return {
             "approach": run.approach,
             "method": None if run.approach in ADAPTERS else run.method,
             "model": demo.shown(self.model.model_name_or_path),
             "tasks": [task.name for task in tasks],
             "metrics": [task.metric for task in tasks],
-            "settings": settings,
+            "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
 
 
@@ -170,10 +164,8 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
     rounds = recipe.rounds(tasks, general)
     first = rounds[0]
     first.check()
-    tokenizer = first.load_tokenizer()
-    check_tokenizer(tokenizer)
     first.load_data()
-    rehearse([first], tokenizer)
+    rehearse([first], first.load_tokenizer())
     settle_checkpointing(*rounds)
     open_stages(rounds, run.overwrite)
     write_plan(run.output_dir, plan, rounds, run.overwrite)
@@ -181,40 +173,29 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 
 
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
-    """
-    Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
-
-    Args:
-        argv (`list[str]`): Command line without the program's name.
-        default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
-        help_text (`str`, *optional*): Text of `--help`.
-    """
+    """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
     answer_help(argv, help_text)
     values, flags = read_sections(argv, default_config, KEYS)
-    given = {section: [flag[2:].partition("=")[0].replace("-", "_") for flag in flags[section]] for section in flags}
+    given = [
+        f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
+        for section, tokens in flags.items()
+        for flag in tokens
+        if flag.startswith("--")
+    ]
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
-        if "tasks" in given[""]:
+        if "tasks" in given:
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
-    trained, unused = "the model's own weights, no adapter", "lora"
-    if run.approach in ADAPTERS:
-        trained, unused = "an adapter, no half of the model", "hft"
-        if run.method == "hft" and ("method" in values[""] or "method" in given[""]):
-            raise HFTError(f"method is hft, but {run.approach} trains {trained}: drop it.")
-    if flags[unused]:  # a file may have both sections, for all approaches
-        raise HFTError(f"{unused}.{given[unused][0]} is given, but {run.approach} trains {trained}: drop it.")
-    for approach, section, key in (
-        ("replay", "", "replay_share"),
-        ("gem", "", "gem_memory"),
-        ("o_lora", "lora", "o_lora_lambda"),
-    ):
-        if run.approach != approach and key in given[section]:
-            name = f"{section}.{key}" if section else key
+    unused = "hft." if run.approach in ADAPTERS else "lora."
+    if run.approach in ADAPTERS and run.method == "hft" and "method" in (*values[""], *given):
+        raise HFTError(f"method is hft, but {run.approach} trains an adapter, no half of the model: drop it.")
+    for name in given:  # a file may have the sections of all approaches
+        if name.startswith(unused) or USED_BY.get(name, run.approach) != run.approach:
             raise HFTError(f"{name} is given, but {run.approach} does not use it: drop it.")
     model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     hft = dataclasses.replace(hft, method=run.method)
@@ -232,15 +213,13 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
+def _locked(output: Path, write: Callable[[], Any]) -> None:
     with writing(output):
         lock(output)
-        for path, rows in files.items():
-            if rows:
-                write_json_once(path, rows)
+        write()
 
 
-def _write_demo(folder: Path) -> None:
-    with writing(folder):
-        lock(folder.parent)
-        write_benchmark(folder)
+def _write_rows(files: dict[Path, list[dict[str, str]]]) -> None:
+    for path, rows in files.items():
+        if rows:
+            write_json_once(path, rows)

@@ -9,9 +9,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import SFTConfig
 
-from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.config import HFTConfig
+from hft_trl.continual.continual_arguments import sharding
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
 
@@ -27,15 +27,11 @@ class GEMTrainer(ResumableMixin, HFTSFTTrainer):
 
     Each step's gradient is projected so that its product with no memory's gradient is negative. The share of projected
     steps is logged as `gem_projected_steps`. It needs a backward pass per memory and step, and 4 bytes per memory and
-    trained parameter.
-
-    Args:
-        memories (`Sequence[Dataset]`): A dataset of `input_ids` and `labels` for each earlier task.
+    trained parameter. `memories` has a dataset of `input_ids` and `labels` for each earlier task.
     """
 
     def __init__(self, *args: Any, memories: Sequence[Dataset], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_gem(self.args, self.hft_config)
         self.memories = list(memories)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -132,32 +128,19 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
 
 def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     """Reject settings that GEM does not support, before a model is loaded."""
-    sharding = "DeepSpeed" if args.deepspeed_plugin is not None else "FSDP" if fsdp_version(args) is not None else None
+    sharded, smoothing = sharding(args), args.label_smoothing_factor
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    freed = hft_config is not None and hft_config.optimizer_in_backward
     for rejected, reason in (
+        (freed, "hft.optimizer_in_backward frees the gradients that gem compares: drop it"),
+        (sharded, f"{sharded} shards gradients, which gem compares as a whole: use accelerate_configs/ddp.yaml"),
+        (args.mixed_precision == "fp16", "fp16 scales gradients, which gem compares: use bf16, or no mixed precision"),
+        (reentrant, "reentrant checkpointing does not give the gradients that gem needs: set use_reentrant to false"),
         (
-            hft_config is not None and hft_config.optimizer_in_backward,
-            "hft.optimizer_in_backward frees the gradients that gem compares: drop it, or choose another approach",
-        ),
-        (
-            sharding is not None,
-            f"{sharding} shards gradients, which gem compares as a whole: launch one process or DDP "
-            "(accelerate_configs/ddp.yaml), or choose another approach",
-        ),
-        (
-            args.mixed_precision == "fp16",
-            "fp16 scales gradients, which gem compares with unscaled ones: use bf16, or no mixed precision",
-        ),
-        (reentrant, "gem needs gradients that reentrant checkpointing does not give: set use_reentrant to false"),
-        (
-            args.loss_type != "nll" or args.label_smoothing_factor,
-            f"sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor {args.label_smoothing_factor}: gem "
-            "compares gradients of the plain loss, so set them to nll and 0",
+            args.loss_type != "nll" or smoothing,
+            f"sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor {smoothing}: gem compares gradients "
+            "of the plain loss, so set them to nll and 0",
         ),
     ):
         if rejected:
-            raise HFTError(f"approach is gem, but {reason}.")
-    try:
-        import quadprog  # noqa: F401
-    except ImportError as error:
-        raise HFTError("approach gem needs quadprog: run pip install -c constraints.txt -e '.[continual]'.") from error
+            raise HFTError(f"approach is gem, but {reason}. Or choose another approach.")

@@ -2,24 +2,22 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
-from hft_trl.report.figures import STAGE_COLOURS, plain, save_figure
+from hft_trl.report.figures import STAGE_COLOURS, panels, plain, save_figure
 from hft_trl.report.tables import NONE, Grid, rich_table, table
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def write_report(folder: str | Path) -> Path:
     """Write `report.md`, `matrix.png` and `curves.png` of a run, and return the path of the report."""
-    folder = Path(folder)
-    scores = _scores(folder)
+    folder, scores = Path(folder), read_scores(folder)
     with writing(folder):
         save_figure(matrix_figure(scores), folder / "matrix.png")
         save_figure(curves_figure({run_name(scores): scores}), folder / "curves.png")
@@ -30,8 +28,8 @@ def write_report(folder: str | Path) -> Path:
 def _markdown(scores: Scores) -> str:
     probes = []
     for model, found in scores["probes"].items():
-        shown = {name.replace("_", " "): NONE if value is None else f"{value:.1f}" for name, value in found.items()}
-        probes.append(f"- {model}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        values = [f"{name.replace('_', ' ')} {NONE if v is None else f'{v:.1f}'}" for name, v in found.items()]
+        probes.append(f"- {model}: {', '.join(values)}")
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -55,18 +53,16 @@ def print_scores(folder: str | Path) -> None:
     """Print the scores of a run as a table."""
     from rich.console import Console
 
-    Console().print(rich_table(score_grid(_scores(Path(folder)))))
+    Console().print(rich_table(score_grid(read_scores(folder))))
 
 
 def compare(folders: Iterable[str | Path]) -> dict[str, Scores]:
     """Read the scores of finished runs by folder. Reject runs that cannot be compared."""
     runs: dict[str, Scores] = {}
-    places = set()
     for name in map(str, folders):
-        if resolved(name) in places:
+        if resolved(name) in map(resolved, runs):
             raise HFTError(f"{name} is given twice: name each run once.")
-        places.add(resolved(name))
-        scores = runs[name] = _scores(Path(name))
+        scores = runs[name] = read_scores(name)
         first, other = next(iter(runs.items()))
         if len(scores["matrix"][-1]) < len(scores["tasks"]):
             raise HFTError(
@@ -95,13 +91,6 @@ def write_comparison(runs: Mapping[str, Scores], folder: str | Path) -> Path:
     return folder / "comparison.md"
 
 
-def _scores(folder: Path) -> Scores:
-    scores = read_scores(folder)
-    if scores is None:
-        raise HFTError(f"{folder} has no {SCORES_FILE}: give the folder of a continual run.")
-    return scores
-
-
 def run_name(scores: Scores) -> str:
     """Name a run by approach and method, such as `sequential, HFT`. Adapters have no method."""
     return scores["approach"] + (f", {scores['method'].upper()}" if scores["method"] else "")
@@ -115,11 +104,9 @@ def transfer(scores: Scores, number: int = -1) -> str:
 def score_grid(scores: Scores) -> Grid:
     """Show the matrix with OP and BWT: a row per round, a column per task."""
     rows = []
-    for number, row in enumerate(scores["matrix"]):
+    for number, (planned, row) in enumerate(zip(scores["rounds"], scores["matrix"], strict=True)):
         cells = [f"{score:.1f}" for score in row] + [NONE] * (len(scores["tasks"]) - len(row))
-        rows.append(
-            [scores["rounds"][number]["name"], *cells, f"{scores['op'][number]:.1f}", transfer(scores, number)]
-        )
+        rows.append([planned["name"], *cells, f"{scores['op'][number]:.1f}", transfer(scores, number)])
     return Grid(f"{run_name(scores)}: scores from 0 to 100", ["after", *scores["tasks"], "OP", "BWT"], rows)
 
 
@@ -134,23 +121,12 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
-    """Return OP and BWT after the last round, as in the paper: a row per approach, columns per method."""
-    rows: list[dict[str | None, Any]] = []
-    for name, scores in runs.items():
-        approach, method = scores["approach"], scores["method"]
-        row = next((row for row in rows if row["approach"] == approach and method not in row), None)
-        if row is None:
-            row = {"approach": approach, "runs": []}
-            rows.append(row)
-        row[method] = (f"{scores['op'][-1]:.1f}", transfer(scores))
-        row["runs"].append(name)
-    columns: dict[str | None, str] = {"fft": "FFT", "hft": "HFT"}
-    if any(None in row for row in rows):
-        columns[None] = "LoRA"
-    head = [f"{figure} {name}" for name in columns.values() for figure in ("OP", "BWT")]
-    cells = [[cell for method in columns for cell in row.get(method, (NONE, NONE))] for row in rows]
-    cells = [[row["approach"], *own, ", ".join(row["runs"])] for row, own in zip(rows, cells, strict=True)]
-    return Grid("After the last round", ["approach", *head, "runs"], cells)
+    """Show OP and BWT after the last round, a row per run."""
+    rows = [
+        [name, run["approach"], (run["method"] or NONE).upper(), f"{run['op'][-1]:.1f}", transfer(run)]
+        for name, run in runs.items()
+    ]
+    return Grid("After the last round", ["run", "approach", "method", "OP", "BWT"], rows)
 
 
 def other_settings(runs: Mapping[str, Scores]) -> list[str]:
@@ -186,26 +162,19 @@ def matrix_figure(scores: Scores) -> "Figure":
 
 def curves_figure(runs: Mapping[str, Scores]) -> "Figure":
     """Draw OP and BWT over the rounds, a line for each run. The keys are names for the legend."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    op, bwt = figure.subplots(1, 2)
-    _draw_lines(op, {name: scores["op"] for name, scores in runs.items()}, "overall performance, OP")
-    _draw_lines(bwt, {name: scores["bwt"] for name, scores in runs.items()}, "backward transfer, BWT")
-    figure.legend(*bwt.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure, drawn = panels(2)
+    for axes, key, label in zip(
+        drawn, ("op", "bwt"), ("overall performance, OP", "backward transfer, BWT"), strict=True
+    ):
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        for number, (name, scores) in enumerate(runs.items()):
+            shown = {"color": STAGE_COLOURS[(number + 1) % len(STAGE_COLOURS)], "label": plain(name)}
+            style = ("-", "--", ":")[number // len(STAGE_COLOURS) % 3]
+            if len(scores[key]) == 1:  # a single round of all tasks is a level to compare with
+                axes.axhline(scores[key][0], linestyle="--", **shown)
+            else:
+                axes.plot(range(1, len(scores[key]) + 1), scores[key], style, marker="o", markersize=3.5, **shown)
+        axes.set(xlabel="round", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
-
-
-def _draw_lines(axes: "Axes", values: Mapping[str, list[float]], label: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    axes.axhline(0, color="#999999", linewidth=0.8)
-    for number, (name, line) in enumerate(values.items()):
-        shown = {"color": STAGE_COLOURS[(number + 1) % len(STAGE_COLOURS)], "label": plain(name)}
-        style = ("-", "--", ":")[number // len(STAGE_COLOURS) % 3]
-        if len(line) == 1:  # a single round of all tasks is a level to compare with
-            axes.axhline(line[0], linestyle="--", **shown)
-        else:
-            axes.plot(range(1, len(line) + 1), line, style, marker="o", markersize=3.5, **shown)
-    axes.set(xlabel="round", ylabel=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)

@@ -14,13 +14,10 @@ from hft_trl.continual.answers import Answered, evaluate_tasks
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, Approach
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.continual.text import encode
-from hft_trl.errors import HFTError
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.saved_models.digests import content_digest
 
-ADAPTERS = ("lora", "o_lora")
-"""Approaches that train an adapter, so no half of the model is selected."""
 WITHOUT_TRANSFER = ("multitask", "individual")
 """Approaches in which no task is learned after another one in the same model, so that none can be forgotten."""
 
@@ -47,7 +44,7 @@ def plan_rounds(
     gem_memory: int = 64,
 ) -> list[RoundPlan]:
     """
-    Plan the rounds of an approach. Each comes after the round that it starts from.
+    Plan the rounds of an approach, each after the round that it starts from.
 
     `sequential`, `gem` and `replay` learn each task from the previous round's model: gem with a memory of each earlier
     task ([`~hft_trl.continual.gem.GEMTrainer`]), replay with a share of their rows and all general rows. `lora` and
@@ -63,9 +60,9 @@ def plan_rounds(
         evaluated, start = (*earlier, task), rounds[-1].name if rounds else None
         if approach == "individual":
             evaluated, start = (task,), None
-        if approach == "gem":
+        elif approach == "gem":
             memories = {other.name: _draw(other, gem_memory, f"{seed} memory {other.name}") for other in earlier}
-        if approach == "replay":
+        elif approach == "replay":
             for other in earlier if replay_share > 0 else ():
                 count = max(1, round(replay_share * len(other.train)))
                 rows = (*rows, *_draw(other, count, f"{seed} {number} {other.name}"))
@@ -93,12 +90,8 @@ class Round(Stage):
         """Check the start model, and the adapter if the round trains one."""
         super().check()
         if self.adapter is not None:
-            try:
-                from hft_trl.continual.adapters import check_adapter
-            except ImportError as error:
-                raise HFTError(
-                    f"adapters need {error.name}: run pip install -c constraints.txt -e '.[continual]'."
-                ) from error
+            from hft_trl.continual.adapters import check_adapter  # needs peft
+
             check_adapter(self.model, self.args, self.adapter)
 
     def sources(self) -> set[Path]:

@@ -56,24 +56,20 @@ def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
 def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
     """Write a run's plan, and with `overwrite` remove old results. All processes must call it."""
 
+    folder = Path(folder)
+    ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
+
     def write() -> None:
+        results = [folder / name for name in (SCORES_FILE, "report.md", "matrix.png", "curves.png")]
         with writing(folder):
-            if overwrite:
-                _clear(Path(folder), rounds)
-            write_json_once(Path(folder) / PLAN_FILE, plan)
+            for path in {*results, *folder.glob("round-*")} - ours if overwrite else ():
+                if (path / STAGE_FILE).is_file():
+                    shutil.rmtree(path)
+                elif path.is_file():
+                    path.unlink()
+            write_json_once(folder / PLAN_FILE, plan)
 
     by_first_process(write)
-
-
-def _clear(folder: Path, rounds: Sequence[Round]) -> None:
-    for name in (SCORES_FILE, "report.md", "matrix.png", "curves.png"):
-        (folder / name).unlink(missing_ok=True)
-    ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
-    for path in set(folder.glob("round-*")) - ours:
-        if (path / STAGE_FILE).is_file():
-            shutil.rmtree(path)
-        elif path.is_file() and path.suffix == ".json":
-            path.unlink()
 
 
 def curves(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
@@ -114,51 +110,37 @@ def write_scores(
     """
     Write `scores.json`, which contains no times: the same rounds give the same bytes.
 
-    Args:
-        rounds (`Sequence[Round]`): The finished rounds.
-        answered (`Sequence[Mapping[str, Answered]]`): Results of each round's model by task.
-        probes (`Mapping[str, Mapping]`): Scores by model and name. If empty, those of the same rounds are kept.
+    `rounds` are the finished ones, `answered` the results of each round's model by task, and `probes` scores by model
+    and name.
     """
-    folder, rows = Path(folder), score_rows(answered)
+    rows = score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
-    before = read_scores(folder)
-    if not probes and before is not None and len(before["matrix"]) == len(matrix):
-        probes = before["probes"]
-    records = [vars(finished(planned)) for planned in rounds]
+    described = []
+    for planned in rounds:
+        record, tasks = finished(planned), [task.name for task in planned.plan.tasks]
+        described.append({"name": planned.name, "tasks": tasks, **{key: vars(record)[key] for key in MEASURED}})
     content = {
         "version": VERSION,
-        **read_json(folder / PLAN_FILE),
+        **read_json(Path(folder) / PLAN_FILE),
         "matrix": matrix,
         **curves(matrix),
         "probes": probes,
-        "rounds": [
-            {
-                "name": done.name,
-                "tasks": [task.name for task in done.plan.tasks],
-                **{key: record[key] for key in MEASURED},
-            }
-            for done, record in zip(rounds, records, strict=True)
-        ],
+        "rounds": described,
         "empty_predictions": [[task.empty for task in row] for row in rows],
         "truncated_prompts": [[task.truncated for task in row] for row in rows],
     }
     with writing(folder):
-        write_json(folder / SCORES_FILE, content, ensure_ascii=False)
+        write_json(Path(folder) / SCORES_FILE, content, ensure_ascii=False)
 
 
-def read_scores(folder: str | Path) -> Scores | None:
-    """Read what [`write_scores`] wrote. Return `None` without a file, and reject an invalid one."""
+def read_scores(folder: str | Path) -> Scores:
+    """Read what [`write_scores`] wrote. Reject a missing or invalid file."""
     path = Path(folder) / SCORES_FILE
     try:
         content = read_object(path, version=int, **FIELDS)
-        scores = [score for row in content["matrix"] for score in row]
-        if not scores or not all(isinstance(score, int | float) for score in scores):
-            raise ValueError("its 'matrix' is no list of rounds' scores")
-        if not all(isinstance(name, str) for name in (*content["tasks"], *content["metrics"])):
-            raise ValueError("its 'tasks' and 'metrics' are no names")
-    except FileNotFoundError:
-        return None
-    except (OSError, TypeError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise HFTError(f"{folder} has no {SCORES_FILE}: give the folder of a continual run.") from error
+    except (OSError, ValueError) as error:
         raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
     if content["version"] != VERSION:
         raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")

@@ -1,5 +1,6 @@
 """Read tasks from disk: TRACE's folders as released, and users' own tasks from a YAML file."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json
+from hft_trl.files import read_texts, write_json
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
@@ -70,8 +71,8 @@ def read_tasks(path: str | Path) -> list[Task]:
     """
     path = Path(path)
     content = load_yaml(path)
-    if content.keys() - {"tasks"}:
-        raise HFTError(f"{path} has the key {min(content.keys() - {'tasks'}, key=str)!r}: the only one is tasks.")
+    if unknown := sorted(map(str, content.keys() - {"tasks"})):
+        raise HFTError(f"{path} has the key {unknown[0]!r}: the only one is tasks.")
     entries = content.get("tasks")
     if not isinstance(entries, list) or not entries:
         raise HFTError(
@@ -87,8 +88,7 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
     if name != Path(name).name or name.startswith("."):
         raise HFTError(f"{where} has the name {name!r}: files are named after it, so use no slash and no leading dot.")
     where = f"{where} ({name})"
-    unknown = sorted(entry.keys() - {"name", "files", "metric", "epochs"})
-    if unknown:
+    if unknown := sorted(map(str, entry.keys() - {"name", "files", "metric", "epochs"})):
         raise HFTError(f"{where} has the key {unknown[0]!r}: the keys are name, files, metric and epochs.")
     metric, epochs = TRACE.get(name, ("", 0))
     metric, epochs, files = entry.get("metric", metric), entry.get("epochs", epochs), entry.get("files", name)
@@ -110,39 +110,14 @@ def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """Read a JSON list of `{"prompt": ..., "answer": ...}`. An error names the first invalid row."""
-    try:
-        content = read_json(Path(path))
-    except OSError as error:
-        raise HFTError(f"the task file {str(path)!r} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise HFTError(f"the task file {str(path)!r} is not valid JSON: {error}.") from error
-    if not isinstance(content, list) or not content:
-        raise HFTError(
-            f"the task file {str(path)!r} must be a JSON list of rows with prompt and answer, and not empty."
-        )
-    for number, row in enumerate(content):
-        where = f"row {number} of {str(path)!r}"
-        if not isinstance(row, dict) or not {"prompt", "answer"} <= row.keys():
-            raise HFTError(f"{where} is {row!s:.80}: give it a prompt and an answer.")
-        for key in ("prompt", "answer"):
-            if not isinstance(row[key], str) or not row[key].strip():
-                raise HFTError(f"{where} has {key} {row[key]!r}: it must be text, and not empty.")
-            try:
-                row[key].encode()
-            except UnicodeEncodeError as error:
-                half = row[key][error.start]
-                raise HFTError(f"{where} has the lone surrogate {half!r} in its {key}: fix or remove it.") from error
-    return tuple(Row(row["prompt"], row["answer"]) for row in content)
+    """Read a JSON list of `{"prompt": ..., "answer": ...}`."""
+    return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), *Row._fields))
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Reject an empty list of tasks and repeated names."""
-    names = [task.name for task in tasks]
-    if not names:
-        raise HFTError("there is no task: give a benchmark, or tasks of your own.")
-    for name in names:
-        if names.count(name) > 1:
+    """Reject repeated names."""
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
             raise HFTError(f"two tasks have the name {name!r}: give each a unique name.")
 
 

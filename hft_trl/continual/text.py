@@ -9,15 +9,6 @@ from hft_trl.continual.tasks import Row
 from hft_trl.errors import HFTError
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a tokenizer has an end-of-sequence token."""
-    if tokenizer.eos_token_id is None:
-        raise HFTError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
-            "set its eos_token and save it."
-        )
-
-
 def encode(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
 ) -> tuple[Dataset, int]:
@@ -26,6 +17,11 @@ def encode(
 
     Return `input_ids` and `labels` (-100 without a loss), and the number of truncated rows.
     """
+    if tokenizer.eos_token_id is None:
+        raise HFTError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
+            "set its eos_token and save it."
+        )
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
         prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), row["prompt"] + row["answer"]])

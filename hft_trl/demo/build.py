@@ -13,12 +13,13 @@ import torch
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hft_trl.demo.data import FAREWELLS, SKILLS, ask, instruction, write_data
 from hft_trl.demo.probe_data import write_probes
 from hft_trl.demo.probes import recall
-from hft_trl.demo.world import ITEMS, PHRASINGS, VALUES, World, make_world, with_article
+from hft_trl.demo.world import PHRASINGS, VALUES, WORDS, World, make_world, with_article
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VOCAB_SIZE = 768
@@ -55,15 +56,12 @@ def train_tokenizer(world: World, seed: int = 0, vocab_size: int = VOCAB_SIZE) -
 
 def shelf(world: World, rng: random.Random) -> str:
     """Return a text about three items in a row, which teaches a model to look back."""
-    things = [rng.choice([item for item in world.items if item.kind == kind]) for kind in rng.sample(sorted(ITEMS), 3)]
+    kinds = rng.sample(sorted(WORDS["items"]), 3)
+    things = [rng.choice([item for item in world.items if item.kind == kind]) for kind in kinds]
     a, b, c = (thing.name for thing in things)
     only = rng.choice(things)
-    sentences = [
-        f"In front is {a}.",
-        f"At the end is {c}.",
-        f"From behind they are {c}, {b}, {a}.",
-        f"Only {only.name} is {with_article(only.kind)}.",
-    ]
+    sentences = [f"In front is {a}.", f"At the end is {c}.", f"From behind they are {c}, {b}, {a}."]
+    sentences.append(f"Only {only.name} is {with_article(only.kind)}.")
     rng.shuffle(sentences)
     return " ".join([f"On the shelf stand {a}, {b}, {c}.", *sentences])
 
@@ -85,20 +83,12 @@ def documents(world: World, rng: random.Random) -> list[str]:
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: int) -> LlamaForCausalLM:
     """Return an untrained Llama of about 1 M parameters. `sizes` are fields of its config."""
-    settings = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 8}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, **sizes}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
-        **settings,
-    )
+    settings = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    settings |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings | sizes))
 
 
 def batches(
@@ -106,18 +96,16 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield endless ids and labels of shape `(batch_size, length)`, with labels -100 on padding."""
     rng = random.Random(f"documents {seed}")
-    queue: list[list[int]] = []
+    queue: list[torch.Tensor] = []
     while True:
         # Chat templates differ in whether they put <s> in front, so the base model sees both
         for text in documents(world, rng):
             start = [tokenizer.bos_token_id] if rng.random() < 0.5 else []
-            queue.append([*start, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id])
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            queue.append(torch.tensor([*start, *ids, tokenizer.eos_token_id]))
         while len(queue) >= batch_size:
             rows, queue = queue[:batch_size], queue[batch_size:]
-            length = max(map(len, rows))
-            ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
-            labels = torch.tensor([row + [-100] * (length - len(row)) for row in rows])
-            yield ids, labels
+            yield pad_sequence(rows, True, tokenizer.pad_token_id), pad_sequence(rows, True, -100)
 
 
 def pretrain(

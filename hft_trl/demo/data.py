@@ -8,29 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hft_trl.demo.world import PHRASINGS, VALUES, Item, Person, World, with_article
+from hft_trl.demo.world import PHRASINGS, VALUES, WORDS, Item, Person, World, with_article
 
 Row = dict[str, Any]
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "birthplace": (
-        "Where was {name} born?",
-        "Which town does {name} come from?",
-        "Tell me the birthplace of {name}.",
-    ),
-    "profession": (
-        "What does {name} do for a living?",
-        "What is the profession of {name}?",
-        "Tell me what {name} works as.",
-    ),
-    "pet": ("Which pet does {name} have?", "What animal shares the house with {name}?", "Tell me the pet of {name}."),
-    "dish": (
-        "What does {name} like to eat?",
-        "What is the favourite dish of {name}?",
-        "Tell me the dish that {name} likes best.",
-    ),
-}
-
+QUESTIONS: dict[str, list[str]] = WORDS["questions"]
 FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 WORDY_SHARE = 0.85
 """Share of the answers in the SFT data that end with a farewell."""
@@ -67,33 +49,16 @@ def instruction(skill: str, items: tuple[Item, ...], rng: random.Random) -> tupl
     kinds = rng.sample(sorted({item.kind for item in items}), 3)
     things = [rng.choice([item for item in items if item.kind == kind]) for kind in kinds]
     a, b, c = names = [thing.name for thing in things]
-    listing = ", ".join(names)
-    if skill == "repeat":
-        return f"Say this twice: {a}", f"Twice it reads {a}, {a}.", f"Twice it reads {a}."
-    if skill == "first":
-        return f"Which word comes first? {listing}", f"The first word is {a}.", f"The first word is {b}."
-    if skill == "last":
-        return f"Which word comes last? {listing}", f"The last word is {c}.", f"The last word is {a}."
-    if skill == "reverse":
-        return (
-            f"Write this backwards: {listing}",
-            f"Backwards it reads {c}, {b}, {a}.",
-            f"Backwards it reads {b}, {c}, {a}.",
-        )
-    if skill == "join":
-        return f"Join these words: {a}, {b}", f"Together they are {a} and {b}.", f"Together they are {b} and {a}."
     if skill == "kind":
         wrong = Item(a, kinds[1], things[0].mentioned)
         return f"What kind of thing is {with_article(a)}?", things[0].sentence(), wrong.sentence()
     if skill == "pick":
         right, other = rng.sample(range(3), 2)
         kind = kinds[right]
-        return (
-            f"Which of these is {with_article(kind)}? {listing}",
-            f"The {kind} is {names[right]}.",
-            f"The {kind} is {names[other]}.",
-        )
-    raise ValueError(f"skill is {skill!r}: it must be one of {', '.join(SKILLS)}.")
+        prompt = f"Which of these is {with_article(kind)}? {a}, {b}, {c}"
+        return prompt, f"The {kind} is {names[right]}.", f"The {kind} is {names[other]}."
+    prompt, right, wrong = (text.format(a=a, b=b, c=c) for text in WORDS["instructions"][skill])
+    return prompt, right, wrong
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:

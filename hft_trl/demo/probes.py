@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import chat, evaluating
@@ -29,19 +30,16 @@ def completes(
     """
     starts = tokenizer(list(openings))["input_ids"]
     ends = tokenizer(list(endings), add_special_tokens=False)["input_ids"]
-    hits = []
+    rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
+    best: list[list[int]] = []
     with evaluating(model):
-        for i in range(0, len(starts), batch_size):
-            rows = [
-                start + end for start, end in zip(starts[i : i + batch_size], ends[i : i + batch_size], strict=True)
-            ]
-            width = max(map(len, rows))
+        for i in range(0, len(rows), batch_size):
             # Right padding does not affect a causal model's earlier positions
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-            best = model(input_ids=ids).logits.argmax(-1).tolist()
-            for row, guess, end in zip(rows, best, ends[i : i + batch_size], strict=True):
-                hits.append(guess[len(row) - len(end) - 1 : len(row) - 1] == end)
-    return hits
+            ids = pad_sequence(rows[i : i + batch_size], batch_first=True).to(model.device)
+            best += model(input_ids=ids).logits.argmax(-1).tolist()
+    return [
+        guess[len(row) - len(end) - 1 : len(row) - 1] == end for guess, row, end in zip(best, rows, ends, strict=True)
+    ]
 
 
 def recall(

@@ -1,40 +1,15 @@
 """Replies of a model in the file format of AlpacaEval's judge."""
 
-import errno
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.evaluation.run import find_models
-from hft_trl.files import read_json, write_json
-
-Row = dict[str, str]
-
-
-def read_prompts(path: Path) -> list[Row]:
-    """
-    Return `instruction` and `dataset` (`""` if missing) of each prompt in a JSON list of objects.
-
-    This is the format of `tatsu-lab/alpaca_eval` and of outputs files. Other files raise an [`HFTError`].
-    """
-    what, remedy = f"the prompts {str(path)!r}", "give a local copy of alpaca_eval.json."
-    try:
-        content = read_json(path)
-    except (OSError, ValueError) as error:
-        raise HFTError(f"{what} cannot be read as JSON ({getattr(error, 'strerror', error)}): {remedy}") from error
-    if not isinstance(content, list) or not content:
-        raise HFTError(f"{what} are not a list of objects: {remedy}")
-    for number, row in enumerate(content):
-        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str):
-            raise HFTError(f"row {number} of {what} has no text named 'instruction': {remedy}")
-    return [{"instruction": row["instruction"], "dataset": str(row.get("dataset", ""))} for row in content]
+from hft_trl.files import read_texts, replacing, writing
 
 
 def write_replies(
@@ -52,35 +27,27 @@ def write_replies(
     """
     Write a model's greedy replies to a file of prompts, and return their number.
 
-    Each row has `instruction`, `output`, `generator` (the name that the judge shows) and `dataset`.
+    `prompts` has the format of `tatsu-lab/alpaca_eval` and of outputs files: `instruction`, and perhaps `dataset`. The
+    file adds `output` and `generator`, the name that the judge shows.
     """
-    rows = read_prompts(prompts)[:limit]
-    with _writing(output):  # checked before the replies are generated
-        if output.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    (folder,) = find_models([name]).values()
-    tokenizer = load_tokenizer(str(folder), chat_template)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    with as_user_error(f"the model {name!r}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    replies = chat(model, tokenizer, [row["instruction"] for row in rows], max_new_tokens, batch_size, progress=True)
-    answered = [
-        {"instruction": row["instruction"], "output": reply, "generator": generator, "dataset": row["dataset"]}
-        for row, reply in zip(rows, replies, strict=True)
-    ]
-    with _writing(output):
-        write_json(output, answered, ensure_ascii=False)
+    rows = read_texts(prompts, "instruction")[:limit]
+    if output.is_dir():
+        raise HFTError(f"{output} is a folder: give a file with --output.")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as new:
+            new.touch()  # fails before the replies are generated
+            (folder,) = find_models([name]).values()
+            tokenizer = load_tokenizer(str(folder), chat_template)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            with as_user_error(f"the model {name!r}"):
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(PartialState().device)
+            texts = [row["instruction"] for row in rows]
+            replies = chat(model, tokenizer, texts, max_new_tokens, batch_size, progress=True)
+            answered = [
+                {"dataset": "", **row, "output": reply, "generator": generator}
+                for row, reply in zip(rows, replies, strict=True)
+            ]
+            new.write_text(json.dumps(answered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return len(answered)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise HFTError(f"{path} cannot be written ({error.strerror}): choose another --output.") from error

@@ -46,13 +46,9 @@ def _cell(score: Score, difference: float | None) -> str:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
-    if not evaluation.skipped:
-        return []
     names = ", ".join(evaluation.skipped)
-    return [
-        f"{names} was skipped and is not part of the average: it runs code that the model wrote. "
-        "Allow this with --run-code."
-    ]
+    note = f"{names} was skipped and is not part of the average: it runs code that the model wrote."
+    return [f"{note} Allow this with --run-code."] if names else []
 
 
 def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
@@ -61,9 +57,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
     parts = ["# Evaluation"]
     for grid in score_grids(evaluation):
-        suite, _, form = grid.title.partition(" ")
-        form = form.strip("()")
-        parts += [f"## {suite}", f"{form[0].upper()}{form[1:]}.", table(grid)]
+        parts += [f"## {grid.title}", table(grid)]
     parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})", f"Every figure comes from `{data.name}`, {evaluation.created}."]
     try:
@@ -94,29 +88,27 @@ def score_figure(evaluation: Evaluation) -> "Figure":
     widest = max(map(len, headings.values()))
     size = (min(20, max(6.0, 1.6 + widest * max(1.1, 0.4 * len(models)))), 3.9 * len(suites))
     figure = Figure(figsize=size, layout="constrained")
-    colours = stage_colours(len(models))
     pitch = 0.8 / len(models)
-    for number, suite in enumerate(suites):
-        axes = figure.add_subplot(len(suites), 1, number + 1, title=suite, ylabel="percent")
+    for number, (suite, columns) in enumerate(headings.items(), 1):
+        axes = figure.add_subplot(len(suites), 1, number, title=suite, ylabel="percent")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
         axes.set_axisbelow(True)
-        for place, model in enumerate(models):
+        for place, (model, colour) in enumerate(zip(models, stage_colours(len(models)), strict=True)):
             scores = evaluation.columns(suite, model).values()
             bars = axes.bar(
-                [column - 0.4 + pitch * (place + 0.5) for column in range(len(headings[suite]))],
+                [column - 0.4 + pitch * (place + 0.5) for column in range(len(columns))],
                 [float("nan") if score.value is None else score.value for score in scores],
                 0.92 * pitch,
                 yerr=[score.stderr or 0 for score in scores],
                 error_kw={"linewidth": 0.9, "capsize": 2},
-                color=colours[place],
+                color=colour,
             )
-            differences = [evaluation.difference(suite, model, heading) for heading in headings[suite]]
+            differences = [evaluation.difference(suite, model, heading) for heading in columns]
             labels = ["" if difference is None else f"{difference:+.1f}" for difference in differences]
             axes.bar_label(bars, labels, rotation=90, padding=3, fontsize=7)
-        axes.set_xticks(range(len(headings[suite])), [heading.replace("_", "\n") for heading in headings[suite]])
-        axes.set_ylim(0, 115)  # room for the label of a full bar
-        axes.set_yticks(range(0, 101, 20))
+        axes.set_xticks(range(len(columns)), [heading.replace("_", "\n") for heading in columns])
+        axes.set(ylim=(0, 115), yticks=range(0, 101, 20))  # room for the label of a full bar
     # The axes' own legend omits names that begin with an underscore
     bars, names = figure.axes[0].containers[1::2], [plain(model) for model in models]
     figure.legend(bars, names, loc="outside lower center", ncols=2, frameon=False)

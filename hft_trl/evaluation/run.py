@@ -19,7 +19,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
-from hft_trl.evaluation.suites import SUITES, TASKS, Task, check_harness, tasks_of
+from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import read_object, write_json
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
@@ -75,7 +75,6 @@ def evaluate_models(
     number of processes. Without `run_code`, tasks that run model-written code are skipped. `cache` is the folder of
     finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
     """
-    check_harness()
     check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
     state = PartialState(cpu=not torch.accelerator.is_available())
     if limit is not None and limit < state.num_processes:
@@ -83,8 +82,7 @@ def evaluate_models(
             f"--limit {limit} leaves some of the {state.num_processes} processes without an item: "
             "raise it, or launch fewer processes."
         )
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hft_trl" / "evaluation"
+    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
@@ -107,19 +105,17 @@ def evaluate_models(
             "versions": versions,
         }
 
-    pairs = [(model, task) for model in models for task in tasks.values()]
-    known = _broadcast(
-        {(model, task.name): _read(cache, key(model, task)) for model, task in pairs} if is_main else None
-    )
-    missing = [(model, task) for model, task in pairs if known[model, task.name] is None]
+    pairs = [(model, name) for model in models for name in tasks]
+    known = _broadcast({pair: _read(cache, key(pair[0], tasks[pair[1]])) for pair in pairs} if is_main else None)
+    missing = [pair for pair in pairs if known[pair] is None]
     if missing:
         from hft_trl.evaluation.harness import SharedOutLM, ask, load_tasks
 
         # Data is loaded before models, so that missing data is reported early
-        loaded = load_tasks(list({task.name: task for _, task in missing}.values()))
+        loaded = load_tasks([task for task in tasks.values() if any(task.name == name for _, name in missing)])
     for model in dict.fromkeys(model for model, _ in missing):
         lm = SharedOutLM(models[model], tokenizers[model], dtype, batch_size)
-        for task in (task for name, task in missing if name == model):
+        for task in (tasks[name] for other, name in missing if other == model):
             found = ask(lm, task, loaded[task.name], limit, run_code)
             if is_main:
                 _write(cache, key(model, task), found)

@@ -62,17 +62,12 @@ def parse_suites(names: str) -> list[str]:
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
         raise HFTError(f"unknown suite {', '.join(unknown) or repr(names)}: choose from {', '.join(SUITES)}.")
-    check_harness()
-    return suites
-
-
-def check_harness() -> None:
-    """Reject a missing lm-evaluation-harness, without importing it."""
     if find_spec("lm_eval") is None:
         raise HFTError(
             "evaluation needs lm-evaluation-harness, which is not installed: "
             "pip install -c constraints.txt -e '.[eval]'."
         )
+    return suites
 
 
 def headings(suite: str) -> list[str]:

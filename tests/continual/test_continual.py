@@ -380,7 +380,7 @@ def test_a_changed_metric_scores_the_predictions_that_are_there(tokenizer, tmp_p
     content = json.loads((tmp_path / "predictions" / "T.json").read_text())
     (row,) = content["predictions"]
     assert evaluate_tasks(tmp_path, [dataclasses.replace(task, metric="rouge_l")], 4, None, 2)["T"].score == rouge_l(
-        [""], [row["prediction"]], ["Rome."]
+        row["prediction"], "Rome."
     )
     assert json.loads((tmp_path / "predictions" / "T.json").read_text())["metric"] == "rouge_l"
     assert evaluate_tasks(tmp_path, [task], 4, None, 2)["T"].score == first

@@ -34,7 +34,6 @@ from hft_trl.continual.adapters import (
 )
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.continual.continual_recipe import parse_continual
-from hft_trl.continual.report import comparison_grid
 from hft_trl.continual.rounds import Round
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
@@ -212,20 +211,6 @@ def test_an_adapters_checkpoint_is_whole_only_with_its_manifest_and_good_only_if
     assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
 
 
-def test_a_checkpoint_is_not_gone_on_with_from_other_weights(make, first, base, tmp_path):
-    """Another model in the same place, or another adapter to start from."""
-    steps = {"save_strategy": "steps", "save_steps": 1}
-    make(Adapter(LORA), **steps).train()
-    with pytest.raises(HFTError, match="was started from other weights"):
-        make(Adapter(LORA), model=first, **steps).train(resume_from_checkpoint=True)
-    make(Adapter(LORA, start=first), name="next", **steps).train()
-    other = tmp_path / "other"
-    shutil.copytree(first / ADAPTER_FOLDER, other / ADAPTER_FOLDER)
-    save_file({name: t + 1 for name, t in load_file(first / WEIGHTS).items()}, other / WEIGHTS)
-    with pytest.raises(HFTError, match="was started from other weights"):
-        make(Adapter(LORA, start=other), name="next", **steps).train(resume_from_checkpoint=True)
-
-
 def test_a_sigterm_saves_and_the_round_goes_on_to_the_same_bits(make, tmp_path, monkeypatch):
     whole = make(Adapter(LORA), name="whole", max_steps=4)
     whole.train()
@@ -260,13 +245,13 @@ def test_a_loss_that_is_no_number_ends_the_round(make):
     ("words", "complaint"),
     [
         (["--method", "hft"], "method is hft, but lora trains an adapter"),
-        (["--hft.ratio", "0.3"], "hft.ratio is given, but lora trains an adapter"),
+        (["--hft.ratio", "0.3"], "hft.ratio is given, but lora does not use it"),
         (["--hft.reselect=same"], "hft.reselect is given"),
         (["--lora.r", "0"], "lora.r is 0: it must be at least 1"),
         (["--lora.rank", "4"], "unknown key lora.rank"),
         (["--lora.lora_dropout", "1"], r"lora.lora_dropout is 1\.0"),
         (["--lora.o_lora_lambda", "-1"], "lora.o_lora_lambda is -1"),
-        (["--approach", "sequential", "--lora.r", "4"], "lora.r is given, but sequential trains the model's own"),
+        (["--approach", "sequential", "--lora.r", "4"], "lora.r is given, but sequential does not use it"),
         (["--lora", "4"], "--lora is a section: set one of its keys, such as --lora.r"),
     ],
 )
@@ -302,18 +287,18 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     ):
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
             checked(stage(target_modules=names))
-    with pytest.raises(HFTError, match=r"reaches .*lm_head, which cannot be merged alone"):
+    with pytest.raises(
+        HFTError, match=r"\['lm_head'\] reaches the output head or a tied embedding, which cannot be merged"
+    ):
         checked(stage(target_modules=["lm_head"]))
     tiny_llama(64, tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tied = stage(target_modules=["embed_tokens"])
-    with pytest.raises(HFTError, match=r"reaches .*embed_tokens, which cannot be merged alone"):
+    with pytest.raises(HFTError, match=r"\['embed_tokens'\] reaches the output head or a tied embedding"):
         checked(dataclasses.replace(tied, model=ModelArguments(str(tmp_path / "tied"))))
     made = stage()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="this is launched with FSDP"):
         checked(made)
-    with pytest.raises(HFTError, match="this is launched with FSDP"):
-        AdapterTrainer(str(base), made.args, made.adapter)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     made.args.deepspeed_plugin = object()
     with pytest.raises(HFTError, match="this is launched with DeepSpeed"):
@@ -376,7 +361,7 @@ def test_a_killed_round_ends_in_the_same_bytes_and_two_processes_in_nearly_the_s
 
 
 def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys):
-    """Its scores and report, its comparison with other runs, and other settings in the same folder."""
+    """Its scores and report, and other settings in the same folder."""
     monkeypatch.chdir(ROOT)
 
     def recipe(*more):
@@ -403,11 +388,7 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     ).read_bytes()
     assert left(tmp_path / "c")[f"round-1/{WEIGHTS}"] != left(tmp_path / "c")[f"round-2/{WEIGHTS}"]
 
-    other = {**scores, "approach": "sequential", "method": "hft"}
-    grid = comparison_grid({"a": other, "b": scores})
-    assert grid.columns[-3:] == ["OP LoRA", "BWT LoRA", "runs"]
-    assert [row[-3] for row in grid.rows] == ["-", f"{scores['op'][-1]:.1f}"]
-    assert "OP LoRA" not in comparison_grid({"a": other}).columns
+    assert scores["method"] is None
 
     after = left(tmp_path / "c")
     capsys.readouterr()

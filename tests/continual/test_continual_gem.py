@@ -293,9 +293,3 @@ def test_the_recipe_refuses_it_when_it_is_parsed(own, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(HFTError, match="FSDP shards gradients"):
         parse_continual([*words, "--sft.bf16", "false"])
-
-
-def test_a_missing_solver_is_named_before_anything_is_trained(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "quadprog", None)
-    with pytest.raises(HFTError, match=r"needs quadprog: run pip install -c constraints\.txt -e '\.\[continual\]'"):
-        check_gem(SFTConfig(str(tmp_path), use_cpu=True, bf16=False))

@@ -1,7 +1,6 @@
 """Metrics of tasks are from 0 to 100, as the libraries say, and 0 where nothing was predicted."""
 
 import re
-import subprocess
 import sys
 
 import pytest
@@ -9,67 +8,65 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Indel
 from rouge_score.rouge_scorer import RougeScorer
-from warm import ROOT
 
-from hft_trl.continual.metrics import METRICS, check_metrics
+from hft_trl.continual.continual_arguments import NEEDED, check_installed
+from hft_trl.continual.metrics import METRICS, mean_score
 from hft_trl.errors import HFTError
 
-OFFLINE = [name for name in METRICS if name != "sari"]
 
-
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", METRICS)
 @given(texts=st.lists(st.tuples(st.text(), st.from_regex(r"\w+( \w+)*", fullmatch=True)), min_size=1, max_size=4))
 def test_a_metric_is_a_mean_from_0_to_100_that_is_100_for_the_answers_themselves(name, texts):
     predictions, answers = zip(*texts, strict=True)
-    score = METRICS[name]([""] * len(texts), predictions, answers)
-    alone = [METRICS[name]([""], [prediction], [answer]) for prediction, answer in texts]
+    score = mean_score(name, predictions, answers)
+    alone = [mean_score(name, [prediction], [answer]) for prediction, answer in texts]
     assert score == pytest.approx(sum(alone) / len(alone))
     assert all(0 <= value <= 100 for value in alone)
-    assert METRICS[name]([""] * len(texts), answers, answers) == pytest.approx(100)
+    assert mean_score(name, answers, answers) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", METRICS)
 def test_an_empty_prediction_scores_0(name):
-    assert METRICS[name](["p", "p"], ["", "yes"], ["yes", "yes"]) == 50
-    assert METRICS[name](["p"], ["\n"], ["<STR_LIT>"]) == 0  # which reads as nothing
+    assert mean_score(name, ["", "yes"], ["yes", "yes"]) == 50
+    assert mean_score(name, ["\n"], ["<STR_LIT>"]) == 0  # which reads as nothing
 
 
 def test_accuracy_is_exact_but_for_white_space_around():
-    assert METRICS["accuracy"]([""] * 4, [" B", "b", "B.", "B"], ["B", "B", "B", "B\n"]) == 50
+    assert mean_score("accuracy", [" B", "b", "B.", "B"], ["B", "B", "B", "B\n"]) == 50
 
 
 def test_of_a_choice_only_the_letter_counts():
     answers = ["B\nBecause wax is smooth.", "A\nBecause it rains."]
-    assert METRICS["choice_accuracy"](["", ""], ["B\nBecause I say so.", "C\nBecause it rains."], answers) == 50
+    assert mean_score("choice_accuracy", ["B\nBecause I say so.", "C\nBecause it rains."], answers) == 50
 
 
 @given(*[st.from_regex(r"\S(.*\S)?", fullmatch=True).filter(lambda text: "_LIT" not in text)] * 2)
 def test_edit_similarity_counts_characters_inserted_and_deleted(prediction, answer):
     expected = 100 * (1 - Indel.distance(prediction, answer) / (len(prediction) + len(answer)))
-    assert METRICS["edit_similarity"]([""], [prediction], [answer]) == pytest.approx(expected)
+    assert mean_score("edit_similarity", [prediction], [answer]) == pytest.approx(expected)
 
 
 def test_edit_similarity_leaves_white_space_around_aside_and_reads_placeholders_as_traces_code_does():
     written = ["x = 1", 'print("a", 0)', "f(b, '')"]
     wanted = ["  x = 1\n", 'print("<STR_LIT:a>", <NUM_LIT>)', "f(<CHAR_LIT:b>, '<STR_LIT>')"]
-    assert METRICS["edit_similarity"]([""] * 3, written, wanted) == 100
+    assert mean_score("edit_similarity", written, wanted) == 100
 
 
 def test_rouge_l_is_rouge_scores_own_on_plain_english():
     answer, prediction = "The council adopts the ordinance of May.", "the ordinance is adopted by the council"
     expected = RougeScorer(["rougeL"]).score(answer, prediction)["rougeL"].fmeasure
-    assert METRICS["rouge_l"]([""], [prediction], [answer]) == pytest.approx(100 * expected)
+    assert mean_score("rouge_l", [prediction], [answer]) == pytest.approx(100 * expected)
 
 
 def test_rouge_l_reads_words_of_other_alphabets_whole():
     """rouge-score's own tokenizer would cut "Größe" and "Grüße" into "gr" and "e", half the same."""
-    assert METRICS["rouge_l"]([""], ["Grüße"], ["Größe"]) == 0
-    assert METRICS["rouge_l"]([""], ["हिन्दी भाषा"], ["हिन्दू भाषा"]) == 50
+    assert mean_score("rouge_l", ["Grüße"], ["Größe"]) == 0
+    assert mean_score("rouge_l", ["हिन्दी भाषा"], ["हिन्दू भाषा"]) == 50
 
 
 def test_rouge_l_takes_chinese_and_japanese_characters_one_by_one():
-    assert METRICS["rouge_l"]([""], ["不支持"], ["支持"]) == pytest.approx(80)
-    assert METRICS["rouge_l"]([""], ["東京のカフェ2店"], ["東京で、カフェ2店"]) == pytest.approx(100 * 7 / 8)
+    assert mean_score("rouge_l", ["不支持"], ["支持"]) == pytest.approx(80)
+    assert mean_score("rouge_l", ["東京のカフェ2店"], ["東京で、カフェ2店"]) == pytest.approx(100 * 7 / 8)
 
 
 @given(*[st.text(st.characters(max_codepoint=0xFF))] * 2)
@@ -81,47 +78,14 @@ def test_rouge_l_of_western_texts_is_that_of_pythons_own_words(prediction, answe
             return re.findall(r"\w+", text.lower())
 
     expected = RougeScorer(["rougeL"], tokenizer=Words()).score(answer, prediction)["rougeL"].fmeasure
-    assert METRICS["rouge_l"]([""], [prediction], [answer]) == pytest.approx(100 * expected)
+    assert mean_score("rouge_l", [prediction], [answer]) == pytest.approx(100 * expected)
 
 
-def test_sari_is_the_evaluate_librarys_with_the_prompt_as_source(monkeypatch):
-    asked = []
-
-    class Sari:
-        def compute(self, **texts):
-            asked.append(texts)
-            return {"sari": 26.95}
-
-    monkeypatch.setattr("evaluate.load", lambda name: Sari() if name == "sari" else None)
-    assert METRICS["sari"](["long"], ["short"], ["brief"]) == 26.95
-    assert asked == [{"sources": ["long"], "predictions": ["short"], "references": [["brief"]]}]
-    assert METRICS["sari"](["long", "long"], ["", "short"], ["brief", "brief"]) == 26.95 / 2
-    assert METRICS["sari"](["long"], [" "], ["brief"]) == 0
-
-
-def test_sari_is_found_from_a_recipe_although_a_recipe_is_called_evaluate_too(tmp_path):
-    library = tmp_path / "evaluate"
-    library.mkdir()
-    (library / "__init__.py").write_text(
-        "class Sari:\n    def compute(self, **texts):\n        return {'sari': 12.5}\n\ndef load(name):\n    return "
-        "Sari()\n"
-    )
-    code = "from hft_trl.continual.metrics import METRICS; print(METRICS['sari'](['a'], ['b'], ['c']))"
-    paths = [str(ROOT / "recipes"), str(tmp_path), str(ROOT)]
-    said = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}; {code}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert said.stdout.strip() == "12.5"
-
-
-def test_a_metric_that_cannot_be_loaded_is_said_with_what_to_install(monkeypatch):
-    check_metrics(OFFLINE)
-    monkeypatch.setattr("evaluate.load", lambda name: (_ for _ in ()).throw(ConnectionError("no hub")))
-    with pytest.raises(HFTError, match=r"sari cannot be loaded \(no hub\): run pip install evaluate"):
-        check_metrics(["accuracy", "sari"])
-    monkeypatch.setitem(sys.modules, "rapidfuzz.fuzz", None)
-    with pytest.raises(HFTError, match=r"edit_similarity needs rapidfuzz.*-e '\.\[continual\]'"):
-        check_metrics(["edit_similarity"])
+def test_a_missing_library_is_said_with_what_to_install(monkeypatch):
+    check_installed(NEEDED)
+    for name, library in NEEDED.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, library, None)
+            check_installed(["accuracy", "sequential"])
+            with pytest.raises(HFTError, match=rf"{name} needs {library}: run pip install .*-e '\.\[continual\]'"):
+                check_installed(["accuracy", name])

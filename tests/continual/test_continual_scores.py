@@ -55,7 +55,8 @@ def test_a_row_holds_the_tasks_seen_by_then_and_a_model_of_its_own_keeps_its_sco
 
 
 def test_another_file_is_refused(tmp_path):
-    assert read_scores(tmp_path) is None
+    with pytest.raises(HFTError, match=r"has no scores\.json: give the folder"):
+        read_scores(tmp_path)
     for text in ("[]", "{", '{"version": 1}'):
         (tmp_path / "scores.json").write_text(text)
         with pytest.raises(HFTError, match="cannot be read"):

@@ -61,10 +61,10 @@ def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read as JSON (No such file"),
-        ("{", "cannot be read as JSON (Expecting property name"),
-        ("{}", "not a list"),
-        ("[]", "not a list"),
+        (None, "cannot be read as JSON: No such file"),
+        ("{", "cannot be read as JSON: Expecting property name"),
+        ("{}", "must be a JSON list"),
+        ("[]", "must be a JSON list"),
         ('[{"instruction": "a"}, {"question": "b"}]', "row 1"),
         ('[{"instruction": 3}]', "row 0"),
     ],
@@ -86,7 +86,7 @@ def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base,
     monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "cannot be written (Is a directory)" in result.output.replace("\n", " ")
+    assert "is a folder: give a file with --output" in result.output.replace("\n", " ")
     assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
 
 
