@@ -51,14 +51,8 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
         raise HFTError(f"dataset {source!r} is no local file or folder and the hub cannot be reached.") from error
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
-        if isinstance(cause, CastError):
-            only_some = set(cause.requested_column_names) ^ set(cause.table_column_names)
-            raise HFTError(
-                f"dataset {source!r} is not one data set: some of its files or rows have "
-                f"{', '.join(sorted(only_some))}, and others have not. Give one of the files, or a folder with files "
-                "of one kind."
-            ) from error
-        raise HFTError(f"dataset {source!r} cannot be read: {first_line(cause)}") from error
+        reason = f"its files differ, {cause.details()}" if isinstance(cause, CastError) else first_line(cause)
+        raise HFTError(f"dataset {source!r} cannot be read: {reason}") from error
     except ValueError as error:  # an unknown split or configuration: the message lists the valid ones
         if "corresponds to no data" in str(error):
             raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.") from error

@@ -29,7 +29,6 @@ from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
 from hft_trl.report import StageRecord
-from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import weight_files
@@ -84,12 +83,10 @@ class Stage:
 
     def check(self) -> None:
         """Check the run's start model and the requested reference before anything is loaded."""
-        start = self.base or self.model
         if self.base is None:
-            check_model(start, self.args, self.hft)
+            check_model(self.model, self.args, self.hft)
         if self.data.reference_quantization is not None:
-            structure = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-            check_quantizable(self.data.reference_quantization, self.args, structure)
+            check_quantizable(self.data.reference_quantization, self.args)
 
     def load_data(self) -> None:
         """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
