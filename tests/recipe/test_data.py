@@ -146,7 +146,5 @@ def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_pat
 def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_have(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": "x"}\n')
     (tmp_path / "b.jsonl").write_text('{"chosen": "x", "rejected": "y"}\n')
-    with pytest.raises(
-        HFTError, match=r"its files differ, there are 2 new columns .*chosen.* 1 missing columns .*messages"
-    ):
+    with pytest.raises(HFTError, match=r"its files differ, there are 2 new columns .*chosen"):
         load_split(str(tmp_path))

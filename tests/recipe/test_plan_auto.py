@@ -146,8 +146,8 @@ def test_a_run_goes_on_where_there_is_more_memory(stage_of, monkeypatch):
         ({}, ["--gradient_checkpointing", "false", "--gradient_checkpointing", "auto"], True, {}, []),
         ({"gradient_checkpointing": "auto"}, ["--activation_checkpointing", "auto", "--activation_checkpointing=false"], False, {}, ["--activation_checkpointing=false"]),
         ({"activation_checkpointing": False}, ["--seed", "1"], False, {"activation_checkpointing": False}, ["--seed", "1"]),
-        ({"activation_checkpointing": "auto"}, ["--no_gradient_checkpointing"], False, {}, ["--no_gradient_checkpointing"]),
-        ({"gradient_checkpointing": True}, ["--gradient_checkpointing"], False, {"gradient_checkpointing": True}, ["--gradient_checkpointing"]),
+        ({"activation_checkpointing": "auto"}, ["--no_gradient_checkpointing"], False, {}, ["--activation_checkpointing=false"]),
+        ({"gradient_checkpointing": True}, ["--gradient_checkpointing"], False, {}, ["--activation_checkpointing=true"]),
     ],
 )  # fmt: skip
 def test_the_last_word_decides(values, flags, expected, values_left, flags_left):
