@@ -30,16 +30,10 @@ RUN_LEVEL = ("method",)  # fields of HFTConfig that are set outside the section 
 
 @dataclasses.dataclass
 class Recipe:
-    """
-    Store a parsed run.
-
-    Attributes:
-        run ([`RunArguments`]): Settings of the whole run.
-        stages (`dict[str, Stage]`): Stages by name, in order. Each starts from the model of the previous one.
-    """
+    """Store a parsed run."""
 
     run: RunArguments
-    stages: dict[str, Stage]
+    stages: dict[str, Stage]  # by name, in order; each starts from the model of the previous one
 
 
 def parse_recipe(
@@ -127,15 +121,7 @@ def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
 def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
-    """
-    Parse flags as those of TRL's scripts. Return a stage, and whether to overwrite its folder.
-
-    Args:
-        name (`str`): `"sft"` or `"dpo"`.
-        config (`type`): [`~trl.SFTConfig`] or [`~trl.DPOConfig`].
-        argv (`list[str]`): Command line without the program's name.
-        help_text (`str`, *optional*): Text of `--help`.
-    """
+    """Parse flags as those of TRL's scripts. Return the stage `name`, and whether to overwrite its folder."""
     answer_help(argv, help_text)
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
@@ -146,8 +132,6 @@ def parse_stage(
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
         raise HFTError("streaming is on, but every row is checked before training: drop dataset_streaming.")
-    if not args.output_dir:
-        raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
     data_given = script.dataset_name or mixture.datasets
     for required, given in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data_given)):
         if not given:
@@ -175,11 +159,9 @@ def parse_stage(
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
     """
-    Check and rehearse all stages, load their data, and open their folders. All processes must call it.
+    Check and rehearse all stages in order, load their data, and open their folders. All processes must call it.
 
-    Args:
-        stages (`Sequence[Stage]`): All stages of the run, in order.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to remove the results of earlier runs.
+    `overwrite` removes the results of earlier runs.
     """
     for stage in stages:
         stage.check()
@@ -194,9 +176,7 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     """
     Write `report.json`, its views and plots, and print the tables. All processes must call it.
 
-    Args:
-        stages (`Sequence[Stage]`): The finished stages, in order.
-        run ([`RunArguments`], *optional*): Run to report and evaluate. By default, only the stage is reported.
+    With the settings of a `run`, its models are evaluated.
     """
     start = stages[0].model
     folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}

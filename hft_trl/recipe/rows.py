@@ -187,7 +187,9 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
         )
 
 
-def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
+def untrained_rows(
+    rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
+) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
     lost = rows - len(prepared)
     if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted

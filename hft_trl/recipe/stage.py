@@ -40,30 +40,17 @@ LARGE = 20_000  # rows from which several processes prepare the data
 
 @dataclasses.dataclass
 class Stage:
-    """
-    Store one stage of training.
+    """Store one stage of training."""
 
-    Attributes:
-        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round.
-        model ([`ModelArguments`]): The start model.
-        data ([`DataArguments`]): The data set and the settings of the stage.
-        args ([`~transformers.TrainingArguments`]): The trainer's arguments, such as [`~trl.SFTConfig`].
-        hft ([`HFTConfig`], *optional*): Settings of HFT. `None` for an adapter.
-        mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
-        base ([`ModelArguments`], *optional*): The start model of the run's first stage, if it is another model.
-        auto_checkpointing (`bool`): Whether the recipe chooses the activation checkpointing.
-        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, after [`~Stage.load_data`].
-    """
-
-    name: str
-    model: ModelArguments
+    name: str  # in its recipe, such as "sft", or of the round
+    model: ModelArguments  # that it starts from
     data: DataArguments
-    args: TrainingArguments
-    hft: HFTConfig | None
-    mixture: DatasetMixtureConfig | None = None
-    base: ModelArguments | None = None
-    auto_checkpointing: bool = False
-    train_dataset: Dataset | None = None
+    args: TrainingArguments  # of TRL's trainer, such as SFTConfig
+    hft: HFTConfig | None  # `None` for an adapter
+    mixture: DatasetMixtureConfig | None = None  # of data sets, instead of `data.dataset`
+    base: ModelArguments | None = None  # the start model of the run's first stage, if it is another model
+    auto_checkpointing: bool = False  # whether the recipe chooses the activation checkpointing
+    train_dataset: Dataset | None = None  # after `load_data`
     eval_dataset: Dataset | None = None
 
     @property
@@ -119,13 +106,11 @@ class Stage:
     def load_tokenizer(self, of_base: bool = False) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the start model, or `of_base` of the run's first one, with the chat template."""
         model = (self.base or self.model) if of_base else self.model
-        template, sft = model.chat_template, isinstance(self.args, SFTConfig)
-        if sft and self.args.chat_template_path is not None:
-            template = _trl_template(self.args.chat_template_path, template)
+        template = vars(self.args).get("chat_template_path") or model.chat_template  # TRL's flag, and ours
         tokenizer = chat.load_tokenizer(
             model.model_name_or_path, template, model.model_revision, model.trust_remote_code
         )
-        if sft and self.args.assistant_only_loss:
+        if isinstance(self.args, SFTConfig) and self.args.assistant_only_loss:
             chat.check_answers_marked(tokenizer)
         return tokenizer
 
@@ -157,10 +142,7 @@ class Stage:
         """
         Train or resume, save the model, mark the folder as finished, and return the measurements.
 
-        Args:
-            trainer ([`ResumableMixin`]): The stage's trainer.
-            rows (`int`, *optional*): Rows of the trainer's data set, by default those of `train_dataset`.
-            truncated_rows (`int`, *optional*): Number of truncated rows, if they were counted.
+        `rows` is the size of the trainer's data set, by default of `train_dataset`.
         """
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
@@ -168,10 +150,9 @@ class Stage:
                 f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put "
                 f"ResumableMixin before its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
             )
-        args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
-        rows = len(self.train_dataset) if rows is None else rows
-        packing = isinstance(args, SFTConfig) and args.packing
-        longest = vars(args).get("max_length")  # not in the arguments of every trainer
+        model, rows = trainer.accelerator.unwrap_model(trainer.model), rows or len(self.train_dataset)
+        # Neither is in the arguments of every trainer
+        longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
         # KTO splits each pair into two rows
         dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
         if dropped:
@@ -216,18 +197,6 @@ class _FirstStep(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = True
-
-
-def _trl_template(path: str, own: str | None) -> str:
-    """Check that TRL's `chat_template_path` is a template file, and return it."""
-    if own is not None:
-        raise HFTError(f"chat_template is {own!r} and TRL's chat_template_path {path!r}: leave one of them out.")
-    if not (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
-        raise HFTError(
-            f"chat_template_path is {path!r}, which is no .jinja file, and TRL would add the tokens of a tokenizer to "
-            "the model, which then no longer matches the start model: give the path of a .jinja file."
-        )
-    return path
 
 
 def make_stage(
