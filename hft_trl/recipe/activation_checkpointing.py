@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
@@ -75,8 +76,6 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
         if not stage.auto_checkpointing:
             continue
-        if planner is None:
-            raise _uncovered(stage, "does not cover the masks of strategy element")
         args, task, layout = stage.args, _task(stage, skeleton, memory), _layout(stage)
         sync = bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
         # With ZeRO-3, frozen parameters need reentrant checkpointing, which is of all layers or none
@@ -90,24 +89,24 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
 
 def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
     """Return a planner per stage, `None` for adapters and masks. Stages with the same half share one."""
-    first = stages[0].model.model_name_or_path
-    halves = {first: selection_of(skeleton)}
-    masked = {first} if halves[first] is not None and halves[first].masks is not None else set()
+    halves = {stages[0].model.model_name_or_path: selection_of(skeleton)}
     known: dict[tuple[str, tuple[str, ...]], Planner] = {}
     planners: list[Planner | None] = []
     for stage in stages:
-        start, folder, hft, planner = stage.model.model_name_or_path, str(stage.folder), stage.hft, None
-        fresh = hft is None or hft.reselect == "fresh"
-        if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
-            masked.add(folder)
-        elif hft is not None:
+        hft, planner = stage.hft, None
+        if hft is not None and not _has_masks(hft):
+            previous = None if hft.reselect == "fresh" else halves.get(stage.model.model_name_or_path)
             # Seed 0 stands for all fresh halves, which have about the same size
-            planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
+            planner = Planner(skeleton, dataclasses.replace(hft, seed=0), previous)
             alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
             planner = known.setdefault(alike, planner)
-            halves[folder] = planner.selection
+            halves[str(stage.folder)] = planner.selection
         planners.append(planner)
     return planners
+
+
+def _has_masks(hft: HFTConfig) -> bool:
+    return hft.method == "hft" and hft.strategy == "element"
 
 
 def _check_covered(stage: "Stage") -> None:
@@ -117,6 +116,7 @@ def _check_covered(stage: "Stage") -> None:
     reasons = {
         "covers only the stages sft and dpo": section not in CHECKPOINTING,
         "does not cover adapters": stage.hft is None,
+        "does not cover the masks of strategy element": stage.hft is not None and _has_masks(stage.hft),
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
         **{f"does not cover {section}.{name}": vars(args).get(name) for name in UNPLANNED},
         f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,
@@ -127,11 +127,7 @@ def _check_covered(stage: "Stage") -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise _uncovered(stage, reason)
-
-
-def _uncovered(stage: "Stage", reason: str) -> HFTError:
-    return HFTError(f"{stage.section}.activation_checkpointing is auto, which {reason}: set it to true or false.")
+            raise HFTError(f"{section}.activation_checkpointing is auto, which {reason}: set it to true or false.")
 
 
 def _layout(stage: "Stage") -> str:

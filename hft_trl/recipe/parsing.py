@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -30,13 +30,6 @@ OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
 OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and its deprecated alias
-
-
-class _Parser(TrlParser):
-    """Raise errors of TRL's parser instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 def answer_help(argv: list[str], text: str) -> None:
@@ -84,8 +77,7 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                example = "learning_rate" if "learning_rate" in known[name] else known[name][0]
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{example}.")
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{known[name][-1]}.")
         elif not dot:
             current, key = "", name
         elif not sections:
@@ -169,7 +161,7 @@ def parse_section(
             where = f" in section {section}" if section else ""
             raise HFTError(f"unknown key {prefix}{key}{where}: {_nearest(str(key), known, prefix)}")
 
-    parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
+    parser = TrlParser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):

@@ -13,16 +13,7 @@ from trl.data_utils import is_conversational
 
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import speaks
-from hft_trl.recipe.layouts import (
-    ANSWERS,
-    FIELDS,
-    OPTIONAL,
-    SHAREGPT_FIELDS,
-    Message,
-    check_messages,
-    find_parts,
-    read_conversations,
-)
+from hft_trl.recipe.layouts import ANSWERS, OPTIONAL, Message, check_messages, find_parts, read_conversations
 
 logger = logging.get_logger(__name__)
 
@@ -116,16 +107,9 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
-    """Warn about columns, and fields of messages, that are not used."""
-    columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
-    fields = set()
-    for value in (dataset[0][column] for column in used if column in dataset.column_names):
-        for message in value if isinstance(value, list) else [value]:
-            if isinstance(message, dict):
-                fields |= message.keys() - {*FIELDS, *SHAREGPT_FIELDS}
-    for kind, unused in (("columns", columns), ("fields of messages", sorted(fields))):
-        if unused and speaks():
-            logger.warning(f"{name}: the {kind} {', '.join(unused)} are not used.")
+    unused = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
+    if unused and speaks():
+        logger.warning(f"{name}: the columns {', '.join(unused)} are not used.")
 
 
 def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Dataset:

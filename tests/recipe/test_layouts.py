@@ -223,15 +223,12 @@ def test_nothing_is_added_to_messages_that_a_file_keeps_in_structs(tmp_path):
     assert read["tools"] == tools
 
 
-def test_columns_and_fields_that_are_not_used_are_named_in_one_line_each(monkeypatch):
+def test_columns_that_are_not_used_are_named_in_one_line(monkeypatch):
     lines = []
     monkeypatch.setattr("hft_trl.recipe.rows.logger.warning", lines.append)
     row = {"id": "1", "source": "x", "messages": [user("a", score=1), assistant("b")]}
     sft_dataset(Dataset.from_list([row]), "chats")
-    assert lines == [
-        "chats: the columns id, source are not used.",
-        "chats: the fields of messages score are not used.",
-    ]
+    assert lines == ["chats: the columns id, source are not used."]
     lines.clear()
     sft_dataset(Dataset.from_list([{"messages": [user("a"), assistant("b")]}]), "chats")
     assert lines == []

@@ -98,7 +98,7 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
         ("--hft.exclude (", ["hft.exclude", "regular expression"]),
         ("--sft.learning_rate fast", ["sft.learning_rate", "fast"]),
         ("--sft.num_train_epochs", ["sft.num_train_epochs"]),
-        ("--sft", ["--sft is a section", "--sft.learning_rate"]),
+        ("--sft", ["--sft is a section", "such as --sft."]),
         ("--sft.output_dir elsewhere", ["sft.output_dir"]),
         ("--sft.drop_equal_pairs true", ["unknown key sft.drop_equal_pairs: did you mean dpo.drop_equal_pairs?"]),
         ("--ratio 0.3", ["unknown key ratio: did you mean hft.ratio?"]),
