@@ -1,5 +1,6 @@
 """Tokenizers and their chat templates, and greedy replies of a model."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -71,17 +72,44 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         ) from error
 
 
-def check_answers_marked(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Reject a template without generation markers, unless TRL knows a version with markers."""
+# How templates in ChatML write a turn, such as SmolLM2's. TRL knows only some of them, by their complete text.
+CHATML_TURN = re.compile(
+    r"""(\{\{-?)\s*'<\|im_start\|>'\s*\+\s*message\['role'\]\s*\+\s*'(\n|\\n)'\s*\+\s*message\['content'\]\s*"""
+    r"""\+\s*'<\|im_end\|>'\s*\+\s*'(?:\n|\\n)'\s*(-?\}\})"""
+)
+
+
+def _marked_turn(turn: re.Match[str]) -> str:
+    """Split the expression of a turn, so that an answer and its end token lie between markers."""
+    start, newline, end = turn.groups()
+    text = "{{ message['content'] + '<|im_end|>' }}"
+    answer = f"{{% generation %}}{text}{{% endgeneration %}}"
+    return (
+        f"{start} '<|im_start|>' + message['role'] + '{newline}' }}}}"
+        f"{{% if message['role'] == 'assistant' %}}{answer}{{% else %}}{text}{{% endif %}}"
+        f"{{{{ '{newline}' {end}"
+    )
+
+
+def mark_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Give a ChatML template the generation markers that it lacks, with which it renders the same text.
+
+    Templates that have markers, or of which TRL knows a version with markers, stay. Others raise an [`HFTError`].
+    """
     if has_generation_markers(tokenizer.chat_template):
         return
     try:
         get_training_chat_template(tokenizer)
     except ValueError as error:
-        raise HFTError(
-            f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, which "
-            "assistant_only_loss needs: set chat_template to 'tulu', or assistant_only_loss to false."
-        ) from error
+        template = tokenizer.chat_template
+        marked, turns = CHATML_TURN.subn(_marked_turn, template) if isinstance(template, str) else (template, 0)
+        if turns != 1:
+            raise HFTError(
+                f"the chat template of {tokenizer.name_or_path!r} has no {{% generation %}} markers, which "
+                "assistant_only_loss needs: set chat_template to 'tulu', or assistant_only_loss to false."
+            ) from error
+        tokenizer.chat_template = marked
 
 
 def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, model: str) -> None:

@@ -5,11 +5,13 @@ from conftest import QUIET, tulu_row, ultrafeedback_row
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.chat_template_utils import qwen2_5_chat_template
 
-from hft_trl.chat import begins_with_bos, chat, check_answers_marked, load_tokenizer, tulu_template
+from hft_trl.chat import begins_with_bos, chat, load_tokenizer, mark_answers, tulu_template
 from hft_trl.errors import HFTError
 
 
@@ -28,15 +30,68 @@ def test_the_tulu_template_is_set_only_where_there_is_none_or_when_asked_for(tmp
         load_tokenizer(str(tmp_path / "nothing"))
 
 
-def test_a_template_without_markers_is_refused_unless_trl_has_a_marked_one(tmp_path, base, tokenizer):
+def test_a_template_without_markers_is_refused_unless_trl_or_this_package_can_mark_it(tmp_path, base, tokenizer):
     marked = load_tokenizer(str(base))
-    check_answers_marked(marked)
-    marked.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(HFTError, match="generation"):
-        check_answers_marked(marked)
+    mark_answers(marked)
+    assert marked.chat_template == tulu_template()
+    marked.chat_template = qwen2_5_chat_template
+    mark_answers(marked)
+    assert marked.chat_template == qwen2_5_chat_template  # TRL swaps it itself
+    for unknown in ("{{ messages[0]['content'] }}", SMOLLM2.replace("<|im_end|>", "</s>"), SMOLLM2 * 2):
+        marked.chat_template = unknown
+        with pytest.raises(HFTError, match="generation"):
+            mark_answers(marked)
+        assert marked.chat_template == unknown
+
+
+# The chat template of SmolLM2-135M-Instruct and of other models, apart from the system prompt
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
+    "a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CHATML = {
+    "SmolLM2": SMOLLM2,
+    "escaped": SMOLLM2.replace("\n", "\\n"),
+    "trimmed": SMOLLM2.replace("{{'<", "{{- '<").replace("'}}{% endfor", "' -}}{% endfor"),
+}
+
+
+@pytest.fixture(scope="module")
+def chatml(tokenizer):
+    own = type(tokenizer)(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    own.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>"})
+    return own
 
 
 content = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize("template", CHATML)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_chatml_gets_markers_that_change_no_text_and_mark_each_answer_and_its_end(chatml, template, data):
+    # A line break at the start of an answer can be one token with the line break before it
+    answers = content.filter(lambda text: text.strip() == text)
+    turns = data.draw(st.lists(st.tuples(content, answers), min_size=1, max_size=3))
+    messages = [{"role": "system", "content": "Be brief."}] if data.draw(st.booleans()) else []
+    for question, reply in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    texts = []
+    chatml.chat_template = CHATML[template]
+    for _ in range(2):
+        texts.append(
+            [
+                chatml.apply_chat_template(part, tokenize=False, add_generation_prompt=asked)
+                for part, asked in ((messages, False), (messages[:-1], True))
+            ]
+        )
+        mark_answers(chatml)
+    assert texts[0] == texts[1]
+    tokens = chatml.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    trained = [t for t, mask in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if mask]
+    assert chatml.decode(trained) == "".join(f"{reply}<|im_end|>" for _, reply in turns)
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

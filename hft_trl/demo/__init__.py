@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from hft_trl import real_model
+
 ASSETS = Path(__file__).parent / "assets"
 """The shipped files. `python -m hft_trl.demo.build` rebuilds them from a seed."""
 
@@ -25,10 +27,14 @@ CONTINUAL_RECIPE = ASSETS / "continual.yaml"
 
 
 def model_path(model: str) -> str:
-    """Return the embedded model's folder for `demo`, and any other hub id or folder unchanged."""
+    """Return the folder for the words `demo` and `smollm2`, and another hub id or folder unchanged."""
+    if model == real_model.NAME:
+        return real_model.smollm2_path()
     return str(MODEL) if model == "demo" else model
 
 
 def shown(source: str) -> str:
-    """Return `demo` for paths of the embedded model and data, and other sources unchanged."""
+    """Return `demo` or `smollm2` for paths of these models and data, and other sources unchanged."""
+    if real_model.is_smollm2(source):
+        return real_model.NAME
     return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source

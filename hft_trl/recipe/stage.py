@@ -111,7 +111,7 @@ class Stage:
             model.model_name_or_path, template, model.model_revision, model.trust_remote_code
         )
         if isinstance(self.args, SFTConfig) and self.args.assistant_only_loss:
-            chat.check_answers_marked(tokenizer)
+            chat.mark_answers(tokenizer)
         return tokenizer
 
     def load_reference(self) -> PreTrainedModel | None:
