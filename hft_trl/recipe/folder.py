@@ -40,8 +40,7 @@ DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Digests of the start model, and what has changed if they differ
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
 
-Settings = dict[str, dict[str, Any]]
-"""By section."""
+Settings = dict[str, dict[str, Any]]  # by section
 
 
 def settings(stage: "Stage") -> Settings:

@@ -13,7 +13,6 @@ from trl.trainer.utils import remove_none_values
 
 from hft_trl.errors import HFTError
 
-Row = dict[str, Any]
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -86,7 +85,7 @@ def _is_in_form(dataset: Dataset, parts: dict[str, str]) -> bool:
     )
 
 
-def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: list[str]) -> Row:
+def _read(row: dict[str, Any], number: int, name: str, parts: dict[str, str], optional: list[str]) -> dict[str, Any]:
     where = f"row {number} of {name}"
     if row.get("history"):
         raise HFTError(f"{where} has earlier turns in history: give all turns as messages.")

@@ -21,7 +21,7 @@ from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.rehearsal import rehearse
-from hft_trl.recipe.stage import Stage, make_stage
+from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
@@ -81,8 +81,8 @@ def parse_recipe(
         (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
-        stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
-        parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
+        given = mixture if mixture.datasets else None
+        parsed[name] = Stage(name, model, data, args, stage_hft, given, base, auto_checkpointing)
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     return Recipe(
@@ -161,9 +161,8 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = make_stage(name, start, data, args, extra.config(args.seed), mixture if mixture.datasets else None)
-    stage.auto_checkpointing = auto_checkpointing
-    return stage, extra.overwrite
+    hft, given = extra.config(args.seed), mixture if mixture.datasets else None
+    return Stage(name, start, data, args, hft, given, auto_checkpointing=auto_checkpointing), extra.overwrite
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:

@@ -40,7 +40,7 @@ LARGE = 20_000  # rows from which several processes prepare the data
 
 @dataclasses.dataclass
 class Stage:
-    """Store one stage of training."""
+    """Store one stage of training, and reject settings that contradict each other. `"demo"` is the embedded files."""
 
     name: str  # in its recipe, such as "sft", or of the round
     model: ModelArguments  # that it starts from
@@ -52,6 +52,41 @@ class Stage:
     auto_checkpointing: bool = False  # whether the recipe chooses the activation checkpointing
     train_dataset: Dataset | None = None  # after `load_data`
     eval_dataset: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        args = self.args
+        if (
+            self.hft is not None
+        ):  # checked here so that a mistake in a later stage is found before the first one trains
+            check(args, self.hft)
+        moving_reference.check(args)
+        if args.resume_from_checkpoint is not None:
+            raise HFTError(
+                f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest "
+                "whole checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer "
+                "ones away."
+            )
+        if self.data.dataset is None and self.mixture is None:
+            raise HFTError(f"{self.name}.dataset is missing: set it in the file, or with --{self.name}.dataset.")
+        if self.data.dataset is not None and self.mixture is not None:
+            raise HFTError(
+                f"{self.name} has a dataset, {self.data.dataset!r}, and datasets, a mixture: leave one of them out."
+            )
+        self.model = dataclasses.replace(self.model, model_name_or_path=demo.model_path(self.model.model_name_or_path))
+        if self.data.dataset == "demo":
+            rows = demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA
+            self.data = dataclasses.replace(self.data, dataset=str(rows))
+        args.trust_remote_code = self.model.trust_remote_code
+        tokens_to_environment(args)
+        args.model_init_kwargs = {
+            "revision": self.model.model_revision,
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            **(args.model_init_kwargs or {}),
+        }
+        # The trainer counts these itself and restores the count on resume
+        if args.include_num_input_tokens_seen == "no":
+            args.include_num_input_tokens_seen = "non_padding"
 
     @property
     def section(self) -> str:
@@ -197,42 +232,3 @@ class _FirstStep(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = True
-
-
-def make_stage(
-    name: str,
-    model: ModelArguments,
-    data: DataArguments,
-    args: TrainingArguments,
-    hft: HFTConfig | None,
-    mixture: DatasetMixtureConfig | None = None,
-    base: ModelArguments | None = None,
-) -> Stage:
-    """Build a stage, and reject settings that contradict each other. `"demo"` is the embedded files."""
-    if hft is not None:  # checked here so that a mistake in a later stage is found before the first one trains
-        check(args, hft)
-    moving_reference.check(args)
-    if args.resume_from_checkpoint is not None:
-        raise HFTError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest whole "
-            "checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer ones away."
-        )
-    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    if (data.dataset is None) is (mixture is None):
-        if mixture is None:
-            raise HFTError(f"{name}.dataset is missing: set it in the file, or with --{name}.dataset.")
-        raise HFTError(f"{name} has a dataset, {data.dataset!r}, and datasets, a mixture: leave one of them out.")
-    if data.dataset == "demo":
-        data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA))
-    args.trust_remote_code = model.trust_remote_code
-    tokens_to_environment(args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    # The trainer counts these itself and restores the count on resume
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, base)
