@@ -150,14 +150,11 @@ def check_messages(messages: Any, where: str) -> None:
             f"{where} is {messages!r:.80}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
         )
     for turn, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise HFTError(f"{where}, message {turn} is {message!r:.80}: give it a role and a content.")
-        if message["role"] not in ROLES:
-            raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
-        if not isinstance(message["content"], str):
+        is_message = isinstance(message, Mapping) and message.get("role") in ROLES
+        if not is_message or not isinstance(message.get("content"), str):
             raise HFTError(
-                f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an "
-                "assistant's message with tool_calls may have none)."
+                f"{where}, message {turn} is {message!r:.80}: give it a role ({', '.join(ROLES)}) and text as content "
+                "(only an assistant's message with tool_calls may have none)."
             )
         calls = message.get("tool_calls") or []
         if not isinstance(calls, list) or not all(isinstance(_function(call).get("name"), str) for call in calls):

@@ -27,8 +27,8 @@ def test_missing_columns_are_answered_with_those_found(tulu):
     ("messages", "words"),
     [
         ([{"role": "user", "content": "hi"}], "no assistant turn"),
-        ([{"role": "robot", "content": "hi"}, {"role": "assistant", "content": "ho"}], "role 'robot'"),
-        ([{"role": "user", "content": None}, {"role": "assistant", "content": "ho"}], "content None"),
+        ([{"role": "robot", "content": "hi"}, {"role": "assistant", "content": "ho"}], "'robot'"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "ho"}], "'content': None"),
         ([], "list of messages"),
     ],
 )
