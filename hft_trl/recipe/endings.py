@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from itertools import groupby
 
-import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -78,16 +78,10 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
     """Yield runs of trained tokens from a sample of rows: of `labels`, or the preferred answers."""
-    rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
-    for column in ("chosen_ids", "completion_ids"):  # of DPO, of KTO
-        if column in dataset.column_names:
-            yield from rows[column]
-            return
-    if "labels" not in dataset.column_names:  # rows of a user's own trainer
+    columns = [name for name in ("chosen_ids", "completion_ids", "labels") if name in dataset.column_names]
+    if not columns:  # rows of a user's own trainer
         return
-    for row in rows.select_columns("labels").with_format("numpy"):
-        labels = row["labels"]
-        edges = np.flatnonzero(np.diff(labels != -100)) + 1
-        for span in np.split(labels, edges):
-            if span.size and span[0] != -100:
-                yield span.tolist()
+    for row in dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))[columns[0]]:
+        for is_trained, span in groupby(row, key=lambda token: token != -100):
+            if is_trained:
+                yield list(span)
