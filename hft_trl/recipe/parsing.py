@@ -77,7 +77,7 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{known[name][-1]}.")
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{known[name][0]}.")
         elif not dot:
             current, key = "", name
         elif not sections:
