@@ -31,7 +31,6 @@ from hft_trl.recipe.locks import lock
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
-from hft_trl.recipe.stage import make_stage
 from hft_trl.skeleton import build_on_meta
 
 logger = logging.get_logger(__name__)
@@ -120,10 +119,13 @@ class ContinualRecipe:
             if start is not None:  # a folder has no revision
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             base = None if model is self.model else self.model
-            stage = make_stage(plan.name, model, DataArguments(str(files[0])), args, hft, base=base)
-            stage.auto_checkpointing = self.auto_checkpointing
-            memory_file = files[1] if memory else None
-            rounds.append(Round(**vars(stage), plan=plan, max_length=max_length, memory=memory_file, adapter=adapter))
+            data, auto, memory_file = (
+                DataArguments(str(files[0])),
+                self.auto_checkpointing,
+                files[1] if memory else None,
+            )
+            planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
+            rounds.append(Round(plan.name, model, data, args, hft, None, base, auto, **planned))
         by_first_process(partial(_locked, output, partial(_write_rows, contents)))
         return rounds
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage
@@ -51,12 +52,12 @@ def settle_checkpointing(*stages: "Stage") -> None:
     plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
     (plans,) = broadcast_object_list([plans])
     for stage, plan in zip(undecided, plans, strict=True):
-        args = stage.args
+        args, kwargs = stage.args, dict(stage.args.activation_checkpointing_kwargs or {})
+        kwargs.pop("every_n_layers", None)
+        if plan.checkpointed > 1:
+            kwargs["every_n_layers"] = plan.checkpointed
         # transformers reads the new names, TRL the old ones
         args.activation_checkpointing = args.gradient_checkpointing = plan.checkpointed > 0
-        kwargs = {**(args.activation_checkpointing_kwargs or {}), "every_n_layers": plan.checkpointed}
-        if plan.checkpointed < 2:
-            del kwargs["every_n_layers"]
         args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = kwargs or None
         PartialState().print(
             f"{stage.name}: activation checkpointing {plan.checkpointing}, "
@@ -75,9 +76,6 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
         if not stage.auto_checkpointing:
             continue
-        if planner is None:
-            asked = f"{stage.section}.activation_checkpointing is auto"
-            raise HFTError(f"{asked}, which does not cover the masks of strategy element: set it to true or false.")
         args, task, layout = stage.args, _task(stage, skeleton, memory), _layout(stage)
         sync = bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
         # With ZeRO-3, frozen parameters need reentrant checkpointing, which is of all layers or none
@@ -91,51 +89,45 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
 
 def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
     """Return a planner per stage, `None` for adapters and masks. Stages with the same half share one."""
-    first = stages[0].model.model_name_or_path
-    halves = {first: selection_of(skeleton)}
-    masked = {first} if halves[first] is not None and halves[first].masks is not None else set()
+    halves = {stages[0].model.model_name_or_path: selection_of(skeleton)}
     known: dict[tuple[str, tuple[str, ...]], Planner] = {}
     planners: list[Planner | None] = []
     for stage in stages:
-        start, folder, hft, planner = stage.model.model_name_or_path, str(stage.folder), stage.hft, None
-        fresh = hft is None or hft.reselect == "fresh"
-        if hft is not None and hft.method == "hft" and (hft.strategy == "element" or (start in masked and not fresh)):
-            masked.add(folder)
-        elif hft is not None:
+        hft, planner = stage.hft, None
+        if hft is not None and not _has_masks(hft):
+            previous = None if hft.reselect == "fresh" else halves.get(stage.model.model_name_or_path)
             # Seed 0 stands for all fresh halves, which have about the same size
-            planner = Planner(skeleton, dataclasses.replace(hft, seed=0), None if fresh else halves.get(start))
+            planner = Planner(skeleton, dataclasses.replace(hft, seed=0), previous)
             alike = str(dataclasses.replace(hft, seed=0, reselect="fresh")), planner.selection.trainable
             planner = known.setdefault(alike, planner)
-            halves[folder] = planner.selection
+            halves[str(stage.folder)] = planner.selection
         planners.append(planner)
     return planners
+
+
+def _has_masks(hft: HFTConfig) -> bool:
+    return hft.method == "hft" and hft.strategy == "element"
 
 
 def _check_covered(stage: "Stage") -> None:
     """Reject a stage that a plan does not cover."""
     args, section, layout = stage.args, stage.section, _layout(stage)
-    changed = [name for name in UNPLANNED if vars(args).get(name)]
-    changed += ["reference_quantization"] if stage.data.reference_quantization else []
-    own = (args.fsdp_plugin_args or {}).get("activation_checkpointing")
-    reason, remedy = None, "set it to true or false"
-    if section not in CHECKPOINTING:
-        reason = "which covers only the stages sft and dpo"
-    elif stage.hft is None:
-        reason = "which does not cover adapters"
-    elif changed:
-        reason = f"which does not cover {section}.{changed[0]}"
-    elif args.optim not in OPTIMIZERS:
-        reason = f"which covers the optimizers {', '.join(OPTIMIZERS)}, but {section}.optim is {args.optim.value!r}"
-    elif args.max_length is None or args.max_length < 2:
-        reason, remedy = f"but {section}.max_length is {args.max_length}", "set the maximum number of tokens per row"
-    elif fsdp_version(args) == 1:
-        reason, remedy = "which covers only FSDP2, but fsdp_version is 1", "set fsdp_version to 2"
-    elif own or (own is None and fsdp_version(args) and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")):
-        reason, remedy = "but fsdp_activation_checkpointing is on already", "remove one of the two"
-    elif layout not in ("single", "ddp") and args.mixed_precision != "bf16":
-        reason = f"which covers {layout} only with bf16, but mixed_precision is {args.mixed_precision!r}"
-    if reason:
-        raise HFTError(f"{section}.activation_checkpointing is auto, {reason}: {remedy}.")
+    longest = vars(args).get("max_length")
+    reasons = {
+        "covers only the stages sft and dpo": section not in CHECKPOINTING,
+        "does not cover adapters": stage.hft is None,
+        "does not cover the masks of strategy element": stage.hft is not None and _has_masks(stage.hft),
+        f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
+        **{f"does not cover {section}.{name}": vars(args).get(name) for name in UNPLANNED},
+        f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,
+        f"needs the tokens of a row, but {section}.max_length is {longest}": longest is None or longest < 2,
+        f"covers {layout} only with bf16, but mixed_precision is {args.mixed_precision!r}": (
+            layout not in ("single", "ddp") and args.mixed_precision != "bf16"
+        ),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise HFTError(f"{section}.activation_checkpointing is auto, which {reason}: set it to true or false.")
 
 
 def _layout(stage: "Stage") -> str:

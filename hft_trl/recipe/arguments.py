@@ -32,20 +32,12 @@ BOUNDS = {
 
 @dataclass
 class RunArguments:
-    """
-    Define the settings of the whole run, which are the keys outside the sections.
+    """Define the settings of the whole run, which are the keys outside the sections."""
 
-    Args:
-        output_dir (`str`): Folder of the run. Each stage gets a subfolder.
-        method (`str`, *optional*, defaults to `"hft"`): Method of every stage, `"hft"` or `"fft"`.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the results of earlier runs.
-        evaluate (`str`, *optional*): Suites, such as `"general,knowledge"`. Default: the embedded model's probes.
-    """
-
-    output_dir: str
-    method: Literal["hft", "fft"] = "hft"
-    overwrite: bool = False
-    evaluate: str | None = None
+    output_dir: str  # each stage gets a subfolder
+    method: Literal["hft", "fft"] = "hft"  # of every stage
+    overwrite: bool = False  # whether to replace the results of earlier runs
+    evaluate: str | None = None  # suites, such as "general,knowledge"; by default the embedded model's probes
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -55,24 +47,14 @@ class RunArguments:
 
 @dataclass
 class ModelArguments:
-    """
-    Define the start model of the first stage, with the names of TRL's `ModelConfig`.
+    """Define the start model of the first stage, with the names of TRL's `ModelConfig`."""
 
-    Args:
-        model_name_or_path (`str`): Hub id or folder, or `"demo"` for the embedded model.
-        model_revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the hub.
-        dtype (`str`, *optional*, defaults to `"float32"`): Type of the weights. HFT rejects one that rounds them.
-        attn_implementation (`str`, *optional*): Attention implementation.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether code from the hub may run.
-        chat_template (`str`, *optional*): `"tulu"` or a `.jinja` file. By default the tokenizer's, else Tülu's.
-    """
-
-    model_name_or_path: str
+    model_name_or_path: str  # hub id or folder, or "demo" for the embedded model
     model_revision: str = "main"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"  # HFT rejects one that rounds the weights
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    chat_template: str | None = None
+    chat_template: str | None = None  # "tulu" or a .jinja file; by default the tokenizer's, else Tülu's
 
     def __post_init__(self) -> None:
         self.model_name_or_path = at_home(self.model_name_or_path)
@@ -81,26 +63,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """
-    Define the keys of a stage's section in addition to those of its TRL config.
+    """Define the keys of a stage's section in addition to those of its TRL config."""
 
-    Args:
-        dataset (`str`, *optional*): Hub id, folder, file or `"demo"`. Without it, TRL's mixture `datasets` is used.
-        dataset_config (`str`, *optional*): Configuration on the hub.
-        split (`str`, *optional*, defaults to `"train"`): Split to train on, or a part such as `"train[:1000]"`.
-        eval_split (`str`, *optional*): Split to evaluate on when `eval_strategy` is set.
-        method (`str`, *optional*): This stage's method, if it differs from the run's.
-        drop_equal_pairs (`bool`, *optional*, defaults to `False`): Whether to drop equal pairs, not reject them.
-        reference_quantization (`str`, *optional*): `"8bit"` or `"4bit"`, which rounds the log-probabilities.
-    """
-
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str = "train"
-    eval_split: str | None = None
-    method: Literal["hft", "fft"] | None = None
-    drop_equal_pairs: bool = False
-    reference_quantization: Literal["8bit", "4bit"] | None = None
+    dataset: str | None = None  # hub id, folder, file or "demo"; without it, TRL's mixture `datasets` is used
+    dataset_config: str | None = None  # on the hub
+    split: str = "train"  # or a part, such as "train[:1000]"
+    eval_split: str | None = None  # used when `eval_strategy` is set
+    method: Literal["hft", "fft"] | None = None  # if it differs from the run's
+    drop_equal_pairs: bool = False  # instead of rejecting them
+    reference_quantization: Literal["8bit", "4bit"] | None = None  # rounds the log-probabilities
 
     def __post_init__(self) -> None:
         self.dataset = at_home(self.dataset) if self.dataset else None
@@ -108,22 +79,13 @@ class DataArguments:
 
 @dataclass
 class RetentionArguments:
-    """
-    Define the section `retention`: what is measured in every stage, see [`RetentionCallback`].
+    """Define the section `retention`: what is measured in every stage, see [`RetentionCallback`]."""
 
-    Args:
-        texts (`str`, *optional*): Text file, or `.jsonl` file with a `text` in each row.
-        facts (`str`, *optional*): `.jsonl` file with `text`, `answer` and `others` in each row.
-        prompts (`str`, *optional*): `.jsonl` file with `messages` or a `prompt` in each row.
-        every (`int`, *optional*): Steps between measurements. By default only at the start, evaluations and the end.
-        max_rows (`int`, *optional*, defaults to 128): Largest number of texts, facts and prompts. 0 measures nothing.
-    """
-
-    texts: str | None = None
-    facts: str | None = None
-    prompts: str | None = None
-    every: int | None = None
-    max_rows: int = 128
+    texts: str | None = None  # text file, or `.jsonl` file with a `text` in each row
+    facts: str | None = None  # `.jsonl` file with `text`, `answer` and `others` in each row
+    prompts: str | None = None  # `.jsonl` file with `messages` or a `prompt` in each row
+    every: int | None = None  # steps between measurements, by default only the start, evaluations and the end
+    max_rows: int = 128  # largest number of texts, facts and prompts; 0 measures nothing
 
     def __post_init__(self) -> None:
         self.texts, self.facts, self.prompts = (path and at_home(path) for path in self.files())
@@ -135,18 +97,10 @@ class RetentionArguments:
 
 @dataclass
 class StageArguments(HFTConfig):
-    """
-    Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts.
-
-    The other fields are described in [`ModelArguments`], [`DataArguments`], [`RunArguments`] and
-    [`RetentionArguments`].
-
-    Args:
-        hft_seed (`int`, *optional*): Seed of the selection. By default the trainer's `seed`.
-    """
+    """Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts."""
 
     seed: int = field(init=False, default=42)
-    hft_seed: int | None = None
+    hft_seed: int | None = None  # of the selection; by default the trainer's seed
     chat_template: str | None = None
     drop_equal_pairs: bool = False
     reference_quantization: Literal["8bit", "4bit"] | None = None
@@ -187,17 +141,13 @@ def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
 def tokens_to_environment(args: "TrainingArguments") -> None:
     """Move the hub's token from a trainer's arguments to `HF_TOKEN`, where huggingface_hub looks for it."""
     # Otherwise it would be saved: checkpoints contain the arguments, and trackers log them
-    found = {}
+    found, kept = {}, dict(args.model_init_kwargs or {})
     if args.hub_token:
-        found["hub_token"] = args.hub_token
-        args.hub_token = None
-    if args.model_init_kwargs:
-        kept = dict(args.model_init_kwargs)
-        for name in ("token", "use_auth_token"):
-            if isinstance(kept.get(name), str):
-                found[f"model_init_kwargs.{name}"] = kept.pop(name)
+        found["hub_token"], args.hub_token = args.hub_token, None
+    if isinstance(kept.get("token"), str):
+        found["model_init_kwargs.token"] = kept.pop("token")
         args.model_init_kwargs = kept
     if len(set(found.values())) > 1:
         raise HFTError(f"{' and '.join(found)} are two different tokens: give one that may read and write.")
-    if found:
-        os.environ["HF_TOKEN"] = next(iter(found.values()))
+    for token in found.values():
+        os.environ["HF_TOKEN"] = token

@@ -1,33 +1,23 @@
 """Adjust generation configs so that tuned models stop at the ends of their turns and can be saved."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from itertools import groupby
 
-import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hft_trl.errors import as_user_error
+from hft_trl.errors import as_user_error, first_line
 from hft_trl.processes import speaks
 
 logger = logging.get_logger(__name__)
 
 SAMPLE = 1000  # rows to inspect
 OFTEN = 0.05  # share of the trained spans; fewer may end with a token by chance, when they are truncated
-
-# Settings of sampling, and the values that have no effect
-NEUTRAL = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
 
 
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
@@ -53,16 +43,17 @@ def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def settle_sampling(config: GenerationConfig) -> None:
-    """Enable sampling in a config that has settings for it, since it could not be saved otherwise."""
-    values = config.to_diff_dict()
-    unused = [name for name, neutral in NEUTRAL.items() if values.get(name) not in (None, neutral)]
-    if unused and config.do_sample is not True:
-        config.do_sample = True
-        if speaks():
-            logger.warning(
-                f"generation_config.json sets {', '.join(unused)} without do_sample, which transformers does not "
-                "save: do_sample is set to true."
-            )
+    """Enable sampling in a config that could not be saved without it."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        sampling = copy.deepcopy(config)
+        sampling.do_sample = True
+        with suppress(ValueError):
+            sampling.validate(strict=True)
+            config.do_sample = True
+            if speaks():
+                logger.warning(f"do_sample is set to true in generation_config.json: {first_line(error)}.")
 
 
 def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -87,16 +78,10 @@ def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
     """Yield runs of trained tokens from a sample of rows: of `labels`, or the preferred answers."""
-    rows = dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))
-    for column in ("chosen_ids", "completion_ids"):  # of DPO, of KTO
-        if column in dataset.column_names:
-            yield from rows[column]
-            return
-    if "labels" not in dataset.column_names:  # rows of a user's own trainer
+    columns = [name for name in ("chosen_ids", "completion_ids", "labels") if name in dataset.column_names]
+    if not columns:  # rows of a user's own trainer
         return
-    for row in rows.select_columns("labels").with_format("numpy"):
-        labels = row["labels"]
-        edges = np.flatnonzero(np.diff(labels != -100)) + 1
-        for span in np.split(labels, edges):
-            if span.size and span[0] != -100:
-                yield span.tolist()
+    for row in dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))[columns[0]]:
+        for is_trained, span in groupby(row, key=lambda token: token != -100):
+            if is_trained:
+                yield list(span)

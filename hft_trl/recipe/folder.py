@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,8 +40,7 @@ DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Digests of the start model, and what has changed if they differ
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
 
-Settings = dict[str, dict[str, Any]]
-"""By section."""
+Settings = dict[str, dict[str, Any]]  # by section
 
 
 def settings(stage: "Stage") -> Settings:
@@ -60,14 +58,12 @@ def settings(stage: "Stage") -> Settings:
         for name in CHECKPOINTING:
             del kept[name], kept[f"{name}_kwargs"]
         kept[CHECKPOINTING[0]] = "auto"
-    kept["global_batch_size"] = (
-        stage.args.train_batch_size * stage.args.gradient_accumulation_steps * stage.args.world_size
-    )
+    rows = stage.args.train_batch_size * stage.args.gradient_accumulation_steps
+    kept["global_batch_size"] = rows * stage.args.world_size
     content = {"model": dataclasses.asdict(stage.model), "data": dataclasses.asdict(stage.data), stage.section: kept}
     if stage.hft is not None:
-        content["hft"] = {**stage.hft.selecting(), "frozen_dtype": stage.hft.frozen_dtype}
-        if stage.hft.frozen_quantization:  # left out by default, so that folders of earlier versions stay valid
-            content["hft"]["frozen_quantization"] = stage.hft.frozen_quantization
+        stored = {name: vars(stage.hft)[name] for name in ("frozen_dtype", "frozen_quantization")}
+        content["hft"] = stage.hft.selecting() | stored
     for section, values in stage.own_settings().items():
         content[section] = content.get(section, {}) | values
     if not best:
@@ -123,23 +119,19 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
             if overwrite:
                 _clear(stage.folder)
             if stage.folder in unfinished:
-                path, content = stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None}
-                if overwrite or not path.exists() or _read(stage.folder) != content:
-                    write_json(path, content)
+                content = {"settings": settings(stage), "record": None}
+                if overwrite or not (stage.folder / STAGE_FILE).exists() or _read(stage.folder) != content:
+                    write_json(stage.folder / STAGE_FILE, content)
 
 
 def _take(folder: Path) -> None:
-    """Lock a folder, which is created if it does not exist, and keep its files."""
+    """Lock a folder, which is created if it does not exist. Reject one with files of something else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise HFTError(f"output_dir {str(folder)!r} cannot be written ({reason}): choose another one.") from error
-    if not (folder / STAGE_FILE).exists() and any(
-        path.name not in (f".{STAGE_FILE}", LOCK_FILE) for path in folder.iterdir()
-    ):
+        raise HFTError(f"output_dir {str(folder)!r} cannot be written ({error}): choose another one.") from error
+    names = {path.name for path in folder.iterdir()}
+    if STAGE_FILE not in names and names - {f".{STAGE_FILE}", LOCK_FILE}:
         raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
     lock(folder)
 
@@ -202,15 +194,15 @@ def _clear(folder: Path) -> None:
 
 def mark_started(stage: "Stage") -> None:
     """Record the start model, which may not exist at opening. All processes must call it."""
-    by_first_process(partial(_note_start, stage))
 
+    def note_start() -> None:
+        before, now = _read(stage.folder)["settings"], settings(stage)
+        # Only these: the trainer may have changed its arguments
+        content = {**before, **{section: now[section] for section in ("model", *stage.own_settings())}}
+        if content != before:
+            write_json(stage.folder / STAGE_FILE, {"settings": content, "record": None})
 
-def _note_start(stage: "Stage") -> None:
-    content, now = _read(stage.folder), settings(stage)
-    # Only these: the trainer may have changed its arguments
-    start = {section: now[section] for section in ("model", *stage.own_settings())}
-    if any(content["settings"].get(section) != values for section, values in start.items()):
-        write_json(stage.folder / STAGE_FILE, {"settings": {**content["settings"], **start}, "record": None})
+    by_first_process(note_start)
 
 
 def finished(stage: "Stage") -> StageRecord | None:

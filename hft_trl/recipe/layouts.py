@@ -1,7 +1,6 @@
 """Convert the columns and messages of public data sets to TRL's conversations."""
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from itertools import takewhile
@@ -14,7 +13,6 @@ from trl.trainer.utils import remove_none_values
 
 from hft_trl.errors import HFTError
 
-Row = dict[str, Any]
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,14 +21,10 @@ SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "
 # Fields that chat templates read. Others (ids, scores, models) would only make equal messages differ.
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")  # of Anthropic's hh-rlhf, where a dialogue is one text
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-
 # Names of columns in public data sets, by what they hold. The first one that exists is read.
 NAMES = {
     "system": ("system", "system_prompt"),
     "chat": ("messages", "conversations", "conversation"),
-    "history": ("history",),
     "prompt": ("prompt", "instruction", "question", "query", "conversations", "input"),
     "context": ("input", "context"),
     "completion": ("completion", "output", "response", "answer"),
@@ -44,20 +38,17 @@ OPTIONAL = ("tools", "chat_template_kwargs")  # columns that TRL reads in additi
 
 def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
     """Return the column of each part of a pair, chat or completion, or nothing if no layout fits."""
-    found = {part: next((name for name in names if name in columns), None) for part, names in NAMES.items()}
-    found = {part: name for part, name in found.items() if name is not None}
+    found = {part: name for part, names in NAMES.items() for name in reversed(names) if name in columns}
     if found.get("prompt") not in WITH_CONTEXT:
         found.pop("context", None)
-    around = {"system", "history", "prompt", "context"}
+    around, needed = ("system", "prompt", "context"), ("prompt", "completion")
     if preference:
-        needed, taken = {"chosen", "rejected"}, around
+        needed = ("chosen", "rejected")
     elif "chat" in found:
-        needed, taken = {"chat"}, {"system"}
-    else:
-        needed, taken = {"prompt", "completion"}, around
-    if not needed <= found.keys():
+        around, needed = ("system",), ("chat",)
+    if not set(needed) <= found.keys():
         return {}
-    return {part: name for part, name in found.items() if part in needed | taken}
+    return {part: name for part, name in found.items() if part in (*around, *needed)}
 
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
@@ -68,15 +59,12 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     """
     if _is_in_form(dataset, parts):
         return dataset
-    wanted = ("messages",) if "chat" in parts else ("prompt", *(side for side in ANSWERS if side in parts))
-    features = {column: List(Json()) for column in wanted}
-    for column in [column for column in OPTIONAL if column in dataset.column_names]:
-        features[column] = dataset.features[column] if _is_text(dataset, column) else Json()
-    # In Arrow's structs, missing keys are None. JSON distinguishes null from missing.
-    structs = [column for column, feature in dataset.features.items() if not _is_json(feature)]
+    wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
+    optional = [column for column in OPTIONAL if column in dataset.column_names]
+    features = {**dict.fromkeys(wanted, List(Json())), **dict.fromkeys(optional, Json())}
     with PartialState().main_process_first():
         return dataset.map(
-            partial(_read, name=name, parts=parts, optional=sorted(features.keys() & {*OPTIONAL}), structs=structs),
+            partial(_read, name=name, parts=parts, optional=optional),
             with_indices=True,
             remove_columns=dataset.column_names,
             features=Features(features),
@@ -86,135 +74,90 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
 
 def _is_in_form(dataset: Dataset, parts: dict[str, str]) -> bool:
     """Return whether TRL takes the rows unchanged: `messages`, or texts under TRL's names."""
-    if any(column in dataset.column_names and not _is_text(dataset, column) for column in OPTIONAL):
+    if {*OPTIONAL} & {*dataset.column_names}:
         return False
     first = dataset[0]
     if parts == {"chat": "messages"}:
         plain = List({"role": Value("string"), "content": Value("string")})
         return dataset.features["messages"] == plain and all(turn["role"] in ROLES for turn in first["messages"] or [])
     return parts.keys() <= {"prompt", *ANSWERS} and all(
-        part == column and not isinstance(first[column], list | dict) and not is_dialogue(first[column])
-        for part, column in parts.items()
+        part == column and not isinstance(first[column], list | dict) for part, column in parts.items()
     )
 
 
-def _is_text(dataset: Dataset, column: str) -> bool:
-    return dataset.features[column] == Value("string")
-
-
-def _is_json(feature: Any) -> bool:
-    return isinstance(feature, Json) or (isinstance(feature, List) and isinstance(feature.feature, Json))
-
-
-def _read(row: Row, number: int, name: str, parts: dict[str, str], optional: list[str], structs: list[str]) -> Row:
+def _read(row: dict[str, Any], number: int, name: str, parts: dict[str, str], optional: list[str]) -> dict[str, Any]:
     where = f"row {number} of {name}"
-    values = {column: row[column] for column in (*parts.values(), *optional)}
-    for column in values.keys() & set(structs):
-        if isinstance(values[column], list | dict):
-            values[column] = remove_none_values(values[column])
+    if row.get("history"):
+        raise HFTError(f"{where} has earlier turns in history: give all turns as messages.")
+    # In Arrow's structs, missing keys are None
+    row = {key: remove_none_values(value) if isinstance(value, list | dict) else value for key, value in row.items()}
     # Some templates write a preamble even for an empty list of tools
-    read = {column: values[column] or (None if column == "tools" else {}) for column in optional}
-    given = {part: values[column] for part, column in parts.items()}
+    read = {column: _parsed(row[column]) or (None if column == "tools" else {}) for column in optional}
+    given = {part: row[column] for part, column in parts.items()}
+    system = conversation(given["system"], "system", f"{where}, system") if given.get("system") else []
     if "chat" in given:
-        return {**read, "messages": _after_system(given, conversation(given["chat"], "user", where), where)}
+        return {**read, "messages": _after_system(system, conversation(given["chat"], "user", where))}
 
     sides = {part: conversation(given[part], "assistant", f"{where}, {part}") for part in ANSWERS if part in given}
-    repeated: list[Message] = []
+    asked, repeated = given.get("prompt"), []
     if not any(_is_answer(turns[0]) for turns in sides.values()):
-        if isinstance(given.get("prompt"), str):
-            del given["prompt"]  # UltraFeedback repeats the prompt as text beside whole conversations
-        repeated = _shared(sides)
-    prompt = _joined(_asked(given, where), repeated, where)
+        # The turns before the answers: those that both sides share, or those before the first answer
+        if "chosen" in sides:
+            repeated = extract_prompt(sides)["prompt"]
+        else:
+            repeated = list(takewhile(lambda turn: not _is_answer(turn), sides["completion"]))
+        if isinstance(asked, str):
+            asked = None  # UltraFeedback repeats the prompt as text beside whole conversations
+    if isinstance(asked, str) and given.get("context"):
+        asked = f"{asked}\n\n{given['context']}"
+    prompt = conversation(asked, "user", f"{where}, prompt") if asked else []
+    if prompt and repeated and not any(repeated[i : i + len(prompt)] == prompt for i in range(len(repeated))):
+        raise HFTError(
+            f"{where}: the answers begin with {repeated[0]!r:.80}, which is not the prompt: give only the answers."
+        )
     answers = {side: turns[len(repeated) :] for side, turns in sides.items()}
-    return {**read, "prompt": _after_system(given, prompt, where), **answers}
+    return {**read, "prompt": _after_system(system, repeated or prompt), **answers}
 
 
 def _is_answer(message: Message) -> bool:
-    return message.get("role") in ("assistant", "tool")
+    return message["role"] in ("assistant", "tool")
 
 
-def _shared(sides: dict[str, list[Message]]) -> list[Message]:
-    """Return the turns before the answers: those that both sides share, or those before the first answer."""
-    if "chosen" in sides:
-        return extract_prompt(sides)["prompt"]
-    return list(takewhile(lambda turn: not _is_answer(turn), sides["completion"]))
-
-
-def _asked(given: Row, where: str) -> list[Message]:
-    """Return the turns of a prompt without its system turn."""
-    turns = []
-    for exchange in given.get("history") or []:
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            raise HFTError(f"{where}, history holds {exchange!r:.80}: give lists of a question and its answer.")
-        turns += conversation(exchange[0], "user", where) + conversation(exchange[1], "assistant", where)
-    question = given.get("prompt")
-    if isinstance(question, str) and given.get("context"):
-        question = "\n\n".join(part for part in (question, given["context"]) if part)
-    if question:
-        turns += conversation(question, "user", f"{where}, prompt")
-    if turns and _is_answer(turns[-1]) and turns[-1].get("content") == "":
-        turns.pop()  # hh-rlhf leaves the answer empty
-    return turns
-
-
-def _after_system(given: Row, turns: list[Message], where: str) -> list[Message]:
-    if not given.get("system") or (turns and turns[0].get("role") == "system"):
-        return turns
-    return conversation(given["system"], "system", f"{where}, system") + turns
-
-
-def _joined(asked: list[Message], repeated: list[Message], where: str) -> list[Message]:
-    """Join a prompt and the turns that its answers repeat, so that each appears once."""
-    if not asked or any(repeated[i : i + len(asked)] == asked for i in range(len(repeated))):
-        return repeated
-    overlap = max(n for n in range(len(repeated) + 1) if asked[len(asked) - n :] == repeated[:n])
-    if repeated and not overlap and asked[-1].get("role") == repeated[0].get("role"):
-        raise HFTError(
-            f"{where}: the answers begin with {repeated[0]!r:.80}, which prompt does not end with: give only the "
-            "answers, or put them after the prompt's own turns."
-        )
-    return asked + repeated[overlap:]
+def _after_system(system: list[Message], turns: list[Message]) -> list[Message]:
+    return turns if turns and turns[0]["role"] == "system" else system + turns
 
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
     """
-    Return a text of `role`, an hh-rlhf dialogue, one message or a list of them as messages.
+    Return a text of `role`, one message or a list of them as messages.
 
     Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept.
     """
     if isinstance(value, str):
-        return _dialogue(value) if is_dialogue(value) else [{"role": role, "content": value}]
+        return [{"role": role, "content": value}]
     if isinstance(value, Mapping):
         value = [value]
-    check_messages(value, where, known=False)
-    return [_message(message) for message in value]
+    if isinstance(value, list):
+        value = [_message(message) if isinstance(message, Mapping) else message for message in value]
+    check_messages(value, where)
+    return value
 
 
-def is_dialogue(value: Any) -> bool:
-    """Return whether a value is a dialogue in hh-rlhf's form, one text with all turns."""
-    return isinstance(value, str) and value.startswith("\n\nHuman:")
-
-
-def check_messages(messages: Any, where: str, known: bool = True) -> None:
-    """Check that a value is a list of messages, if `known` with known roles and with texts."""
+def check_messages(messages: Any, where: str) -> None:
+    """Check that a value is a list of messages with known roles and with texts."""
     if not isinstance(messages, list) or not messages:
         raise HFTError(
             f"{where} is {messages!r:.80}: give a list of messages such as {{'role': 'user', 'content': '...'}}."
         )
     for turn, message in enumerate(messages):
-        if not isinstance(message, Mapping) or (known and not {"role", "content"} <= message.keys()):
-            raise HFTError(f"{where}, message {turn} is {message!r:.80}: give it a role and a content.")
-        if not known:
-            continue
-        if message["role"] not in ROLES:
-            raise HFTError(f"{where}, message {turn} has role {message['role']!r}: the roles are {', '.join(ROLES)}.")
-        if not isinstance(message["content"], str):
+        is_message = isinstance(message, Mapping) and message.get("role") in ROLES
+        if not is_message or not isinstance(message.get("content"), str):
             raise HFTError(
-                f"{where}, message {turn} has content {message['content']!r:.80}: it must be text (only an "
-                "assistant's message with tool_calls may have none)."
+                f"{where}, message {turn} is {message!r:.80}: give it a role ({', '.join(ROLES)}) and text as content "
+                "(only an assistant's message with tool_calls may have none)."
             )
         calls = message.get("tool_calls") or []
-        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        if not isinstance(calls, list) or not all(isinstance(_function(call).get("name"), str) for call in calls):
             raise HFTError(
                 f"{where}, message {turn} has tool_calls {calls!r:.80}: give a list such as "
                 "[{'function': {'name': '...', 'arguments': {...}}}]."
@@ -230,32 +173,24 @@ def _message(message: Mapping[str, Any]) -> Message:
         turn["role"] = SHAREGPT_ROLES.get(turn["role"].lower(), turn["role"])
     if isinstance(turn.get("tool_calls"), list) and turn["tool_calls"]:
         turn["content"] = turn.get("content") or ""
-        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+        turn["tool_calls"] = [
+            {**call, "function": {**called, "arguments": _parsed(called["arguments"])}}
+            if "arguments" in (called := _function(call))
+            else call
+            for call in turn["tool_calls"]
+        ]
     return turn
 
 
-def _is_call(call: Any) -> bool:
-    called = call.get("function", call) if isinstance(call, Mapping) else None
-    return isinstance(called, Mapping) and isinstance(called.get("name"), str)
+def _function(call: Any) -> Mapping[str, Any]:
+    """Return the name and the arguments of a tool call, or nothing if it is none."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    return function if isinstance(function, Mapping) else {}
 
 
-def _call(call: Any) -> Any:
-    """Parse arguments in JSON (OpenAI's form), which many templates reject and others write in quotes."""
-    if not isinstance(call, Mapping):
-        return call
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _call(call["function"])}
-    text = call.get("arguments")
-    if not isinstance(text, str) or not text.lstrip().startswith("{"):
-        return dict(call)
+def _parsed(value: Any) -> Any:
+    """Parse JSON text, OpenAI's form of arguments. A model may have written invalid JSON, which stays text."""
     try:
-        return {**call, "arguments": json.loads(text)}
-    except json.JSONDecodeError:  # a model may have written invalid JSON, which is trained on unchanged
-        return dict(call)
-
-
-def _dialogue(text: str) -> list[Message]:
-    _, *parts = _HH_TURN.split(text)
-    return [
-        {"role": _HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
-from huggingface_hub.errors import OfflineModeIsEnabled
 from trl import DatasetMixtureConfig, get_dataset
 
 from hft_trl.errors import HFTError, as_user_error, first_line
@@ -22,50 +21,36 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
 
     `source` is a hub id, a folder or a file, and `split` may be a part. A file is one split, whatever its name.
     """
-    path = Path(source)
-    name = re.match(r"\w*", split).group()
-    try:
-        if path.is_file():
-            if path.suffix not in FILE_FORMATS:
-                raise HFTError(
-                    f"dataset {source!r} is a {path.suffix or 'nameless'} file: give .jsonl, .json or .parquet."
-                )
-            if path.stat().st_size == 0:
-                raise HFTError(f"dataset {source!r} is empty: give one with rows.")
-            dataset = load_dataset(FILE_FORMATS[path.suffix], data_files={name: str(path)}, split=split)
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            dataset = _select(load_from_disk(source), split)
-        elif path.is_dir():
-            # datasets does not notice changed files if the folder's README.md lists them
-            cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
-            dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
-        elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-            raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
-        else:
-            dataset = load_dataset(source, config, split=split)
-    except HFTError:
-        raise
-    except (DatasetNotFoundError, FileNotFoundError) as error:
-        raise HFTError(f"dataset {source!r} was found neither here nor on the hub: {first_line(error)}") from error
-    except (ConnectionError, OfflineModeIsEnabled) as error:
-        raise HFTError(f"dataset {source!r} is no local file or folder and the hub cannot be reached.") from error
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, CastError):
-            only_some = set(cause.requested_column_names) ^ set(cause.table_column_names)
-            raise HFTError(
-                f"dataset {source!r} is not one data set: some of its files or rows have "
-                f"{', '.join(sorted(only_some))}, and others have not. Give one of the files, or a folder with files "
-                "of one kind."
-            ) from error
-        raise HFTError(f"dataset {source!r} cannot be read: {first_line(cause)}") from error
-    except ValueError as error:  # an unknown split or configuration: the message lists the valid ones
-        if "corresponds to no data" in str(error):
-            raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.") from error
-        raise HFTError(f"dataset {source!r}, split {split!r}: {first_line(error)}") from error
+    path, name = Path(source), re.match(r"\w*", split).group()
+    with as_user_error(f"dataset {source!r}, split {split!r}"):
+        try:
+            if path.is_file():
+                dataset = _load_file(path, name, split)
+            elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                dataset = _select(load_from_disk(source), split)
+            elif path.is_dir():
+                # datasets does not notice changed files if the folder's README.md lists them
+                cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
+                dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
+            elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
+                raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
+            else:
+                dataset = load_dataset(source, config, split=split)
+        except DatasetGenerationError as error:
+            cause = error.__cause__ or error
+            reason = f"its files differ, {cause.details()}" if isinstance(cause, CastError) else first_line(cause)
+            raise HFTError(f"dataset {source!r} cannot be read: {reason}") from error
     if len(dataset) == 0:
         raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.")
     return dataset
+
+
+def _load_file(path: Path, name: str, split: str) -> Dataset:
+    if path.suffix not in FILE_FORMATS:
+        raise HFTError(f"dataset {str(path)!r} is a {path.suffix or 'nameless'} file: give .jsonl, .json or .parquet.")
+    if path.stat().st_size == 0:
+        raise HFTError(f"dataset {str(path)!r} is empty: give one with rows.")
+    return load_dataset(FILE_FORMATS[path.suffix], data_files={name: str(path)}, split=split)
 
 
 def check_apart(source: str, split: str, eval_split: str) -> None:

@@ -61,24 +61,19 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         runtime = None  # the checkpoint was of the last step, so nothing was trained
     tokens = int(trainer.state.num_input_tokens_seen)
     earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
-    memory = (
-        [value for entry in trainer.optimizer.state.values() for value in entry.values()] if trainer.optimizer else []
-    )
-    own_reference = vars(trainer).get("ref_model")
-    beside, shared = (
-        reference.memory(model, trainer.accelerator.unwrap_model(own_reference))
-        if own_reference is not None
-        else (None, None)
-    )
-    optimizer_bytes = sum(v.numel() * v.element_size() for v in memory if isinstance(v, torch.Tensor))
+    states = trainer.optimizer.state.values() if trainer.optimizer else ()
+    tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
+    beside = shared = None
+    if vars(trainer).get("ref_model") is not None:
+        beside, shared = reference.memory(model, trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.is_deepspeed_enabled:  # each process holds a part, as flat tensors
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
     sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, learns in sizes if learns)
     total = sum(size for size, _ in sizes) + packed_away(model)
-    method, selection = stage.hft.method if stage.hft is not None else None, None
-    if isinstance(trainer, HFTMixin):
-        selection = trainer.hft_selection
+    method = stage.hft.method if stage.hft is not None else None
+    selection = trainer.hft_selection if isinstance(trainer, HFTMixin) else None
     if selection is not None and selection.masks is not None:
         masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
         trained -= sum(masked.values()) - sum(selection.masked.values())
@@ -119,7 +114,10 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         structure = build_on_meta(start, revision, stage.model.trust_remote_code)
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
-        before = {name: SavedModel(_with_revision(name, revision), structure) for name in {base_model, start}}
+        before = {
+            name: SavedModel(name if Path(name).is_dir() else f"{name}@{revision}", structure)
+            for name in {base_model, start}
+        }
         # Distributed by size, so that all processes read about the same amount
         largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
         for number in largest_first[state.process_index :: state.num_processes]:
@@ -136,7 +134,3 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         logger.warning(f"Movements are left out of the report: {problem}")
         return []
     return [moved for _, moved in sorted(found, key=lambda pair: pair[0])]
-
-
-def _with_revision(model: str, revision: str | None) -> str:
-    return model if revision is None or Path(model).is_dir() else f"{model}@{revision}"

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -18,8 +18,6 @@ from trl import TrlParser
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import check_numbers
-
-SECTIONS = ("model", "hft", "lora", "sft", "dpo", "retention")  # of the recipes in recipes/
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
@@ -32,13 +30,6 @@ OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
 OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
 
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and its deprecated alias
-
-
-class _Parser(TrlParser):
-    """Raise errors of TRL's parser instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 def answer_help(argv: list[str], text: str) -> None:
@@ -86,8 +77,7 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                example = "learning_rate" if "learning_rate" in known[name] else known[name][0]
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{example}.")
+                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{known[name][0]}.")
         elif not dot:
             current, key = "", name
         elif not sections:
@@ -101,7 +91,12 @@ def read_sections(
     if not isinstance(variables, dict):
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
     os.environ.update({str(key): str(value) for key, value in variables.items()})
-    _check_style(path, values, known)
+    foreign = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
+    if foreign:
+        raise HFTError(
+            f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: run the "
+            "recipe that the file is for."
+        )
     nested: dict[str, dict[str, Any]] = {}
     for name in sections:  # a section before those in it, such as sft before sft.hft
         place, _, key = name.rpartition(".")
@@ -118,39 +113,26 @@ def read_sections(
 
 def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     """Remove `activation_checkpointing: auto` and what it overrides. Return whether it applies."""
-    groups: list[list[str]] = []  # flags with the values that follow them
-    for token in flags:
-        if token.startswith("--") or not groups:
-            groups.append([])
-        groups[-1].append(token)
-
-    def chosen(group: list[str]) -> str | None:
-        """Return the value of a flag for checkpointing, or `None` for other flags."""
-        name, _, value = group[0].removeprefix("--").partition("=")
-        is_checkpointing = name.replace("-", "_").removeprefix("no_") in CHECKPOINTING
-        return " ".join([value, *group[1:]]).strip() if is_checkpointing else None
-
-    given = [values[name] for name in reversed(CHECKPOINTING) if name in values]  # the last one wins
-    given += [choice for choice in map(chosen, groups) if choice is not None]
-    auto = given[-1:] == ["auto"]
-    kept = [group for group in groups if chosen(group) is None or not (auto or chosen(group) == "auto")]
-    flags[:] = [token for group in kept for token in group]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in CHECKPOINTING:
-        if auto or values.get(name) == "auto":
+        for flag, meaning in ((f"--{name}", "true"), (f"--no_{name}", "false")):
+            parser.add_argument(flag, flag.replace("_", "-"), dest="way", nargs="?", const=meaning)
+    found, others = parser.parse_known_args(flags)
+    way = found.way or next((values[name] for name in CHECKPOINTING if name in values), None)
+    if found.way or way == "auto":
+        flags[:] = others if way == "auto" else [*others, f"--{CHECKPOINTING[0]}={way}"]
+        for name in CHECKPOINTING:
             values.pop(name, None)
-    return auto
+    return way == "auto"
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of keys and values."""
     try:
         values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HFTError(f"config {str(path)!r} cannot be read: {error.strerror}.") from error
-    except RecursionError as error:
-        raise HFTError(f"config {str(path)!r} is nested too deeply: write sections and keys.") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: undecodable bytes, impossible dates and numbers
-        raise HFTError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
+    # ValueError: undecodable bytes, impossible dates and numbers
+    except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
+        raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise HFTError(f"config {str(path)!r} must hold keys and values.")
     return values
@@ -179,7 +161,7 @@ def parse_section(
             where = f" in section {section}" if section else ""
             raise HFTError(f"unknown key {prefix}{key}{where}: {_nearest(str(key), known, prefix)}")
 
-    parser = _Parser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
+    parser = TrlParser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
@@ -210,15 +192,8 @@ def parse_section(
         raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
     found = vars(namespace)
     check_numbers(prefix, {name: found[name] for name in known if name in found and name in {*values, *given}})
-    if found.get("bf16") and not found.get("use_cpu") and not is_torch_bf16_gpu_available():
-        raise HFTError(
-            f"{prefix}bf16 is true, but this machine has no bfloat16 GPU: set {prefix}bf16 to false, or "
-            f"{prefix}use_cpu to true."
-        )
-    if found.get("fp16") and not torch.cuda.is_available():
-        raise HFTError(f"{prefix}fp16 is true, but this machine has no GPU: set {prefix}fp16 to false.")
-    if "use_cpu" in found and not torch.accelerator.is_available():
-        # Without it, accelerate starts several CPU processes as separate runs
+    if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
+        # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.
         found["use_cpu"] = True
     try:
         with warnings.catch_warnings():
@@ -237,25 +212,6 @@ def parse_section(
 def _names(flags: list[str]) -> list[str]:
     """List the keys among the tokens of a section."""
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
-
-
-def _check_style(path: str | Path | None, values: dict[str, Any], known: Mapping[str, Collection[str]]) -> None:
-    """Reject a file of another recipe, which is recognized by its sections."""
-    found = [name for name in SECTIONS if isinstance(values.get(name), dict)]
-    foreign = [name for name in found if name not in known]
-    if foreign:
-        recipe = "sft_then_dpo" if "dpo" in found else "continual"
-        raise HFTError(
-            f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: the file "
-            f"is for recipes/{recipe}.py."
-        )
-    sections = [name for name in known if name]
-    flat = [str(key) for key in values if key not in known[""]]
-    if sections and flat and not set(sections) & set(values):
-        raise HFTError(
-            f"config {str(path)!r} has {flat[0]} and no sections, so it is for recipes/sft.py or recipes/dpo.py: run "
-            f"one of them, or write its keys below {', '.join(sections)}."
-        )
 
 
 def _check_places(given: Mapping[str, Iterable[str]], known: Mapping[str, Collection[str]]) -> None:

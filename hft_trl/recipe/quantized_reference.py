@@ -10,8 +10,8 @@ from hft_trl.backends.fsdp import sharded_by
 from hft_trl.errors import HFTError
 
 
-def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> None:
-    """Reject settings or matrices that a quantized reference does not support."""
+def check_quantizable(bits: str, args: DPOConfig) -> None:
+    """Reject settings that a quantized reference does not support."""
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
         if vars(args)[name]:
             raise HFTError(f"reference_quantization is {bits}, which {name} has no use for: drop one of the two.")
@@ -20,31 +20,13 @@ def check_quantizable(bits: str, args: DPOConfig, model: PreTrainedModel) -> Non
         raise HFTError(
             f"reference_quantization is {bits}, but {backend} can't shard a quantised reference: drop it, or use DDP."
         )
-    if bits == "4bit" and args.device.type == "cpu":
-        head = model.get_output_embeddings()
-        for name, module in model.named_modules():
-            # The blocks of bitsandbytes' CPU kernels, which otherwise fail in the first step
-            fits = not isinstance(module, torch.nn.Linear) or (module.in_features % 64, module.out_features % 32) == (
-                0,
-                0,
-            )
-            if not fits and module is not head:
-                raise HFTError(
-                    "reference_quantization is 4bit, which on a CPU takes matrices of a multiple of 64 by a multiple "
-                    f"of 32, but {name} is {module.in_features} by {module.out_features}: use 8bit."
-                )
 
 
 def load_quantized(model: str, bits: str, args: DPOConfig) -> PreTrainedModel:
     """Load a model in 8 bits (LLM.int8) or 4 bits (NF4). Head, embeddings and norms are not quantized."""
     compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
-    return create_model_from_path(
-        model,
-        **{
-            "trust_remote_code": args.trust_remote_code,
-            **(args.model_init_kwargs or {}),
-            "quantization_config": BitsAndBytesConfig(**({"load_in_8bit": True} if bits == "8bit" else four)),
-            "device_map": {"": PartialState().device},
-        },
-    )
+    config = BitsAndBytesConfig(**({"load_in_8bit": True} if bits == "8bit" else four))
+    given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    place = {"": PartialState().device}
+    return create_model_from_path(model, **{**given, "quantization_config": config, "device_map": place})

@@ -28,7 +28,7 @@ from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
-from hft_trl.recipe.stage import Stage, make_stage
+from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.report.record import retention_of
 
@@ -39,18 +39,11 @@ RUN_LEVEL = ("method",)  # fields of HFTConfig that are set outside the section 
 
 @dataclasses.dataclass
 class Recipe:
-    """
-    Store a parsed run.
-
-    Attributes:
-        run ([`RunArguments`]): Settings of the whole run.
-        stages (`dict[str, Stage]`): Stages by name, in order. Each starts from the model of the previous one.
-        sections (`dict[str, Any]`): The recipe's own sections by name.
-    """
+    """Store a parsed run."""
 
     run: RunArguments
-    stages: dict[str, Stage]
-    sections: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stages: dict[str, Stage]  # by name, in order; each starts from the model of the previous one
+    sections: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the recipe's own, by name
 
 
 def parse_recipe(
@@ -98,10 +91,15 @@ def parse_recipe(
         (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
-        stage = make_stage(name, model, data, args, stage_hft, mixture if mixture.datasets else None, base)
-        parsed[name] = dataclasses.replace(
-            stage,
-            auto_checkpointing=auto_checkpointing,
+        parsed[name] = Stage(
+            name,
+            model,
+            data,
+            args,
+            stage_hft,
+            mixture if mixture.datasets else None,
+            base,
+            auto_checkpointing,
             retention=retention,
             first_folder=Path(run.output_dir) / next(iter(stages)),
         )
@@ -153,15 +151,7 @@ def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
 def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
-    """
-    Parse flags as those of TRL's scripts. Return a stage, and whether to overwrite its folder.
-
-    Args:
-        name (`str`): `"sft"` or `"dpo"`.
-        config (`type`): [`~trl.SFTConfig`] or [`~trl.DPOConfig`].
-        argv (`list[str]`): Command line without the program's name.
-        help_text (`str`, *optional*): Text of `--help`.
-    """
+    """Parse flags as those of TRL's scripts. Return the stage `name`, and whether to overwrite its folder."""
     answer_help(argv, help_text)
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
     without = ("reference_quantization",) if name == "sft" else ()
@@ -172,8 +162,6 @@ def parse_stage(
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
         raise HFTError("streaming is on, but every row is checked before training: drop dataset_streaming.")
-    if not args.output_dir:
-        raise HFTError("output_dir is empty: give the folder of the model, such as --output_dir runs/mine.")
     data_given = script.dataset_name or mixture.datasets
     for required, given in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data_given)):
         if not given:
@@ -194,18 +182,24 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = make_stage(name, start, data, args, extra.config(args.seed), mixture if mixture.datasets else None)
-    stage.auto_checkpointing, stage.retention = auto_checkpointing, retention_section(extra.retention(), start)
+    stage = Stage(
+        name,
+        start,
+        data,
+        args,
+        extra.config(args.seed),
+        mixture if mixture.datasets else None,
+        auto_checkpointing=auto_checkpointing,
+        retention=retention_section(extra.retention(), start),
+    )
     return stage, extra.overwrite
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
     """
-    Check and rehearse all stages, load their data, and open their folders. All processes must call it.
+    Check and rehearse all stages in order, load their data, and open their folders. All processes must call it.
 
-    Args:
-        stages (`Sequence[Stage]`): All stages of the run, in order.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether to remove the results of earlier runs.
+    `overwrite` removes the results of earlier runs.
     """
     for stage in stages:
         stage.check()
@@ -223,9 +217,7 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     """
     Write `report.json`, its views and plots, and print the tables. All processes must call it.
 
-    Args:
-        stages (`Sequence[Stage]`): The finished stages, in order.
-        run ([`RunArguments`], *optional*): Run to report and evaluate. By default, only the stage is reported.
+    With the settings of a `run`, its models are evaluated.
     """
     start = stages[0].model
     folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}

@@ -2,17 +2,16 @@
 
 import copy
 import io
-import itertools
 import logging
 import os
 import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from enum import Enum
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -25,9 +24,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
@@ -38,7 +35,6 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.backends import zero
-from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.chat import check_ids
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
@@ -51,6 +47,7 @@ if TYPE_CHECKING:
 
 TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
 ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
 
 # Environment variables of launchers and backends
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_", "PMI_", "MV2_")
@@ -83,34 +80,21 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
 
     All processes must call it. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked.
     """
-    check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
 
 
 def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
-    start = stages[0].model
     # Trainers change it, and the next stage starts from what the last one saves
     own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
     for stage in stages:
         if tokenizer is None and stage.base is not None:
             stage.load_tokenizer(of_base=True)  # for its checks
-        _check_fills_a_batch(stage, len(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
-            samples = [_sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)]
-            if stage.eval_dataset is not None:
-                samples.append(_sample(stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own))
-            _rehearse(stage, start, own, folder, *samples)
-
-
-def _check_fills_a_batch(stage: "Stage", rows: int) -> None:
-    args = stage.args
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and rows < batch and not vars(args).get("packing"):
-        raise HFTError(
-            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a batch "
-            f"of {batch} (per_device_train_batch_size x processes), so there is no step: set it to false, or reduce "
-            "the batch."
-        )
+            train = _sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)
+            evaluation = stage.eval_dataset and _sample(
+                stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own
+            )
+            _rehearse(stage, stages[0].model, own, folder, train, evaluation)
 
 
 def _rehearse(
@@ -119,9 +103,9 @@ def _rehearse(
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
     train: Dataset,
-    evaluation: Dataset | None = None,
+    evaluation: Dataset | None,
 ) -> None:
-    args, known = stage.args, {"revision": start.model_revision, "trust_remote_code": start.trust_remote_code}
+    args, name = stage.args, start.model_name_or_path
     with _naming(stage, "trackers can be set up", "report_to"):
         for kind in get_reporting_integration_callbacks(args.report_to):
             kind()
@@ -130,39 +114,34 @@ def _rehearse(
             apply_liger_kernel(None, None)
     if type(args) not in TRAINERS:  # a recipe of the user's own
         return
-    config = AutoConfig.from_pretrained(start.model_name_or_path, **known)
+    config = AutoConfig.from_pretrained(name, revision=start.model_revision, trust_remote_code=start.trust_remote_code)
     with _naming(stage, "trainer can be built"):
-        model = _stand_in(config, start.model_name_or_path, start.model_revision)
-        trainer = _trainer(_tried(args, folder), model, tokenizer, train, evaluation)
-    check_ids(trainer.train_dataset, tokenizer, config, start.model_name_or_path)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=config.get_text_config().vocab_size, **TINY))
+        with suppress(OSError):  # it is optional
+            model.generation_config = GenerationConfig.from_pretrained(name, revision=start.model_revision)
+        trainer = TRAINERS[type(args)](
+            model,
+            args=_tried(args, folder),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            **({} if isinstance(args, SFTConfig) else {"ref_model": copy.deepcopy(model)}),
+        )
+    check_ids(trainer.train_dataset, tokenizer, config, name)
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
-        rows = [trainer.train_dataset[number] for number in range(min(2, len(trainer.train_dataset)))]
-        if rows:
+        if rows := trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list():
             batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
             trainer.compute_loss(trainer.model.train(), batch)
     with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
         trainer.create_optimizer()
     with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
         trainer.create_scheduler(num_training_steps=max(args.max_steps, 10))
-    with _naming(stage, f"model that starts from {start.model_name_or_path!r} can be saved"):
+    with _naming(stage, f"model that starts from {name!r} can be saved"):
         config.save_pretrained(folder)
         settle_generation(trainer.model, tokenizer, trainer.train_dataset)
         align_special_tokens(trainer.model, tokenizer)  # as at the start of training
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
-
-
-def _trainer(
-    args: TrainingArguments,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Dataset,
-    evaluation: Dataset | None,
-) -> Trainer:
-    given = {"args": args, "train_dataset": train, "eval_dataset": evaluation, "processing_class": tokenizer}
-    if isinstance(args, SFTConfig):
-        return SFTTrainer(model, **given)
-    return TRAINERS[type(args)](model, ref_model=copy.deepcopy(model), **given)
 
 
 def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
@@ -178,16 +157,6 @@ def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
     tried.use_cpu = args.device.type == "cpu"
     tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
     return tried
-
-
-def _stand_in(config: PretrainedConfig, start: str, revision: str) -> LlamaForCausalLM:
-    """Build a tiny model with the start model's vocabulary and generation config."""
-    vocabulary = config.get_text_config().vocab_size
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **size))
-    with suppress(OSError):  # it is optional
-        model.generation_config = GenerationConfig.from_pretrained(start, revision=revision)
-    return model
 
 
 def _sample(dataset: Dataset, name: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -218,65 +187,37 @@ def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
     except HFTError:
         raise
     except (*MISTAKES, AttributeError) as error:
-        values = {name: vars(stage.args).get(name) for name in names}
-        plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value}
-        given = ", ".join(f"{name} {value!r}" for name, value in plain.items())
-        raise HFTError(f"{stage.name}: no {what}{f' with {given}' if given else ''}: {explained(error)}") from error
+        given = ", ".join(
+            f"{name} {value!r}" for name, value in stage.args.to_dict().items() if name in names and value
+        )
+        raise HFTError(f"{stage.name}: no {what}{given and f' with {given}'}: {explained(error)}") from error
 
 
 @contextmanager
 def _unnoticed() -> Iterator[None]:
     """Run code as if in a process of its own, and restore output, seeds, states and environment."""
-    states = [(kind, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState, GradientState)]
-    environment, verbosity = dict(os.environ), transformers_logging.get_verbosity()
-    disabled = logging.root.manager.disable
+    verbosity, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
     seeds = random.getstate(), np.random.get_state()
     gpus = torch.accelerator.device_count()
     device_type = torch.accelerator.current_accelerator().type if gpus else "cuda"
-    try:
-        for kind, _ in states:
-            kind._shared_state.clear()
-        for name in environment:
-            if name.startswith(LAUNCHED) and name != "ACCELERATE_TORCH_DEVICE":
-                del os.environ[name]
+    with ExitStack() as stack:
+        for kind in (PartialState, AcceleratorState, GradientState):
+            stack.enter_context(patch.dict(kind._shared_state, clear=True))
+        stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(torch.random.fork_rng(range(gpus), device_type=device_type))
+        stack.enter_context(zero.whole_models())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(redirect_stderr(io.StringIO()))
+        for name in [name for name in os.environ if name.startswith(LAUNCHED) and name != "ACCELERATE_TORCH_DEVICE"]:
+            del os.environ[name]
         logging.disable(logging.CRITICAL)
-        with (
-            torch.random.fork_rng(range(gpus), device_type=device_type),
-            zero.whole_models(),
-            warnings.catch_warnings(action="ignore"),
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
-        ):
+        try:
             yield
-    finally:
-        random.setstate(seeds[0])
-        np.random.set_state(seeds[1])
-        logging.disable(disabled)
-        transformers_logging.set_verbosity(verbosity)
-        for once in (transformers_logging.warning_once, MultiProcessAdapter.warning_once):
-            once.cache_clear()  # so that the real trainers warn again
-        os.environ.clear()
-        os.environ.update(environment)
-        for kind, state in states:
-            kind._shared_state.clear()
-            kind._shared_state.update(state)
-
-
-def check_chain(stages: Sequence["Stage"]) -> None:
-    """
-    Reject stages that cannot load what the stage before saves.
-
-    Raises:
-        [`HFTError`]: Naming the type that would round.
-    """
-    for first, then in itertools.pairwise(stages):
-        if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
-            continue
-        dtype = (then.args.model_init_kwargs or {}).get("dtype")
-        upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
-        if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
-            raise HFTError(
-                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with "
-                f"method fft in float32, which {then.name} with method hft would have to round: set model.dtype to "
-                "float32, or method to hft in both."
-            )
+        finally:
+            random.setstate(seeds[0])
+            np.random.set_state(seeds[1])
+            logging.disable(disabled)
+            transformers_logging.set_verbosity(verbosity)
+            for once in (transformers_logging.warning_once, MultiProcessAdapter.warning_once):
+                once.cache_clear()  # so that the real trainers warn again

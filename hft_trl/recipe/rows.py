@@ -1,7 +1,6 @@
 """Check the rows of a data set and how a chat template renders them, and convert them to TRL's form."""
 
 import copy
-import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,16 +13,7 @@ from trl.data_utils import is_conversational
 
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import speaks
-from hft_trl.recipe.layouts import (
-    ANSWERS,
-    FIELDS,
-    OPTIONAL,
-    SHAREGPT_FIELDS,
-    Message,
-    check_messages,
-    find_parts,
-    read_conversations,
-)
+from hft_trl.recipe.layouts import ANSWERS, OPTIONAL, Message, check_messages, find_parts, read_conversations
 
 logger = logging.get_logger(__name__)
 
@@ -43,20 +33,22 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
             f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the "
             "column."
         )
-    text = text_field if text_field in columns else None
-    if text and "chat" not in parts and not {"prompt", "completion"} <= columns:
+    if text_field in columns and "chat" not in parts and not {"prompt", "completion"} <= columns:
         parts = {}
-    if not parts and not text and "input_ids" not in columns:
+    if parts:
+        wanted = ["messages"] if "chat" in parts else ["prompt", "completion"]
+    elif text_field in columns:
+        wanted = [text_field]
+    elif "input_ids" in columns:
+        _name_unused(dataset, TOKENIZED, name)
+        return _select_columns(dataset, TOKENIZED)
+    else:
         raise HFTError(
             f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, "
             f"or {text_field}. Rename the columns that hold them."
         )
-    wanted = ["messages"] if "chat" in parts else ["prompt", "completion"] if parts else [text] if text else []
-    _name_unused(dataset, parts.values() or wanted or TOKENIZED, name)
-    if not wanted:
-        return _select_columns(dataset, TOKENIZED)
-    if parts:
-        dataset = read_conversations(dataset, parts, name)
+    _name_unused(dataset, parts.values() or wanted, name)
+    dataset = read_conversations(dataset, parts, name) if parts else dataset
     empty = set()
 
     def check(row: int, *values: Any) -> None:
@@ -67,12 +59,12 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
         elif parts:
             _check_completed(*values, where, "completion")
         elif not isinstance(values[0], str):
-            raise HFTError(f"{where}, {text} is {values[0]!r:.80}: it must be text.")
+            raise HFTError(f"{where}, {text_field} is {values[0]!r:.80}: it must be text.")
         if _is_empty(values[-1]):
             empty.add(row)
 
     for_each_row(check, dataset, *wanted)
-    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text}")
+    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text_field}")
     return _select_columns(dataset, wanted)
 
 
@@ -82,65 +74,53 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
     Rows with an empty chosen side are dropped. Equal sides are rejected, or dropped with `drop_equal_pairs`.
     """
-    columns = set(dataset.column_names)
-    parts = find_parts(columns, preference=True)
+    parts = find_parts(dataset.column_names, preference=True)
     if not parts:
-        hint = " It seems to hold single completions with a label: make pairs of them." if "label" in columns else ""
         raise HFTError(
-            f"{name} has the columns {sorted(columns)}: preference training takes chosen and rejected. Rename the "
-            f"columns that hold the better and the worse answer.{hint}"
+            f"{name} has the columns {sorted(dataset.column_names)}: preference training takes chosen and rejected. "
+            "Rename the columns that hold the better and the worse answer."
         )
     _name_unused(dataset, parts.values(), name)
     dataset = read_conversations(dataset, parts, name)
-    explicit = "prompt" in dataset.column_names
-    wanted = (["prompt"] if explicit else []) + ["chosen", "rejected"]
-    equal, empty = set(), set()
+    explicit = ["prompt"] if "prompt" in dataset.column_names else []
+    dropped = set()
 
     def check_pair(row: int, *values: Any) -> None:
         *prompt, chosen, rejected = values
         where = f"row {row} of {name}"
         for side, answer in (("chosen", chosen), ("rejected", rejected)):
             _check_completed(prompt[0] if explicit else "", answer, where, side)
-        if _is_empty(chosen):
-            empty.add(row)
+        if _is_empty(chosen) or (drop_equal_pairs and chosen == rejected):
+            dropped.add(row)
         elif chosen == rejected:
-            if not drop_equal_pairs:
-                raise HFTError(
-                    f"{where}: chosen and rejected are equal, so there is nothing to prefer: remove the row, or set "
-                    "drop_equal_pairs."
-                )
-            equal.add(row)
+            raise HFTError(
+                f"{where}: chosen and rejected are equal, so there is nothing to prefer: remove the row, or set "
+                "drop_equal_pairs."
+            )
         elif not explicit and rejected[:1] != chosen[:1]:
             raise HFTError(f"{where}: chosen and rejected begin differently, and there is no column prompt: add one.")
 
+    wanted = [*explicit, "chosen", "rejected"]
     for_each_row(check_pair, dataset, *wanted)
-    if len(equal) == len(dataset):
-        raise HFTError(f"{name}: chosen and rejected are equal in every row, so there is nothing to prefer.")
-    dataset = _without(dataset, empty, name, "an empty chosen side", equal)
+    dataset = _without(dataset, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
     return _select_columns(dataset, wanted)
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
-    """Warn about columns, and fields of messages, that are not used."""
-    columns = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
-    fields = set()
-    for value in (dataset[0][column] for column in used if column in dataset.column_names):
-        for message in value if isinstance(value, list) else [value]:
-            if isinstance(message, dict):
-                fields |= message.keys() - {*FIELDS, *SHAREGPT_FIELDS}
-    for kind, unused in (("columns", columns), ("fields of messages", sorted(fields))):
-        if unused and speaks():
-            logger.warning(f"{name}: the {kind} {', '.join(unused)} are not used.")
+    unused = [column for column in dataset.column_names if column not in {*used, *OPTIONAL}]
+    if unused and speaks():
+        logger.warning(f"{name}: the columns {', '.join(unused)} are not used.")
 
 
-def _without(dataset: Dataset, empty: set[int], name: str, what: str, equal: Iterable[int] = ()) -> Dataset:
-    """Drop empty and equal rows, with a warning about the empty ones."""
-    if len(empty) == len(dataset):
+def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Dataset:
+    """Drop rows with a warning."""
+    if not dropped:
+        return dataset
+    if len(dropped) == len(dataset):
         raise HFTError(f"every row of {name} has {what}, so there is nothing to learn: give rows with answers.")
-    if empty and speaks():
-        logger.warning(f"{len(empty):,} of {len(dataset):,} rows of {name} have {what}: left out.")
-    dropped = empty.union(equal)
-    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
+    if speaks():
+        logger.warning(f"{len(dropped):,} of {len(dataset):,} rows of {name} have {what}: left out.")
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped])
 
 
 def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
@@ -156,13 +136,12 @@ def _is_empty(answer: str | list[Message]) -> bool:
 
 def for_each_row(check: Callable[..., None], dataset: Dataset, *columns: str) -> None:
     """Call `check` with each row's number and values, with one batch in memory and a progress bar."""
-    row = 0
-    with tqdm(total=len(dataset), desc="Checking rows", unit=" examples", disable=not speaks()) as bar:
-        for batch in dataset.select_columns(list(columns)).iter(batch_size=1000):
-            for values in zip(*(batch[column] for column in columns), strict=True):
-                check(row, *values)
-                row += 1
-            bar.update(len(batch[columns[0]]))
+    batches = dataset.select_columns(list(columns)).iter(batch_size=1000)
+    rows = (values for batch in batches for values in zip(*(batch[column] for column in columns), strict=True))
+    # Closed before an error is printed
+    with tqdm(rows, total=len(dataset), desc="Checking rows", unit=" examples", disable=not speaks()) as bar:
+        for row, values in enumerate(bar):
+            check(row, *values)
 
 
 def _check_answered(messages: list[Message], where: str) -> None:
@@ -173,12 +152,10 @@ def _check_answered(messages: list[Message], where: str) -> None:
 def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
     """Check that a prompt and its answer are both text, or both messages that end with the assistant."""
     if isinstance(prompt, list) and isinstance(answer, list):
-        if answer and not prompt:
+        if not prompt:
             raise HFTError(
                 f"{where}: {side} is {answer!r:.80} and there is no prompt: give one, or begin both sides with it."
             )
-        check_messages(prompt, f"{where}, prompt")
-        check_messages(answer, f"{where}, {side}")
         _check_answered(answer, f"{where}, {side}")
         for verb, message in (("continues its prompt", answer[0]), ("ends", answer[-1])):
             if message["role"] != "assistant" and not (message is answer[0] and message["role"] == "tool"):
@@ -188,23 +165,20 @@ def _check_completed(prompt: Any, answer: Any, where: str, side: str) -> None:
             f"{where}: {side} is {answer!r:.80} and its prompt {prompt!r:.80}: give text, or lists of messages, on "
             "both sides."
         )
+    elif answer.startswith("\n\nHuman:"):  # of Anthropic/hh-rlhf
+        raise HFTError(
+            f"{where}: {side} is a dialogue in one text: give lists of messages, as trl-lib/hh-rlhf-helpful-base has."
+        )
 
 
-def untrained_rows(rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool = False) -> int:
+def untrained_rows(
+    rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
+) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    # TRL drops such rows, but keeps them inside packs. The strategy "wrapped" cuts rows anywhere and drops none.
-    if "seq_lengths" in prepared.column_names:
-        lost = 0
-        for batch in prepared.select_columns(["labels", "seq_lengths"]).with_format("numpy").iter(batch_size=1000):
-            # Trained tokens before each token: the number of a row is the difference of two of them
-            before = np.append(0, np.cumsum(np.concatenate(list(batch["labels"])) != -100))
-            ends = np.cumsum(np.concatenate(list(batch["seq_lengths"])))
-            lost += int(np.sum(np.diff(before[ends], prepend=0) == 0))
-    elif packing:
+    lost = rows - len(prepared)
+    if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted
         batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
         lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
-    else:
-        lost = rows - len(prepared)
     if lost >= rows:
         raise HFTError(
             f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
@@ -221,30 +195,38 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: s
     """
     if not is_conversational(dataset[0]):
         return
-    columns = [column for column in ("messages", "prompt", *ANSWERS) if column in dataset.column_names]
-    beside = [column for column in OPTIONAL if column in dataset.column_names]
+    columns = [column for column in ("messages", "prompt", *ANSWERS, *OPTIONAL) if column in dataset.column_names]
     seen = set()
 
     def check(number: int, *values: Any) -> None:
-        row = dict(zip([*columns, *beside], values, strict=True))
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        chats = [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in columns[1:]]
+        row = dict(zip(columns, values, strict=True))
+        chats = (
+            [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in ANSWERS if side in row]
+        )
         for messages in chats:
             turns = ((m["role"], bool(m["content"]), len(m.get("tool_calls") or [])) for m in messages)
-            pattern = bool(tools), *turns
+            pattern = bool(row.get("tools")), *turns
             if pattern not in seen:
                 seen.add(pattern)
                 settings = {"tokenize": False, **(row.get("chat_template_kwargs") or {})}
-                _check_chat(tokenizer, messages, f"row {number} of {name}", tools, settings)
+                _check_chat(tokenizer, messages, f"row {number} of {name}", row.get("tools"), settings)
 
-    for_each_row(check, dataset, *columns, *beside)
+    for_each_row(check, dataset, *columns)
 
 
 def _check_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tools: Any, settings: dict[str, Any]
 ) -> None:
-    marked = [_marked(message, turn) for turn, message in enumerate(messages)]
+    marked, expected = copy.deepcopy(messages), {}
+    for turn, message in enumerate(marked):
+        calls = message.get("tool_calls") or []
+        for number, call in enumerate(calls):
+            call["function"]["name"] = mark = f"call_{turn}_{number}_marked"
+            expected[mark] = f"the tool calls of message {turn}"
+        if message["content"]:
+            message["content"] = mark = f"content-{turn}-marked"
+            if not calls:  # some templates write no content beside a call (Llama 3.1)
+                expected[mark] = f"message {turn}, of role {message['role']!r}"
     try:
         tokenizer.apply_chat_template(messages, tools=tools, **settings)
         text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
@@ -254,29 +236,9 @@ def _check_chat(
             f"{where}: the chat template rejects it ({first_line(error)}): set chat_template to one that takes it, or "
             "change the row."
         ) from error
-    left_out = "the tools" if text == without else _left_out(marked, text)
-    if left_out is not None:
+    left_out = [what for mark, what in expected.items() if mark not in text] + ["the tools"] * (text == without)
+    if left_out:
         raise HFTError(
-            f"{where}: the chat template leaves out {left_out}, so the model would not learn from it: set "
+            f"{where}: the chat template leaves out {left_out[0]}, so the model would not learn from it: set "
             "chat_template to one that writes it, or change the row."
         )
-
-
-def _marked(message: Message, turn: int) -> Message:
-    marked = copy.deepcopy(message)
-    if marked["content"]:
-        marked["content"] = f"content-{turn}-marked"
-    for i, call in enumerate(marked.get("tool_calls") or []):
-        call.get("function", call)["name"] = f"call_{turn}_{i}_marked"
-    return marked
-
-
-def _left_out(marked: list[Message], text: str) -> str | None:
-    for turn, message in enumerate(marked):
-        calls = message.get("tool_calls") or []
-        if any(call.get("function", call)["name"] not in text for call in calls):
-            return f"the tool calls of message {turn}"
-        # Some templates write no content beside a call (Llama 3.1)
-        if not calls and message["content"] and message["content"] not in text:
-            return f"message {turn}, of role {message['role']!r}"
-    return None

@@ -30,7 +30,6 @@ from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model
 from hft_trl.report import StageRecord
-from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import weight_files
@@ -42,35 +41,55 @@ LARGE = 20_000  # rows from which several processes prepare the data
 
 @dataclasses.dataclass
 class Stage:
-    """
-    Store one stage of training.
+    """Store one stage of training, and reject settings that contradict each other. `"demo"` is the embedded files."""
 
-    Attributes:
-        name (`str`): Name of the stage in its recipe, such as `"sft"`, or of the round.
-        model ([`ModelArguments`]): The start model.
-        data ([`DataArguments`]): The data set and the settings of the stage.
-        args ([`~transformers.TrainingArguments`]): The trainer's arguments, such as [`~trl.SFTConfig`].
-        hft ([`HFTConfig`], *optional*): Settings of HFT. `None` for an adapter.
-        mixture ([`~trl.DatasetMixtureConfig`], *optional*): TRL's mixture of data sets, instead of `data.dataset`.
-        base ([`ModelArguments`], *optional*): The start model of the run's first stage, if it is another model.
-        auto_checkpointing (`bool`): Whether the recipe chooses the activation checkpointing.
-        retention ([`RetentionArguments`], *optional*): What to measure of what the model keeps.
-        first_folder (`Path`, *optional*): Folder of the run's first stage, by default its own.
-        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): The rows, after [`~Stage.load_data`].
-    """
-
-    name: str
-    model: ModelArguments
+    name: str  # in its recipe, such as "sft", or of the round
+    model: ModelArguments  # that it starts from
     data: DataArguments
-    args: TrainingArguments
-    hft: HFTConfig | None
-    mixture: DatasetMixtureConfig | None = None
-    base: ModelArguments | None = None
-    auto_checkpointing: bool = False
-    retention: RetentionArguments | None = None
-    first_folder: Path | None = None
-    train_dataset: Dataset | None = None
+    args: TrainingArguments  # of TRL's trainer, such as SFTConfig
+    hft: HFTConfig | None  # `None` for an adapter
+    mixture: DatasetMixtureConfig | None = None  # of data sets, instead of `data.dataset`
+    base: ModelArguments | None = None  # the start model of the run's first stage, if it is another model
+    auto_checkpointing: bool = False  # whether the recipe chooses the activation checkpointing
+    retention: RetentionArguments | None = None  # what to measure of what the model keeps
+    first_folder: Path | None = None  # of the run's first stage, by default its own
+    train_dataset: Dataset | None = None  # after `load_data`
     eval_dataset: Dataset | None = None
+
+    def __post_init__(self) -> None:
+        args = self.args
+        if (
+            self.hft is not None
+        ):  # checked here so that a mistake in a later stage is found before the first one trains
+            check(args, self.hft)
+        moving_reference.check(args)
+        if args.resume_from_checkpoint is not None:
+            raise HFTError(
+                f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest "
+                "whole checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer "
+                "ones away."
+            )
+        if self.data.dataset is None and self.mixture is None:
+            raise HFTError(f"{self.name}.dataset is missing: set it in the file, or with --{self.name}.dataset.")
+        if self.data.dataset is not None and self.mixture is not None:
+            raise HFTError(
+                f"{self.name} has a dataset, {self.data.dataset!r}, and datasets, a mixture: leave one of them out."
+            )
+        self.model = dataclasses.replace(self.model, model_name_or_path=demo.model_path(self.model.model_name_or_path))
+        if self.data.dataset == "demo":
+            rows = demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA
+            self.data = dataclasses.replace(self.data, dataset=str(rows))
+        args.trust_remote_code = self.model.trust_remote_code
+        tokens_to_environment(args)
+        args.model_init_kwargs = {
+            "revision": self.model.model_revision,
+            "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
+            **(args.model_init_kwargs or {}),
+        }
+        # The trainer counts these itself and restores the count on resume
+        if args.include_num_input_tokens_seen == "no":
+            args.include_num_input_tokens_seen = "non_padding"
 
     @property
     def section(self) -> str:
@@ -89,12 +108,10 @@ class Stage:
 
     def check(self) -> None:
         """Check the run's start model and the requested reference before anything is loaded."""
-        start = self.base or self.model
         if self.base is None:
-            check_model(start, self.args, self.hft)
+            check_model(self.model, self.args, self.hft)
         if self.data.reference_quantization is not None:
-            structure = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-            check_quantizable(self.data.reference_quantization, self.args, structure)
+            check_quantizable(self.data.reference_quantization, self.args)
 
     def load_data(self) -> None:
         """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
@@ -127,13 +144,11 @@ class Stage:
     def load_tokenizer(self, of_base: bool = False) -> PreTrainedTokenizerBase:
         """Load the tokenizer of the start model, or `of_base` of the run's first one, with the chat template."""
         model = (self.base or self.model) if of_base else self.model
-        template, sft = model.chat_template, isinstance(self.args, SFTConfig)
-        if sft and self.args.chat_template_path is not None:
-            template = _trl_template(self.args.chat_template_path, template)
+        template = vars(self.args).get("chat_template_path") or model.chat_template  # TRL's flag, and ours
         tokenizer = chat.load_tokenizer(
             model.model_name_or_path, template, model.model_revision, model.trust_remote_code
         )
-        if sft and self.args.assistant_only_loss:
+        if isinstance(self.args, SFTConfig) and self.args.assistant_only_loss:
             chat.mark_answers(tokenizer)
         return tokenizer
 
@@ -165,10 +180,7 @@ class Stage:
         """
         Train or resume, save the model, mark the folder as finished, and return the measurements.
 
-        Args:
-            trainer ([`ResumableMixin`]): The stage's trainer.
-            rows (`int`, *optional*): Rows of the trainer's data set, by default those of `train_dataset`.
-            truncated_rows (`int`, *optional*): Number of truncated rows, if they were counted.
+        `rows` is the size of the trainer's data set, by default of `train_dataset`.
         """
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
@@ -176,10 +188,9 @@ class Stage:
                 f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put "
                 f"ResumableMixin before its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
             )
-        args, model = self.args, trainer.accelerator.unwrap_model(trainer.model)
-        rows = len(self.train_dataset) if rows is None else rows
-        packing = isinstance(args, SFTConfig) and args.packing
-        longest = vars(args).get("max_length")  # not in the arguments of every trainer
+        model, rows = trainer.accelerator.unwrap_model(trainer.model), rows or len(self.train_dataset)
+        # Neither is in the arguments of every trainer
+        longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
         # KTO splits each pair into two rows
         dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
         if dropped:
@@ -226,54 +237,3 @@ class _FirstStep(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = True
-
-
-def _trl_template(path: str, own: str | None) -> str:
-    """Check that TRL's `chat_template_path` is a template file, and return it."""
-    if own is not None:
-        raise HFTError(f"chat_template is {own!r} and TRL's chat_template_path {path!r}: leave one of them out.")
-    if not (Path(path).is_file() and path.endswith((".jinja", ".j2"))):
-        raise HFTError(
-            f"chat_template_path is {path!r}, which is no .jinja file, and TRL would add the tokens of a tokenizer to "
-            "the model, which then no longer matches the start model: give the path of a .jinja file."
-        )
-    return path
-
-
-def make_stage(
-    name: str,
-    model: ModelArguments,
-    data: DataArguments,
-    args: TrainingArguments,
-    hft: HFTConfig | None,
-    mixture: DatasetMixtureConfig | None = None,
-    base: ModelArguments | None = None,
-) -> Stage:
-    """Build a stage, and reject settings that contradict each other. `"demo"` is the embedded files."""
-    if hft is not None:  # checked here so that a mistake in a later stage is found before the first one trains
-        check(args, hft)
-    moving_reference.check(args)
-    if args.resume_from_checkpoint is not None:
-        raise HFTError(
-            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest whole "
-            "checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer ones away."
-        )
-    model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
-    if (data.dataset is None) is (mixture is None):
-        if mixture is None:
-            raise HFTError(f"{name}.dataset is missing: set it in the file, or with --{name}.dataset.")
-        raise HFTError(f"{name} has a dataset, {data.dataset!r}, and datasets, a mixture: leave one of them out.")
-    if data.dataset == "demo":
-        data = dataclasses.replace(data, dataset=str(demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA))
-    args.trust_remote_code = model.trust_remote_code
-    tokens_to_environment(args)
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    # The trainer counts these itself and restores the count on resume
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "non_padding"
-    return Stage(name, model, data, args, hft, mixture, base)

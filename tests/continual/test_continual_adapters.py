@@ -38,7 +38,6 @@ from hft_trl.continual.rounds import Round
 from hft_trl.continual.tasks import Row, write_rows
 from hft_trl.errors import HFTError, Stopped
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
-from hft_trl.recipe.stage import make_stage
 
 LORA = LoRAArguments(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"])
 WEIGHTS = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
@@ -275,8 +274,7 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     def stage(**lora):
         args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
         data = DataArguments("rows.json")
-        made = make_stage("r", ModelArguments(str(base)), data, args, None)
-        return Round(**vars(made), adapter=Adapter(LoRAArguments(**lora)))
+        return Round("r", ModelArguments(str(base)), data, args, None, adapter=Adapter(LoRAArguments(**lora)))
 
     checked(stage())
     checked(stage(target_modules=["self_attn.q_proj", "embed_tokens"]))

@@ -8,7 +8,7 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
 from hft_trl.backends.fsdp import replicates_frozen
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
-from hft_trl.recipe.stage import make_stage
+from hft_trl.recipe.stage import Stage
 
 ON = HFTConfig(replicate_frozen=True)
 
@@ -35,7 +35,7 @@ def test_a_recipe_refuses_it_when_its_settings_are_read(tmp_path):
     args = SFTConfig(str(tmp_path), **QUIET)
     args.deepspeed_plugin = object()
     with pytest.raises(HFTError, match=r"hft\.replicate_frozen is true, but DeepSpeed stores"):
-        make_stage("sft", ModelArguments("demo"), DataArguments("demo"), args, ON)
+        Stage("sft", ModelArguments("demo"), DataArguments("demo"), args, ON)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_file_of_another_kind_and_an_empty_one_are_refused(tmp_path):
     with pytest.raises(HFTError, match=r"\.txt file"):
         load_split(str(tmp_path / "chats.txt"))
     Dataset.from_list([tulu_row(0)]).select([]).to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(HFTError, match="is empty"):
+    with pytest.raises(HFTError, match=r"empty\.parquet.* corresponds to no data"):
         load_split(str(tmp_path / "empty.parquet"))
 
 
@@ -146,5 +146,5 @@ def test_evaluation_rows_are_loaded_where_an_eval_strategy_asks_for_them(tmp_pat
 def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_have(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"messages": "x"}\n')
     (tmp_path / "b.jsonl").write_text('{"chosen": "x", "rejected": "y"}\n')
-    with pytest.raises(HFTError, match="some of its files or rows have chosen, rejected, and others have not"):
+    with pytest.raises(HFTError, match=r"its files differ, there are 2 new columns .*chosen"):
         load_split(str(tmp_path))

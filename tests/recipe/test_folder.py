@@ -286,11 +286,11 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):
     """Also for root, whom permissions don't stop: a read-only file system does."""
 
-    def refuse(**_):
+    def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("hft_trl.recipe.folder.tempfile.TemporaryFile", refuse)
-    with pytest.raises(HFTError, match=r"cannot be written \(Read-only file system\): choose another one"):
+    monkeypatch.setattr("hft_trl.recipe.locks.os.open", refuse)
+    with pytest.raises(HFTError, match=r"sft can't be written \(Read-only file system; "):
         open_stages([stage(tmp_path)])
 
 

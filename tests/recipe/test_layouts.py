@@ -64,12 +64,9 @@ FIRST = "<|user|>\nHello\n<|assistant|>\nGood day.</s>\n"
         ({"system": "", "question": "Which?", "chosen": "This.", "rejected": "No idea."}, Q),
         ({"system": "Be kind.", "input": "Which?", "chosen": "This.", "rejected": "No idea."}, SYSTEM + Q),
         ({"system": "Be kind.", "prompt": "Which?", "chosen": "This.", "rejected": "No idea."}, SYSTEM + Q),
-        # Alpaca's columns, with the turns before
-        (
-            {"instruction": "Which?", "history": [["Hello", "Good day."]], "chosen": "This.", "rejected": "No idea."},
-            FIRST + Q,
-        ),
-        # The prompt once: repeated in the sides as messages, as text, in part, and with other ids
+        # Alpaca's columns
+        ({"instruction": "Which?", "history": [], "chosen": "This.", "rejected": "No idea."}, Q),
+        # The prompt once: repeated in the sides as messages, as text, at their beginning, and with other ids
         (
             {
                 "prompt": [user("Which?")],
@@ -83,14 +80,6 @@ FIRST = "<|user|>\nHello\n<|assistant|>\nGood day.</s>\n"
                 "prompt": "Which?",
                 "chosen": [KIND, user("Which?"), assistant("This.")],
                 "rejected": [KIND, user("Which?"), assistant("No idea.")],
-            },
-            SYSTEM + Q,
-        ),
-        (
-            {
-                "prompt": [KIND, user("Which?")],
-                "chosen": [user("Which?"), assistant("This.")],
-                "rejected": [user("Which?"), assistant("No idea.")],
             },
             SYSTEM + Q,
         ),
@@ -137,15 +126,6 @@ FIRST = "<|user|>\nHello\n<|assistant|>\nGood day.</s>\n"
             },
             Q,
         ),
-        # Anthropic/hh-rlhf, and with a prompt apart
-        (
-            {
-                "chosen": "\n\nHuman: Hello\n\nAssistant: Good day.\n\nHuman: Which?\n\nAssistant: This.",
-                "rejected": "\n\nHuman: Hello\n\nAssistant: Good day.\n\nHuman: Which?\n\nAssistant: No idea.",
-            },
-            FIRST + Q,
-        ),
-        ({"prompt": "\n\nHuman: Which?\n\nAssistant:", "chosen": "This.", "rejected": "No idea."}, Q),
         # Plain text under TRL's names stays plain text
         ({"prompt": "Which? ", "chosen": "This.", "rejected": "No idea."}, "Which? "),
     ],
@@ -164,7 +144,6 @@ def test_what_dpo_learns_is_the_answers_after_the_whole_prompt_once(pair, row, p
         ),
         ({"instruction": "Which?", "context": None, "response": "This.", "category": "qa"}, Q + GOOD),
         ({"system_prompt": "Be kind.", "question": "Which?", "response": "This."}, SYSTEM + Q + GOOD),
-        ({"instruction": "Which?", "output": "This.", "history": [["Hello", "Good day."]]}, FIRST + Q + GOOD),
         ({"instruction": "Which?", "output": "This.", "history": None}, Q + GOOD),
         ({"conversations": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]}, Q + GOOD),
         ({"messages": [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]}, Q + GOOD),
@@ -190,7 +169,7 @@ def test_a_text_column_is_read_as_text_beside_alpacas_columns(learned):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "single completions with a label"),
+        ({"prompt": "a", "completion": "b", "label": True}, "Rename the columns"),
         ({"prompt": "a", "response_0": "b", "response_1": "c"}, "Rename the columns"),
         ({"task": "a", "chosen": "b", "rejected": "c"}, "no column prompt"),
         (
@@ -202,7 +181,17 @@ def test_a_text_column_is_read_as_text_beside_alpacas_columns(learned):
             "'user'",
         ),
         ({"question": "", "chosen": "b", "rejected": "c"}, "there is no prompt"),
-        ({"question": "a", "history": [["b"]], "chosen": "c", "rejected": "d"}, "history"),
+        (
+            {
+                "prompt": [KIND, user("a")],
+                "chosen": [user("a"), assistant("c")],
+                "rejected": [user("a"), assistant("d")],
+            },
+            "is not the prompt: give only the answers",
+        ),
+        ({"question": "a", "history": [["b", "e"]], "chosen": "c", "rejected": "d"}, "give all turns as messages"),
+        # Anthropic/hh-rlhf
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "trl-lib/hh-rlhf"),
         ({"system": [{"x": 1}], "question": "a", "chosen": "c", "rejected": "d"}, "message 0"),
     ],
 )
@@ -234,15 +223,12 @@ def test_nothing_is_added_to_messages_that_a_file_keeps_in_structs(tmp_path):
     assert read["tools"] == tools
 
 
-def test_columns_and_fields_that_are_not_used_are_named_in_one_line_each(monkeypatch):
+def test_columns_that_are_not_used_are_named_in_one_line(monkeypatch):
     lines = []
     monkeypatch.setattr("hft_trl.recipe.rows.logger.warning", lines.append)
     row = {"id": "1", "source": "x", "messages": [user("a", score=1), assistant("b")]}
     sft_dataset(Dataset.from_list([row]), "chats")
-    assert lines == [
-        "chats: the columns id, source are not used.",
-        "chats: the fields of messages score are not used.",
-    ]
+    assert lines == ["chats: the columns id, source are not used."]
     lines.clear()
     sft_dataset(Dataset.from_list([{"messages": [user("a"), assistant("b")]}]), "chats")
     assert lines == []

@@ -51,15 +51,15 @@ def test_the_role_developer_is_a_matter_of_the_template():
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ({"role": "robot", "content": "a"}, "role 'robot'"),
-        ({"role": "user", "content": None}, "content None"),
-        ({"role": "user"}, "role and a content"),
-        ({"content": "a"}, "role and a content"),
+        ({"role": "robot", "content": "a"}, "'robot'"),
+        ({"role": "user", "content": None}, "'content': None"),
+        ({"role": "user"}, "give it a role"),
+        ({"content": "a"}, "give it a role"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}, "tool_calls"),
         ({"role": "assistant", "tool_calls": ["look"]}, "tool_calls"),
         ({"role": "assistant", "content": "", "tool_calls": "look"}, "tool_calls"),
-        ("hi", "role and a content"),
-        (None, "role and a content"),
+        ("hi", "give it a role"),
+        (None, "give it a role"),
     ],
 )
 def test_what_is_no_message_is_named_by_its_number(message, words):

@@ -27,8 +27,8 @@ def test_missing_columns_are_answered_with_those_found(tulu):
     ("messages", "words"),
     [
         ([{"role": "user", "content": "hi"}], "no assistant turn"),
-        ([{"role": "robot", "content": "hi"}, {"role": "assistant", "content": "ho"}], "role 'robot'"),
-        ([{"role": "user", "content": None}, {"role": "assistant", "content": "ho"}], "content None"),
+        ([{"role": "robot", "content": "hi"}, {"role": "assistant", "content": "ho"}], "'robot'"),
+        ([{"role": "user", "content": None}, {"role": "assistant", "content": "ho"}], "'content': None"),
         ([], "list of messages"),
     ],
 )
@@ -65,7 +65,7 @@ def test_equal_pairs_are_refused_or_dropped_when_asked_for():
     with pytest.raises(HFTError, match=r"row 1 of prefs: chosen and rejected are equal"):
         preference_dataset(dataset, "prefs")
     assert preference_dataset(dataset, "prefs", drop_equal_pairs=True)["chosen"] == [rows[0]["chosen"][1:]]
-    with pytest.raises(HFTError, match="in every row"):
+    with pytest.raises(HFTError, match="every row of prefs has an empty chosen side or equal sides"):
         preference_dataset(dataset.select([1]), "prefs", drop_equal_pairs=True)
 
 
@@ -80,10 +80,10 @@ def test_rows_without_a_trained_token_are_counted_and_all_of_them_refused():
     kept = Dataset.from_dict({"input_ids": [[1, 2]] * 3, "labels": [[-100, 2]] * 3})
     assert untrained_rows(5, kept, "chats", 2) == 2
     packed = Dataset.from_dict({"labels": [[-100, -100, 3, 4], [-100, 2]], "seq_lengths": [[2, 2], [2]]})
-    assert untrained_rows(3, packed, "chats", 4) == 1
-    wrapped = Dataset.from_dict({"labels": [[-100, 3], [4, -100]]})
-    assert untrained_rows(1, wrapped, "chats", 2, packing=True) == 0
-    assert untrained_rows(5, wrapped, "chats", 2, packing=True) == 0
+    assert untrained_rows(3, packed, "chats", 4, packing=True) == 0
+    untrained = Dataset.from_dict({"labels": [[-100, -100], [-100]]})
+    with pytest.raises(HFTError, match="none of the 3 rows"):
+        untrained_rows(3, untrained, "chats", 2, packing=True)
     with pytest.raises(HFTError, match="none of the 5 rows of chats has a token to train on within max_length 2"):
         untrained_rows(5, kept.select([]), "chats", 2)
 
