@@ -57,7 +57,7 @@ class ModelArguments:
     Define the start model of the first stage, with the names of TRL's `ModelConfig`.
 
     Args:
-        model_name_or_path (`str`): Hub id or folder, or `"demo"` for the embedded model.
+        model_name_or_path (`str`): Hub id, folder, `"demo"` (embedded) or `"smollm2"`.
         model_revision (`str`, *optional*, defaults to `"main"`): Branch, tag or commit on the hub.
         dtype (`str`, *optional*, defaults to `"float32"`): Type of the weights. HFT rejects one that rounds them.
         attn_implementation (`str`, *optional*): Attention implementation.
