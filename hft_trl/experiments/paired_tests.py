@@ -17,10 +17,10 @@ NONE = "-"
 @dataclass(frozen=True)
 class Difference:
     """
-    Difference of a score between two runs in percentage points, over their common seeds.
+    Difference of a score between two runs, over their common seeds.
 
     `low` and `high` bound the mean's 95 % confidence interval, `p` is of the two-sided paired t-test; undefined values
-    are `nan`. `ahead` is the number of seeds in which the first run scored higher.
+    are `nan`. `ahead` is the number of seeds in which the first run was better.
     """
 
     seeds: int
@@ -41,21 +41,22 @@ def check_tests() -> None:
 
 def compare(scores: Scores, run: str, against: str, score: str) -> Difference | None:
     """Compare a score of two runs seed by seed, `None` without common seeds."""
-    from scipy.stats import ttest_rel
-
     ours, theirs = scores.get(run, {}), scores.get(against, {})
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds:
-        return None
-    first, second = ([side[seed][score] for seed in seeds] for side in (ours, theirs))
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    ahead, nan = sum(difference > 0 for difference in differences), float("nan")
+    return paired([ours[seed][score] - theirs[seed][score] for seed in seeds]) if seeds else None
+
+
+def paired(differences: Sequence[float], better: int = 1) -> Difference:
+    """Test the differences of pairs against 0. With `better=-1` a lower value is ahead."""
+    from scipy.stats import ttest_1samp
+
+    ahead, nan = sum(difference * better > 0 for difference in differences), float("nan")
     if len(set(differences)) == 1:  # no spread to test against
-        low = high = differences[0] if len(seeds) > 1 else nan
-        return Difference(len(seeds), differences[0], low, high, nan, ahead)
-    test = ttest_rel(first, second)
+        low = high = differences[0] if len(differences) > 1 else nan
+        return Difference(len(differences), differences[0], low, high, nan, ahead)
+    test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(0.95)
-    return Difference(len(seeds), fmean(differences), interval.low, interval.high, test.pvalue, ahead)
+    return Difference(len(differences), fmean(differences), interval.low, interval.high, test.pvalue, ahead)
 
 
 def of_common_seeds(question: Question, scores: Scores) -> Scores:
@@ -120,5 +121,9 @@ def mean_cell(values: Sequence[float]) -> str:
 def difference_cells(found: Difference) -> list[str]:
     """Return mean, interval, p-value and seeds ahead, for a table."""
     interval = NONE if found.low != found.low else f"{found.low:+.1f} to {found.high:+.1f}"
-    p = NONE if found.p != found.p else "< 0.0001" if found.p < 0.0001 else f"{found.p:.4f}"
-    return [f"{found.mean:+.1f}", interval, p, f"{found.ahead} of {found.seeds}"]
+    return [f"{found.mean:+.1f}", interval, p_value(found.p), f"{found.ahead} of {found.seeds}"]
+
+
+def p_value(p: float) -> str:
+    """Return a p-value for a table."""
+    return NONE if p != p else "< 0.0001" if p < 0.0001 else f"{p:.4f}"

@@ -63,12 +63,15 @@ def run_points(
     Run the command of every unfinished point, and yield each point when it is finished.
 
     A function as `points` is called again after each point, so that later points can depend on earlier results. Each
-    process (`workers` at once, by default one per core) has one thread and logs to `runs/NAME.log`. If a command
-    fails or is ended by a signal twice, an [`HFTError`] is raised. After an error, or if the caller stops, the other
-    processes get a SIGTERM.
+    process (`workers` at once, by default one per GPU, or per core) has one GPU or one thread, and logs to
+    `runs/NAME.log`. If a command fails or is ended by a signal twice, an [`HFTError`] is raised. After an error, or if
+    the caller stops, the other processes get a SIGTERM.
     """
     find = points if callable(points) else list(points).copy
-    workers = workers or os.cpu_count() or 1
+    gpus = _gpus()
+    workers = workers or len(gpus) or os.cpu_count() or 1
+    free = [gpus[number % len(gpus)] if gpus else "" for number in range(workers)]
+    place: dict[Point, str] = {}
     running: dict[Point, subprocess.Popen] = {}
     killed: set[Point] = set()
     for name in ("scores", "runs"):
@@ -76,12 +79,14 @@ def run_points(
     try:
         while True:
             waiting = [point for point in find() if point not in running and not point.finished(output)]
-            for point in waiting[: workers - len(running)]:
-                running[point] = _start(point, output)
+            for point in waiting[: len(free)]:
+                place[point] = free.pop(0)
+                running[point] = _start(point, output, place[point])
             if not running:
                 return
             for point in _wait_for_any(running):
                 code = running.pop(point).returncode
+                free.append(place.pop(point))
                 if code < 0 and point not in killed:  # resumes once, for example after running out of memory
                     killed.add(point)
                     continue
@@ -120,9 +125,17 @@ def check_settings(
         write_json(path, settings)
 
 
-def _start(point: Point, output: Path) -> subprocess.Popen:
+def _gpus() -> list[str]:
+    """Return the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start(point: Point, output: Path, gpu: str) -> subprocess.Popen:
     # With a process per core, more threads would wait for each other
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     with _log(point, output).open("a", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-c", START, *point.command], env=environ, stdout=log, stderr=subprocess.STDOUT

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate import PartialState
@@ -36,10 +37,12 @@ class Recipe:
     Attributes:
         run ([`RunArguments`]): Settings of the whole run.
         stages (`dict[str, Stage]`): Stages by name, in order. Each starts from the model of the previous one.
+        sections (`dict[str, Any]`): The recipe's own sections by name.
     """
 
     run: RunArguments
     stages: dict[str, Stage]
+    sections: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def parse_recipe(
@@ -47,6 +50,7 @@ def parse_recipe(
     stages: Mapping[str, type[TrainingArguments]],
     default_config: str | Path | None = None,
     help_text: str = "",
+    sections: Mapping[str, type] = MappingProxyType({}),
 ) -> Recipe:
     """
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
@@ -56,9 +60,11 @@ def parse_recipe(
         stages (`Mapping[str, type[TrainingArguments]]`): Config of each stage's TRL trainer by name, in order.
         default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
         help_text (`str`, *optional*): Text of `--help`.
+        sections (`Mapping[str, type]`, *optional*): Dataclasses of the recipe's own sections by name.
     """
     answer_help(argv, help_text)
-    values, flags = read_sections(argv, default_config, section_keys(stages))
+    known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
+    values, flags = read_sections(argv, default_config, known)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/qwen3-4b.yaml")
@@ -86,7 +92,11 @@ def parse_recipe(
         parsed[name] = dataclasses.replace(stage, auto_checkpointing=auto_checkpointing)
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
-    return Recipe(run, parsed)
+    return Recipe(
+        run,
+        parsed,
+        {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()},
+    )
 
 
 def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, list[str]]:

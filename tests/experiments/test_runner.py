@@ -1,5 +1,6 @@
 """The runner of experiments: points are made once, a killed run resumes, and no finished point is lost."""
 
+import itertools
 import json
 import os
 import signal
@@ -80,3 +81,20 @@ def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missi
         assert time.monotonic() < deadline, "its process lives on"
         time.sleep(0.05)
     assert made([writes(tmp_path, name) for name in "ab"], tmp_path) == ["b"]
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """A finished process hands its GPU to the next one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    wait = (
+        "import json, os, pathlib, sys, time\n"
+        "file = pathlib.Path(sys.argv[1]); begin = time.time(); time.sleep(0.2)\n"
+        "file.write_text(json.dumps([os.environ['CUDA_VISIBLE_DEVICES'], begin, time.time()]))"
+    )
+    points = [Point(name, (sys.executable, "-c", wait, str(result_file(tmp_path, name)))) for name in "abcd"]
+    made(points, tmp_path, workers=None)
+    times = [json.loads(result_file(tmp_path, name).read_text()) for name in "abcd"]
+    assert {gpu for gpu, _, _ in times} == {"3", "5"}
+    for gpu in ("3", "5"):
+        spans = sorted((begin, end) for own, begin, end in times if own == gpu)
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))

@@ -1,0 +1,214 @@
+"""Write the frontier's results: `frontier.json`, `frontier.png` and `frontier.md`."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from hft_trl.experiments.frontier import (
+    Mean,
+    Point,
+    compare_at_equal_loss,
+    front,
+    means,
+    read_points,
+    series,
+)
+from hft_trl.experiments.grid import BASE, FrontierArguments
+from hft_trl.experiments.paired_tests import Difference, p_value
+from hft_trl.files import write_json, write_text
+from hft_trl.redact import redact
+from hft_trl.report import environment
+from hft_trl.report.figures import GREY, plain, save_figure, stage_colours
+from hft_trl.report.tables import Grid, rich_table, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEPT = {
+    "text_loss": "loss on general text (nats per token)",
+    "base_kl": "KL from the base on the task's prompts (nats per token)",
+    "facts": "facts of the base still known (percent)",
+}
+AGAINST = "fft"  # what all others are compared with
+LEVEL = 0.05  # of the paired tests
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
+
+    points: list[Point]
+    models: list[Mean]
+    front: list[str]
+    differences: dict[str, Difference]
+    kept: str
+
+    @property
+    def recommendation(self) -> str:
+        """Say in one sentence which method keeps most at an equal task loss, and how certain that is."""
+        sign = -1 if self.kept == "facts" else 1
+        seeds = max((difference.seeds for difference in self.differences.values()), default=0)
+        if not self.differences:
+            return (
+                f"No recommendation: it needs {AGAINST} and another method with at least two learning rates each, two "
+                "seeds, and a range of the task loss that both reach."
+            )
+        clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}
+        better = {name: d for name, d in clear.items() if sign * d.mean < 0}
+        if better:
+            name, best = min(better.items(), key=lambda pair: sign * pair[1].mean)
+            return f"Take {name}: at an equal task loss it keeps more than {AGAINST} ({_certainty(best, self.kept)})."
+        worse = [name for name, d in clear.items() if sign * d.mean > 0]
+        unclear = [name for name in self.differences if name not in worse]
+        text = f"Take {AGAINST}: at an equal task loss no method is shown to keep more"
+        text += f"; {', '.join(worse)} keep{'s' if len(worse) == 1 else ''} less" if worse else ""
+        text += f"; {', '.join(unclear)} cannot be told from it with {seeds} seeds" if unclear else ""
+        return text + f" (paired t-tests, p < {LEVEL})."
+
+
+def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
+    """Read the results of the finished trials."""
+    points = read_points(path for path in files if path.exists())
+    models = means(points, kept)
+    others = [name for name in dict.fromkeys(map(series, points)) if name not in (BASE, AGAINST)]
+    found = {name: compare_at_equal_loss(points, name, AGAINST, kept) for name in others}
+    return Frontier(points, models, front(models, kept), {name: d for name, d in found.items() if d is not None}, kept)
+
+
+def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
+    """Write `frontier.json`, `frontier.png` and `frontier.md` from the finished trials, and return the results."""
+    found, versions = read_frontier(files, grid.kept), environment()
+    write_json(
+        output / "frontier.json",
+        {
+            "points": found.points,
+            "front": found.front,
+            "recommendation": found.recommendation,
+            "command": redact(list(argv)),
+            "environment": versions,
+        },
+    )
+    save_figure(frontier_figure(found), output / "frontier.png")
+    tables = "\n\n".join(f"{grid.title}\n\n{table(grid)}" for grid in grids(found))
+    text = f"""# What is learned against what is kept
+
+{found.recommendation}
+
+![Learned against kept, by method](frontier.png)
+
+{tables}
+
+A model is on the front if no other has a task loss at most as high and keeps at least as much, in the means over the
+seeds. The comparison at an equal task loss interpolates, seed by seed, between the learning rates of each method, and
+takes the mean over the losses that both reach. p is from a two-sided paired t-test over the seeds, not corrected for
+multiple comparisons.
+
+Made by `python recipes/frontier.py {shlex.join(redact(list(argv)))}` on {datetime.now(UTC):%Y-%m-%d} with torch \
+{versions["torch"]}, transformers {versions["transformers"]}, trl {versions["trl"]}.
+"""
+    write_text(output / "frontier.md", text)
+    return found
+
+
+def print_frontier(found: Frontier, output: Path) -> None:
+    """Print the tables and the recommendation."""
+    console = Console()
+    for grid in grids(found):
+        console.print(rich_table(grid))
+    console.print(found.recommendation, markup=False)
+    console.print(f"{output / 'frontier.md'} has all of it, with the figure frontier.png.", markup=False)
+
+
+def grids(found: Frontier) -> list[Grid]:
+    """Return a table of the models and one of the comparisons at an equal task loss."""
+    names = list(dict.fromkeys(key for point in found.points for key in point["kept"]))
+    others = {kept: {m.name: m for m in means(found.points, kept)} for kept in names if kept in KEPT}
+    rows = [
+        [
+            model.name,
+            str(model.seeds),
+            _value(model.learned, model.learned_spread),
+            *(_value(others[kept][model.name].kept, others[kept][model.name].kept_spread) for kept in others),
+            "yes" if model.name in found.front else "",
+        ]
+        for model in found.models
+    ]
+    headings = [kept.replace("_", " ") for kept in others]
+    compared = [
+        [
+            name,
+            f"{d.mean:+.4f}",
+            "-" if d.low != d.low else f"{d.low:+.4f} to {d.high:+.4f}",
+            p_value(d.p),
+            f"{d.ahead} of {d.seeds}",
+        ]
+        for name, d in found.differences.items()
+    ]
+    tables = [Grid("Mean (standard deviation) over the seeds", ["", "seeds", "task loss", *headings, "front"], rows)]
+    if compared:
+        title = f"Difference to {AGAINST} at an equal task loss: {KEPT[found.kept]}"
+        tables.append(Grid(title, ["", "mean", "95 % interval", "p", "seeds that keep more"], compared))
+    return tables
+
+
+def frontier_figure(found: Frontier) -> "Figure":
+    """Draw the task loss against what is kept, a curve per method, with the front marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    names = [name for name in dict.fromkeys(model.series for model in found.models) if name != BASE]
+    colours = dict(zip([BASE, *names], [GREY, *stage_colours(len(names) + 1)[1:]], strict=True))
+    for name, colour in colours.items():
+        models = [model for model in found.models if model.series == name]
+        axes.errorbar(
+            [model.learned for model in models],
+            [model.kept for model in models],
+            xerr=[model.learned_spread for model in models],
+            yerr=[model.kept_spread for model in models],
+            marker="s" if name == BASE else "o",
+            linestyle="none" if "," in name else "-",
+            markersize=5,
+            linewidth=1.2,
+            elinewidth=0.8,
+            color=colour,
+            label=plain(name),
+        )
+    on_front = [model for model in found.models if model.name in found.front]
+    axes.plot(
+        [model.learned for model in on_front],
+        [model.kept for model in on_front],
+        "o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        label="on the front",
+    )
+    axes.invert_xaxis()  # learned more: to the right
+    if found.kept != "facts":
+        axes.invert_yaxis()  # kept more: upwards
+    axes.set_xlabel("task loss on the evaluation split (learned more to the right)")
+    axes.set_ylabel(f"{KEPT[found.kept]}, kept more upwards")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    if found.models:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _certainty(difference: Difference, kept: str) -> str:
+    unit = "percentage points of facts" if kept == "facts" else "nats per token"
+    return (
+        f"{difference.mean:+.4f} {unit}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
+        f"p {p_value(difference.p)}, {difference.ahead} of {difference.seeds} seeds"
+    )
+
+
+def _value(mean: float, spread: float) -> str:
+    return f"{mean:.3f}" + (f" ({spread:.3f})" if spread else "")

@@ -1,0 +1,219 @@
+"""
+Train one model of a frontier in its own process, and measure what it learned and what it kept.
+
+    python -m hft_trl.experiments.frontier_trial OUTPUT METHOD RATE RATIO SEED FLAGS...
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, IntervalStrategy, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from hft_trl import HFTSFTTrainer, ResumableMixin, demo
+from hft_trl.checkpoints.whole import last_whole_checkpoint
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.evaluation import parse_suites
+from hft_trl.evaluation.run import evaluate_models
+from hft_trl.evaluation.suites import check_harness
+from hft_trl.experiments.grid import BASE, FrontierArguments, Trial, trials
+from hft_trl.experiments.paired_tests import check_tests
+from hft_trl.experiments.runner import Point, check_settings, result_file
+from hft_trl.files import write_json
+from hft_trl.recipe import Recipe, Stage, parse_recipe
+from hft_trl.recipe.folder import settings
+from hft_trl.recipe.measure import peak_memory, reset_peak_memory
+from hft_trl.recipe.parsing import keys
+from hft_trl.retention.meter import Meter
+from hft_trl.selection import select
+
+
+@dataclass
+class RetentionArguments:
+    texts: str | None = None
+    facts: str | None = None
+    prompts: str | None = None
+    max_rows: int = 128
+
+
+DEFAULT = demo.ASSETS / "frontier.yaml"
+GRID = "frontier"  # section of the grid
+
+
+class ResumableHFTTrainer(ResumableMixin, HFTSFTTrainer):
+    """Half or full fine-tuning."""
+
+
+class ResumableTrainer(ResumableMixin, SFTTrainer):
+    """LoRA."""
+
+
+def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, FrontierArguments, list[str]]:
+    """
+    Parse a frontier's command line. Return the recipe of all trials, the grid, and the flags of the trials.
+
+    The keys of the section `frontier` are also flags without a section, such as `--methods fft hft`.
+    """
+    grid = {f"--{key}": f"--{GRID}.{key}" for key in keys((FrontierArguments,))}
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        words.append(f"{grid.get(flag, flag)}{equals}{value}")
+    recipe = parse_recipe(
+        words, {"sft": SFTConfig}, DEFAULT, help_text, {GRID: FrontierArguments, "retention": RetentionArguments}
+    )
+    return recipe, recipe.sections[GRID], words
+
+
+def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -> list[Point]:
+    """Check what all trials share before the first one runs, and return the commands of the trials, the base first."""
+    stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
+    check_tests()
+    if grid.tasks:
+        check_harness()
+        parse_suites(grid.tasks)
+    if "lora" in grid.methods and find_spec("peft") is None:
+        raise HFTError(
+            "methods has lora, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop lora."
+        )
+    stage.check()
+    _load_data(stage)
+    Meter(stage.load_tokenizer(), **vars(recipe.sections["retention"]))
+    shared = {
+        f"{section}.{key}": str(value) for section, held in settings(stage).items() for key, value in held.items()
+    }
+    shared |= {f"{GRID}.{key}": str(vars(grid)[key]) for key in ("average", "half_reset", "lora_rank", "tasks")}
+    shared |= {f"retention.{key}": str(value) for key, value in vars(recipe.sections["retention"]).items()}
+    check_settings(output, [], shared, ("peft",))
+    start = (sys.executable, "-m", __name__, str(output))
+    return [
+        Point(trial.name, (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags))
+        for trial in (Trial(BASE), *trials(grid))
+    ]
+
+
+def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
+    """Train or resume a trial, measure it and what is made from it without training, and write its points."""
+    folder = output / "models" / trial.name
+    recipe, grid, _ = parse_frontier([*argv, *trial.flags(), "--output_dir", str(folder)])
+    stage = recipe.stages["sft"]
+    _load_data(stage)
+    trainer = make_trainer(stage, trial, grid)
+    meter = Meter(trainer.processing_class, **vars(recipe.sections["retention"]))
+    base, points, seconds, peak = meter.base(trainer.model), [], None, None  # nothing is trained yet
+    if trial.method != BASE:
+        reset_peak_memory()
+        checkpoint = last_whole_checkpoint(stage.folder)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        peak = peak_memory()
+        seconds = _seconds(trainer, checkpoint)
+    for post_hoc in versions(trainer.model, stage, trial, grid):
+        learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in LEARNED}
+        kept = meter.measure(trainer.model, base)
+        if grid.tasks:
+            kept |= _tasks(trainer, folder / "evaluated", grid.tasks)
+        points.append(
+            {
+                "method": trial.method,
+                "learning_rate": float(trial.learning_rate) if trial.learning_rate else None,
+                "ratio": trial.ratio,
+                "seed": trial.seed,
+                "post_hoc": post_hoc,
+                "learned": learned,
+                "kept": kept,
+                "seconds": seconds,
+                "peak_memory_bytes": peak,
+            }
+        )
+    write_json(result_file(output, trial.name), {"points": points})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+LEARNED = ("eval_loss", "eval_mean_token_accuracy")
+
+
+def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrainer:
+    """Build the trainer of a trial with the settings of the stage."""
+    given = {
+        "model": stage.model.model_name_or_path,
+        "args": stage.args,
+        "train_dataset": stage.train_dataset,
+        "eval_dataset": stage.eval_dataset,
+        "processing_class": stage.load_tokenizer(),
+    }
+    if trial.method != "lora":
+        return ResumableHFTTrainer(**given, hft_config=stage.hft)
+    from peft import LoraConfig
+
+    adapter = LoraConfig(
+        r=grid.lora_rank, lora_alpha=2 * grid.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return ResumableTrainer(**given, peft_config=adapter)
+
+
+@torch.no_grad()
+def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
+    """
+    Put what is made from a trained model into it, and yield each name: `None` for the model itself.
+
+    An FFT model is averaged with its base, and half of it is set back to the base (Half-Reset).
+    """
+    yield None
+    if trial.method != "fft":
+        return
+    tuned = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    kwargs = stage.args.model_init_kwargs
+    base = AutoModelForCausalLM.from_pretrained(stage.model.model_name_or_path, **kwargs)
+    before = dict(base.named_parameters())
+    for share in grid.average:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
+        yield f"average {share:g}"
+    if grid.half_reset:
+        stays = set(select(base, HFTConfig(seed=trial.seed)).trainable)
+        for name, parameter in model.named_parameters():
+            parameter.copy_((tuned if name in stays else before)[name])
+        yield "half-reset"
+
+
+def _load_data(stage: Stage) -> None:
+    stage.args.eval_strategy = IntervalStrategy.EPOCH  # so that the evaluation rows are loaded and checked
+    stage.load_data()
+    stage.args.eval_strategy = IntervalStrategy.NO  # they are measured after training
+
+
+def _text(ratio: float | None) -> str:
+    return "" if ratio is None else str(ratio)
+
+
+def _seconds(trainer: SFTTrainer, checkpoint: str | None) -> float | None:
+    """Return the seconds of training. Those of a resumed run are unknown before its checkpoint."""
+    if checkpoint is not None:
+        return None
+    return next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row)
+
+
+def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
+    """Return the scores of lm-eval's tasks in percent."""
+    model = trainer.model
+    if isinstance(trainer, ResumableTrainer):
+        model = model.merge_and_unload()
+    model.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    found = evaluate_models({"model": folder}, parse_suites(suites))
+    shutil.rmtree(folder)
+    return {heading: score.value for scores in found.scores.values() for heading, score in scores["model"].items()}
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        output, method, rate, ratio, seed, *argv = sys.argv[1:]
+        PartialState(cpu=not torch.accelerator.is_available())
+        run_trial(Trial(method, rate, float(ratio) if ratio else None, int(seed)), Path(output), argv)

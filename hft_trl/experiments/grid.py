@@ -1,0 +1,121 @@
+"""Grid of a frontier: which methods, learning rates, ratios and seeds are trained."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hft_trl.config import IMPORTANCES, STRATEGIES
+from hft_trl.errors import HFTError
+
+BASE = "base"
+HALVES = {
+    **{name: {"strategy": name} for name in STRATEGIES if name != "importance"},
+    **{name: {"strategy": "importance", "importance": name} for name in IMPORTANCES},
+    **{
+        f"{name}:least": {"strategy": "importance", "importance": name, "importance_order": "least"}
+        for name in IMPORTANCES
+    },
+}
+"""Settings of HFT by the suffix of a method, such as `hft:layer`."""
+
+METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), "lora")
+
+
+@dataclass
+class FrontierArguments:
+    """
+    Define the grid of a frontier, and what is measured.
+
+    Args:
+        methods (`list[str]`): `fft`, `hft`, `lora`, or a strategy or importance of HFT such as `hft:layer`.
+        learning_rates (`list[str]`): Rates of every method. `lora=1e-3` is one for LoRA only, in place of the others.
+        ratios (`list[float]`): Shares of the layers that learn with HFT.
+        seeds (`int`): Number of seeds. A seed decides the half and the order of the rows.
+        average (`list[float]`): Weights of the tuned model in averages of each FFT model with the base.
+        half_reset (`bool`): Whether to set half of each FFT model back to the base.
+        kept (`str`): Figure of retention that is compared with what was learned.
+        tasks (`str`, *optional*): Suites of `hft-trl evaluate`, such as `general`, for every model. They take long.
+        lora_rank (`int`): Rank of LoRA on all linear layers but the head. `lora_alpha` is twice as large.
+        workers (`int`, *optional*): Processes at a time, by default one per GPU, or per CPU core.
+    """
+
+    methods: list[str] = field(default_factory=lambda: ["fft", "hft"])
+    learning_rates: list[str] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=lambda: [0.5])
+    seeds: int = 1
+    average: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    half_reset: bool = True
+    kept: Literal["text_loss", "base_kl", "facts"] = "text_loss"
+    tasks: str | None = None
+    lora_rank: int = 16
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise HFTError(f"methods has {unknown}: the valid ones are {', '.join(METHODS)}.")
+        if not self.learning_rates:
+            raise HFTError("learning_rates is empty: give at least one, such as 1e-5 3e-5 lora=3e-4.")
+        for method in self.methods:
+            self.rates(method)
+        if self.seeds < 1:
+            raise HFTError(f"seeds is {self.seeds}: it must be at least 1.")
+        if self.workers is not None and self.workers < 1:
+            raise HFTError(f"workers is {self.workers}: it must be at least 1.")
+        if self.lora_rank < 1:
+            raise HFTError(f"lora_rank is {self.lora_rank}: it must be at least 1.")
+        for name, values in (("ratios", self.ratios), ("average", self.average)):
+            wrong = [value for value in values if not 0 < value <= 1]
+            if wrong or (name == "ratios" and not values):
+                raise HFTError(f"{name} is {values}: each must be above 0 and at most 1.")
+
+    def rates(self, method: str) -> list[str]:
+        """Return the learning rates of a method, as they were written."""
+        own = [rate.partition("=")[2] for rate in self.learning_rates if rate.partition("=")[0] == method]
+        found = own or [rate for rate in self.learning_rates if "=" not in rate]
+        if not found:
+            raise HFTError(f"learning_rates has none for {method}: add one, such as 1e-5 or {method}=1e-5.")
+        for rate in found:
+            if not re.fullmatch(r"\d*\.?\d+([eE][+-]?\d+)?", rate) or not float(rate) > 0:
+                raise HFTError(f"learning_rates has {rate!r}: write numbers above 0, such as 3e-5 or lora=3e-4.")
+        return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Store one model to train: a method with its learning rate, ratio and seed."""
+
+    method: str
+    learning_rate: str = ""
+    ratio: float | None = None
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        """Return the name of its files."""
+        ratio = "" if self.ratio is None else f"-{self.ratio:g}"
+        method = self.method.replace(":", "-")
+        return method if method == BASE else f"{method}{ratio}-{self.learning_rate}-{self.seed}"
+
+    def flags(self) -> list[str]:
+        """Return the flags of a recipe with which it is trained."""
+        kind, _, half = self.method.partition(":")
+        words = ["--method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
+        words += ["--hft.seed", str(self.seed)]
+        if self.learning_rate:
+            words += ["--sft.learning_rate", self.learning_rate]
+        if self.ratio is not None:
+            words += ["--hft.ratio", str(self.ratio)]
+        settings: Mapping[str, Any] = HALVES[half] if half else {}
+        return words + [word for key, value in settings.items() for word in (f"--hft.{key}", value)]
+
+
+def trials(grid: FrontierArguments) -> list[Trial]:
+    """Return the trials of a grid, a seed after the other, so that an early stop leaves complete seeds."""
+    found = []
+    for seed in range(1, grid.seeds + 1):
+        for method in grid.methods:
+            ratios = grid.ratios if method.startswith("hft") else [None]
+            found += [Trial(method, rate, ratio, seed) for rate in grid.rates(method) for ratio in ratios]
+    return found

@@ -1,0 +1,1 @@
+"""What a model keeps of its base: text loss, KL to the base, and facts."""

@@ -1,0 +1,224 @@
+"""The frontier: each method is trained at its rates, the front holds what nothing dominates, comparisons are fair."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hft_trl import HFTError, demo
+from hft_trl.experiments.frontier import Mean, compare_at_equal_loss, front, means, series
+from hft_trl.experiments.frontier_report import Frontier, grids
+from hft_trl.experiments.frontier_trial import parse_frontier
+from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
+from hft_trl.experiments.paired_tests import Difference
+
+ROOT = Path(__file__).parents[2]
+
+
+def point(method, loss, kept, rate=1e-4, seed=1, post_hoc=None, ratio=None):
+    return {
+        "method": method,
+        "learning_rate": rate,
+        "ratio": ratio,
+        "seed": seed,
+        "post_hoc": post_hoc,
+        "learned": {"loss": loss},
+        "kept": {"text_loss": kept, "facts": 100 - kept},
+        "seconds": 1.0,
+        "peak_memory_bytes": 1,
+    }
+
+
+def test_a_grid_has_each_method_at_its_own_rates_and_each_seed_in_turn():
+    grid = FrontierArguments(
+        methods=["fft", "hft:layer", "lora"], learning_rates=["1e-5", "lora=1e-3"], ratios=[0.3, 0.5], seeds=2
+    )
+    made = trials(grid)
+    assert [(t.method, t.learning_rate, t.ratio, t.seed) for t in made[: len(made) // 2]] == [
+        ("fft", "1e-5", None, 1),
+        ("hft:layer", "1e-5", 0.3, 1),
+        ("hft:layer", "1e-5", 0.5, 1),
+        ("lora", "1e-3", None, 1),
+    ]
+    assert [t.seed for t in made] == sorted(t.seed for t in made)
+    assert len({t.name for t in made}) == len(made)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
+    (trial,) = trials(FrontierArguments(methods=[method], learning_rates=["3e-5"], ratios=[0.25]))
+    recipe, _, _ = parse_frontier(trial.flags())
+    stage = recipe.stages["sft"]
+    assert (stage.args.learning_rate, stage.args.seed, stage.hft.seed) == (3e-5, 1, 1)
+    kind, _, half = method.partition(":")
+    assert stage.hft.method == ("hft" if kind == "hft" else "fft")
+    if kind == "hft":
+        assert stage.hft.ratio == 0.25
+        shown = {stage.hft.strategy, stage.hft.importance if stage.hft.strategy == "importance" else None}
+        assert (half.split(":")[0] or "category") in shown
+        assert (stage.hft.importance_order == "least") is half.endswith(":least")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"methods": ["hft:magic"]}, "methods has .*hft:magic.*the valid ones are fft, hft"),
+        ({"methods": []}, "methods has"),
+        ({"learning_rates": []}, "learning_rates is empty"),
+        ({"learning_rates": ["fast"]}, "learning_rates has 'fast'"),
+        ({"learning_rates": ["0"]}, "learning_rates has '0'"),
+        ({"learning_rates": ["lora=1e-3"]}, "learning_rates has none for fft"),
+        ({"ratios": [1.5]}, "ratios is"),
+        ({"average": [0.0]}, "average is"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"workers": 0}, "workers is 0"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+    ],
+)
+def test_a_wrong_grid_is_rejected_by_name(wrong, message):
+    with pytest.raises(HFTError, match=message):
+        FrontierArguments(**{"learning_rates": ["1e-5"], **wrong})
+
+
+def test_keys_of_the_grid_are_flags_with_and_without_their_section():
+    words = ["--methods", "hft", "lora", "--seeds=3", "--frontier.learning_rates", "1e-4", "--sft.max_steps", "2"]
+    recipe, grid, _ = parse_frontier(words)
+    assert (grid.methods, grid.seeds, grid.learning_rates) == (["hft", "lora"], 3, ["1e-4"])
+    assert recipe.stages["sft"].args.max_steps == 2
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12), st.booleans())
+def test_the_front_holds_exactly_what_no_other_dominates(places, higher):
+    models = [Mean(str(n), "", loss, kept, 0, 0, 1) for n, (loss, kept) in enumerate(places)]
+    found = front(models, "facts" if higher else "text_loss")
+
+    def dominates(a, b):
+        kept = (a.kept >= b.kept, a.kept > b.kept) if higher else (a.kept <= b.kept, a.kept < b.kept)
+        return a.learned <= b.learned and kept[0] and (a.learned < b.learned or kept[1])
+
+    assert found
+    for model in models:
+        assert (model.name in found) is not any(dominates(other, model) for other in models)
+
+
+@settings(deadline=None)  # scipy is imported in the first call
+@given(st.floats(-1, 1), st.floats(0.1, 2), st.integers(2, 6))
+def test_a_shift_between_two_curves_is_found_at_equal_loss_whatever_their_rates(shift, slope, seeds):
+    """Both lie on lines; one has other losses, since its rates are others."""
+    points = []
+    for seed in range(1, seeds + 1):
+        for n, loss in enumerate((1.0, 0.8, 0.6)):
+            points.append(point("fft", loss, 5 - slope * loss, rate=n + 1, seed=seed))
+            points.append(point("hft", loss + 0.1, 5 - slope * (loss + 0.1) + shift, rate=n + 1, seed=seed, ratio=0.5))
+    found = compare_at_equal_loss(points, "hft", "fft", "text_loss")
+    assert found.seeds == seeds
+    assert found.mean == pytest.approx(shift, abs=1e-9)
+    upside = compare_at_equal_loss(points, "hft", "fft", "facts")
+    assert upside.mean == pytest.approx(-shift, abs=1e-9)
+
+
+def test_methods_without_a_common_loss_are_not_compared():
+    points = [point("fft", loss, 3, rate=loss, seed=s) for loss in (0.5, 0.6) for s in (1, 2)]
+    points += [point("lora", loss, 2, rate=loss, seed=s) for loss in (0.8, 0.9) for s in (1, 2)]
+    assert compare_at_equal_loss(points, "lora", "fft", "text_loss") is None
+
+
+def test_means_are_over_the_seeds_of_the_same_method_rate_and_treatment():
+    points = [point("fft", 1.0, 3.0), point("fft", 2.0, 5.0, seed=2), point("fft", 9.0, 9.0, post_hoc="average 0.5")]
+    plain, averaged = means(points, "text_loss")
+    assert (plain.name, plain.learned, plain.kept, plain.seeds) == ("fft 0.0001", 1.5, 4.0, 2)
+    assert (averaged.name, averaged.series, averaged.seeds) == ("fft 0.0001, average 0.5", "fft, average", 1)
+    assert series(point("hft", 1, 1, ratio=0.3)) == "hft 0.3"
+
+
+def difference(mean, p):
+    return Difference(3, mean, mean - 0.01, mean + 0.01, p, 3)
+
+
+@pytest.mark.parametrize(
+    ("differences", "sentence"),
+    [
+        ({}, "No recommendation: it needs fft and another method"),
+        ({"hft": difference(-0.2, 0.01), "lora": difference(-0.1, 0.01)}, "Take hft: at an equal task loss it keeps"),
+        ({"hft": difference(0.2, 0.01)}, "Take fft: .*; hft keeps less"),
+        ({"hft": difference(-0.2, 0.3)}, "Take fft: .*; hft cannot be told from it with 3 seeds"),
+    ],
+)
+def test_the_recommendation_says_only_what_the_tests_show(differences, sentence):
+    assert re.match(sentence, Frontier([], [], [], differences, "text_loss").recommendation)
+
+
+QUICK = ["--methods", "fft", "hft", "lora", "--learning_rates", "1e-3", "--average", "1", "--seeds", "1"]
+QUICK += ["--sft.max_steps", "2", "--sft.split", "train[200:264]", "--sft.eval_split", "train[:16]"]
+QUICK += ["--retention.max_rows", "4", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A frontier of two steps on the embedded world, run as users do."""
+    output = tmp_path_factory.mktemp("frontier")
+    command = [sys.executable, "recipes/frontier.py", *QUICK, "--output_dir", str(output)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return output, command
+
+
+def test_a_frontier_has_its_points_its_front_and_its_figure(small):
+    output, _ = small
+    found = json.loads((output / "frontier.json").read_text())
+    by_name = {(p["method"], p["post_hoc"]): p for p in found["points"]}
+    assert set(by_name) == {
+        ("base", None),
+        ("fft", None),
+        ("fft", "average 1"),
+        ("fft", "half-reset"),
+        ("hft", None),
+        ("lora", None),
+    }
+    for p in found["points"]:
+        assert {"method", "learning_rate", "ratio", "seed", "post_hoc", "learned", "kept"} < set(p)
+        assert p["learned"]["loss"] > 0
+        assert (p["seconds"] is None) is (p["method"] == "base")
+    assert by_name["base", None]["kept"]["base_kl"] == pytest.approx(0, abs=1e-6)
+    assert by_name["hft", None]["kept"]["base_kl"] > 0
+    # A weight of 1 is the tuned model itself; half of it set back lies elsewhere
+    assert by_name["fft", "average 1"]["learned"] == pytest.approx(by_name["fft", None]["learned"])
+    assert by_name["fft", "average 1"]["kept"] == pytest.approx(by_name["fft", None]["kept"])
+    assert by_name["fft", "half-reset"]["kept"]["base_kl"] < by_name["fft", None]["kept"]["base_kl"]
+    assert "base" in found["front"]
+    assert (output / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Learned against kept, by method](frontier.png)" in (output / "frontier.md").read_text()
+
+
+def test_a_finished_frontier_is_not_trained_again_and_more_rates_can_be_added(small):
+    output, command = small
+    before = {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()} == before
+    assert not list((output / "models").glob("*"))
+
+
+def test_other_settings_are_rejected_in_the_same_folder(small):
+    _, command = small
+    run = subprocess.run([*command, "--sft.max_steps", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "sft.max_steps 2, now they are 3" in run.stderr
+
+
+def test_the_tables_show_every_model_once(small):
+    output, _ = small
+    points = json.loads((output / "frontier.json").read_text())["points"]
+    found = Frontier(points, means(points, "text_loss"), [], {}, "text_loss")
+    (table,) = grids(found)
+    assert [row[0] for row in table.rows] == [model.name for model in found.models]
+    assert table.columns == ["", "seeds", "task loss", "text loss", "base kl", "facts", "front"]
+
+
+def test_the_embedded_grid_is_the_default():
+    recipe, grid, _ = parse_frontier([])
+    assert recipe.stages["sft"].model.model_name_or_path == str(demo.MODEL)
+    assert {"fft", "hft"} <= set(grid.methods)
