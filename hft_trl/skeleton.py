@@ -19,7 +19,7 @@ def built_in() -> list[str]:
 
 
 def shape_of(model: str) -> str:
-    """Return the folder of a built-in shape or of `demo`, else the folder or hub id itself."""
+    """Return the folder of a built-in shape, `demo` or `smollm2`, else the folder or hub id itself."""
     if model in built_in() and not Path(model).is_dir():
         return str(SHAPES / model)
     return demo.model_path(model)

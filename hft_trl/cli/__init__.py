@@ -50,7 +50,7 @@ def _root(
 @exit_on_user_error()
 def select_command(
     model: Annotated[
-        str, typer.Argument(help="Hub id or folder of a causal language model, or demo; only its config is read.")
+        str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; only its config is read.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[

@@ -27,7 +27,7 @@ Dtype = Annotated[
 @exit_on_user_error()
 def evaluate_command(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Folder, hub id (id@revision) or demo (the embedded model).")
+        list[str], typer.Argument(metavar="MODEL", help="Folder, hub id (id@revision), demo or smollm2.")
     ],
     suite: Annotated[str, typer.Option(help="general, knowledge or demo; several with commas.")] = "demo",
     base: Annotated[str | None, typer.Option(help="Model to compare with; by default the first MODEL.")] = None,
@@ -76,7 +76,7 @@ def evaluate_command(
 @app.command("generate")
 @exit_on_user_error()
 def generate_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model, or demo for the embedded model.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model, demo (embedded) or smollm2.")],
     prompts: Annotated[Path, typer.Option(help="Local copy of AlpacaEval's alpaca_eval.json.")],
     alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write alpaca_eval's format.")] = False,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/alpaca_eval/outputs.json"),

@@ -33,7 +33,9 @@ RATIOS = {
 )
 @exit_on_user_error()
 def plan_command(
-    model: Annotated[str, typer.Argument(help="Hub id, folder, built-in shape or demo. Only its config is read.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder, built-in shape, demo or smollm2. Only its config is read.")
+    ],
     method: Annotated[Literal["hft", "fft"] | None, typer.Option(help="Method. [default: both, side by side]")] = None,
     stage: Annotated[Literal["sft", "dpo"], typer.Option(help="Stage of training.")] = "sft",
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,

@@ -12,7 +12,7 @@ from hft_trl.report.tables import rich_table
 
 app = typer.Typer()
 
-BASE = "The model that tuning started from: folder, cached hub id, or demo."
+BASE = "The model that tuning started from: folder, cached hub id, demo or smollm2."
 
 
 @app.command("half-reset")

@@ -33,7 +33,7 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
     """
     Return the folder of each model, the base first. Models of the hub are downloaded.
 
-    A name is a folder, a hub id (`"id@revision"` for a branch, tag or commit), or `"demo"` for the embedded model.
+    A name is a folder, a hub id (`"id@revision"` for a branch, tag or commit), `"demo"` or `"smollm2"`.
     Without `base`, the first of `names` is the base. An unknown name raises an [`HFTError`].
     """
     state = PartialState(cpu=not torch.accelerator.is_available())

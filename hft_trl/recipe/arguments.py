@@ -49,7 +49,7 @@ class RunArguments:
 class ModelArguments:
     """Define the start model of the first stage, with the names of TRL's `ModelConfig`."""
 
-    model_name_or_path: str  # hub id or folder, or "demo" for the embedded model
+    model_name_or_path: str  # hub id, folder, "demo" for the embedded model, or "smollm2"
     model_revision: str = "main"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"  # HFT rejects one that rounds the weights
     attn_implementation: str | None = None

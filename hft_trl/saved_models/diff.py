@@ -55,8 +55,8 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
     """
     Compare tuned models with their base in chunks of a tensor, without loading a model.
 
-    A model is a folder, a hub id in the local cache, or `"demo"`. Models that differ in architecture, vocabulary or
-    shapes, and selections of other models, raise an [`HFTError`].
+    A model is a folder, a hub id in the local cache, `"demo"` or `"smollm2"`. Models that differ in
+    architecture, vocabulary or shapes, and selections of other models, raise an [`HFTError`].
     """
     before = SavedModel(base)
     models = [SavedModel(name) for name in tuned]

@@ -42,7 +42,7 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
 
     Args:
         base (`str` or `Path`):
-            The model that tuning started from: folder, hub id in the local cache, or `"demo"`.
+            The model that tuning started from: folder, hub id in the local cache, `"demo"` or `"smollm2"`.
         tuned (`str` or `Path`):
             The tuned model, named in the same way.
         out (`str` or `Path`):

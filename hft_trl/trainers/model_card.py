@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from hft_trl.demo import shown
 from hft_trl.selection import SELECTION_FILE, Selection
 
 CITATION = """\
@@ -31,7 +32,7 @@ def _section(selection: Selection) -> str:
 ## Half Fine-Tuning
 
 In this stage a part of the parameters learned and the rest kept the bits of the start model
-`{selection.start_model["name_or_path"]}` (weights `{selection.start_model["weights_digest"]}`).
+`{shown(selection.start_model["name_or_path"])}` (weights `{selection.start_model["weights_digest"]}`).
 Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`.
 
 | category | share that learned |

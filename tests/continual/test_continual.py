@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -21,7 +22,7 @@ from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.tasks import Row, Task, read_benchmark, write_rows
+from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, write_rows
 from hft_trl.errors import HFTError
 
 TASKS = """
@@ -325,6 +326,28 @@ def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
     assert recipe.arguments("c", 7).lr_scheduler_type == "constant"
     for words in (["--sft.num_train_epochs", "1"], ["--sft.num-train-epochs=1"]):
         assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).arguments("c", 7).num_train_epochs == 1
+
+
+def test_trace_with_a_small_model_leaves_out_a_task_that_some_copies_lack(tmp_path, monkeypatch):
+    """The config and its list of tasks, which the header says to copy into TRACE's folder."""
+    monkeypatch.setattr("hft_trl.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
+    config = ROOT / "recipes/configs/trace-smollm2.yaml"
+    header = config.read_text().split("\nmodel:")[0]
+    assert all(word in header for word in ("Machine:", "Memory:", "Needs:", "Launch:"))
+    (listed,) = re.findall(r"cp (\S+) \S+/tasks.yaml", header)
+    (tmp_path / "tasks.yaml").write_text((ROOT / listed).read_text())
+    kept = [name for name in TRACE if name != "MeetingBank"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(json.dumps([{"prompt": "q", "answer": "a"}]))
+    recipe = parse_continual(["--config", str(config), "--sft.use_cpu", "true", "--benchmark", str(tmp_path)])
+    tasks, _ = recipe.tasks()
+    assert {task.name: (task.metric, task.epochs) for task in tasks} == {name: TRACE[name] for name in kept}
+    stated, sft = yaml.safe_load(config.read_text())["sft"], recipe.arguments("c", 5)
+    for key, value in stated.items():
+        found = getattr(sft, key)
+        assert found == value or str(getattr(found, "value", found)) == str(value), key
 
 
 def test_the_papers_hyper_parameters():
