@@ -39,6 +39,7 @@ class HFTMixin:
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         from hft_trl.trainers import preparation
+        from hft_trl.trainers.compatibility import check
 
         self.hft_config = hft_config if hft_config is not None else HFTConfig()
         given = preparation.check_given(super().__init__, args, kwargs, self.hft_config)
@@ -49,7 +50,8 @@ class HFTMixin:
                 reference.check_has_path(given)
                 super().__init__(*args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
-        preparation.check_built(self, given)
+        # The arguments that the parent has made itself, and the backend that only its accelerator shows
+        check(self.args, self.hft_config, given, state=self.accelerator.state)
         self.hft_selection, self.frozen_half = preparation.draw_half(self, policy)
         self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from hft_trl.backends.fsdp import check_backend, sharded_by
+from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import FrozenHalf, Storage
@@ -53,14 +53,6 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
 
         zero.prepare(settings, config)
     return given
-
-
-def check_built(trainer: Any, given: dict[str, Any]) -> None:
-    """Check the arguments that a trainer has made itself, and the backend that only its accelerator shows."""
-    if given.get("args") is None:
-        check(trainer.args, trainer.hft_config, given)
-    if trainer.hft_config.method == "hft":
-        check_backend(trainer.accelerator.state)
 
 
 def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenHalf]:
