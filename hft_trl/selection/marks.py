@@ -1,29 +1,14 @@
-"""What a model object remembers of HFT: the selection that it was trained with, and what a selection froze."""
+"""What a model object remembers of HFT: which of its parameters a selection froze. No file holds it."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hft_trl.selection.units import made_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Attributes of the model object. They are in no file: a saved model has its selection beside it, and loads unfrozen.
-TRAINED_WITH, FROZEN_BY_HFT = "_hft_trained_with", "_hft_frozen"
-
-
-def remember(model: "PreTrainedModel", selection: Any) -> None:
-    """
-    Note the selection that a model was trained with, so that the next stage on the same object draws another one.
-    """
-    setattr(model, TRAINED_WITH, selection)
-
-
-def remembered(model: "PreTrainedModel") -> Any:
-    """
-    Return the selection that this model object was trained with, `None` if it was not trained since it was loaded.
-    """
-    return vars(model).get(TRAINED_WITH)
+FROZEN_BY_HFT = "_hft_frozen"
 
 
 def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:

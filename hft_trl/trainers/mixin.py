@@ -12,7 +12,6 @@ from transformers.trainer_utils import TrainOutput
 from hft_trl import reference
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection.marks import remember
 
 
 class HFTMixin:
@@ -80,7 +79,7 @@ class HFTMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does. A checkpoint of another selection and a frozen bit that moved are errors."""
-        from hft_trl.selection.previous import check_resumable
+        from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
         with ExitStack() as ends:
