@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.selection.units import Unit
-from hft_trl.weights import named_parameters
+from hft_trl.weights import full, named_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,11 +26,7 @@ def unit_scores(
     Score the units in layers; those with the highest scores are to learn.
 
     The importance of a unit is the root mean square over its elements, so that units of different sizes compare. It is
-    negated where the least important units are to learn. `gradients` returns squared gradients by parameter name.
-    Under ZeRO-3 every process has to call.
-
-    Raises:
-        [`HFTError`]: If there are no weights, no gradients, or one of them is NaN or infinite.
+    negated where the least important units are to learn. Under ZeRO-3 every process has to call.
     """
     inner = [unit for unit in units if unit.layer is not None]
     names = [name for unit in inner for name in unit.names]
@@ -55,8 +51,6 @@ def unit_scores(
 
 def _weight_squares(model: "PreTrainedModel", names: Iterable[str]) -> Squares:
     import torch
-
-    from hft_trl.weights import full
 
     parameters = dict(named_parameters(model))
     if any(parameters[name].is_meta for name in names):

@@ -10,7 +10,6 @@ from transformers.utils import cached_file
 from hft_trl.errors import HFTError
 from hft_trl.selection.selection import SELECTION_FILE, Selection
 
-
 # Attribute of a model object, so that the next stage on the same object draws another selection. No file holds it
 TRAINED_WITH = "_hft_trained_with"
 

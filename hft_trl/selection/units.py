@@ -53,10 +53,6 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
     unit: a copy of the class on the meta device tells the two apart. The model may be on any device and is not
     changed.
-
-    Raises:
-        [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
-            layers, or if a pattern of `exclude` matches nothing.
     """
     from hft_trl.weights import named_modules, named_parameters
 
@@ -65,8 +61,8 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     towers = _find_towers(model, modules)
     layers = _find_layers(model, modules, towers)
     parameters = dict(named_parameters(model))
-    sizes = _selectable_sizes(model, parameters, towers, exclude)
-    sizes = {name: size for name, size in sizes.items() if name not in without}
+    selectable = _selectable_sizes(model, parameters, towers, exclude)
+    sizes = {name: size for name, size in selectable.items() if name not in without}
     classes = own_class_names(modules)
     outer = OuterParts(model, modules, parameters)
 
@@ -129,9 +125,7 @@ def _check_model(model: "nn.Module") -> None:
 
 
 def made_frozen(model: "PreTrainedModel") -> set[str]:
-    """
-    Names of the parameters that the model's class itself creates frozen, such as the biases that correct a router.
-    """
+    """Names of the parameters that the model's class creates frozen, such as the biases that correct a router."""
     return {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
 
 
@@ -184,7 +178,7 @@ def _selectable_sizes(
         sizes[name] = parameter.numel() or like.numel()
     if unmatched:
         raise HFTError(
-            f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: mend "
+            f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: fix "
             "the pattern or leave it out."
         )
     return sizes
@@ -224,8 +218,8 @@ def _find_layers(
 
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():
-        above = list(_ancestors(path))
-        if isinstance(module, nn.ModuleList) and len(module) and not any(p in towers or p in lists for p in above):
+        inside = any(above in towers or above in lists for above in _ancestors(path))
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
             lists[path] = module
     whole = set(model._no_split_modules or ())
     stacks = [
@@ -237,14 +231,14 @@ def _find_layers(
         paths = [(f"{stack}.{index}", "") for stack in stacks for index in range(len(lists[stack]))]
         return {path: (number, len(path) + 1, "") for number, (path, _) in enumerate(paths)}
     largest = max(lists, key=lambda path: sum(map(numel, lists[path].parameters())))
-    parent, _, _ = largest.rpartition(".")
-    beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == len(lists[largest])]
-    layers = {}
-    for path in beside:
-        for index in range(len(lists[path])):
-            layer = f"{path}.{index}"
-            layers[layer] = (index, len(layer) + 1, path.rpartition(".")[2] if len(beside) > 1 else "")
-    return layers
+    parent, depth = largest.rpartition(".")[0], len(lists[largest])
+    beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == depth]
+    names = {path: path.rpartition(".")[2] if len(beside) > 1 else "" for path in beside}
+    return {
+        f"{path}.{index}": (index, len(f"{path}.{index}") + 1, name)
+        for path, name in names.items()
+        for index in range(depth)
+    }
 
 
 def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
