@@ -92,7 +92,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
 
 
 def _gradients(trainer: Any, policy: PreTrainedModel, names: list[str]) -> dict[str, float]:
-    from hft_trl.trainers.gradient_norms import measured_once
+    from hft_trl.trainers.calibration import measured_once
 
     config = trainer.hft_config
     return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
