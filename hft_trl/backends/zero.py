@@ -28,13 +28,9 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.
 
     Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
-
-    Raises:
-        [`HFTError`]: Naming the setting and what to use instead.
     """
     plugin = args.deepspeed_plugin
-    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers
-    # share.
+    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
     if plugin.zero_stage != 3:
@@ -94,9 +90,7 @@ def log_reference(plugin: DeepSpeedPlugin) -> None:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """
-    Let models that are built or loaded inside be whole on the calling process, where ZeRO-3 would partition them.
-    """
+    """Let models that are built or loaded inside be whole on this process, where ZeRO-3 would partition them."""
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:

@@ -1,8 +1,4 @@
-"""
-What learns but gets no gradient, such as experts that no token is routed to:
-
-named once, before the first update.
-"""
+"""What learns but gets no gradient, such as experts that no token is routed to."""
 
 from typing import Any
 
@@ -19,19 +15,13 @@ class WarnOfIdleParameters(TrainerCallback):
     """
     Warns of trainable parameters without a gradient when the optimizer takes its first step.
 
-    Only then are the gradients of all micro-batches where they belong, in one process, under DDP and under FSDP2,
-    which keeps them elsewhere between micro-batches.
+    Only then do the parameters have the gradients of all micro-batches: FSDP2 keeps them elsewhere in between.
     """
 
     _looked = False
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
-        model: torch.nn.Module,
-        **_: Any,
+        self, _: TrainingArguments, state: TrainerState, __: TrainerControl, model: torch.nn.Module, **___: Any
     ) -> None:
         if self._looked:
             return

@@ -27,7 +27,7 @@ def make_hashable(reference: torch.nn.Module) -> None:
     """
     Let the state dict of a sharded reference hold fingerprints in place of shards.
 
-    TRL hashes the state dict to name its cache of log-probs, and can't read shards. Every process has to ask for it.
+    TRL hashes the state dict to name its cache of log-probs, and cannot read shards. Every process has to ask for it.
     """
 
     def fingerprint_shards(_: torch.nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
@@ -43,9 +43,6 @@ def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
     Return a data set whose file every process sees, so that all find what one of them caches beside it.
 
     A data set in memory, or in a cache on the disk of one machine, is written to a folder that all processes share.
-
-    Raises:
-        [`HFTError`]: If there are several processes and datasets' caching is off, or they do not share the folder.
     """
     state = PartialState()
     if state.num_processes == 1 or not isinstance(dataset, Dataset):

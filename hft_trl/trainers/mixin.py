@@ -59,18 +59,11 @@ class HFTMixin:
             self.add_callback(_Begins(self))
 
     def _reference_from_policy(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
-        """
-        Yield what to call the parent with where a trainer can make its reference from the policy, otherwise `None`.
-        """
+        """Yield what to call the parent with if a trainer can make its reference from the policy, else `None`."""
         return nullcontext()
 
     def check_frozen(self) -> None:
-        """
-        Compare the frozen half with its fingerprints from before training.
-
-        Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved, or that has a frozen element which did.
-        """
+        """Raise a [`RuntimeError`] if the frozen half differs from its fingerprints from before training."""
         self.frozen_half.check(self.accelerator.unwrap_model(self.model))
         for storage in self._storages:
             storage.check()
@@ -114,9 +107,7 @@ class HFTMixin:
             return super().prediction_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved.
-        """
+        """Save as the parent does, with `hft_selection.json`, but never with a frozen half that moved."""
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
@@ -125,9 +116,7 @@ class HFTMixin:
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """
-        Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller.
-        """
+        """Save as the parent does, in the start model's types, and its own tensors if memory holds others."""
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
         saves = self.args.should_save and bool(self.frozen_half.learning_types)
         if saves:

@@ -3,10 +3,8 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
@@ -15,6 +13,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import FrozenHalf, Storage
 from hft_trl.selection import Selection, select
+from hft_trl.selection.importance import Squares
 from hft_trl.selection.marks import frozen_by_user
 from hft_trl.selection.previous import selection_of
 from hft_trl.trainers.compatibility import check
@@ -26,11 +25,7 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
     """
     Check what a trainer is built with before its model is loaded, and set up its backend.
 
-    Returns:
-        `dict[str, Any]`: The arguments by name, as far as the parent's signature tells them.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
+    Returns the arguments by name, as far as the parent's signature has their names.
     """
     if not isinstance(config, HFTConfig):
         raise HFTError(f"hft_config is {config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
@@ -60,14 +55,18 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     Draw a trainer's selection, apply it to the policy, and fingerprint the half that is frozen.
 
     The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
-
-    Raises:
-        [`HFTError`]: If the processes disagree, or the model was loaded in a type that rounds its weights.
+    A model that was loaded in a type that rounds its weights is rejected.
     """
     config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
     if previous is not None and previous.masks is not None:
         check(trainer.args, config, after_elements=True)
-    selection = select(policy, config, previous, partial(_gradients, trainer, policy))
+
+    def gradients(names: list[str]) -> Squares:
+        from hft_trl.trainers.calibration import measured_once
+
+        return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
+
+    selection = select(policy, config, previous, gradients)
     if hft and (kept := frozen_by_user(policy)):
         trainer.accelerator.print(
             f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
@@ -91,13 +90,6 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     return dataclasses.replace(selection, start_model=source), half
 
 
-def _gradients(trainer: Any, policy: PreTrainedModel, names: list[str]) -> dict[str, float]:
-    from hft_trl.trainers.calibration import measured_once
-
-    config = trainer.hft_config
-    return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
-
-
 def storages(config: HFTConfig, masked: bool) -> list[Storage]:
     """
     Return the storages that the settings ask for. `masked` says whether the selection freezes single elements.
@@ -105,8 +97,7 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
     Their modules are imported here, so that a run without them loads none.
     """
     found: list[Storage] = []
-    hft = config.method == "hft"
-    if hft and config.frozen_dtype:
+    if config.method == "hft" and config.frozen_dtype:
         from hft_trl.frozen.smaller_type import SmallerType
 
         found.append(SmallerType(config.frozen_dtype))
@@ -114,7 +105,7 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
         from hft_trl.frozen.replicated import Replicated
 
         found.append(Replicated())
-    if hft and config.frozen_quantization:
+    if config.method == "hft" and config.frozen_quantization:
         from hft_trl.frozen.quantized_linear import Quantized
 
         found.append(Quantized(config.frozen_quantization))
@@ -130,13 +121,19 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
 
 
 def finish(trainer: Any, policy: PreTrainedModel) -> None:
-    """Set what depends on the half: the optimizer, the inputs' gradients and the warning of idle parameters."""
+    """Set what depends on the half: a user's optimizer, the inputs' gradients and the warning of idle parameters."""
     if trainer.hft_config.method != "hft":
         return
-    if trainer.optimizer is not None:
-        _check_optimizer(trainer.optimizer, policy)
+    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    frozen = [name for name, p in named_parameters(policy) if not p.requires_grad and id(p) in held]
+    if frozen:
+        raise HFTError(
+            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
+            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+        )
     # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
-    # none on to the layers.
+    # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()
     if trainer.is_deepspeed_enabled:
@@ -146,19 +143,3 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
             zero.log_reference(trainer.accelerator.state.deepspeed_plugin)
     elif not trainer.hft_config.optimizer_in_backward:
         trainer.add_callback(WarnOfIdleParameters())
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
-    """
-    Reject a user's optimizer that holds parameters of the frozen half.
-
-    Raises:
-        [`HFTError`]: Naming one of the parameters.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
-    if frozen:
-        raise HFTError(
-            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
-            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
-        )
