@@ -117,10 +117,9 @@ class HFTConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(HFTConfig).items():
-            value = vars(self)[name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
+            if get_origin(hint) is Literal and vars(self)[name] not in get_args(hint):
                 allowed = ", ".join(map(str, get_args(hint)))
-                raise HFTError(f"hft.{name} is {value!r}: it must be one of {allowed}.")
+                raise HFTError(f"hft.{name} is {vars(self)[name]!r}: it must be one of {allowed}.")
         if self.frozen_dtype and self.frozen_quantization:
             raise HFTError(
                 f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: "

@@ -16,7 +16,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection import marks
+from hft_trl.selection.units import frozen_by_user, mark_frozen
 from hft_trl.weights import full, named_parameters
 
 logger = logging.get_logger(__name__)
@@ -123,7 +123,7 @@ def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch
     memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
     copied = copy.deepcopy(policy, memo).eval()
     # A half that is drawn on the copy has to be that of the policy
-    marks.mark_frozen(copied, {name for name, _ in named_parameters(copied)} - marks.frozen_by_user(policy))
+    mark_frozen(copied, {name for name, _ in named_parameters(copied)} - frozen_by_user(policy))
     return copied
 
 

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
@@ -77,15 +75,6 @@ def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
                     parameter.data = parameter.data.to(dtype)
             return UNCAST
     return None
-
-
-def log_reference(plugin: DeepSpeedPlugin) -> None:
-    """Say once where DeepSpeed keeps the reference of preference training."""
-    if plugin.zero_stage == 3:
-        place = "partitioned over the processes by ZeRO-3 and gathered module by module, so none ever holds the whole"
-    else:
-        place = f"whole in every process, since ZeRO-{plugin.zero_stage} divides only what is trained"
-    PartialState().print(f"reference: {place}.")
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
-from hft_trl.selection.units import Unit, find_units
+from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_user, mark_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

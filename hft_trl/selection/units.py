@@ -7,7 +7,7 @@ categories by the names of the classes and attributes that lead from a layer to 
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -124,9 +124,25 @@ def _check_model(model: "nn.Module") -> None:
         )
 
 
-def made_frozen(model: "PreTrainedModel") -> set[str]:
-    """Names of the parameters that the model's class creates frozen, such as the biases that correct a router."""
-    return {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
+def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:
+    """Return the names of the parameters that a selection froze on this model object."""
+    return vars(model).get("_hft_frozen", frozenset())
+
+
+def mark_frozen(model: "PreTrainedModel", names: Iterable[str]) -> None:
+    """Note which parameters of a model object a selection froze. The user or the class froze all others."""
+    model._hft_frozen = frozenset(names)
+
+
+def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
+    """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
+    from hft_trl.weights import named_parameters
+
+    frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
+    unexplained = frozen - frozen_by_hft(model)
+    if unexplained:  # such as the biases that correct a router, which their class creates frozen
+        unexplained -= {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
+    return frozenset(unexplained)
 
 
 def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:

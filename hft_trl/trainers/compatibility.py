@@ -28,20 +28,12 @@ When = Callable[[Case], Any]
 
 
 class Conflict(NamedTuple):
-    """
-    A combination that is rejected.
+    """A combination that is rejected."""
 
-    Args:
-        setting (`str`): The setting, of `HFTConfig` with `hft.` in front; else what the user passed.
-        beside (`str`): What it cannot be combined with, as the documentation names it.
-        when (`Callable`): Whether a case has the combination.
-        message (`str`): Why, a colon, and what to do, with fields of the case in braces.
-    """
-
-    setting: str
-    beside: str
+    setting: str  # of HFTConfig with "hft." in front; else what the user passed
+    beside: str  # what it cannot be combined with, as the documentation names it
     when: When
-    message: str
+    message: str  # why, a colon, and what to do, with fields of the case in braces
 
     @property
     def remedy(self) -> str:

@@ -14,8 +14,8 @@ from hft_trl.errors import HFTError
 from hft_trl.frozen.half import FrozenHalf, Storage
 from hft_trl.selection import Selection, select
 from hft_trl.selection.importance import Squares
-from hft_trl.selection.marks import frozen_by_user
 from hft_trl.selection.previous import selection_of
+from hft_trl.selection.units import frozen_by_user
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.idle import WarnOfIdleParameters
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
@@ -136,10 +136,5 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()
-    if trainer.is_deepspeed_enabled:
-        from hft_trl.backends import zero
-
-        if vars(trainer).get("ref_model") is not None:
-            zero.log_reference(trainer.accelerator.state.deepspeed_plugin)
-    elif not trainer.hft_config.optimizer_in_backward:
+    if not trainer.is_deepspeed_enabled and not trainer.hft_config.optimizer_in_backward:
         trainer.add_callback(WarnOfIdleParameters())

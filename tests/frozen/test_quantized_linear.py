@@ -46,7 +46,10 @@ def test_it_computes_and_differentiates_with_one_matrix_near_the_original_and_ke
     whole = module.whole(torch.float32)
     error = (whole - linear.weight.float()).norm() / linear.weight.float().norm()
     assert error < {"int8": 0.01, "nf4": 0.11}[kind]
-    assert module.packed.nbytes + module.scale.nbytes < {"int8": 1.2, "nf4": 0.6}[kind] * linear.weight.numel() + 4 * size[1]
+    assert (
+        module.packed.nbytes + module.scale.nbytes
+        < {"int8": 1.2, "nf4": 0.6}[kind] * linear.weight.numel() + 4 * size[1]
+    )
     kept = []
     inputs = torch.randn(3, 5, size[0], dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):

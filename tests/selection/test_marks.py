@@ -7,8 +7,8 @@ from training import dpo_trainer, sft_trainer
 from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
-from hft_trl.selection.marks import frozen_by_hft, frozen_by_user
 from hft_trl.selection.previous import selection_of
+from hft_trl.selection.units import frozen_by_hft, frozen_by_user
 
 EMBEDDING = "model.embed_tokens.weight"
 
