@@ -95,8 +95,8 @@ class HFTConfig:
                 raise HFTError(f"hft.{name} is {vars(self)[name]!r}: it must be one of {', '.join(allowed)}.")
         if self.frozen_dtype and self.frozen_quantization:
             raise HFTError(
-                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: "
-                "a frozen matrix is held in one of the two, so leave the other out."
+                f"hft.frozen_dtype is {self.frozen_dtype!r} and hft.frozen_quantization is "
+                f"{self.frozen_quantization!r}: a frozen matrix is held in one of the two, so leave the other out."
             )
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")

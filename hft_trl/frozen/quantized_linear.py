@@ -92,9 +92,6 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load nothing: a checkpoint holds the start model's own matrix, of which this one was made."""
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}"
-
 
 class _Product(torch.autograd.Function):
     @staticmethod

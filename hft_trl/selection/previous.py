@@ -10,13 +10,10 @@ from transformers.utils import cached_file
 from hft_trl.errors import HFTError
 from hft_trl.selection.selection import SELECTION_FILE, Selection
 
-# Attribute of a model object, so that the next stage on the same object draws another selection. No file holds it
-TRAINED_WITH = "_hft_trained_with"
-
 
 def remember(model: PreTrainedModel, selection: Selection) -> None:
-    """Note the selection that a model object was trained with."""
-    setattr(model, TRAINED_WITH, selection)
+    """Note the selection that a model object was trained with, so that its next stage draws another one."""
+    model._hft_trained_with = selection
 
 
 def selection_of(model: PreTrainedModel) -> Selection | None:
@@ -26,8 +23,8 @@ def selection_of(model: PreTrainedModel) -> Selection | None:
     It is the one that this object was last trained with, otherwise that of the folder or hub repository of its
     weights.
     """
-    if TRAINED_WITH in vars(model):
-        return vars(model)[TRAINED_WITH]
+    if "_hft_trained_with" in vars(model):
+        return model._hft_trained_with
     try:
         file = cached_file(
             model.config._name_or_path,

@@ -100,28 +100,18 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
 def _check_model(model: "nn.Module") -> None:
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
+    problem = None
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
-        raise HFTError(
-            f"The model {kind} holds PEFT adapters: HFT and adapters exclude each other, so pass the model without "
-            "them (or merge them first)."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise HFTError(
-            f"The model is a {kind}: HFT needs a transformers causal language model, such as LlamaForCausalLM."
-        )
-    # What transformers leaves on a model whose weights it has packed.
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:
-        raise HFTError(
-            f"The model {kind} is quantised ({type(quantizer.quantization_config).__name__}): HFT trains whole "
-            "matrices, so load it without a quantization_config."
-        )
-    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise HFTError(
-            f"The model is a {kind}, which is no decoder-only causal language model: load it with "
-            "AutoModelForCausalLM."
-        )
+        problem = "holds PEFT adapters: HFT and adapters exclude each other, so pass it without them (or merge them)"
+    elif not isinstance(model, PreTrainedModel):
+        problem = "is no transformers model: HFT needs a causal language model, such as LlamaForCausalLM"
+    elif (quantizer := vars(model).get("hf_quantizer")) is not None:  # transformers has packed the weights
+        kind = type(quantizer.quantization_config).__name__
+        problem = f"is quantised ({kind}): HFT trains whole matrices, so load it without a quantization_config"
+    elif model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        problem = "is no decoder-only causal language model: load it with AutoModelForCausalLM"
+    if problem is not None:
+        raise HFTError(f"The model {type(model).__name__} {problem}.")
 
 
 def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:
@@ -173,11 +163,10 @@ def _selectable_sizes(
     # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
     as_made = all(parameter.requires_grad and parameter.numel() for parameter in parameters.values())
     twin = parameters if as_made else _built_anew(model)
-    patterns = {pattern: re.compile(pattern) for pattern in exclude}
-    unmatched = set(patterns)
+    unmatched = set(exclude)
     sizes = {}
     for name, parameter in parameters.items():
-        hits = {pattern for pattern, compiled in patterns.items() if compiled.search(name)}
+        hits = {pattern for pattern in exclude if re.search(pattern, name)}
         unmatched -= hits
         like = twin.get(name, parameter)
         by_class = name in twin and not like.requires_grad and not parameter.requires_grad

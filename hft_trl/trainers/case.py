@@ -46,6 +46,11 @@ class Case:
         )
 
     @property
+    def held_smaller(self) -> str:
+        """The setting that holds the frozen half in fewer bits."""
+        return next((f"hft.{n}" for n in ("frozen_dtype", "frozen_quantization") if vars(self.config)[n]), "")
+
+    @property
     def gradients(self) -> bool:
         """Whether the choice depends on gradients."""
         return self.config.by_gradient and not self.elements
@@ -127,6 +132,4 @@ class Case:
         value = vars(self.config)[name]
         if name == "strategy" and value != "element":
             return f"hft.reselect is {self.config.reselect!r} after strategy element"
-        if name in ("strategy", "importance"):
-            return f"{setting} is {value!r}"
-        return f"{setting} is {str(value).lower() if isinstance(value, bool) else value}"
+        return f"{setting} is {'true' if value is True else repr(value)}"

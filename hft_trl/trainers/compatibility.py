@@ -161,14 +161,11 @@ STORAGE: tuple[Conflict, ...] = (
     *of(
         "hft.strategy",
         lambda c: c.elements,
-        *(
-            (
-                f"`hft.{setting}`",
-                lambda c, setting=setting: vars(c.config)[setting],
-                f"it freezes no parameter of the layers as a whole, so hft.{setting} would save nothing: leave it "
-                "out, or choose another strategy",
-            )
-            for setting in ("frozen_dtype", "frozen_quantization")
+        (
+            "`hft.frozen_dtype`, `hft.frozen_quantization`",
+            lambda c: c.held_smaller,
+            "it freezes no parameter of the layers as a whole, so {case.held_smaller} would save nothing: leave it "
+            "out, or choose another strategy",
         ),
         (
             "`hft.optimizer_in_backward`",

@@ -266,7 +266,7 @@ def test_what_it_can_not_be_with_is_refused_before_a_model_is_loaded(tmp_path, h
 
 
 def test_two_ways_to_hold_the_frozen_half_are_one_too_many():
-    with pytest.raises(HFTError, match=r"hft\.frozen_dtype is bfloat16 and hft\.frozen_quantization is nf4"):
+    with pytest.raises(HFTError, match=r"hft\.frozen_dtype is 'bfloat16' and hft\.frozen_quantization is 'nf4'"):
         HFTConfig(frozen_dtype="bfloat16", frozen_quantization="nf4")
 
 
