@@ -91,15 +91,10 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 
 
 def check_has_path(given: dict[str, Any]) -> None:
-    """
-    Reject a policy from which TRL cannot load its reference: a model object without a path.
-
-    TRL makes the reference by a second `from_pretrained` of the policy's path, never by copying the policy.
-    """
+    """Reject a model object without a path as policy, because TRL loads the reference from the policy's path."""
     model, args = given.get("model"), given.get("args")
-    if "ref_model" not in given:  # the trainer takes none
-        return
-    if given["ref_model"] is not None or (args is not None and vars(args).get("precompute_ref_log_probs")):
+    needed = "ref_model" in given and given["ref_model"] is None  # else the trainer takes none, or has one
+    if not needed or (args is not None and vars(args).get("precompute_ref_log_probs")):
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(

@@ -119,17 +119,17 @@ class Selection:
     @classmethod
     def load(cls, directory: str | Path) -> "Selection":
         """Read the `hft_selection.json` of a folder, and reject one that has been changed."""
-        from hft_trl.files import read_json
+        from hft_trl.files import read_object
         from hft_trl.selection.masks import Masks
 
         path = Path(directory) / SELECTION_FILE
         try:
-            content = read_json(path)
+            content = read_object(path)
         except FileNotFoundError as error:
             raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
         except (OSError, ValueError) as error:
             raise HFTError(f"The selection {path} cannot be read: {error}") from error
-        if (version := content.get("version") if isinstance(content, dict) else None) != VERSION:
+        if (version := content.get("version")) != VERSION:
             raise HFTError(f"The selection {path} has version {version!r}: this hft_trl reads version {VERSION}.")
         try:
             selection = cls(

@@ -1,6 +1,7 @@
 """How much of a model learns."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hft_trl.selection.categories import LAYER_CATEGORIES, OUTER_CATEGORIES
@@ -30,22 +31,15 @@ def category_shares(
 
     `masked` has the number of elements that learn, for parameters that learn in part. Empty categories are left out.
     """
-    units, names, elements = list(units), frozenset(trainable), masked or {}
-
-    def learning(unit: Unit) -> int:
-        if unit.names[0] in elements:
-            return sum(elements[name] for name in unit.names)
-        return unit.size if unit.names[0] in names else 0
-
-    def count(category: str, members: list[Unit]) -> CategoryShare:
-        return CategoryShare(category, len(members), sum(unit.size for unit in members), sum(map(learning, members)))
-
-    def counts(categories: Sequence[str]) -> list[CategoryShare]:
-        return [count(category, [unit for unit in units if unit.category == category]) for category in categories]
-
-    layers = count("layers", [unit for unit in units if unit.layer is not None])
-    rows = [*counts(LAYER_CATEGORIES), layers, *counts(OUTER_CATEGORIES), count("model", units)]
-    return [row for row in rows if row.units]
+    names, elements = frozenset(trainable), masked or {}
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for unit in units:
+        size = sum(elements[name] for name in unit.names) if unit.names[0] in elements else unit.size
+        learns = unit.names[0] in names
+        for category in (unit.category, "model") if unit.layer is None else (unit.category, "layers", "model"):
+            totals[category].update(units=1, parameters=unit.size, trained=size if learns else 0)
+    order = (*LAYER_CATEGORIES, "layers", *OUTER_CATEGORIES, "model")
+    return [CategoryShare(category, **totals[category]) for category in order if category in totals]
 
 
 def share_of(

@@ -259,12 +259,8 @@ def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
 
 def _ancestors(path: str) -> Iterator[str]:
     """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
-    end = path.find(".")
-    while end >= 0:
-        yield path[:end]
-        end = path.find(".", end + 1)
-    if path:
-        yield path
+    parts = path.split(".") if path else []
+    return (".".join(parts[: number + 1]) for number in range(len(parts)))
 
 
 def _join(*parts: str) -> str:

@@ -30,15 +30,13 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
     if not isinstance(config, HFTConfig):
         raise HFTError(f"hft_config is {config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
     signature = inspect.signature(init)
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    # `*args` first: a trainer of the user's may call them like the argument `args`, which `**kwargs` then gives
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            given.pop(name, None)
-        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    if "ref_model" in signature.parameters:
-        given.setdefault("ref_model", None)
+    given: dict[str, Any] = {"ref_model": None} if "ref_model" in signature.parameters else {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            given[name] = value
     settings = given.get("args")
     check(settings, config, given)
     if sharded_by(settings) == "DeepSpeed":
