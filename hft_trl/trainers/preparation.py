@@ -17,7 +17,6 @@ from hft_trl.selection.importance import Squares
 from hft_trl.selection.previous import selection_of
 from hft_trl.selection.units import frozen_by_user
 from hft_trl.trainers.compatibility import check
-from hft_trl.trainers.idle import WarnOfIdleParameters
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
 
 
@@ -119,7 +118,7 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
 
 
 def finish(trainer: Any, policy: PreTrainedModel) -> None:
-    """Set what depends on the half: a user's optimizer, the inputs' gradients and the warning of idle parameters."""
+    """Set what depends on the half: a user's optimizer and the inputs' gradients."""
     if trainer.hft_config.method != "hft":
         return
     groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
@@ -134,5 +133,3 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()
-    if not trainer.is_deepspeed_enabled and not trainer.hft_config.optimizer_in_backward:
-        trainer.add_callback(WarnOfIdleParameters())
