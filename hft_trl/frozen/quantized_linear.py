@@ -138,7 +138,7 @@ class Quantized(SavedFromStart):
                 left.append(name)
                 continue
             before, after = before + parameter.nbytes, after + quantized.packed.nbytes + quantized.scale.nbytes
-            self.hold(name, files[name], parameter.dtype, half.digests.pop(name))
+            self._held[name] = files[name], parameter.dtype, half.digests.pop(name)
             for holder in (policy, reference):
                 if holder is not None:
                     holder.set_submodule(path, quantized)

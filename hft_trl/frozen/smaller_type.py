@@ -22,12 +22,9 @@ class SavedFromStart(Storage):
     """Saves tensors of the start model's file for parameters that memory holds in another type."""
 
     def __init__(self) -> None:
+        # By name the file that a parameter is saved from, and the type and fingerprint that its tensor had
         self._held: dict[str, tuple[Path, torch.dtype, str]] = {}
         self._first_name: dict[str, str] = {}
-
-    def hold(self, name: str, file: Path, dtype: torch.dtype, digest: str) -> None:
-        """Note that a parameter is saved from a file, whose tensor has this fingerprint in this type."""
-        self._held[name] = (file, dtype, digest)
 
     def note_names(self, model: torch.nn.Module) -> None:
         """Note the first of each tied parameter's names, under which the files may hold it."""
@@ -100,7 +97,7 @@ class SmallerType(SavedFromStart):
                 else:
                     left.append(name)
             if on_disk.get(name, parameter.dtype) != parameter.dtype:
-                self.hold(name, files[name], loaded.dtype, half.digests[name])
+                self._held[name] = files[name], loaded.dtype, half.digests[name]
         if left:
             logger.warning(
                 f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: their "

@@ -124,7 +124,13 @@ def _of_category(
     total = sum(unit.size for unit in units)
     counts_of_block = nearest_counts(blocks, share * total, _tolerance(share, total), rng)
     if scores is not None:
-        return _highest(units, blocks, counts_of_block, scores, rng)
+        number: Counter[int] = Counter()
+        for block, counts in zip(blocks, counts_of_block, strict=True):
+            number.update({kind.size: count for kind, count in zip(block.kinds, counts, strict=True)})
+        by_size = defaultdict(list)
+        for unit in sorted(shuffled(units, rng), key=lambda unit: -scores[unit]):
+            by_size[unit.size].append(unit)
+        return {unit for size, ranked in by_size.items() for unit in ranked[: number[size]]}
     for (signature, group), block, counts in zip(alike.items(), blocks, counts_of_block, strict=True):
         need = [0] * len(signature)
         for pieces, count in zip(block.kinds, counts, strict=True):
@@ -133,23 +139,6 @@ def _of_category(
                 need[place] = count // len(slots) + (rank < count % len(slots))
         chosen.update(_fill(group, need, rng))
     return chosen
-
-
-def _highest(
-    units: Sequence[Unit],
-    blocks: Sequence[Block],
-    counts: Sequence[Sequence[int]],
-    scores: Mapping[Unit, float],
-    rng: random.Random,
-) -> set[Unit]:
-    """As many units of each size as the counts of all blocks say: those of the highest scores, of equal ones any."""
-    number: Counter[int] = Counter()
-    for block, row in zip(blocks, counts, strict=True):
-        number.update({kind.size: count for kind, count in zip(block.kinds, row, strict=True)})
-    by_size = defaultdict(list)
-    for unit in sorted(shuffled(units, rng), key=lambda unit: -scores[unit]):
-        by_size[unit.size].append(unit)
-    return {unit for size, ranked in by_size.items() for unit in ranked[: number[size]]}
 
 
 def _fill(group: Sequence[Sequence[Unit]], need: list[int], rng: random.Random) -> Iterator[Unit]:

@@ -72,12 +72,9 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     """
     Square the gradients of a trainer's loss, row by row, for the parameters named.
 
-    Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. A gradient is dropped
-    as soon as it is squared. The trainer, the model and every random state are left as they were. The model is whole
-    in every process, and every process has to call.
-
-    Returns:
-        `Squares`: By parameter the sum over its elements of the squared gradient, mean over at most `samples` rows.
+    Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. The squares of a
+    parameter's elements are added up, and averaged over at most `samples` rows. The trainer, the model and every
+    random state are left as they were. The model is whole in every process, and every process has to call.
     """
     rows = _drawn_rows(trainer, samples, seed)
     squares = dict.fromkeys(names, 0.0)
