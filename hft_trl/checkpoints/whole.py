@@ -113,7 +113,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     Reject an explicitly named checkpoint that is incomplete.
 
     A missing part would silently restart from its initial state. `save_only_model` checkpoints give a warning and
-    resume with a new optimizer, as in transformers. `backend` is a name from `backend_of`.
+    resume with a new optimizer, as in transformers. `backend` is that of a `layout`.
     """
     only_model = holds_only_model(checkpoint)
     reason = torn_because(checkpoint, sealed=False)

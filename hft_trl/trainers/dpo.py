@@ -50,6 +50,6 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
         from hft_trl.trainers import log_probs
 
         dataset = log_probs.seen_by_all(dataset, Path(self.args.output_dir) / "_reference_log_probs" / name)
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self._to_shard is not None:
             self._precompute_model_hash = log_probs.digest(self.ref_model or self.model)
         return super()._precompute_ref_logps(dataset, name, batch_size)
