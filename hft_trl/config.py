@@ -10,6 +10,10 @@ from hft_trl.errors import HFTError
 STORAGE = ("frozen_dtype", "frozen_quantization", "share_reference", "replicate_frozen", "optimizer_in_backward")
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class HFTConfig:
     """
@@ -69,23 +73,44 @@ class HFTConfig:
             the last bit. For one process, without gradient accumulation or clipping.
     """
 
-    method: Literal["hft", "fft"] = "hft"
-    ratio: float = 0.5
-    strategy: Literal["category", "layer", "model", "importance", "element"] = "category"
-    importance: Literal["weight_norm", "gradient_norm"] = "weight_norm"
-    importance_order: Literal["most", "least"] = "most"
-    calibration_samples: int = 32
-    seed: int = 42
-    train_embeddings: bool = True
-    train_lm_head: bool = True
-    train_final_norm: bool = True
-    exclude: list[str] = field(default_factory=list)
-    reselect: Literal["fresh", "same", "complement"] = "fresh"
-    frozen_dtype: Literal["bfloat16", "float16"] | None = None
-    frozen_quantization: Literal["int8", "nf4"] | None = None
-    share_reference: bool = True
-    replicate_frozen: bool = False
-    optimizer_in_backward: bool = False
+    method: Literal["hft", "fft"] = _setting("hft", "Train half of the transformer layers (hft) or all of them (fft).")
+    ratio: float = _setting(0.5, "Share of the layers' parameters that learn, in (0, 1].")
+    strategy: Literal["category", "layer", "model", "importance", "element"] = _setting(
+        "category",
+        "Take the share of each category at random or by importance, of the layers, of the whole model, or of every "
+        "matrix's elements.",
+    )
+    importance: Literal["weight_norm", "gradient_norm"] = _setting("weight_norm", "What strategy importance goes by.")
+    importance_order: Literal["most", "least"] = _setting(
+        "most", "Whether the most or the least important matrices learn."
+    )
+    calibration_samples: int = _setting(32, "Rows of the training data that gradient_norm is taken over.")
+    seed: int = _setting(42, "Seed of the selection.")
+    train_embeddings: bool = _setting(True, "Whether the input embedding learns.")
+    train_lm_head: bool = _setting(True, "Whether the output head learns.")
+    train_final_norm: bool = _setting(True, "Whether the norm after the last layer learns.")
+    exclude: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Regular expressions on parameter names: always frozen, left out of the shares."},
+    )
+    reselect: Literal["fresh", "same", "complement"] = _setting(
+        "fresh", "How the selection relates to the one the start model was trained with."
+    )
+    frozen_dtype: Literal["bfloat16", "float16"] | None = _setting(
+        None, "Type in which the frozen half is held while training."
+    )
+    frozen_quantization: Literal["int8", "nf4"] | None = _setting(
+        None, "Hold the frozen half's matrices in 8 or 4 bits while training."
+    )
+    share_reference: bool = _setting(
+        True, "Store the frozen half of policy and reference once, where the backend can."
+    )
+    replicate_frozen: bool = _setting(
+        False, "Leave the frozen half whole in every process under FSDP2: less communication."
+    )
+    optimizer_in_backward: bool = _setting(
+        False, "Update each parameter inside the backward pass, and free its gradient."
+    )
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(HFTConfig).items():
