@@ -2,25 +2,16 @@
 
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
 
-METHODS = ("hft", "fft")
-STRATEGIES = ("category", "layer", "model", "importance", "element")
-IMPORTANCES = ("weight_norm", "gradient_norm")
-ORDERS = ("most", "least")
-RESELECTS = ("fresh", "same", "complement")
-FROZEN_DTYPES = (None, "bfloat16", "float16")
-FROZEN_QUANTIZATIONS = (None, "int8", "nf4")
-# What saves memory, traffic and leaves the selection as it is.
-STORAGE = (
-    "frozen_dtype",
-    "frozen_quantization",
-    "share_reference",
-    "replicate_frozen",
-    "optimizer_in_backward",
-)
+# What saves memory or traffic and leaves the selection as it is
+STORAGE = ("frozen_dtype", "frozen_quantization", "share_reference", "replicate_frozen", "optimizer_in_backward")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -74,96 +65,78 @@ class HFTConfig:
             can (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
         replicate_frozen (`bool`, *optional*, defaults to `False`):
             Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The
-            losses are the same to the last bit. It takes its memory on every GPU. Refused under DeepSpeed, and in
+            losses are the same to the last bit. It takes its memory on every GPU. Rejected under DeepSpeed, and in
             mixed precision of another type than the frozen half's (see `frozen_dtype`).
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
-            Whether each parameter is updated inside the backward pass, as soon as its gradient is there, and the
-            gradient freed, so that hardly more than one gradient is there at a time. The trained weights are the same
-            to the last bit. For one process, without gradient accumulation or clipping.
-
-    Raises:
-        [`HFTError`]: If a value is out of its range.
+            Whether each parameter is updated inside the backward pass as soon as its gradient is computed, and the
+            gradient freed, so that hardly more than one gradient exists at a time. The trained weights are the same to
+            the last bit. For one process, without gradient accumulation or clipping.
     """
 
-    method: Literal["hft", "fft"] = field(
-        default="hft", metadata={"help": "Train half of the transformer layers (hft) or all of them (fft)."}
+    method: Literal["hft", "fft"] = _setting("hft", "Train half of the transformer layers (hft) or all of them (fft).")
+    ratio: float = _setting(0.5, "Share of the layers' parameters that learn, in (0, 1].")
+    strategy: Literal["category", "layer", "model", "importance", "element"] = _setting(
+        "category",
+        "Take the share of each category at random or by importance, of the layers, of the whole model, or of every "
+        "matrix's elements.",
     )
-    ratio: float = field(default=0.5, metadata={"help": "Share of the layers' parameters that learn, in (0, 1]."})
-    strategy: Literal["category", "layer", "model", "importance", "element"] = field(
-        default="category",
-        metadata={
-            "help": "Take the share of each category at random or by importance, of the layers, of the whole model, "
-            "or of every matrix's elements."
-        },
+    importance: Literal["weight_norm", "gradient_norm"] = _setting("weight_norm", "What strategy importance goes by.")
+    importance_order: Literal["most", "least"] = _setting(
+        "most", "Whether the most or the least important matrices learn."
     )
-    importance: Literal["weight_norm", "gradient_norm"] = field(
-        default="weight_norm", metadata={"help": "What strategy importance goes by."}
-    )
-    importance_order: Literal["most", "least"] = field(
-        default="most", metadata={"help": "Whether the most or the least important matrices learn."}
-    )
-    calibration_samples: int = field(
-        default=32, metadata={"help": "Rows of the training data that gradient_norm is taken over."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seed of the selection."})
-    train_embeddings: bool = field(default=True, metadata={"help": "Whether the input embedding learns."})
-    train_lm_head: bool = field(default=True, metadata={"help": "Whether the output head learns."})
-    train_final_norm: bool = field(default=True, metadata={"help": "Whether the norm after the last layer learns."})
+    calibration_samples: int = _setting(32, "Rows of the training data that gradient_norm is taken over.")
+    seed: int = _setting(42, "Seed of the selection.")
+    train_embeddings: bool = _setting(True, "Whether the input embedding learns.")
+    train_lm_head: bool = _setting(True, "Whether the output head learns.")
+    train_final_norm: bool = _setting(True, "Whether the norm after the last layer learns.")
     exclude: list[str] = field(
         default_factory=list,
         metadata={"help": "Regular expressions on parameter names: always frozen, left out of the shares."},
     )
-    reselect: Literal["fresh", "same", "complement"] = field(
-        default="fresh", metadata={"help": "How the selection relates to the one the start model was trained with."}
+    reselect: Literal["fresh", "same", "complement"] = _setting(
+        "fresh", "How the selection relates to the one the start model was trained with."
     )
-    frozen_dtype: Literal["bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Type in which the frozen half is held while training."}
+    frozen_dtype: Literal["bfloat16", "float16"] | None = _setting(
+        None, "Type in which the frozen half is held while training."
     )
-    frozen_quantization: Literal["int8", "nf4"] | None = field(
-        default=None, metadata={"help": "Hold the frozen half's matrices in 8 or 4 bits while training."}
+    frozen_quantization: Literal["int8", "nf4"] | None = _setting(
+        None, "Hold the frozen half's matrices in 8 or 4 bits while training."
     )
-    share_reference: bool = field(
-        default=True, metadata={"help": "Store the frozen half of policy and reference once, where the backend can."}
+    share_reference: bool = _setting(
+        True, "Store the frozen half of policy and reference once, where the backend can."
     )
-    replicate_frozen: bool = field(
-        default=False, metadata={"help": "Leave the frozen half whole in every process under FSDP2: less traffic."}
+    replicate_frozen: bool = _setting(
+        False, "Leave the frozen half whole in every process under FSDP2: less communication."
     )
-    optimizer_in_backward: bool = field(
-        default=False, metadata={"help": "Update each parameter inside the backward pass, and free its gradient."}
+    optimizer_in_backward: bool = _setting(
+        False, "Update each parameter inside the backward pass, and free its gradient."
     )
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("method", METHODS),
-            ("strategy", STRATEGIES),
-            ("importance", IMPORTANCES),
-            ("importance_order", ORDERS),
-            ("reselect", RESELECTS),
-            ("frozen_dtype", FROZEN_DTYPES),
-            ("frozen_quantization", FROZEN_QUANTIZATIONS),
-        ):
-            value = self.__dict__[name]
-            if value not in allowed:
-                raise HFTError(f"hft.{name} is {value!r}: it must be one of {', '.join(map(str, allowed))}.")
+        for name, hint in get_type_hints(HFTConfig).items():
+            kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+            allowed = [value for kind in kinds for value in get_args(kind)]
+            if allowed and vars(self)[name] not in (*allowed, vars(HFTConfig)[name]):
+                raise HFTError(f"hft.{name} is {vars(self)[name]!r}: it must be one of {', '.join(allowed)}.")
         if self.frozen_dtype and self.frozen_quantization:
             raise HFTError(
-                f"hft.frozen_dtype is {self.frozen_dtype} and hft.frozen_quantization is {self.frozen_quantization}: "
-                "a frozen matrix is held in one of the two, so leave the other out."
+                f"hft.frozen_dtype is {self.frozen_dtype!r} and hft.frozen_quantization is "
+                f"{self.frozen_quantization!r}: a frozen matrix is held in one of the two, so leave the other out."
             )
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio <= 1:
             raise HFTError(f"hft.ratio is {self.ratio!r}: it must be a number in (0, 1], such as 0.5.")
         self.ratio = float(self.ratio)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if type(self.seed) is not int:
             raise HFTError(f"hft.seed is {self.seed!r}: it must be a whole number, such as 42.")
         samples = self.calibration_samples
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        if type(samples) is not int or samples < 1:
             raise HFTError(f"hft.calibration_samples is {samples!r}: it must be a whole number of rows, such as 32.")
         for name in self._unused():
-            if self.__dict__[name] != self.__dataclass_fields__[name].default:
+            if vars(self)[name] != vars(HFTConfig)[name]:
+                cause = "importance" if self.strategy == "importance" else "strategy"
                 raise HFTError(
-                    f"hft.{name} is {self.__dict__[name]!r}, which is not used with hft.strategy {self.strategy!r}"
-                    f"{f' and hft.importance {self.importance!r}' if self.strategy == 'importance' else ''}: drop it, "
-                    f"or change hft.{'importance' if self.strategy == 'importance' else 'strategy'}."
+                    f"hft.{name} is {vars(self)[name]!r}, which is not used with hft.{cause} {vars(self)[cause]!r}: "
+                    f"drop it, or change hft.{cause}."
                 )
         if isinstance(self.exclude, str):
             raise HFTError(f"hft.exclude is the string {self.exclude!r}: give a list of regular expressions.")
@@ -186,22 +159,12 @@ class HFTConfig:
         return set() if self.importance == "gradient_norm" else {"calibration_samples"}
 
     def selecting(self) -> dict[str, Any]:
-        """
-        The settings that the selection depends on.
-
-        Not those that only save memory or traffic, nor another strategy's.
-        """
+        """The settings that the selection depends on: no other strategy's, none that only save memory or traffic."""
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":
         """The settings of a half with the same shares that can be drawn without weights or data."""
         if self.strategy != "importance":
             return self
-        defaults = HFTConfig()
-        return replace(
-            self,
-            strategy="category",
-            importance=defaults.importance,
-            importance_order=defaults.importance_order,
-            calibration_samples=defaults.calibration_samples,
-        )
+        unused = {name: vars(HFTConfig)[name] for name in ("importance", "importance_order", "calibration_samples")}
+        return replace(self, strategy="category", **unused)

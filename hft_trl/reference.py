@@ -16,7 +16,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection import marks
+from hft_trl.selection.units import frozen_by_user, mark_frozen
 from hft_trl.weights import full, named_parameters
 
 logger = logging.get_logger(__name__)
@@ -38,11 +38,6 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
     return f"{backend} stores the parameters itself"
 
 
-def is_quantized(reference: torch.nn.Module) -> bool:
-    """Return whether the reference was loaded quantised."""
-    return "hf_quantizer" in vars(reference)
-
-
 @contextlib.contextmanager
 def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[str, Any] | None]:
     """
@@ -57,16 +52,12 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     model, args = given.get("model"), given.get("args")
     if args is None and isinstance(model, str):
         args = DPOConfig(f"{model.split('/')[-1]}-DPO")  # TRL's own default
-    if not isinstance(args, DPOConfig):
+    copies = isinstance(args, DPOConfig) and isinstance(model, str | PreTrainedModel)
+    if not copies or given.get("ref_model") is not None:
         yield None
         return
     sharded = hft_config.method == "hft" and fsdp_version(args) == 2
-    if (
-        not isinstance(model, str | PreTrainedModel)
-        or (args.precompute_ref_log_probs and not sharded)
-        or given.get("ref_model") is not None
-        or (why_not_shared(args, hft_config) and not sharded)
-    ):
+    if not sharded and (args.precompute_ref_log_probs or why_not_shared(args, hft_config)):
         yield None
         return
     loaded, init = {**given, "args": args}, args.model_init_kwargs
@@ -80,10 +71,11 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
             loaded["processing_class"] = AutoProcessor.from_pretrained(
                 given["model"], revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
             )
-    if not can_be_copied(model):
+    # A forward of a module's own may call the original module
+    if any("forward" in vars(module) for module in model.modules()):
         logger.warning(
             "reference: a module of the policy has a forward of its own (of a device map, or of a trainer that had "
-            "this policy before), so the reference can't be a copy of it and is loaded: "
+            "this policy before), so the reference cannot be a copy of it and is loaded: "
             f"{sum(p.nbytes for p in model.parameters()):,} bytes more at start. Save the policy and pass its folder, "
             "without a device_map."
         )
@@ -99,30 +91,16 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 
 
 def check_has_path(given: dict[str, Any]) -> None:
-    """
-    Reject a policy from which TRL cannot load its reference: a model object without a path.
-
-    TRL makes the reference by a second `from_pretrained` of the policy's path, never by copying the policy.
-    """
+    """Reject a model object without a path as policy, because TRL loads the reference from the policy's path."""
     model, args = given.get("model"), given.get("args")
-    if "ref_model" not in given:  # the trainer takes none
-        return
-    if given["ref_model"] is not None or (args is not None and vars(args).get("precompute_ref_log_probs")):
+    needed = "ref_model" in given and given["ref_model"] is None  # else the trainer takes none, or has one
+    if not needed or (args is not None and vars(args).get("precompute_ref_log_probs")):
         return
     if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
-            f"the policy is a {type(model).__name__} in memory without a path, so its reference can't be loaded: save "
-            "it and pass the folder, or pass ref_model."
+            f"the policy is a {type(model).__name__} in memory without a path, so its reference cannot be loaded: "
+            "save it and pass the folder, or pass ref_model."
         )
-
-
-def can_be_copied(policy: torch.nn.Module) -> bool:
-    """
-    Return whether a copy of the policy's modules computes with the copy's own parameters.
-
-    A `forward` that a trainer or a device map has put into a module may call the original.
-    """
-    return not any("forward" in vars(module) for module in policy.modules())
 
 
 def hollow_copy(policy: torch.nn.Module) -> torch.nn.Module:
@@ -140,18 +118,13 @@ def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch
     memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
     copied = copy.deepcopy(policy, memo).eval()
     # A half that is drawn on the copy has to be that of the policy
-    marks.mark_frozen(copied, {name for name, _ in named_parameters(copied)} - marks.frozen_by_user(policy))
+    mark_frozen(copied, {name for name, _ in named_parameters(copied)} - frozen_by_user(policy))
     return copied
 
 
 def is_hollow(reference: torch.nn.Module) -> bool:
     """Return whether the reference is a [`hollow_copy`] that is not filled yet."""
     return all(parameter.numel() == 0 for parameter in reference.parameters())
-
-
-def is_wholly_sharded(reference: torch.nn.Module) -> bool:
-    """Return whether FSDP2 has left no parameter of the reference whole."""
-    return all(isinstance(parameter, DTensor) for parameter in reference.parameters())
 
 
 @contextlib.contextmanager
@@ -201,20 +174,20 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
     """Print what is stored once, or the `reason` why nothing is."""
     own, shared = memory(policy, reference)
     parts = sum(isinstance(module, FSDPModule) for module in reference.modules())
+    text = f"{own:,} bytes of its own, not shared because {reason}"
     if parts:
         beside = f", and shares {shared:,} with the policy" if shared else ""
-        PartialState().print(f"reference: {own:,} bytes in each process, sharded by FSDP2 in {parts} parts{beside}.")
+        text = f"{own:,} bytes in each process, sharded by FSDP2 in {parts} parts{beside}"
     elif reason is None:
-        PartialState().print(f"reference: shares {shared:,} of {own + shared:,} bytes with the policy.")
-    else:
-        PartialState().print(f"reference: {own:,} bytes of its own, not shared because {reason}.")
+        text = f"shares {shared:,} of {own + shared:,} bytes with the policy"
+    PartialState().print(f"reference: {text}.")
 
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
-    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     from hft_trl.frozen.quantized_linear import QuantizedLinear
 
+    tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     tensors += [tensor for module in quantized for tensor in (module.packed, module.scale)]
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -228,25 +201,18 @@ def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str
         return f"only one of them has the parameter {min(ours.keys() ^ theirs.keys())}"
     for name, parameter in ours.items():
         a, b = full(parameter), full(theirs[name])
-        if a.shape != b.shape:
-            return f"{name} has shape {tuple(a.shape)} in the policy, {tuple(b.shape)} in the reference"
         if not torch.equal(a.to(b.device), b):
-            return f"{name} has other values"
+            return f"{name} has another shape or other values"
     return None
 
 
 def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: bool) -> None:
     """
-    Check that the reference is the model which training starts from.
+    Reject a reference that was loaded from the policy's path and differs, because the policy was edited in memory.
 
-    A reference that the user has `given` may be another model, which only gives a warning; a quantised one is not
-    compared.
-
-    Raises:
-        [`HFTError`]: If the reference was loaded from the policy's path and differs, because the policy was edited in
-        memory.
+    One that the user has `given` may be another model, which only gives a warning; a quantised one is not compared.
     """
-    if given and is_quantized(reference):
+    if given and "hf_quantizer" in vars(reference):
         return
     difference = first_difference(policy, reference)
     if difference is None:
@@ -264,17 +230,15 @@ def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given
     """
     Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
 
-    The reference is checked to be the model that training starts from; one that was `given` is left as it is.
-
-    Returns:
-        `bool`: Whether the frozen half of the two models is stored once.
+    The reference is checked to be the model that training starts from; one that was `given` is left as it is. Returns
+    whether the frozen half of the two models is stored once.
     """
-    # Also of trainers that always load it themselves. With method fft it is the parent's business.
+    # Also of trainers that always load it themselves. With method fft it is the parent's business
     own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"
     if own is not None and trainer.hft_config.method == "hft":
         reference = trainer.accelerator.unwrap_model(own, keep_torch_compile=False)
         reason = why_not_shared(trainer.args, trainer.hft_config)
-        if reason is None and is_wholly_sharded(reference):
+        if reason is None and all(isinstance(parameter, DTensor) for parameter in reference.parameters()):
             reason = "FSDP has sharded all of it"
         reference.eval().requires_grad_(False)
         if reason is not None or not is_hollow(reference):

@@ -129,10 +129,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     """
     Return the safetensors file of every tensor of a saved model: a folder, or a hub id in the local cache.
 
-    Nothing is downloaded.
-
-    Raises:
-        [`HFTError`]: If there is no complete set of safetensors files.
+    Nothing is downloaded. A model without a complete set of safetensors files raises an [`HFTError`].
     """
     local = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     # In the order of `from_pretrained`: an index may be left over from shards that a single file has replaced.
@@ -181,31 +178,19 @@ def check_readable(files: Iterable[Path]) -> None:
 
 
 def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """
-    Named tensors from their safetensors files.
-
-    They are mapped from the disk, so they take memory only while they are used.
-    """
+    """Yield tensors from their safetensors files. Mapped from the disk, they take memory only while in use."""
     wanted = sorted(names, key=lambda name: (str(files[name]), name))
     for path, group in itertools.groupby(wanted, key=files.__getitem__):
         with safe_open(path, framework="pt") as file:
             yield from ((name, file.get_tensor(name)) for name in group)
 
 
-# Types that every value of a type on disk fits into.
-EXACT = {
-    "F32": {torch.float32, torch.float64},
-    "BF16": {torch.bfloat16, torch.float32, torch.float64},
-    "F16": {torch.float16, torch.float32, torch.float64},
-}
+# By their names in safetensors files
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
-    """
-    Whether weights of one type lose digits in another, as those of float16 in bfloat16.
-
-    Of an unknown type (`None`) it is not said.
-    """
+    """Whether weights of one type, if it is known, lose digits in another, as those of float16 in bfloat16."""
     return published is not None and torch.promote_types(published, dtype) != dtype
 
 
@@ -215,9 +200,6 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
 
     A model without safetensors files, or with other names in them, cannot be checked. `remedy` is what the error tells
     the user to do, by default to load the model in float32.
-
-    Raises:
-        [`HFTError`]: Naming the first parameter that was rounded.
     """
     try:
         files = weight_files(model) if model else {}
@@ -227,7 +209,7 @@ def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str
         with safe_open(path, framework="pt") as file:
             for name in set(file.keys()) & dtypes.keys():
                 on_disk = file.get_slice(name).get_dtype()
-                if on_disk in EXACT and dtypes[name] not in EXACT[on_disk]:
+                if rounds(DTYPES.get(on_disk), dtypes[name]):
                     raise HFTError(
                         f"dtype {str(dtypes[name]).removeprefix('torch.')} rounds {name}, which is {on_disk} in "
                         f"{model!r}, so the frozen half could not keep its bits: "

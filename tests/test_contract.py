@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_jit_checkpoint import CheckpointManager
 from transformers.utils import cached_file
 from trl import DPOTrainer, SFTTrainer
 
@@ -36,7 +35,6 @@ METHODS = {
     (Trainer, "_remove_unused_columns"): "dataset description",
     (Trainer, "_prepare_inputs"): "inputs",
     (DPOTrainer, "_precompute_ref_logps"): "dataset name batch_size",
-    (CheckpointManager, "_sigterm_handler"): "signum frame",
     (AcceleratorState, "_reset_state"): "reset_partial_state",
 }
 
@@ -45,7 +43,6 @@ ATTRIBUTES = {
     "_metrics": (SFTTrainer, DPOTrainer),
     "_precompute_model_hash": (DPOTrainer,),
     "_train_batch_size": (Trainer,),
-    "_original_sigterm_handler": (CheckpointManager,),
     "_shared_state": (PartialState, AcceleratorState, GradientState),
     "_n_gpu": (TrainingArguments,),
     "_hf_deepspeed_config_weak_ref": (deepspeed,),

@@ -1,28 +1,13 @@
-"""What the backends (DDP, FSDP, DeepSpeed) need so that a half can be frozen, and what they can't do."""
+"""FSDP and what it shards, known before there is an accelerator."""
 
 import os
 
 import torch
-from accelerate import Accelerator, ParallelismConfig
-from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    fsdp2_prepare_model,
-    parse_flag_from_env,
-)
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
 from transformers import TrainingArguments
 
 from hft_trl.config import HFTConfig
-from hft_trl.errors import HFTError
-
-EMPTY = (
-    "fsdp_cpu_ram_efficient_loading is true, which leaves the weights of all processes but the first empty, so they "
-    "can't be fingerprinted: set it to false."
-)
-FSDP1 = (
-    "fsdp_version is 1, which flattens trainable and frozen parameters into one: set fsdp_version to 2, as in "
-    "accelerate_configs/fsdp2.yaml."
-)
 
 
 def fsdp_version(args: TrainingArguments | None = None) -> int | None:
@@ -38,9 +23,7 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
 
 
 def sharded_by(args: TrainingArguments | None) -> str | None:
-    """
-    Name of the backend that takes the parameters' storage into its own hands, known before there is an accelerator.
-    """
+    """Return the name of the backend that shards the parameters, known before an accelerator exists."""
     if fsdp_version(args) is not None:
         return "FSDP"
     deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
@@ -52,32 +35,6 @@ def replicates_frozen(config: HFTConfig, args: TrainingArguments | None) -> bool
     return config.method == "hft" and config.replicate_frozen and fsdp_version(args) == 2
 
 
-def parallel_sizes(config: ParallelismConfig | None) -> dict[str, int]:
-    """Return the sizes of tensor, context and sequence parallelism by name, none without a configuration."""
-    return {"tp_size": config.tp_size, "cp_size": config.cp_size, "sp_size": config.sp_size} if config else {}
-
-
-def check_backend(state: AcceleratorState) -> None:
-    """
-    Reject a backend, or settings of one, that only the accelerator shows: those of a plugin object.
-
-    Raises:
-        [`HFTError`]: Naming the setting and what to use instead.
-    """
-    for name, size in parallel_sizes(state.parallelism_config).items():
-        if size > 1:
-            raise HFTError(
-                f"parallelism_config has {name} {size}, which was not tried with a frozen half: set it to 1, and "
-                "shard larger models with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 "
-                "(accelerate_configs/zero3.yaml)."
-            )
-    if state.distributed_type == DistributedType.FSDP:
-        if state.fsdp_plugin.fsdp_version == 1:
-            raise HFTError(FSDP1)
-        if state.fsdp_plugin.cpu_ram_efficient_loading:
-            raise HFTError(EMPTY)
-
-
 def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:
     """
     Shard a frozen reference with FSDP2 layer by layer, in place, as accelerate shards the policy.
@@ -86,5 +43,5 @@ def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> Non
     model alone that is sharded already.
     """
     fsdp2_prepare_model(accelerator, reference)
-    # accelerate keeps the head gathered for the backward pass, which a reference doesn't have.
+    # accelerate keeps the head gathered for the backward pass, which a reference does not have.
     reference.set_reshard_after_forward(True)

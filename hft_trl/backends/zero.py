@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
 from transformers import TrainingArguments
 from transformers.integrations import deepspeed as integration
 from transformers.utils import logging
@@ -28,13 +26,9 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.
 
     Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
-
-    Raises:
-        [`HFTError`]: Naming the setting and what to use instead.
     """
     plugin = args.deepspeed_plugin
-    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers
-    # share.
+    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
     AcceleratorState._reset_state()
     plugin.set_deepspeed_weakref()
     if plugin.zero_stage != 3:
@@ -83,20 +77,9 @@ def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
     return None
 
 
-def log_reference(plugin: DeepSpeedPlugin) -> None:
-    """Say once where DeepSpeed keeps the reference of preference training."""
-    if plugin.zero_stage == 3:
-        place = "partitioned over the processes by ZeRO-3 and gathered module by module, so none ever holds the whole"
-    else:
-        place = f"whole in every process, since ZeRO-{plugin.zero_stage} divides only what is trained"
-    PartialState().print(f"reference: {place}.")
-
-
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """
-    Let models that are built or loaded inside be whole on the calling process, where ZeRO-3 would partition them.
-    """
+    """Let models that are built or loaded inside be whole on this process, where ZeRO-3 would partition them."""
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:

@@ -1,12 +1,11 @@
 """A checkpoint at the end of the current step when a SIGTERM arrives during training."""
 
 import signal
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hft_trl.errors import Stopped
 
@@ -14,14 +13,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-class _Asked(CheckpointManager):
-    """Note a SIGTERM at once. transformers waits 3 seconds and can lose a late one."""
-
-    def _sigterm_handler(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.is_checkpoint_requested = True
-
-
-class StopAtStepEnd(JITCheckpointCallback):
+class StopAtStepEnd(TrainerCallback):
     """
     Save on SIGTERM (`enable_jit_checkpoint`) so that a resumed run ends in the same bits.
 
@@ -30,6 +22,10 @@ class StopAtStepEnd(JITCheckpointCallback):
     handler is active only during training.
     """
 
+    def __init__(self, trainer: "Trainer") -> None:
+        self.trainer = trainer
+        self.active = self.asked = self.stopping = False
+
     @classmethod
     def install(cls, trainer: "Trainer") -> "StopAtStepEnd | None":
         """Replace transformers' callback, if the trainer has it."""
@@ -37,25 +33,23 @@ class StopAtStepEnd(JITCheckpointCallback):
         for position, callback in enumerate(callbacks):
             if type(callback) is JITCheckpointCallback:
                 callback.on_train_end(trainer.args, trainer.state, trainer.control)  # restores the handler
-                callbacks[position] = ours = cls()
-                ours.trainer = trainer
+                callbacks[position] = ours = cls(trainer)
                 return ours
         return None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.put_away()  # `auto_find_batch_size` restarts without `on_train_end`
         self.stopping, self.saved_step = False, None
-        self.jit_manager = _Asked(self.trainer)
-        self.jit_manager.setup_signal_handler()
+        self.before = signal.signal(signal.SIGTERM, self._ask)
+        self.active = True
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None: ...
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None: ...
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        asked = torch.tensor(int(self.jit_manager.is_checkpoint_requested), device=args.device)
+        asked = torch.tensor(int(self.asked), device=args.device)
         self.stopping = bool(self.trainer.accelerator.reduce(asked, "sum").item())
-        # Evaluation and checkpoint at the end of an epoch belong to its last step, so training stops after them.
+        # Evaluation and checkpoint at the end of an epoch belong to its last step, so training stops after them
         if self.stopping and state.epoch % 1:
             control.should_save = control.should_training_stop = True
 
@@ -77,7 +71,7 @@ class StopAtStepEnd(JITCheckpointCallback):
         trainer = self.trainer
         if self.saved_step != trainer.state.global_step:  # "best" saves only a new best model
             trainer._save_checkpoint(trainer.model, trial=None)
-        self.stopping = self.jit_manager.is_checkpoint_requested = False
+        self.stopping = self.asked = False
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         trainer._finish_current_push()
         folder = f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir}"
@@ -89,10 +83,11 @@ class StopAtStepEnd(JITCheckpointCallback):
 
     def put_away(self) -> None:
         """Restore the previous handler, and send a SIGTERM again that no step has seen."""
-        manager, self.jit_manager = self.jit_manager, None
-        if manager is None:
+        if not self.active:
             return
-        if manager._original_sigterm_handler is not None:  # None if it was not set from Python
-            signal.signal(signal.SIGTERM, manager._original_sigterm_handler)
-        if manager.is_checkpoint_requested:
+        self.active = False
+        if self.before is not None:  # None if it was not set from Python
+            signal.signal(signal.SIGTERM, self.before)
+        if self.asked:
+            self.asked = False
             signal.raise_signal(signal.SIGTERM)

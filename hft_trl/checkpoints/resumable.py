@@ -1,12 +1,12 @@
 """Exact resume for any trainer, after it was stopped or killed."""
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hft_trl.checkpoints import moving_reference
 from hft_trl.checkpoints.preemption import StopAtStepEnd
@@ -36,28 +36,25 @@ class ResumableMixin:
     ) -> TrainOutput:
         """Train as the parent does. Incomplete or unsuitable checkpoints are rejected."""
         moving_reference.check(self.args)
-        load = nullcontext()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir) or True
-            if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir):
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if checkpoint is None:
                 raise HFTError(
-                    f"no checkpoint in {self.args.output_dir} is whole, so there is nothing to resume from: train "
-                    "without resume_from_checkpoint."
+                    f"no checkpoint in {self.args.output_dir} is whole, so nothing can be resumed: train without "
+                    "resume_from_checkpoint."
                 )
-        if resume_from_checkpoint and resume_from_checkpoint is not True:
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            here, load = layout(self), resuming(self, resume_from_checkpoint)
-            check_whole(resume_from_checkpoint, here["processes"], here["backend"])
-            self._check_same_training(resume_from_checkpoint)
-            check_layout(resume_from_checkpoint, here, any_batch=self.args.auto_find_batch_size)
-        try:
-            with load:
-                if resume_from_checkpoint and resume_from_checkpoint is not True:
-                    moving_reference.load(self, resume_from_checkpoint)
-                return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
+        with ExitStack() as ends:
             if self._preemption is not None:
-                self._preemption.put_away()
+                ends.callback(self._preemption.put_away)
+            if checkpoint is not None:
+                checkpoint, here = os.fspath(checkpoint), layout(self)
+                check_whole(checkpoint, here["processes"], here["backend"])
+                self._check_same_training(checkpoint)
+                check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)
+                ends.enter_context(resuming(self, checkpoint))
+                moving_reference.load(self, checkpoint)
+            return super().train(checkpoint, *args, **kwargs)
 
     def _check_same_training(self, checkpoint: str) -> None:
         """Reject a complete checkpoint of another training. Subclasses override this."""

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
@@ -27,22 +26,15 @@ VERSION = 1
 REPLICATED = "one process or DDP"
 
 
-def backend_of(state: AcceleratorState) -> str:
-    """Return the backend's name. Runs with the same name can read each other's checkpoints."""
-    if state.distributed_type == DistributedType.FSDP:
-        return f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
-    return REPLICATED
-
-
 def layout(trainer: "Trainer") -> dict[str, Any]:
-    """Return what checkpoints depend on: backend, number of processes and global batch size."""
-    return {
-        "backend": backend_of(trainer.accelerator.state),
-        "processes": trainer.accelerator.num_processes,
-        "global_batch_size": trainer.get_total_train_batch_size(trainer.args),
-    }
+    """Return what checkpoints depend on. Only runs with the same `backend` can read each other's checkpoints."""
+    state, backend = trainer.accelerator.state, REPLICATED
+    if state.distributed_type == DistributedType.FSDP:
+        backend = f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
+    elif state.distributed_type == DistributedType.DEEPSPEED:
+        backend = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    batch = trainer.get_total_train_batch_size(trainer.args)
+    return {"backend": backend, "processes": state.num_processes, "global_batch_size": batch}
 
 
 @contextmanager
@@ -55,12 +47,10 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
     """
     args, run = trainer.args, checkpoint.parent
     replaced = None
-    if args.should_save and checkpoint.exists():
-        with writing(checkpoint):
-            whole = incomplete_because(checkpoint) is None
-            replaced = set_aside(checkpoint, "replaced" if whole else "torn")
     if args.should_save:
         with writing(checkpoint):
+            if checkpoint.exists():
+                replaced = set_aside(checkpoint, "torn" if incomplete_because(checkpoint) else "replaced")
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / MARK_FILE).write_text(f"{MANIFEST_FILE} is written last.\n", encoding="utf-8")
             sync(checkpoint)
@@ -116,7 +106,7 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     try:
         manifest = read(checkpoint)
     except (ValueError, OSError) as error:
-        return f"{MANIFEST_FILE} can't be read ({error})"
+        return f"{MANIFEST_FILE} cannot be read ({error})"
     if manifest is None:
         if (checkpoint / MARK_FILE).exists():
             return f"{MANIFEST_FILE}, which is written last, is missing"
@@ -160,12 +150,9 @@ def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool =
 
     Checkpoints without a manifest are not checked. `any_batch` allows another size, as with `auto_find_batch_size`.
     """
-    if not (Path(checkpoint) / MANIFEST_FILE).exists():
-        return
-    reason = incomplete_because(checkpoint)
-    if reason is not None:
-        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
     there = read(checkpoint)
+    if there is None:
+        return
     if there["backend"] != here["backend"]:
         raise HFTError(
             f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} can't read: resume as it "

@@ -18,7 +18,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import by_first_process
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import check_readable, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +38,7 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
     """
     checkpoint = Path(checkpoint)
     has_manifest = (checkpoint / MANIFEST_FILE).exists()
-    reason = None if not sealed and not has_manifest else incomplete_because(checkpoint)
-    if reason is not None:
+    if (sealed or has_manifest) and (reason := incomplete_because(checkpoint)):
         return reason
     needed = {TRAINER_STATE_NAME: ()}
     if not holds_only_model(checkpoint):
@@ -51,7 +50,7 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
     try:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (ValueError, TypeError, RecursionError, OSError) as error:
-        return f"{TRAINER_STATE_NAME} can't be read ({first_line(error)})"
+        return f"{TRAINER_STATE_NAME} cannot be read ({first_line(error)})"
     try:
         if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
             check_readable(checkpoint.glob("*.safetensors"))
@@ -76,7 +75,7 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
             if reason is None:
                 found = [checkpoint]
                 break
-            logger.warning(f"Passing over the checkpoint {checkpoint}, which can't be resumed: {reason}.")
+            logger.warning(f"Passing over the checkpoint {checkpoint}, which cannot be resumed: {reason}.")
     return broadcast_object_list(found)[0]
 
 
@@ -87,7 +86,8 @@ def last_finite_checkpoint(folder: str | Path) -> str | None:
     Only safetensors files are read. Shards of FSDP and DeepSpeed are assumed to be finite.
     """
     checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
-    return next((checkpoint for checkpoint in reversed(checkpoints) if _is_finite(checkpoint)), None)
+    whole = (checkpoint for checkpoint in reversed(checkpoints) if incomplete_because(checkpoint) is None)
+    return next((checkpoint for checkpoint in whole if _is_finite(checkpoint)), None)
 
 
 def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
@@ -101,17 +101,11 @@ def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
 
 
 def _is_finite(checkpoint: str) -> bool:
-    if incomplete_because(checkpoint) is not None:
-        return False
     try:
         files = _tensor_files(checkpoint)
     except (HFTError, OSError):
         return True  # shards
-    for name, path in files.items():
-        with safe_open(path, framework="pt") as file:
-            if not torch.isfinite(file.get_tensor(name)).all():
-                return False
-    return True
+    return all(tensor.isfinite().all() for _, tensor in tensors(files, files))
 
 
 def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:
@@ -119,7 +113,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     Reject an explicitly named checkpoint that is incomplete.
 
     A missing part would silently restart from its initial state. `save_only_model` checkpoints give a warning and
-    resume with a new optimizer, as in transformers. `backend` is a name from `backend_of`.
+    resume with a new optimizer, as in transformers. `backend` is that of a `layout`.
     """
     only_model = holds_only_model(checkpoint)
     reason = torn_because(checkpoint, sealed=False)

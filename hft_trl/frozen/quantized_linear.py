@@ -22,8 +22,7 @@ logger = logging.get_logger(__name__)
 BLOCK = 64
 """Numbers of a matrix that share a scale in NF4, QLoRA's and bitsandbytes' own choice."""
 
-# Categories of units whose `nn.Linear`s are called: some mixers compute with their weights themselves, in every
-# product.
+# Categories of units whose `nn.Linear`s are called: some mixers compute with their weights themselves
 CATEGORIES = ("attention", "feed_forward")
 
 
@@ -56,18 +55,13 @@ class QuantizedLinear(nn.Module):
         self.train(linear.training)
 
     @property
-    def fits(self) -> bool:
-        """Whether all values were small enough to be quantised: int8 passes through float16."""
-        return bool(self._scales.isfinite().all())
-
-    @property
     def _scales(self) -> torch.Tensor:
         return self.scale.view(torch.float32)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.packed.nbytes + self.scale.nbytes
+    def fits(self) -> bool:
+        """Whether all values were small enough to be quantised: int8 passes through float16."""
+        return bool(self._scales.isfinite().all())
 
     @property
     def weight(self) -> torch.Tensor:
@@ -80,13 +74,10 @@ class QuantizedLinear(nn.Module):
             return self.packed.to(dtype).mul_((self._scales / 127).unsqueeze(1))
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        # Asked for as one long row: with rows that are no multiple of a block, bitsandbytes' CPU kernel gives wrong
-        # numbers.
-        shape = (self.out_features, self.in_features)
-        state = QuantState(
-            self._scales, torch.Size([shape[0] * shape[1]]), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
-        )
-        return dequantize_4bit(self.packed, state).view(shape)
+        # As one row: bitsandbytes' CPU kernel gives wrong numbers for rows that are no multiple of a block
+        one_row = torch.Size([self.out_features * self.in_features])
+        state = QuantState(self._scales, one_row, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+        return dequantize_4bit(self.packed, state).view(self.out_features, self.in_features)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         device = inputs.device.type
@@ -100,9 +91,6 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Load nothing: a checkpoint holds the start model's own matrix, of which this one was made."""
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind!r}"
 
 
 class _Product(torch.autograd.Function):
@@ -149,8 +137,8 @@ class Quantized(SavedFromStart):
             if quantized is None or not quantized.fits:
                 left.append(name)
                 continue
-            before, after = before + parameter.nbytes, after + quantized.nbytes
-            self.hold(name, files[name], parameter.dtype, half.digests.pop(name))
+            before, after = before + parameter.nbytes, after + quantized.packed.nbytes + quantized.scale.nbytes
+            self._held[name] = files[name], parameter.dtype, half.digests.pop(name)
             for holder in (policy, reference):
                 if holder is not None:
                     holder.set_submodule(path, quantized)
@@ -168,21 +156,20 @@ class Quantized(SavedFromStart):
 
 def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
     """
-    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that it is the weight
-    of.
+    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that holds it.
 
     The value is `None` where no [`QuantizedLinear`] can replace it: fused experts, GPT-2's Conv1D, a tied matrix.
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}
-    for name in (name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names):
-        parameter, path = model.get_parameter(name), name.rpartition(".")[0]
-        if name in frozen and parameter.ndim > 1:
+    names = {name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names}
+    for name, parameter in model.named_parameters():
+        if name in names and name in frozen and parameter.ndim > 1:
+            path = name.rpartition(".")[0]
             module = model.get_submodule(path)
-            whole = type(module) is nn.Linear and all(
-                f"{path}.{leaf}" in frozen for leaf, _ in module.named_parameters()
-            )
-            found[name] = module if whole and uses[id(parameter)] == 1 else None
+            frozen_whole = all(f"{path}.{leaf}" in frozen for leaf, _ in module.named_parameters())
+            fits = type(module) is nn.Linear and frozen_whole and uses[id(parameter)] == 1
+            found[name] = module if fits else None
     return found
 
 
@@ -195,6 +182,4 @@ def quantized_bytes(kind: str, rows: int, columns: int) -> int:
 def packed_away(model: nn.Module) -> int:
     """Numbers by which a model has more parameters than it seems: two of NF4 are in a byte, and scales are none."""
     found = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    return sum(
-        module.in_features * module.out_features - module.packed.numel() - module.scale.numel() for module in found
-    )
+    return sum(m.in_features * m.out_features - m.packed.numel() - m.scale.numel() for m in found)

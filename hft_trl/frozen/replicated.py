@@ -1,7 +1,7 @@
 """The frozen half whole in every process under FSDP2: it never changes, so it needs no gathering."""
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,22 +15,21 @@ from hft_trl.frozen.half import Storage
 from hft_trl.frozen.smaller_type import kept_in_their_type
 from hft_trl.weights import combined_digest, named_parameters
 
-FFT = "hft.replicate_frozen changes nothing with method fft, which freezes nothing."
-WHOLE_ANYWAY = "hft.replicate_frozen changes nothing without FSDP2: every process holds the whole model anyway."
-
 
 class Replicated(Storage):
     """Has FSDP2 leave the policy's frozen half whole in every process."""
 
     def __init__(self) -> None:
         self._whole: list[torch.nn.Parameter] = []
-        self._left: Any = None
+        self._left = ExitStack()
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
         """Choose what stays whole, check it, and print what the setting does here."""
         config = trainer.hft_config
         if not replicates_frozen(config, trainer.args):
-            PartialState().print(FFT if config.method == "fft" else WHOLE_ANYWAY)
+            fft = "with method fft, which freezes nothing."
+            reason = fft if config.method == "fft" else "without FSDP2: every process holds the whole model anyway."
+            PartialState().print(f"hft.replicate_frozen changes nothing {reason}")
             return
         self._whole = parameters(policy, trainer.frozen_half.digests)
         check(trainer.accelerator, policy, self._whole, trainer.frozen_half.digests)
@@ -41,24 +40,21 @@ class Replicated(Storage):
         )
 
     def before_training(self, trainer: Any) -> None:
-        self._left = left_whole(trainer.accelerator, trainer.accelerator.unwrap_model(trainer.model), self._whole)
-        self._left.__enter__()
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        self._left.enter_context(left_whole(trainer.accelerator, policy, self._whole))
 
     def training_begins(self, trainer: Any) -> None:  # noqa: ARG002
-        if self._left is not None:  # `auto_find_batch_size` begins again with the model that is sharded already
-            self._left.__exit__(None, None, None)
-            self._left = None
+        self._left.close()  # the model is sharded
 
-    def training_ends(self, trainer: Any) -> None:
-        self.training_begins(trainer)  # where training failed before it began
+    def training_ends(self, trainer: Any) -> None:  # noqa: ARG002
+        self._left.close()  # where training failed before it began
 
 
 def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn.Parameter]:
     """
-    Return the frozen parameters of a model that FSDP2 is to leave whole, given the names of all frozen ones.
+    Return the parameters that FSDP2 is to leave whole, given the names of all frozen ones.
 
-    Those that `frozen_dtype` leaves in their own type are not among them: FSDP2 casts only what it gathers to the type
-    that it computes in.
+    Not those that `frozen_dtype` leaves in their own type: FSDP2 casts only what it gathers.
     """
     kept = kept_in_their_type(model)
     return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
@@ -67,13 +63,7 @@ def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn
 def check(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]
 ) -> None:
-    """
-    Reject whole parameters that FSDP2 cannot compute with, or that differ between processes. Every process has to
-    call.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
-    """
+    """Reject whole parameters that FSDP2 cannot use, or that differ between processes. All of them have to call."""
     plugin, ids = accelerator.state.fsdp_plugin, {id(parameter) for parameter in whole}
     if plugin.ignored_modules is not None:
         raise HFTError(
@@ -107,7 +97,7 @@ def left_whole(
     if not whole:
         yield
         return
-    # FSDP2 moves neither what it is told to ignore nor the buffers beside it.
+    # FSDP2 moves neither what it is told to ignore nor the buffers beside it
     for tensor in [*(whole if move else ()), *model.buffers()]:
         tensor.data = tensor.data.to(accelerator.device)
     plugin = accelerator.state.fsdp_plugin

@@ -22,12 +22,9 @@ class SavedFromStart(Storage):
     """Saves tensors of the start model's file for parameters that memory holds in another type."""
 
     def __init__(self) -> None:
+        # By name the file that a parameter is saved from, and the type and fingerprint that its tensor had
         self._held: dict[str, tuple[Path, torch.dtype, str]] = {}
         self._first_name: dict[str, str] = {}
-
-    def hold(self, name: str, file: Path, dtype: torch.dtype, digest: str) -> None:
-        """Note that a parameter is saved from a file, whose tensor has this fingerprint in this type."""
-        self._held[name] = (file, dtype, digest)
 
     def note_names(self, model: torch.nn.Module) -> None:
         """Note the first of each tied parameter's names, under which the files may hold it."""
@@ -38,12 +35,7 @@ class SavedFromStart(Storage):
     def saved(
         self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
     ) -> dict[str, torch.Tensor] | None:
-        """
-        Return the state dict with the start model's own tensors.
-
-        Raises:
-            [`HFTError`]: If the start model's files are gone or have changed.
-        """
+        """Return the state dict with the start model's own tensors, whose files must be as they were."""
         if not self._held:
             return state_dict
         files = {name: path for name, (path, _, _) in self._held.items()}
@@ -63,13 +55,12 @@ class SavedFromStart(Storage):
                 )
         if any(resolved(path).parent == resolved(folder) for path in files.values()):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
-        saved, named = {}, set()
-        for name, tensor in (model.state_dict() if state_dict is None else state_dict).items():
-            plain = plain_name(name)
-            first = self._first_name.get(plain, plain)
-            saved[name] = start.get(first, tensor)
-            named.add(first)
-        return saved | {name: start[name] for name in start.keys() - named}  # quantised matrices are in no state dict
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        first = {name: self._first_name.get(plain_name(name), plain_name(name)) for name in state_dict}
+        missing = start.keys() - first.values()  # quantised matrices are in no state dict
+        return {name: start.get(first[name], tensor) for name, tensor in state_dict.items()} | {
+            name: start[name] for name in missing
+        }
 
 
 class SmallerType(SavedFromStart):
@@ -86,9 +77,7 @@ class SmallerType(SavedFromStart):
         self._dtype = getattr(torch, dtype)
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
-        """
-        Round the frozen half, and a reference with weights of its own likewise, so that it stays the start model.
-        """
+        """Round the frozen half, and that of a reference with its own weights, so that it stays the start model."""
         half, left, rounded = trainer.frozen_half, [], {}
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
@@ -110,7 +99,7 @@ class SmallerType(SavedFromStart):
                 else:
                     left.append(name)
             if on_disk.get(name, parameter.dtype) != parameter.dtype:
-                self.hold(name, files[name], loaded.dtype, half.digests[name])
+                self._held[name] = files[name], loaded.dtype, half.digests[name]
         if left:
             logger.warning(
                 f"hft.frozen_dtype leaves {len(left)} frozen parameters in their own type, such as {left[0]}: their "

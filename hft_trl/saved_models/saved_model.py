@@ -37,8 +37,8 @@ class SavedModel:
     A saved causal LM, whose tensors are memory-mapped and read on demand.
 
     `name` is a folder, a hub id in the local cache (`"id@revision"`), `"demo"` or `"smollm2"`. `files` and `places`
-    have the tensors' names in the files as keys; buffers have no place. `parameters` are those of the structure. Models
-    that are missing or quantised, or whose tensors hold several parameters, raise an [`HFTError`].
+    have the tensors' names in the files as keys; buffers have no place. `parameters` are those of the structure.
+    Models that are missing or quantised, or whose tensors hold several parameters, raise an [`HFTError`].
     """
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:

@@ -1,14 +1,11 @@
 """
 Which units learn: units, a ratio and a seed in, units out. No model, no torch, no state.
 
-With strategy "category" the layers of a category are grouped by their signature, the units that they have and the size
-of each. Two steps follow. First, for every size in every group, how many of its units learn: the share of them that is
-asked for, rounded up or down (and, where that cannot meet the ratio, moved a little further) such that the parameters
-that learn come as near to the ratio as they can. Then which ones: a 0/1 matrix of layers by units is filled whose row
-sums (units that learn in a layer) and column sums (layers that a unit learns in) are as even as can be.
-
-With strategy "importance" the first step is the same, so the shares are. Then the units of highest score of each size
-learn.
+With strategy "category" the layers of a category are grouped by their signature: their units and the size of each. The
+first step counts how many units of every size learn in every group, such that the parameters that learn come as near
+to the ratio as possible. The second step fills a 0/1 matrix of layers by units with even row sums (units that learn in
+a layer) and column sums (layers that a unit learns in). Strategy "importance" has the same first step; then the units
+of highest score of each size learn.
 """
 
 import math
@@ -16,6 +13,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 from hft_trl.selection.counts import Block, Pieces, nearest_counts, shuffled
 from hft_trl.selection.units import Unit
@@ -42,7 +40,7 @@ def choose(
     allows.
     """
     pool = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: (unit.layer, unit.slot))
-    # The decimal that was written, not the binary number next to it: 0.3 of 10 is 3.
+    # The decimal that was written, not the binary number next to it: 0.3 of 10 is 3
     share = Fraction(str(ratio))
     if share == 1:
         return pool
@@ -54,11 +52,10 @@ def choose(
         categories = defaultdict(list)
         for unit in pool:
             categories[unit.category].append(unit)
-        # A generator for each category: what is chosen in one does not hang on what the others hold.
-        ranks = (scores or {}) if strategy == "importance" else None
-        chosen = set().union(
-            *(_of_category(own, share, random.Random(f"{seed}/{name}"), ranks) for name, own in categories.items())
-        )
+        # A generator for each category: what is chosen in one does not depend on the others
+        ranks = scores if strategy == "importance" else None
+        generators = {name: random.Random(f"{seed}/{name}") for name in categories}
+        chosen = set().union(*(_of_category(categories[n], share, rng, ranks) for n, rng in generators.items()))
     return [unit for unit in pool if unit in chosen]
 
 
@@ -68,24 +65,18 @@ def _tolerance(share: Fraction, total: int) -> Fraction:
 
 
 def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, learned: Collection[int]) -> set[Unit]:
-    """
-    Layers at even distances (every other one at 1/2), from a random first one; of those that did not learn, if it can
-    be.
-    """
+    """Layers at even distances (every other one at 1/2), at random or with as few that learned as possible."""
     layers = sorted({unit.layer for unit in units})
 
     def taken(offset: Fraction) -> set[int]:
-        return {
-            layer
-            for place, layer in enumerate(layers)
-            if math.floor((place + 1) * share + offset) > math.floor(place * share + offset)
-        }
+        ends = [math.floor(place * share + offset) for place in range(len(layers) + 1)]
+        return {layer for layer, (before, after) in zip(layers, pairwise(ends), strict=True) if after > before}
 
     if learned:
-        # Between two of these offsets the layers are the same ones.
+        # Between two of these offsets the layers are the same ones
         ways = [taken(offset) for offset in sorted({-place * share % 1 for place in range(len(layers) + 1)})]
-        again = [len(way.intersection(learned)) for way in ways]
-        learning = rng.choice([way for way, count in zip(ways, again, strict=True) if count == min(again)])
+        fewest = min(len(way.intersection(learned)) for way in ways)
+        learning = rng.choice([way for way in ways if len(way.intersection(learned)) == fewest])
     else:
         learning = taken(Fraction(rng.random()))
     return {unit for unit in units if unit.layer in learning}
@@ -93,23 +84,21 @@ def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, le
 
 def _any_units(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
     """Units in random order until the share is reached, then as few more or fewer of each size as bring it nearest."""
-    order = shuffled(units, rng)
     everything = sum(unit.size for unit in units)
     goal = share * everything
     drawn: Counter[int] = Counter()
     total = 0
     by_size = defaultdict(list)
-    for unit in order:
+    for unit in shuffled(units, rng):
         by_size[unit.size].append(unit)
         if total < goal:
             drawn[unit.size] += 1
             total += unit.size
-    sizes = sorted(by_size)
-    blocks = [
-        Block((Pieces(size, len(by_size[size]), Fraction(drawn[size])),), 0, len(by_size[size])) for size in sizes
-    ]
+    rows = [by_size[size] for size in sorted(by_size)]
+    kinds = [Pieces(row[0].size, len(row), Fraction(drawn[row[0].size])) for row in rows]
+    blocks = [Block((kind,), 0, kind.number) for kind in kinds]
     counts = nearest_counts(blocks, goal, _tolerance(share, everything), rng)
-    return {unit for size, (count,) in zip(sizes, counts, strict=True) for unit in by_size[size][:count]}
+    return {unit for row, (count,) in zip(rows, counts, strict=True) for unit in row[:count]}
 
 
 def _of_category(
@@ -127,10 +116,9 @@ def _of_category(
         width, depth = len(signature), len(group)
         slots_of_size = Counter(size for _, size in signature)
         classes = [Pieces(size, slots * depth, share * slots * depth) for size, slots in sorted(slots_of_size.items())]
-        # At one half no layer with a choice is wholly frozen or wholly trained.
-        limited = share == HALF and width > 1
-        low, high = (depth, depth * (width - 1)) if limited else (0, depth * width)
-        blocks.append(Block(tuple(classes), low, high))
+        # At one half no layer with a choice is wholly frozen or wholly trained
+        spared = depth if share == HALF and width > 1 else 0
+        blocks.append(Block(tuple(classes), spared, depth * width - spared))
 
     chosen: set[Unit] = set()
     total = sum(unit.size for unit in units)
@@ -138,8 +126,11 @@ def _of_category(
     if scores is not None:
         number: Counter[int] = Counter()
         for block, counts in zip(blocks, counts_of_block, strict=True):
-            number.update({pieces.size: count for pieces, count in zip(block.kinds, counts, strict=True)})
-        return _highest(units, number, scores, rng)
+            number.update({kind.size: count for kind, count in zip(block.kinds, counts, strict=True)})
+        by_size = defaultdict(list)
+        for unit in sorted(shuffled(units, rng), key=lambda unit: -scores[unit]):
+            by_size[unit.size].append(unit)
+        return {unit for size, ranked in by_size.items() for unit in ranked[: number[size]]}
     for (signature, group), block, counts in zip(alike.items(), blocks, counts_of_block, strict=True):
         need = [0] * len(signature)
         for pieces, count in zip(block.kinds, counts, strict=True):
@@ -148,16 +139,6 @@ def _of_category(
                 need[place] = count // len(slots) + (rank < count % len(slots))
         chosen.update(_fill(group, need, rng))
     return chosen
-
-
-def _highest(
-    units: Sequence[Unit], number: Mapping[int, int], scores: Mapping[Unit, float], rng: random.Random
-) -> set[Unit]:
-    """Takes `number[size]` of the units of each size, those of the highest scores, and of equal ones any."""
-    by_size = defaultdict(list)
-    for unit in sorted(shuffled(units, rng), key=lambda unit: -scores[unit]):
-        by_size[unit.size].append(unit)
-    return {unit for size, ranked in by_size.items() for unit in ranked[: number[size]]}
 
 
 def _fill(group: Sequence[Sequence[Unit]], need: list[int], rng: random.Random) -> Iterator[Unit]:

@@ -1,7 +1,8 @@
 """
 How many pieces of each size to take so that they add up nearest to a goal: bounded subset sum, with little spread.
 
-Numbers in, numbers out. The counts start where the caller wants them and leave that only as far as the goal asks for.
+All sums of some pieces are the bits of one whole number, so that adding a piece is a shift. The counts start where the
+caller wants them and move only as far as the goal needs.
 """
 
 import math
@@ -9,12 +10,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-# All sums of some pieces are the bits of one whole number, in units of their sizes' common divisor: up to so many
-# bits.
+# Length of one such number, and of all of them in a block whose limits need one for each number of pieces taken
 _MAX_BITS = 1 << 24
-# Where limits may bind there is such a number for each number of pieces taken: up to so many bits together.
 _MAX_TRACKED = 1 << 30
 
 T = TypeVar("T")
@@ -35,7 +34,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Block:
-    """Kinds of pieces of which together no fewer than `low` and no more than `high` are taken."""
+    """Kinds of pieces, by rising size, of which in total no fewer than `low` and no more than `high` are taken."""
 
     kinds: tuple[Pieces, ...]
     low: int
@@ -46,21 +45,14 @@ class Block:
         windows = [kind.window(width) for kind in self.kinds]
         return sum(window[0] for window in windows) < self.low or sum(window[-1] for window in windows) > self.high
 
-    def width_and_tracking(self, width: int, bits: int) -> tuple[int, bool]:
-        """The width to search, and whether the number of pieces taken has to be tracked for the limits' sake."""
-        while width and self.binds(width) and bits * sum(kind.number for kind in self.kinds) > _MAX_TRACKED:
-            width //= 2
-        return width, self.binds(width)
 
+class _Step(NamedTuple):
+    """One kind's count, or (`kind` is `None`) the end of a block whose pieces are tracked."""
 
-@dataclass(frozen=True)
-class _Decision:
-    """One kind's count, or (`kind` is `None`) the end of a block whose pieces were tracked."""
-
-    # Number of pieces taken in the block so far (0 where it is not tracked) -> the sums that can be had before.
+    # Number of pieces taken in the block so far (0 where it is not tracked) -> the sums that are possible before
     before: dict[int, int]
     block: int
-    place: int
+    place: int = 0
     kind: Pieces | None = None
     window: range = range(0)
     tracked: bool = False
@@ -85,42 +77,33 @@ def nearest_counts(
     if settled:
         return counts
     others = _large_first(blocks, goal, tolerance, rng)
-    return counts if counts and _miss(blocks, counts, goal) <= _miss(blocks, others, goal) else others
+    nearer = counts and abs(_total(blocks, counts) - goal) <= abs(_total(blocks, others) - goal)
+    return counts if nearer else others
 
 
-def _miss(blocks: Sequence[Block], counts: Sequence[Sequence[int]], goal: Fraction) -> Fraction:
-    pairs = [pair for block, row in zip(blocks, counts, strict=True) for pair in zip(block.kinds, row, strict=True)]
-    return abs(sum(kind.size * count for kind, count in pairs) - goal)
+def _total(blocks: Sequence[Block], counts: Sequence[Sequence[int]]) -> int:
+    rows = zip(blocks, counts, strict=True)
+    return sum(kind.size * count for block, row in rows for kind, count in zip(block.kinds, row, strict=True))
 
 
 def _large_first(blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, rng: random.Random) -> list[list[int]]:
-    """
-    Settles the large kinds, as many as one search can hold, then those that are left make up for what is missing.
-    """
-    counts = [[0] * len(block.kinds) for block in blocks]
-    left = [list(range(len(block.kinds))) for block in blocks]
-    while any(left):
-        smallest = _smallest_together([blocks[index].kinds[place] for index, row in enumerate(left) for place in row])
-        parts, places = [], []
-        for index, block in enumerate(blocks):
-            now = [place for place in left[index] if block.kinds[place].size >= smallest]
-            later = sum(block.kinds[place].number for place in left[index] if place not in now)
-            taken = sum(counts[index])
-            parts.append(
-                Block(tuple(block.kinds[place] for place in now), block.low - taken - later, block.high - taken)
-            )
-            places.append(now)
-            left[index] = [place for place in left[index] if place not in now]
-        rest = sum(
-            blocks[index].kinds[place].size * blocks[index].kinds[place].start
-            for index, row in enumerate(left)
-            for place in row
-        )
-        for index, row in enumerate(_solve(parts, goal - rest, tolerance, rng)[0]):
-            for place, count in zip(places[index], row, strict=True):
-                counts[index][place] = count
-                goal -= count * blocks[index].kinds[place].size
-    return counts
+    """Settle the large kinds, as many as one search can hold, then make up for what is missing with the others."""
+    smallest = _smallest_together([kind for block in blocks for kind in block.kinds])
+    small = [tuple(kind for kind in block.kinds if kind.size < smallest) for block in blocks]
+    large = [
+        Block(block.kinds[len(later) :], block.low - sum(kind.number for kind in later), block.high)
+        for block, later in zip(blocks, small, strict=True)
+    ]
+    later = sum(kind.size * kind.start for kinds in small for kind in kinds)
+    counts, _ = _solve(large, goal - later, tolerance, rng)
+    if not any(small):
+        return counts
+    rest = [
+        Block(kinds, block.low - sum(row), block.high - sum(row))
+        for kinds, block, row in zip(small, blocks, counts, strict=True)
+    ]
+    others = _large_first(rest, goal - _total(large, counts), tolerance, rng)
+    return [first + second for first, second in zip(others, counts, strict=True)]
 
 
 def _smallest_together(kinds: Sequence[Pieces]) -> int:
@@ -141,9 +124,8 @@ def _solve(
     """Counts within the least width that will do, and whether no others are nearer (or near enough anyway)."""
     kinds = [kind for block in blocks for kind in block.kinds]
     unit = math.gcd(*(kind.size for kind in kinds))
-    widest = max(kind.number for kind in kinds)
     aim = goal / unit
-    # Nothing comes nearer than this, limits or no limits.
+    # Nothing comes nearer than this, limits or no limits
     bound = min(aim % 1, -aim % 1)
     if sum(kind.size * kind.number for kind in kinds) // unit <= _MAX_BITS:
         sums = 1
@@ -154,68 +136,66 @@ def _solve(
     best: list[list[int]] = []
     miss: Fraction | None = None
     width = 0
-    while width < 2 * widest:
+    while width < 2 * max(kind.number for kind in kinds):
         bits = sum(kind.size // unit * (len(kind.window(width)) - 1) for kind in kinds)
-        if bits > _MAX_BITS:
+        tracked = max((sum(kind.number for kind in block.kinds) for block in blocks if block.binds(width)), default=0)
+        if bits > _MAX_BITS or (width and bits * tracked > _MAX_TRACKED):
             return best, False
-        base, sums, decisions = _search(blocks, unit, width, bits)
+        base, sums, steps = _search(blocks, unit, width)
         for total in shuffled(_neighbours(sums, aim - base), rng):
             if miss is None or abs(base + total - aim) < miss:
-                miss, best = abs(base + total - aim), _trace(blocks, decisions, unit, total, rng)
+                miss, best = abs(base + total - aim), _trace(blocks, steps, unit, total, rng)
         if miss is not None and miss <= bound:
             break
         width = 2 * width + 1
     return best, True
 
 
-def _search(blocks: Sequence[Block], unit: int, width: int, bits: int) -> tuple[int, int, list[_Decision]]:
-    """
-    The sum of the least counts within `width`, the sums above it that can be had, and the decisions that lead there.
-    """
+def _search(blocks: Sequence[Block], unit: int, width: int) -> tuple[int, int, list[_Step]]:
+    """The sum of the least counts within `width`, the possible sums above it, and the steps that lead there."""
     base, rows = 0, {0: 1}
-    decisions = []
+    steps = []
     for index, block in enumerate(blocks):
-        near, tracked = block.width_and_tracking(width, bits)
+        tracked = block.binds(width)
         for place, kind in enumerate(block.kinds):
-            window, size = kind.window(near), kind.size // unit
-            decisions.append(_Decision(rows, index, place, kind, window, tracked))
+            window, size = kind.window(width), kind.size // unit
+            steps.append(_Step(rows, index, place, kind, window, tracked))
             base += window[0] * size
-            if tracked:
-                following: dict[int, int] = {}
-                for taken, sums in rows.items():
-                    for more, count in enumerate(window):
-                        following[taken + count] = following.get(taken + count, 0) | sums << (more * size)
-                rows = following
-            else:
+            if not tracked:
                 rows = {0: _add(rows[0], size, len(window) - 1)}
+                continue
+            following: dict[int, int] = {}
+            for taken, sums in rows.items():
+                for more, count in enumerate(window):
+                    following[taken + count] = following.get(taken + count, 0) | sums << (more * size)
+            rows = following
         if tracked:
             rows = {taken: sums for taken, sums in rows.items() if block.low <= taken <= block.high}
-            decisions.append(_Decision(rows, index, 0))
+            steps.append(_Step(rows, index))
             together = 0
             for sums in rows.values():
                 together |= sums
             rows = {0: together}
-    return base, rows[0], decisions
+    return base, rows[0], steps
 
 
 def _trace(
-    blocks: Sequence[Block], decisions: Sequence[_Decision], unit: int, total: int, rng: random.Random
+    blocks: Sequence[Block], steps: Sequence[_Step], unit: int, total: int, rng: random.Random
 ) -> list[list[int]]:
-    """Counts that add up to `total`, each as near to its start as those decided before it leave open."""
+    """Counts that add up to `total`, each as near to its start as those decided before it allow."""
     counts = [[0] * len(block.kinds) for block in blocks]
     taken = 0
-    for decision in reversed(decisions):
-        kind = decision.kind
+    for before, block, place, kind, window, tracked in reversed(steps):
         if kind is None:
-            middle = sum(kind.start for kind in blocks[decision.block].kinds)
-            open_now = [number for number, sums in decision.before.items() if sums >> total & 1]
-            taken = min(shuffled(open_now, rng), key=lambda number: abs(number - middle))
+            middle = sum(kind.start for kind in blocks[block].kinds)
+            possible = [number for number, sums in before.items() if sums >> total & 1]
+            taken = min(shuffled(possible, rng), key=lambda number: abs(number - middle))
             continue
-        for count in sorted(shuffled(decision.window, rng), key=lambda count: abs(count - kind.start)):
-            rest = total - (count - decision.window[0]) * (kind.size // unit)
-            number = taken - count * decision.tracked
-            if rest >= 0 and decision.before.get(number, 0) >> rest & 1:
-                counts[decision.block][decision.place] = count
+        for count in sorted(shuffled(window, rng), key=lambda count: abs(count - kind.start)):
+            rest = total - (count - window[0]) * (kind.size // unit)
+            number = taken - count * tracked
+            if rest >= 0 and before.get(number, 0) >> rest & 1:
+                counts[block][place] = count
                 total, taken = rest, number
                 break
     return counts
@@ -233,7 +213,7 @@ def _add(sums: int, size: int, most: int) -> int:
 
 
 def _neighbours(sums: int, aim: Fraction) -> list[int]:
-    """The greatest sum that is not above `aim` and the least one that is, if there are such sums."""
+    """The greatest sum that is not above `aim` and the least one that is, if such sums exist."""
     split = max(0, math.floor(aim) + 1)
     below, above = sums & ((1 << split) - 1), sums >> split
     return [below.bit_length() - 1] * bool(below) + [split + (above & -above).bit_length() - 1] * bool(above)

@@ -2,22 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.selection.units import Unit
-from hft_trl.weights import named_parameters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from hft_trl.weights import full, named_parameters
 
 Squares = Mapping[str, float]
 """Sum over the elements of a parameter of the squares of what is measured, by the parameter's name."""
 
 
 def unit_scores(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     units: Iterable[Unit],
     config: HFTConfig,
     gradients: Callable[[list[str]], Squares] | None = None,
@@ -26,23 +25,19 @@ def unit_scores(
     Score the units in layers; those with the highest scores are to learn.
 
     The importance of a unit is the root mean square over its elements, so that units of different sizes compare. It is
-    negated where the least important units are to learn. `gradients` returns squared gradients by parameter name.
-    Under ZeRO-3 every process has to call.
-
-    Raises:
-        [`HFTError`]: If there are no weights, no gradients, or one of them is NaN or infinite.
+    negated where the least important units are to learn. Under ZeRO-3 every process has to call.
     """
     inner = [unit for unit in units if unit.layer is not None]
     names = [name for unit in inner for name in unit.names]
     if config.importance == "weight_norm":
-        squares = _weight_squares(model, names)
-    elif gradients is None:
+        squares = _weight_squares(dict(named_parameters(model)), names)
+    elif gradients is not None:
+        squares = gradients(names)
+    else:
         raise HFTError(
             "hft.importance is 'gradient_norm', which needs a trainer with its data and loss: draw the selection in "
             "training, or set hft.importance to weight_norm."
         )
-    else:
-        squares = gradients(names)
     for name in names:
         if not math.isfinite(squares[name]):
             raise HFTError(
@@ -53,12 +48,7 @@ def unit_scores(
     return {unit: sign * math.sqrt(sum(squares[name] for name in unit.names) / unit.size) for unit in inner}
 
 
-def _weight_squares(model: "PreTrainedModel", names: Iterable[str]) -> Squares:
-    import torch
-
-    from hft_trl.weights import full
-
-    parameters = dict(named_parameters(model))
+def _weight_squares(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> Squares:
     if any(parameters[name].is_meta for name in names):
         raise HFTError(
             "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, "

@@ -35,36 +35,30 @@ class Masks:
     inverted: bool = False
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
-        """
-        Draw the mask of a parameter on the CPU: `True` where an element learns.
-
-        Raises:
-            [`HFTError`]: If it differs from the mask that was drawn at first.
-        """
+        """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
             import torch
 
             raise HFTError(
-                f"the mask of {name} can't be drawn again: torch {torch.__version__} draws other numbers here than "
+                f"the mask of {name} cannot be drawn again: torch {torch.__version__} draws other numbers here than "
                 "where the selection was made, so use the torch of that machine."
             )
         return (~mask if self.inverted else mask).view(tuple(shape))
 
     def of(self, names: Iterable[str]) -> "Masks":
         """The masks of these parameters alone, of those that have one."""
-        kept = self.learning.keys() & set(names)
+        wanted = set(names)
+        kept = [name for name in self.learning if name in wanted]
         return replace(
             self,
-            learning={name: number for name, number in self.learning.items() if name in kept},
-            digests={name: digest for name, digest in self.digests.items() if name in kept},
+            learning={name: self.learning[name] for name in kept},
+            digests={name: self.digests[name] for name in kept},
         )
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
-        """
-        The masks of exactly those elements that these keep frozen, given the number of elements of each parameter.
-        """
+        """The masks of exactly those elements that these keep frozen. `sizes` has each parameter's elements."""
         learning = {name: sizes[name] - number for name, number in self.learning.items()}
         return replace(self, learning=learning, inverted=not self.inverted)
 
@@ -83,9 +77,8 @@ def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[st
     learning: dict[str, int] = {}
     for category, names in sorted(categories.items()):
         learning |= _counts({name: sizes[name] for name in sorted(names)}, ratio, random.Random(f"{seed}/{category}"))
-    return Masks(
-        seed, learning, {name: _digest(_draw(seed, name, sizes[name], number)) for name, number in learning.items()}
-    )
+    digests = {name: _digest(_draw(seed, name, sizes[name], number)) for name, number in learning.items()}
+    return Masks(seed, learning, digests)
 
 
 def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[str, int]:

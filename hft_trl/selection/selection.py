@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, mark_frozen
-from hft_trl.selection.units import Unit, find_units
+from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_user, mark_frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,9 +51,7 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """
-        SHA-256 in hexadecimal over the canonical JSON of version, config, seed, trainable, frozen and, if any, masks.
-        """
+        """SHA-256 (hex) over the canonical JSON of version, config, seed, trainable, frozen and masks, if any."""
         canonical = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -109,42 +106,30 @@ class Selection:
         from hft_trl.files import write_json
 
         essence = self._essence()
-        content = {
-            "version": essence.pop("version"),
-            "config": essence.pop("config"),
-            "seed": essence.pop("seed"),
-            "share": self.share,
-            "digest": self.digest,
-            "start_model": self.start_model,
-            **essence,
-        }
+        names = {key: essence.pop(key) for key in ("trainable", "frozen", "masks") if key in essence}
+        about = {"share": self.share, "digest": self.digest, "start_model": self.start_model}
         path = Path(directory) / SELECTION_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
+            write_json(path, essence | about | names)
         except OSError as error:
             raise HFTError(f"The selection cannot be written to {path}: {error.strerror or error}.") from error
         return path
 
     @classmethod
     def load(cls, directory: str | Path) -> "Selection":
-        """
-        Read the `hft_selection.json` of a folder and check it.
-
-        Raises:
-            [`HFTError`]: If the file is missing, is no selection, has another version or has been changed.
-        """
-        from hft_trl.files import read_json
+        """Read the `hft_selection.json` of a folder, and reject one that has been changed."""
+        from hft_trl.files import read_object
         from hft_trl.selection.masks import Masks
 
         path = Path(directory) / SELECTION_FILE
         try:
-            content = read_json(path)
+            content = read_object(path)
         except FileNotFoundError as error:
             raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
         except (OSError, ValueError) as error:
             raise HFTError(f"The selection {path} cannot be read: {error}") from error
-        if (version := content.get("version") if isinstance(content, dict) else None) != VERSION:
+        if (version := content.get("version")) != VERSION:
             raise HFTError(f"The selection {path} has version {version!r}: this hft_trl reads version {VERSION}.")
         try:
             selection = cls(
@@ -202,13 +187,9 @@ def select(
     seed, masks = config.seed, None
     if previous is not None and previous.config.method == "fft":
         previous = None
-    if previous is not None and config.reselect != "fresh":
-        complement = config.reselect == "complement"
-        learning = _as_before(model, units, previous, complement)
-        if previous.masks is not None:
-            masks = previous.masks.of(name for unit in units for name in unit.names)
-            masks = masks.complement(_sizes(model)) if complement else masks
-            learning |= {unit for unit in units if unit.names[0] in masks.learning}
+    fresh = previous is None or config.reselect == "fresh"
+    if not fresh:
+        learning, masks = _as_before(model, units, previous, config.reselect == "complement")
     else:
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
@@ -229,15 +210,11 @@ def select(
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
     elements = masks.learning if masks else {}
     if not any(elements.get(name, 1) for unit in learning for name in unit.names):
-        fresh = previous is None or config.reselect == "fresh"
-        how, remedy = (
-            (f"hft.ratio {config.ratio:g}", "raise hft.ratio")
-            if fresh
-            else (f"hft.reselect {config.reselect!r}", "set hft.reselect to fresh")
-        )
+        how = f"hft.ratio {config.ratio:g}" if fresh else f"hft.reselect {config.reselect!r}"
         raise HFTError(
-            f"nothing learns with {how} and nothing outside of the layers: {remedy}, or let the embedding, the head "
-            "or the final norm learn."
+            f"nothing learns with {how} and nothing outside of the layers: "
+            f"{'raise hft.ratio' if fresh else 'set hft.reselect to fresh'}, or let the embedding, the head or the "
+            "final norm learn."
         )
     return _selection(config, seed, units, learning, masks)
 
@@ -262,29 +239,32 @@ def _sizes(model: "PreTrainedModel") -> dict[str, int]:
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
     if unit.tied:
         return config.train_embeddings and config.train_lm_head
-    flags: Mapping[str, bool] = {
+    flags = {
         "embedding": config.train_embeddings,
         "lm_head": config.train_lm_head,
         "final_norm": config.train_final_norm,
-        "outside": True,
     }
-    return flags[unit.category]
+    return flags.get(unit.category, True)
 
 
-def _as_before(model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool) -> set[Unit]:
-    """The units in layers that learned in the start model's own stage, or those that did not."""
-    trainable, frozen = set(previous.trainable), set(previous.frozen)
-    present = set(_sizes(model))
-    unknown = sorted((trainable | frozen) - present)
-    unknown += [
-        unit.names[0] for unit in units if unit.layer is not None and not set(unit.names) <= trainable | frozen
-    ]
+def _as_before(
+    model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool
+) -> tuple[set[Unit], "Masks | None"]:
+    """The units in layers, and their masks, that learned in the start model's own stage, or those that did not."""
+    trainable, sizes = set(previous.trainable), _sizes(model)
+    known, inner = trainable.union(previous.frozen), [unit for unit in units if unit.layer is not None]
+    unknown = sorted(known - sizes.keys()) + [unit.names[0] for unit in inner if not known.issuperset(unit.names)]
     if unknown:
         raise HFTError(
             f"hft.reselect is {'complement' if complement else 'same'!r}, but the start model's selection and "
             f"{type(model).__name__} differ in {unknown[0]}: keep hft.exclude as it was, or set hft.reselect to fresh."
         )
-    return {unit for unit in units if unit.layer is not None and (unit.names[0] in trainable) is not complement}
+    learning = {unit for unit in inner if (unit.names[0] in trainable) is not complement}
+    if previous.masks is None:
+        return learning, None
+    masks = previous.masks.of(name for unit in units for name in unit.names)
+    masks = masks.complement(sizes) if complement else masks
+    return learning | {unit for unit in inner if unit.names[0] in masks.learning}, masks
 
 
 def _whole_layers_of(previous: Selection, units: Sequence[Unit]) -> set[int]:

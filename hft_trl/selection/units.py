@@ -7,7 +7,7 @@ categories by the names of the classes and attributes that lead from a layer to 
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,10 +53,6 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
     unit: a copy of the class on the meta device tells the two apart. The model may be on any device and is not
     changed.
-
-    Raises:
-        [`HFTError`]: If the model is no causal language model, holds adapters, is quantised or has no selectable
-            layers, or if a pattern of `exclude` matches nothing.
     """
     from hft_trl.weights import named_modules, named_parameters
 
@@ -65,8 +61,8 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     towers = _find_towers(model, modules)
     layers = _find_layers(model, modules, towers)
     parameters = dict(named_parameters(model))
-    sizes = _selectable_sizes(model, parameters, towers, exclude)
-    sizes = {name: size for name, size in sizes.items() if name not in without}
+    selectable = _selectable_sizes(model, parameters, towers, exclude)
+    sizes = {name: size for name, size in selectable.items() if name not in without}
     classes = own_class_names(modules)
     outer = OuterParts(model, modules, parameters)
 
@@ -104,35 +100,39 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
 def _check_model(model: "nn.Module") -> None:
     from transformers import PreTrainedModel
 
-    kind = type(model).__name__
+    problem = None
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
-        raise HFTError(
-            f"The model {kind} holds PEFT adapters: HFT and adapters exclude each other, so pass the model without "
-            "them (or merge them first)."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise HFTError(
-            f"The model is a {kind}: HFT needs a transformers causal language model, such as LlamaForCausalLM."
-        )
-    # What transformers leaves on a model whose weights it has packed.
-    quantizer = model.__dict__.get("hf_quantizer")
-    if quantizer is not None:
-        raise HFTError(
-            f"The model {kind} is quantised ({type(quantizer.quantization_config).__name__}): HFT trains whole "
-            "matrices, so load it without a quantization_config."
-        )
-    if model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise HFTError(
-            f"The model is a {kind}, which is no decoder-only causal language model: load it with "
-            "AutoModelForCausalLM."
-        )
+        problem = "holds PEFT adapters: HFT and adapters exclude each other, so pass it without them (or merge them)"
+    elif not isinstance(model, PreTrainedModel):
+        problem = "is no transformers model: HFT needs a causal language model, such as LlamaForCausalLM"
+    elif (quantizer := vars(model).get("hf_quantizer")) is not None:  # transformers has packed the weights
+        kind = type(quantizer.quantization_config).__name__
+        problem = f"is quantised ({kind}): HFT trains whole matrices, so load it without a quantization_config"
+    elif model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
+        problem = "is no decoder-only causal language model: load it with AutoModelForCausalLM"
+    if problem is not None:
+        raise HFTError(f"The model {type(model).__name__} {problem}.")
 
 
-def made_frozen(model: "PreTrainedModel") -> set[str]:
-    """
-    Names of the parameters that the model's class itself creates frozen, such as the biases that correct a router.
-    """
-    return {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
+def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:
+    """Return the names of the parameters that a selection froze on this model object."""
+    return vars(model).get("_hft_frozen", frozenset())
+
+
+def mark_frozen(model: "PreTrainedModel", names: Iterable[str]) -> None:
+    """Note which parameters of a model object a selection froze. The user or the class froze all others."""
+    model._hft_frozen = frozenset(names)
+
+
+def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
+    """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
+    from hft_trl.weights import named_parameters
+
+    frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
+    unexplained = frozen - frozen_by_hft(model)
+    if unexplained:  # such as the biases that correct a router, which their class creates frozen
+        unexplained -= {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
+    return frozenset(unexplained)
 
 
 def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
@@ -163,11 +163,10 @@ def _selectable_sizes(
     # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
     as_made = all(parameter.requires_grad and parameter.numel() for parameter in parameters.values())
     twin = parameters if as_made else _built_anew(model)
-    patterns = {pattern: re.compile(pattern) for pattern in exclude}
-    unmatched = set(patterns)
+    unmatched = set(exclude)
     sizes = {}
     for name, parameter in parameters.items():
-        hits = {pattern for pattern, compiled in patterns.items() if compiled.search(name)}
+        hits = {pattern for pattern in exclude if re.search(pattern, name)}
         unmatched -= hits
         like = twin.get(name, parameter)
         by_class = name in twin and not like.requires_grad and not parameter.requires_grad
@@ -184,7 +183,7 @@ def _selectable_sizes(
         sizes[name] = parameter.numel() or like.numel()
     if unmatched:
         raise HFTError(
-            f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: mend "
+            f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: fix "
             "the pattern or leave it out."
         )
     return sizes
@@ -224,8 +223,8 @@ def _find_layers(
 
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():
-        above = list(_ancestors(path))
-        if isinstance(module, nn.ModuleList) and len(module) and not any(p in towers or p in lists for p in above):
+        inside = any(above in towers or above in lists for above in _ancestors(path))
+        if isinstance(module, nn.ModuleList) and len(module) and not inside:
             lists[path] = module
     whole = set(model._no_split_modules or ())
     stacks = [
@@ -237,14 +236,14 @@ def _find_layers(
         paths = [(f"{stack}.{index}", "") for stack in stacks for index in range(len(lists[stack]))]
         return {path: (number, len(path) + 1, "") for number, (path, _) in enumerate(paths)}
     largest = max(lists, key=lambda path: sum(map(numel, lists[path].parameters())))
-    parent, _, _ = largest.rpartition(".")
-    beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == len(lists[largest])]
-    layers = {}
-    for path in beside:
-        for index in range(len(lists[path])):
-            layer = f"{path}.{index}"
-            layers[layer] = (index, len(layer) + 1, path.rpartition(".")[2] if len(beside) > 1 else "")
-    return layers
+    parent, depth = largest.rpartition(".")[0], len(lists[largest])
+    beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == depth]
+    names = {path: path.rpartition(".")[2] if len(beside) > 1 else "" for path in beside}
+    return {
+        f"{path}.{index}": (index, len(f"{path}.{index}") + 1, name)
+        for path, name in names.items()
+        for index in range(depth)
+    }
 
 
 def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
@@ -260,12 +259,8 @@ def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
 
 def _ancestors(path: str) -> Iterator[str]:
     """`a.b.c` -> `a`, `a.b`, `a.b.c`."""
-    end = path.find(".")
-    while end >= 0:
-        yield path[:end]
-        end = path.find(".", end + 1)
-    if path:
-        yield path
+    parts = path.split(".") if path else []
+    return (".".join(parts[: number + 1]) for number in range(len(parts)))
 
 
 def _join(*parts: str) -> str:

@@ -1,56 +1,97 @@
 """Gradients of a trainer's own loss over a sample of its data, before training: what importance can go by."""
 
 import copy
+import dataclasses
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.errors import HFTError
+from hft_trl.files import read_object, write_json, writing
 from hft_trl.selection.counts import shuffled
 from hft_trl.selection.importance import Squares
-from hft_trl.weights import named_parameters
+from hft_trl.weights import combined_digest, fingerprints, named_parameters
 
 logger = logging.get_logger(__name__)
+
+FILE = "_gradient_norms.json"  # what begins with a line is not uploaded
+
+
+def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
+    """
+    Return [`gradient_squares`], measured once for each output folder, weights, rows and settings.
+
+    So a run that resumes draws the selection that it was started with, though on a GPU a second measurement may differ
+    in the last bits. Every process has to call.
+    """
+    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, samples, seed)
+    kept = [_read(folder / FILE, key) if PartialState().is_main_process else None]
+    broadcast_object_list(kept)
+    if kept[0] is not None:
+        return kept[0]
+    squares = gradient_squares(trainer, model, names, samples, seed)
+    if trainer.args.should_save:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / FILE, {"of": key, "squares": squares})
+    return squares
+
+
+def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> str:
+    """Digest (SHA-256, hex) of all that the gradients depend on. Of the settings, those that TRL's config adds."""
+    others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
+    added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
+    settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
+    weights = combined_digest(fingerprints(named_parameters(model)))
+    content = [type(trainer).__name__, weights, names, seed, _drawn_rows(trainer, samples, seed), settings]
+    return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, key: str) -> Squares | None:
+    try:
+        content = read_object(file, of=str, squares=dict)
+    except (OSError, ValueError):
+        return None
+    return content["squares"] if content["of"] == key else None
 
 
 def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
     """
     Square the gradients of a trainer's loss, row by row, for the parameters named.
 
-    Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. A gradient is dropped
-    as soon as it is squared. The trainer, the model and every random state are left as they were. The model is whole
-    in every process, and every process has to call.
-
-    Returns:
-        `Squares`: By parameter the sum over its elements of the squared gradient, mean over at most `samples` rows.
-
-    Raises:
-        [`HFTError`]: If no rows can be drawn.
+    Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. The squares of a
+    parameter's elements are added up, and averaged over at most `samples` rows. The trainer, the model and every
+    random state are left as they were. The model is whole in every process, and every process has to call.
     """
-    rows = drawn_rows(trainer, samples, seed)
+    rows = _drawn_rows(trainer, samples, seed)
     squares = dict.fromkeys(names, 0.0)
     model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
-    with _as_it_was(trainer, model), _watched(model, squares):
+    with _squaring(trainer, model, squares):
         for row in rows:
             inputs = trainer._prepare_inputs(trainer.data_collator([row]))
             with trainer.accelerator.autocast():
                 loss = trainer.compute_loss(model, inputs)
             loss.backward()
-    # The last bits may differ between GPUs, and with them the choice.
+    # The last bits may differ between GPUs, and with them the choice
     (squares,) = broadcast_object_list([{name: total / len(rows) for name, total in squares.items()}])
     logger.info(f"importance: gradients of {len(rows)} rows.")
     return squares
 
 
-def drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:
+def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:
     """The rows of a trainer's prepared data that gradients are taken over, or an [`HFTError`] if none can be drawn."""
     rows = trainer.train_dataset
     if not isinstance(rows, Sized) or len(rows) == 0:
@@ -66,53 +107,41 @@ def drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]
 
 
 @contextmanager
-def _as_it_was(trainer: Trainer, model: PreTrainedModel) -> Iterator[None]:
-    """Compute in eval mode, and put back what that leaves behind in the trainer, the model and random states."""
+def _squaring(trainer: Trainer, model: PreTrainedModel, squares: dict[str, float]) -> Iterator[None]:
+    """
+    Compute in eval mode, with gradients only of what is named in `squares`, where their squares are added up.
+
+    What that leaves behind in the trainer, the model and random states is put back.
+    """
+
+    def add(name: str, parameter: torch.Tensor) -> None:
+        squares[name] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).item() ** 2
+        parameter.grad = None
+
     training = [module for module in model.modules() if module.training]
-    state = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     metrics = copy.deepcopy(vars(trainer).get("_metrics"))
+    ref_model = vars(trainer).get("ref_model")
+    ref_model = trainer.accelerator.unwrap_model(ref_model) if ref_model is not None else None
     device = trainer.accelerator.device
+    handles = []
     try:
-        model.eval()
+        model.eval().requires_grad_(False).zero_grad()
+        for name, parameter in named_parameters(model):
+            if name in squares:
+                handles.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name)))
         with (
-            reference.lent(model, _unwrapped_reference(trainer)),
+            reference.lent(model, ref_model),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
             yield
     finally:
-        for module in training:
-            module.training = True
-        for parameter, requires_grad, gradient in state:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        if metrics is not None:
-            trainer._metrics = metrics
-
-
-@contextmanager
-def _watched(model: PreTrainedModel, squares: dict[str, float]) -> Iterator[None]:
-    """Let the parameters that are named in `squares` have gradients, which are added up there, and no others."""
-
-    def add(name: str) -> Any:
-        def square(parameter: torch.Tensor) -> None:
-            squares[name] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).item() ** 2
-            parameter.grad = None
-
-        return square
-
-    handles = []
-    for name, parameter in named_parameters(model):
-        parameter.grad = None
-        parameter.requires_grad_(name in squares)
-        if name in squares:
-            handles.append(parameter.register_post_accumulate_grad_hook(add(name)))
-    try:
-        yield
-    finally:
         for handle in handles:
             handle.remove()
-
-
-def _unwrapped_reference(trainer: Trainer) -> torch.nn.Module | None:
-    own = vars(trainer).get("ref_model")
-    return trainer.accelerator.unwrap_model(own) if own is not None else None
+        for module in training:
+            module.training = True
+        model.requires_grad_(False).zero_grad()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        if metrics is not None:
+            trainer._metrics = metrics

@@ -10,7 +10,6 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from hft_trl import reference
-from hft_trl.config import HFTConfig
 from hft_trl.trainers.mixin import HFTMixin
 
 
@@ -24,11 +23,7 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
     frozen half serves both.
     """
 
-    def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
-        self._to_shard: torch.nn.Module | None = None
-        super().__init__(*args, hft_config=hft_config, **kwargs)
-        if self.args.precompute_ref_log_probs:
-            self.accelerator.print("reference: its log-probs were computed before training, and it is not kept.")
+    _to_shard: torch.nn.Module | None = None
 
     @contextmanager
     def _reference_from_policy(self, given: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
@@ -36,8 +31,10 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
             if loaded is not None and not reference.is_hollow(loaded["ref_model"]):
                 self._to_shard = loaded["ref_model"]
             yield loaded
-        if self._to_shard is not None and self.args.precompute_ref_log_probs:
-            self.ref_model = None  # as TRL does with a reference of its own
+        if self.args.precompute_ref_log_probs:
+            self.accelerator.print("reference: its log-probs were computed before training, and it is not kept.")
+            if self._to_shard is not None:
+                self.ref_model = None  # as TRL does with a reference of its own
         self._to_shard = None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -53,6 +50,6 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
         from hft_trl.trainers import log_probs
 
         dataset = log_probs.seen_by_all(dataset, Path(self.args.output_dir) / "_reference_log_probs" / name)
-        if self.is_deepspeed_enabled:
+        if self.is_deepspeed_enabled or self._to_shard is not None:
             self._precompute_model_hash = log_probs.digest(self.ref_model or self.model)
         return super()._precompute_ref_logps(dataset, name, batch_size)

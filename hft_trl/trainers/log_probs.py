@@ -1,7 +1,6 @@
 """Log-probs of the reference that are computed before training, by several processes and sharded models too."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -10,32 +9,17 @@ from datasets.config import DATASET_STATE_JSON_FILENAME
 
 from hft_trl.errors import HFTError
 from hft_trl.processes import all_see
-from hft_trl.weights import combined_digest, fingerprint, fingerprints, full, named_parameters
+from hft_trl.weights import combined_digest, fingerprints, named_parameters
 
 
 def digest(model: torch.nn.Module) -> str:
     """
     Return a digest of all parameters of a model, whole or sharded. Every process has to call.
 
-    TRL names its cache of log-probs after the bytes of the state dict, which is empty under ZeRO-3: log-probs of a
-    model that was trained again into the same folder would be reused.
+    TRL names its cache of log-probs after the bytes of the state dict, which ZeRO-3 and shards of FSDP2 do not have:
+    log-probs of a model that was trained again into the same folder would be reused.
     """
     return combined_digest(fingerprints(named_parameters(model)))
-
-
-def make_hashable(reference: torch.nn.Module) -> None:
-    """
-    Let the state dict of a sharded reference hold fingerprints in place of shards.
-
-    TRL hashes the state dict to name its cache of log-probs, and can't read shards. Every process has to ask for it.
-    """
-
-    def fingerprint_shards(_: torch.nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-        for name, tensor in state_dict.items():
-            digest = bytearray.fromhex(fingerprint(full(tensor)))
-            state_dict[name] = torch.frombuffer(digest, dtype=torch.uint8)
-
-    reference.register_state_dict_post_hook(fingerprint_shards)
 
 
 def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
@@ -43,9 +27,6 @@ def seen_by_all(dataset: Dataset, folder: Path) -> Dataset:
     Return a data set whose file every process sees, so that all find what one of them caches beside it.
 
     A data set in memory, or in a cache on the disk of one machine, is written to a folder that all processes share.
-
-    Raises:
-        [`HFTError`]: If there are several processes and datasets' caching is off, or they do not share the folder.
     """
     state = PartialState()
     if state.num_processes == 1 or not isinstance(dataset, Dataset):

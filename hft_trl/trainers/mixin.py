@@ -12,7 +12,6 @@ from transformers.trainer_utils import TrainOutput
 from hft_trl import reference
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.selection.marks import remember
 
 
 class HFTMixin:
@@ -39,6 +38,7 @@ class HFTMixin:
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         from hft_trl.trainers import preparation
+        from hft_trl.trainers.compatibility import check
 
         self.hft_config = hft_config if hft_config is not None else HFTConfig()
         given = preparation.check_given(super().__init__, args, kwargs, self.hft_config)
@@ -49,7 +49,8 @@ class HFTMixin:
                 reference.check_has_path(given)
                 super().__init__(*args, **kwargs)
         policy = self.accelerator.unwrap_model(self.model)
-        preparation.check_built(self, given)
+        # The arguments that the parent has made itself, and the backend that only its accelerator shows
+        check(self.args, self.hft_config, given, state=self.accelerator.state)
         self.hft_selection, self.frozen_half = preparation.draw_half(self, policy)
         self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
@@ -58,18 +59,11 @@ class HFTMixin:
             self.add_callback(_Begins(self))
 
     def _reference_from_policy(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
-        """
-        Yield what to call the parent with where a trainer can make its reference from the policy, otherwise `None`.
-        """
+        """Yield what to call the parent with if a trainer can make its reference from the policy, else `None`."""
         return nullcontext()
 
     def check_frozen(self) -> None:
-        """
-        Compare the frozen half with its fingerprints from before training.
-
-        Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved, or that has a frozen element which did.
-        """
+        """Raise a [`RuntimeError`] if the frozen half differs from its fingerprints from before training."""
         self.frozen_half.check(self.accelerator.unwrap_model(self.model))
         for storage in self._storages:
             storage.check()
@@ -78,7 +72,7 @@ class HFTMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does. A checkpoint of another selection and a frozen bit that moved are errors."""
-        from hft_trl.selection.previous import check_resumable
+        from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
         with ExitStack() as ends:
@@ -113,9 +107,7 @@ class HFTMixin:
             return super().prediction_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Save as the parent does, with `hft_selection.json` beside the weights; never with a frozen half that moved.
-        """
+        """Save as the parent does, with `hft_selection.json`, but never with a frozen half that moved."""
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
@@ -124,9 +116,7 @@ class HFTMixin:
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """
-        Save as the parent does, in the start model's types, and its own tensors where the frozen half is held smaller.
-        """
+        """Save as the parent does, in the start model's types, and its own tensors if memory holds others."""
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
         saves = self.args.should_save and bool(self.frozen_half.learning_types)
         if saves:

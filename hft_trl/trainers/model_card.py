@@ -21,14 +21,9 @@ def add_section(path: Path, selection: Selection) -> None:
     """Add to TRL's model card, in place, which half of the model learned and how to cite the method."""
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or []), "hft"})
-    card.text += _section(selection)
-    card.save(path)
-
-
-def _section(selection: Selection) -> str:
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
     settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
-    return f"""
+    card.text += f"""
 ## Half Fine-Tuning
 
 In this stage a part of the parameters learned and the rest kept the bits of the start model
@@ -45,3 +40,4 @@ Cite HFT as:
 {CITATION}
 ```
 """
+    card.save(path)

@@ -34,17 +34,11 @@ def update_in_backward(
 
     It stays one optimizer with its groups, schedule and state: an optimizer skips parameters without a gradient, and
     only one parameter has one at a time. The trainer's own call of `step` finds nothing to do. The optimizer must
-    update each parameter independently of the others.
-
-    Returns:
-        `list[RemovableHandle]`: Handles that end it.
-
-    Raises:
-        [`HFTError`]: If the parameters lie on several devices, whose gradients come at the same time.
+    update each parameter independently of the others. The returned handles end it.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     devices = {str(parameter.device) for parameter in trained}
-    if len(devices) > 1:
+    if len(devices) > 1:  # their gradients would come at the same time
         raise HFTError(
             f"hft.optimizer_in_backward is true, but the model lies on {', '.join(sorted(devices))}: load it onto one "
             "device."

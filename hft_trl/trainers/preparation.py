@@ -3,22 +3,20 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
-from hft_trl.backends.fsdp import check_backend, sharded_by
+from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import FrozenHalf, Storage
 from hft_trl.selection import Selection, select
-from hft_trl.selection.marks import frozen_by_user
+from hft_trl.selection.importance import Squares
 from hft_trl.selection.previous import selection_of
+from hft_trl.selection.units import frozen_by_user
 from hft_trl.trainers.compatibility import check
-from hft_trl.trainers.idle import WarnOfIdleParameters
 from hft_trl.weights import check_not_rounded, combined_digest, fingerprints, named_parameters
 
 
@@ -26,24 +24,18 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
     """
     Check what a trainer is built with before its model is loaded, and set up its backend.
 
-    Returns:
-        `dict[str, Any]`: The arguments by name, as far as the parent's signature tells them.
-
-    Raises:
-        [`HFTError`]: Naming the setting to change.
+    Returns the arguments by name, as far as the parent's signature has their names.
     """
     if not isinstance(config, HFTConfig):
         raise HFTError(f"hft_config is {config!r}: give an HFTConfig, such as HFTConfig(ratio=0.5).")
     signature = inspect.signature(init)
-    given = dict(signature.bind(*args, **kwargs).arguments)
-    # `*args` first: a trainer of the user's may call them like the argument `args`, which `**kwargs` then gives
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            given.pop(name, None)
-        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    if "ref_model" in signature.parameters:
-        given.setdefault("ref_model", None)
+    given: dict[str, Any] = {"ref_model": None} if "ref_model" in signature.parameters else {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif kind is not inspect.Parameter.VAR_POSITIONAL:
+            given[name] = value
     settings = given.get("args")
     check(settings, config, given)
     if sharded_by(settings) == "DeepSpeed":
@@ -55,27 +47,23 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
     return given
 
 
-def check_built(trainer: Any, given: dict[str, Any]) -> None:
-    """Check the arguments that a trainer has made itself, and the backend that only its accelerator shows."""
-    if given.get("args") is None:
-        check(trainer.args, trainer.hft_config, given)
-    if trainer.hft_config.method == "hft":
-        check_backend(trainer.accelerator.state)
-
-
 def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenHalf]:
     """
     Draw a trainer's selection, apply it to the policy, and fingerprint the half that is frozen.
 
     The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
-
-    Raises:
-        [`HFTError`]: If the processes disagree, or the model was loaded in a type that rounds its weights.
+    A model that was loaded in a type that rounds its weights is rejected.
     """
     config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
     if previous is not None and previous.masks is not None:
         check(trainer.args, config, after_elements=True)
-    selection = select(policy, config, previous, partial(_gradients, trainer, policy))
+
+    def gradients(names: list[str]) -> Squares:
+        from hft_trl.trainers.calibration import measured_once
+
+        return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
+
+    selection = select(policy, config, previous, gradients)
     if hft and (kept := frozen_by_user(policy)):
         trainer.accelerator.print(
             f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
@@ -99,13 +87,6 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     return dataclasses.replace(selection, start_model=source), half
 
 
-def _gradients(trainer: Any, policy: PreTrainedModel, names: list[str]) -> dict[str, float]:
-    from hft_trl.trainers.gradient_norms import measured_once
-
-    config = trainer.hft_config
-    return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
-
-
 def storages(config: HFTConfig, masked: bool) -> list[Storage]:
     """
     Return the storages that the settings ask for. `masked` says whether the selection freezes single elements.
@@ -113,8 +94,7 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
     Their modules are imported here, so that a run without them loads none.
     """
     found: list[Storage] = []
-    hft = config.method == "hft"
-    if hft and config.frozen_dtype:
+    if config.method == "hft" and config.frozen_dtype:
         from hft_trl.frozen.smaller_type import SmallerType
 
         found.append(SmallerType(config.frozen_dtype))
@@ -122,7 +102,7 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
         from hft_trl.frozen.replicated import Replicated
 
         found.append(Replicated())
-    if hft and config.frozen_quantization:
+    if config.method == "hft" and config.frozen_quantization:
         from hft_trl.frozen.quantized_linear import Quantized
 
         found.append(Quantized(config.frozen_quantization))
@@ -138,35 +118,18 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
 
 
 def finish(trainer: Any, policy: PreTrainedModel) -> None:
-    """Set what depends on the half: the optimizer, the inputs' gradients and the warning of idle parameters."""
+    """Set what depends on the half: a user's optimizer and the inputs' gradients."""
     if trainer.hft_config.method != "hft":
         return
-    if trainer.optimizer is not None:
-        _check_optimizer(trainer.optimizer, policy)
-    # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
-    # none on to the layers.
-    if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        policy.enable_input_require_grads()
-    if trainer.is_deepspeed_enabled:
-        from hft_trl.backends import zero
-
-        if vars(trainer).get("ref_model") is not None:
-            zero.log_reference(trainer.accelerator.state.deepspeed_plugin)
-    elif not trainer.hft_config.optimizer_in_backward:
-        trainer.add_callback(WarnOfIdleParameters())
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
-    """
-    Reject a user's optimizer that holds parameters of the frozen half.
-
-    Raises:
-        [`HFTError`]: Naming one of the parameters.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    frozen = [name for name, p in named_parameters(model) if not p.requires_grad and id(p) in held]
+    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    frozen = [name for name, p in named_parameters(policy) if not p.requires_grad and id(p) in held]
     if frozen:
         raise HFTError(
             f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
             "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
         )
+    # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
+    # none on to the layers
+    if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        policy.enable_input_require_grads()

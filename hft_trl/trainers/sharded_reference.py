@@ -9,7 +9,6 @@ from hft_trl.backends import fsdp
 from hft_trl.frozen import replicated
 from hft_trl.selection import select
 from hft_trl.selection.previous import selection_of
-from hft_trl.trainers import log_probs
 from hft_trl.weights import named_parameters
 
 
@@ -26,4 +25,5 @@ def shard(trainer: Any, copy: torch.nn.Module) -> None:
     with replicated.left_whole(trainer.accelerator, copy, whole, move=False):
         fsdp.shard_reference(trainer.accelerator, copy)
     if args.precompute_ref_log_probs:
-        log_probs.make_hashable(copy)
+        # TRL hashes the state dict, and cannot read shards: `log_probs.digest` takes the place of its hash
+        copy.register_state_dict_post_hook(lambda _, state_dict, *__: state_dict.clear())

@@ -9,7 +9,7 @@ from conftest import parse_recipe
 from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
-from hft_trl.backends.fsdp import check_backend, fsdp_version
+from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.trainers.compatibility import check
 
 
@@ -64,8 +64,9 @@ def test_recipes_refuse_fsdp1_first_of_all_unless_everything_learns(fsdp1, tmp_p
 @pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
 def test_parallelism_within_a_matrix_or_a_row_is_refused_wherever_it_is_asked_for(tmp_path, monkeypatch, size):
     """By the trainer's arguments, by the launch configuration, and by a state that was set up by other code."""
+    state = SimpleNamespace(parallelism_config=ParallelismConfig(**{size: 2}), distributed_type="NO")
     with pytest.raises(HFTError, match=rf"parallelism_config has {size} 2, .*fsdp2\.yaml"):
-        check_backend(SimpleNamespace(parallelism_config=ParallelismConfig(**{size: 2})))
+        check(None, HFTConfig(), state=state)
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     check(args, HFTConfig())
     args.parallelism_config = ParallelismConfig(**{size: 2})

@@ -71,7 +71,7 @@ def test_a_mask_that_is_drawn_otherwise_is_refused():
     model = tiny_llama(50)
     masks = select(model, ELEMENT).masks
     name = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(HFTError, match=rf"mask of {name} can't be drawn again"):
+    with pytest.raises(HFTError, match=rf"mask of {name} cannot be drawn again"):
         replace(masks, seed=masks.seed + 1).draw(name, model.get_parameter(name).shape)
 
 

@@ -179,7 +179,7 @@ def test_it_is_refused_without_autocast_and_under_deepspeed(base, tulu, tmp_path
 
 def test_log_probs_beforehand_would_be_those_of_another_model_so_they_are_refused(base, ultrafeedback, tmp_path):
     """TRL computes them before the frozen half is rounded: the first loss would not be ln 2."""
-    with pytest.raises(HFTError, match="precompute_ref_log_probs computes with the reference before"):
+    with pytest.raises(HFTError, match="precompute_ref_log_probs uses the reference before"):
         dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, BF16, bf16=True, precompute_ref_log_probs=True)
 
 

@@ -46,7 +46,10 @@ def test_it_computes_and_differentiates_with_one_matrix_near_the_original_and_ke
     whole = module.whole(torch.float32)
     error = (whole - linear.weight.float()).norm() / linear.weight.float().norm()
     assert error < {"int8": 0.01, "nf4": 0.11}[kind]
-    assert module.nbytes < {"int8": 1.2, "nf4": 0.6}[kind] * linear.weight.numel() + 4 * size[1]
+    assert (
+        module.packed.nbytes + module.scale.nbytes
+        < {"int8": 1.2, "nf4": 0.6}[kind] * linear.weight.numel() + 4 * size[1]
+    )
     kept = []
     inputs = torch.randn(3, 5, size[0], dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
@@ -250,7 +253,7 @@ def test_what_is_no_linear_or_in_no_file_stays_whole_and_it_is_said(tulu, tmp_pa
     [
         ({"share_reference": False}, {}, "hft.share_reference is false"),
         ({}, {"sync_ref_model": True}, "sync_ref_model moves the reference"),
-        ({}, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs computes with the reference before"),
+        ({}, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs uses the reference before"),
         ({}, {"fsdp": "full_shard"}, "FSDP cannot shard"),
     ],
 )
@@ -263,7 +266,7 @@ def test_what_it_can_not_be_with_is_refused_before_a_model_is_loaded(tmp_path, h
 
 
 def test_two_ways_to_hold_the_frozen_half_are_one_too_many():
-    with pytest.raises(HFTError, match=r"hft\.frozen_dtype is bfloat16 and hft\.frozen_quantization is nf4"):
+    with pytest.raises(HFTError, match=r"hft\.frozen_dtype is 'bfloat16' and hft\.frozen_quantization is 'nf4'"):
         HFTConfig(frozen_dtype="bfloat16", frozen_quantization="nf4")
 
 

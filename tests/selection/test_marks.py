@@ -7,7 +7,8 @@ from training import dpo_trainer, sft_trainer
 from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
-from hft_trl.selection.marks import frozen_by_hft, frozen_by_user, remembered
+from hft_trl.selection.previous import selection_of
+from hft_trl.selection.units import frozen_by_hft, frozen_by_user
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -51,9 +52,9 @@ def test_a_trainer_that_is_built_again_without_training_draws_the_same_half(base
     built = [sft_trainer(HFTSFTTrainer, model, tulu, tmp_path, HFTConfig()) for _ in range(2)]
     assert len({trainer.hft_selection.digest for trainer in built}) == 1
     assert frozen_by_user(model) == frozenset()
-    assert remembered(model) is None
+    assert selection_of(model) is None
     built[1].train()
-    assert remembered(model).digest == built[1].hft_selection.digest
+    assert selection_of(model).digest == built[1].hft_selection.digest
 
 
 def test_what_the_user_froze_stays_frozen_outside_of_the_shares(base, tulu, tmp_path, capsys):

@@ -1,8 +1,4 @@
-"""
-Gradient norms before training:
-
-those of the trainer's own loss, with nothing left behind, the same in every process.
-"""
+"""Gradient norms: of the trainer's own loss, nothing left behind, the same in all processes, once for a run."""
 
 import json
 import os
@@ -14,14 +10,16 @@ import pytest
 import torch
 from conftest import PATIENCE
 from datasets import Dataset
-from training import dpo_trainer, losses, sft_trainer, weights
+from training import ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
-from hft_trl.trainers.calibration import gradient_squares
+from hft_trl.trainers import calibration
+from hft_trl.trainers.calibration import FILE, gradient_squares
 from hft_trl.trainers.compatibility import check
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
+TWO_ROWS = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=2)
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"]
 
 
@@ -163,3 +161,49 @@ def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_
         learns = selection.masks.draw(name, before[name].shape)
         assert torch.equal(before[name][~learns], after[name][~learns])
         assert (before[name] != after[name])[learns].any()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """
+    How often gradients were measured; each time they come out so that another half is drawn, as may happen on a GPU.
+    """
+    original, calls = calibration.gradient_squares, []
+
+    def unstable(*args):
+        calls.append(args)
+        squares = original(*args)
+        return squares if len(calls) % 2 else {name: 1 / (value + 1e-12) for name, value in squares.items()}
+
+    monkeypatch.setattr(calibration, "gradient_squares", unstable)
+    return calls
+
+
+def test_a_run_resumes_with_its_own_half_though_gradients_would_choose_another(base, tulu, tmp_path, measured):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    first = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "run", TWO_ROWS, **settings)
+    first.train()
+    again = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "run", TWO_ROWS, **settings)
+    assert again.hft_selection == first.hft_selection
+    assert len(measured) == 1
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert (
+        sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "other", TWO_ROWS).hft_selection != first.hft_selection
+    )
+
+
+def test_other_rows_settings_and_weights_are_measured_anew(base, tulu, tmp_path, measured):
+    sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, TWO_ROWS)
+    changed = tulu.map(
+        lambda row: {"messages": [{**turn, "content": turn["content"] + "!"} for turn in row["messages"]]}
+    )
+    for number, (rows, settings) in enumerate(
+        ((changed, {}), (tulu, {"loss_type": "dft"}), (tulu, {"bf16": True})), 2
+    ):
+        sft_trainer(ResumableSFTTrainer, base, rows, tmp_path, TWO_ROWS, **settings)
+        assert len(measured) == number
+    (tmp_path / FILE).write_text("{")
+    sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, TWO_ROWS, bf16=True)
+    assert len(measured) == 5
+    sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, TWO_ROWS, bf16=True, learning_rate=1e-3)
+    assert len(measured) == 5  # which changes no gradient

@@ -10,7 +10,7 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
 from hft_trl.config import STORAGE as STORAGE_SETTINGS
 from hft_trl.recipe import parse_stage
-from hft_trl.trainers.compatibility import LAUNCH, STORAGE
+from hft_trl.trainers.compatibility import LAUNCH, ON, STORAGE
 
 
 @pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
@@ -43,8 +43,10 @@ def test_an_evaluation_that_casts_the_model_is_rejected_with_hft_only(base, tulu
 def test_the_tables_in_the_docs_are_the_table_that_is_applied(page, conflicts):
     text = (Path(__file__).parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
     documented = text.partition("| setting | not with | instead |\n|---|---|---|\n")[2].partition("\n\n")[0]
-    remedies = [conflict.remedy.replace("{case.autocast}", "bf16 or fp16") for conflict in conflicts]
-    rows = [f"| `{c.setting}` | {c.beside} | {remedy} |" for c, remedy in zip(conflicts, remedies, strict=True)]
+    remedies = [text.partition(": ")[2].replace("{case.autocast}", "bf16 or fp16") for _, text in conflicts.values()]
+    rows = [
+        f"| `{setting}` | {beside} | {remedy} |" for (setting, beside), remedy in zip(conflicts, remedies, strict=True)
+    ]
     assert documented.splitlines() == rows
 
 
@@ -58,6 +60,7 @@ def test_a_model_that_would_be_loaded_quantised_is_rejected_before_it_is_loaded(
 
 def test_every_setting_of_the_table_exists():
     ours = {f"hft.{name}" for name in vars(HFTConfig())}
-    named = {conflict.setting for conflict in (*STORAGE, *LAUNCH) if conflict.setting.startswith("hft.")}
+    named = {setting for setting, _ in (*STORAGE, *LAUNCH) if setting.startswith("hft.")}
     assert named <= ours
+    assert named == ON.keys()
     assert {f"hft.{name}" for name in STORAGE_SETTINGS} - named == {"hft.share_reference"}  # others name it

@@ -41,7 +41,7 @@ def test_a_float32_base_is_refused_before_training(run):
 
 def test_frozen_dtype_is_refused(run):
     for seen in run[1]:
-        assert "hft.frozen_dtype is bfloat16, but DeepSpeed" in seen["frozen_dtype"]
+        assert "hft.frozen_dtype is 'bfloat16', but DeepSpeed" in seen["frozen_dtype"]
 
 
 def test_the_frozen_half_has_the_bytes_of_the_start_file(run):
