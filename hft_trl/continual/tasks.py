@@ -111,7 +111,7 @@ def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
     """Read a JSON list of `{"prompt": ..., "answer": ...}`."""
-    return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), *Row._fields))
+    return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), "prompt", "answer"))
 
 
 def check_names(tasks: Sequence[Task]) -> None:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
-from hft_trl.config import IMPORTANCES, STRATEGIES
+from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 
 BASE = "base"
+STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in ("strategy", "importance"))
 HALVES = {
     **{name: {"strategy": name} for name in STRATEGIES if name != "importance"},
     **{name: {"strategy": "importance", "importance": name} for name in IMPORTANCES},
