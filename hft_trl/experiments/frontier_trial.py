@@ -21,7 +21,6 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.run import evaluate_models
-from hft_trl.evaluation.suites import check_harness
 from hft_trl.experiments.grid import BASE, FrontierArguments, Trial, trials
 from hft_trl.experiments.paired_tests import check_tests
 from hft_trl.experiments.runner import Point, check_settings, result_file
@@ -66,7 +65,6 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
     check_tests()
     if grid.tasks:
-        check_harness()
         parse_suites(grid.tasks)
     if "lora" in grid.methods and find_spec("peft") is None:
         raise HFTError(
