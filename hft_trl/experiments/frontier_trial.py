@@ -73,12 +73,14 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     stage.check()
     _load_data(stage)
     _meter(stage)
-    shared = {
-        f"{section}.{key}": str(value) for section, held in settings(stage).items() for key, value in held.items()
+    rows = ("texts", "facts", "prompts", "max_rows")
+    same = settings(stage) | {
+        GRID: {key: vars(grid)[key] for key in ("average", "half_reset", "lora_rank", "tasks")},
+        "retention": {key: vars(stage.retention)[key] for key in rows},
+        "evaluation": {"split": stage.data.eval_split},
     }
-    shared |= {f"{GRID}.{key}": str(vars(grid)[key]) for key in ("average", "half_reset", "lora_rank", "tasks")}
-    shared |= {f"retention.{key}": str(value) for key, value in vars(recipe.sections["retention"]).items()}
-    check_settings(output, [], shared, ("peft",))
+    flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
+    check_settings(output, [], flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
         Point(trial.name, (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags))
