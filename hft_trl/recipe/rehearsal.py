@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import logging
 import os
 import random
@@ -35,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.backends import zero
+from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.chat import check_ids
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
@@ -80,7 +82,23 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
 
     All processes must call it. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked.
     """
+    check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
+
+
+def check_chain(stages: Sequence["Stage"]) -> None:
+    """Reject a stage with method hft that would have to round what a stage with method fft saves before it."""
+    for first, then in itertools.pairwise(stages):
+        if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
+            continue
+        dtype = (then.args.model_init_kwargs or {}).get("dtype")
+        upcast = fsdp_version(first.args) == 2 and first.args.mixed_precision in ("bf16", "fp16")
+        if upcast and str(dtype).removeprefix("torch.") in ("bfloat16", "float16"):
+            raise HFTError(
+                f"model.dtype is {dtype}, but under FSDP2 in mixed precision TRL saves what {first.name} trains with "
+                f"method fft in float32, which {then.name} with method hft would have to round: set model.dtype to "
+                "float32, or method to hft in both."
+            )
 
 
 def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -89,6 +107,13 @@ def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase 
     for stage in stages:
         if tokenizer is None and stage.base is not None:
             stage.load_tokenizer(of_base=True)  # for its checks
+        rows, batch = len(stage.train_dataset), stage.args.train_batch_size * stage.args.world_size
+        if stage.args.dataloader_drop_last and rows < batch and not vars(stage.args).get("packing"):
+            raise HFTError(
+                f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a "
+                f"batch of {batch} (per_device_train_batch_size x processes), so there is no step: set it to false, "
+                "or reduce the batch."
+            )
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             train = _sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)
             evaluation = stage.eval_dataset and _sample(

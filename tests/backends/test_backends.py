@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.backends.fsdp import fsdp_version
+from hft_trl.recipe.rehearsal import check_chain
 from hft_trl.trainers.compatibility import check
 
 
@@ -96,3 +97,20 @@ def test_one_process_that_sees_several_gpus_is_told_to_use_one_or_all(tmp_path, 
     check(args, HFTConfig(), {"model": torch.nn.Linear(1, 1)})
     args.model_init_kwargs = {"device_map": {"": 0}}
     check(args, HFTConfig(), {"model": "some/model"})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "auto"])
+def test_a_chain_whose_next_stage_would_round_is_refused_before_the_first_one(tmp_path, monkeypatch, dtype):
+    """With method fft TRL saves FSDP2's float32 weights, with hft they have the start model's type."""
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=True, report_to="none", model_init_kwargs={"dtype": dtype})
+    fft, hft = (SimpleNamespace(name=m, hft=HFTConfig(method=m), args=args) for m in ("fft", "hft"))
+    check_chain([fft, hft])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_chain([hft, hft])
+    check_chain([hft, fft])
+    if dtype == "bfloat16":
+        with pytest.raises(HFTError, match=r"model\.dtype is bfloat16, .*fft.*set model\.dtype to float32"):
+            check_chain([fft, hft])
+    else:
+        check_chain([fft, hft])

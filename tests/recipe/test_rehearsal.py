@@ -85,6 +85,10 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
         ("--dpo.pad_token [NOPE]", r"dpo: .*`pad_token` \('\[NOPE\]'\)"),
         ("--dpo.use_liger_kernel true", "dpo: .* use_liger_kernel True: .*pip install liger-kernel"),
         ("--sft.eos_token [NOPE]", r"sft: .*`eos_token` \('\[NOPE\]'\)"),
+        (
+            "--sft.dataloader_drop_last true --sft.split train[:3]",
+            "sft: dataloader_drop_last .* 3 rows .* batch of 32",
+        ),
     ],
 )
 def test_a_mistake_in_any_stage_is_one_line_that_names_it(stages_of, flags, said):
