@@ -51,8 +51,12 @@ def half_reset_command(
             half_reset.blend(base, tuned, out, blend)
             text = f"{out}: {1 - blend:g} times {base} plus {blend:g} times {tuned}"
         else:
-            stays = half_reset.half_reset(base, tuned, out, config).share
+            selection, changed = half_reset.reset(base, tuned, out, config)
+            stays, seed = selection.share, selection.config.seed
             text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
+            text += f"; {changed:,} bytes changed"
+            if seed != config.seed:
+                text += f" (seed {seed}, since {tuned} was trained with the half of seed {config.seed})"
     typer.echo(text)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hft_trl.errors import HFTError
 from hft_trl.weights import fingerprints, named_parameters, plain_name
 
 
@@ -45,6 +46,15 @@ class FrozenHalf:
                 raise RuntimeError(
                     f"the frozen parameter {name} moved during training: nothing was saved as a success"
                 )
+
+    def check_untouched(self, model: torch.nn.Module) -> None:
+        """Reject frozen parameters that were made trainable after the trainer was built."""
+        learn = [name for name, p in named_parameters(model) if p.requires_grad and name in self.digests]
+        if learn:
+            raise HFTError(
+                f"{len(learn)} frozen parameters, such as {learn[0]}, require gradients again: leave requires_grad as "
+                "the trainer has set it, or set hft_config.ratio to train more."
+            )
 
     @staticmethod
     def only_shards_saved(trainer: Any) -> bool:

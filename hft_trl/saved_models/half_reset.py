@@ -49,7 +49,8 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
             New or empty folder. It is written completely or not at all, with the tuned model's shards.
         config ([`HFTConfig`], *optional*):
             `ratio` is the share of the layers' parameters that stays tuned. `reselect` must be `"fresh"` and `method`
-            `"hft"`. Strategies `"importance"` and `"element"` are rejected.
+            `"hft"`. Strategies `"importance"` and `"element"` are rejected. If the tuned model was trained with the
+            same half, the next seed is taken: resetting what was frozen would change nothing.
 
     Returns:
         [`Selection`]: What stayed tuned (`trainable`) and what was set back (`frozen`).
@@ -58,6 +59,13 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type cannot
             hold the base's values, or if `out` is not empty or cannot be written.
     """
+    return reset(base, tuned, out, config)[0]
+
+
+def reset(
+    base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None
+) -> tuple[Selection, int]:
+    """Do what [`half_reset`] does, and return also the number of changed bytes."""
     base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
     if (config.method, config.reselect) != ("hft", "fresh"):
@@ -71,7 +79,12 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
             "category, layer or model."
         )
     before, after, out = _open(base, tuned, out)
-    selection = select(after.skeleton, config)
+    selection, root = select(after.skeleton, config), next(iter(after.files.values())).parent
+    trained = Selection.load(root) if (root / SELECTION_FILE).is_file() else None
+    while trained is not None and trained.trainable == selection.trainable and selection.frozen and config.ratio < 1:
+        # What would be set back was frozen in training, and nothing would change
+        config = dataclasses.replace(config, seed=config.seed + 1)
+        selection = select(after.skeleton, config)
     stays = set(selection.trainable)
     shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
     for key, place in after.places.items():
@@ -84,10 +97,10 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(selection, start_model=start)
     with _new_folder(out) as folder:
-        _write_weights(before, after, shares, folder)
+        changed = _write_weights(before, after, shares, folder)
         selection.save(folder)
-        _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection))
-    return selection
+        _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection, changed))
+    return selection, changed
 
 
 def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) -> None:
@@ -139,8 +152,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
             sync(out.parent)
 
 
-def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> None:
-    """Write the tuned model's files with mixed values. `shares` are those of the tuned values."""
+def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> int:
+    """
+    Write the tuned model's files with mixed values, and return the number of changed bytes.
+
+    `shares` are those of the tuned values.
+    """
+    changed = 0
     paths = sorted(set(after.files.values()))
     root = paths[0].parent
     patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
@@ -156,9 +174,11 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
             new, share = after.tensor(key), shares.get(key, 1.0)
             if share != 1:
                 old = after.counterpart(key, before)
-                new = _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
+                tuned, new = new, _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
+                changed += int((tuned != new).sum()) * new.element_size()
             tensors[key] = new
         save_file(tensors, folder / path.name, metadata)
+    return changed
 
 
 def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
@@ -167,13 +187,13 @@ def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
     return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
 
 
-def _reset_text(before: SavedModel, after: SavedModel, selection: Selection) -> str:
+def _reset_text(before: SavedModel, after: SavedModel, selection: Selection, changed: int) -> str:
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
     settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
     return f"""\
 A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged.
-Nothing was trained. Settings: {settings}. Selection `{selection.digest}`, listed in `{SELECTION_FILE}`: its trainable
-parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
+Nothing was trained; {changed:,} bytes changed. Settings: {settings}. Selection `{selection.digest}`, listed in
+`{SELECTION_FILE}`: its trainable parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
 
 | category | share that stayed tuned |
 |---|---|

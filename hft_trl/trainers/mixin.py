@@ -87,6 +87,7 @@ class HFTMixin:
     def _begins(self) -> None:
         """Follow the policy to where accelerate has put it. A checkpoint has to hold the start model's frozen half."""
         policy = self.accelerator.unwrap_model(self.model)
+        self.frozen_half.check_untouched(policy)
         if self._resumes:
             self.frozen_half.check(policy)
         for storage in self._storages:

@@ -466,3 +466,21 @@ def test_memory_stays_under_the_largest_shard(tmp_path):
     used = int(found.stdout)
     print(f"{used} MB, largest shard {largest} MB")
     assert used < largest
+
+
+def test_a_model_of_the_same_half_is_reset_in_another_one(tmp_path, base):
+    """Otherwise what was frozen would be set back, and the output would be the input."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trained = select(model, HFTConfig(seed=7))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained.trainable:
+                parameter.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    trained.save(tmp_path / "tuned")
+    selection, changed = reset.reset(base, tmp_path / "tuned", tmp_path / "out", HFTConfig(seed=7))
+    assert selection.trainable != trained.trainable
+    assert selection.config.seed == 8
+    before, after = tensors(tmp_path / "tuned"), tensors(tmp_path / "out")
+    assert changed == sum(int((before[k] != after[k]).sum()) * after[k].element_size() for k in before) > 0
+    assert f"{changed:,} bytes changed" in (tmp_path / "out" / "README.md").read_text()

@@ -387,3 +387,13 @@ def test_the_same_seed_gives_the_same_bits(base, tulu, tmp_path):
         trainer.train()
         trainer.save_model()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_frozen_parameter_that_is_made_trainable_again_is_named_when_training_begins(base, tulu, tmp_path):
+    """Not only at the end, when the training is lost."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    name = next(name for name, p in trainer.model.named_parameters() if not p.requires_grad)
+    trainer.model.get_parameter(name).requires_grad_(True)
+    with pytest.raises(HFTError, match=f"1 frozen parameters, such as {name}, require gradients again"):
+        trainer.train()
+    assert trainer.state.global_step == 0
