@@ -8,7 +8,6 @@ from pathlib import Path
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, sync, writing
-from hft_trl.processes import speaks
 
 NAME = "smollm2"
 """The word that stands for the model, as `demo` does for the embedded one."""
@@ -48,6 +47,8 @@ def smollm2_path() -> str:
 
 @cache
 def _say_once() -> None:
+    from hft_trl.processes import speaks  # loads torch
+
     if speaks():
         sys.stderr.write(NOTICE)
 

@@ -20,6 +20,7 @@ from typer.main import get_command
 from hft_trl import demo
 from hft_trl.cli import app
 from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.experiments.frontier_trial import parse_frontier
 from hft_trl.recipe import parse_stage
 
 ROOT = Path(__file__).parent.parent
@@ -74,8 +75,15 @@ def test_every_launch_line_is_accepted(command, tmp_path, monkeypatch):
         parse_stage(name, config, flags)
 
 
+@pytest.mark.parametrize("command", commands("python recipes/frontier.py"))
+def test_every_frontier_line_is_accepted(command):
+    words = shlex.split(command)[2:]
+    parse_frontier([str(ROOT / word) if word.startswith("recipes/configs/") else word for word in words])
+
+
 def test_there_are_launch_lines_to_check():
     assert len(commands("accelerate launch")) >= 10
+    assert len(commands("python recipes/frontier.py")) >= 3
 
 
 @pytest.mark.parametrize("command", commands("hft-trl"))

@@ -68,7 +68,11 @@ def parse_recipe(
     values, flags = read_sections(argv, default_config, known)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
-        check_defaults_model(values["model"], model, "recipes/configs/qwen3-4b.yaml")
+        check_defaults_model(
+            values["model"],
+            model,
+            "recipes/configs/qwen3-4b.yaml" if "dpo" in stages else "recipes/configs/frontier-smollm2.yaml",
+        )
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
