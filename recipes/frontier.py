@@ -7,12 +7,12 @@ Without arguments it runs on the embedded model and data, in a few minutes on tw
 python recipes/frontier.py
 ```
 
-On your own model and data, with one process per GPU:
+On your own model and data, with one process per GPU (the file's `use_cpu` is for a machine without one):
 
 ```bash
 python recipes/frontier.py --config recipes/configs/frontier-smollm2.yaml --model Qwen/Qwen3-0.6B-Base \
     --sft.dataset my_chats --retention.texts general.txt --retention.prompts questions.jsonl --output_dir runs/mine \
-    --sft.use_cpu false --methods fft hft lora --learning_rates 1e-5 3e-5 1e-4 lora=3e-4 lora=1e-3 --seeds 3
+    --methods fft hft lora --learning_rates 1e-5 3e-5 1e-4 lora=3e-4 lora=1e-3 --seeds 3
 ```
 
 The sections are those of `sft_then_dpo.py` without `dpo`, and `frontier` (also as flags without a section, such as
