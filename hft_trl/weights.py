@@ -79,7 +79,7 @@ def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
 CHUNK = 1 << 18
 
 
-# Elements that one thread hashes at a time: few megabytes, so that starting a copy from a GPU costs little.
+# Elements that one thread copies from a GPU at a time: few megabytes, so that starting a copy costs little.
 PIECE = 1 << 21
 
 
@@ -87,7 +87,7 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """Return the SHA-256 (hex) of a tensor's dtype, shape and bytes, converted to `dtype` if it is given."""
     dtype = dtype if dtype is not None else tensor.dtype
     digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
-    for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):
+    for piece in tensor.detach().contiguous().reshape(-1).split(PIECE if tensor.is_cuda else CHUNK):
         # Converted on the host, since a GPU may round a NaN to other bits
         digest.update(memoryview(_on_host(piece).to(dtype).view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -175,10 +175,16 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
             if share != 1:
                 old = after.counterpart(key, before)
                 tuned, new = new, _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
-                changed += int((tuned != new).sum()) * new.element_size()
+                changed += _differ(tuned, new) * new.element_size()
             tensors[key] = new
         save_file(tensors, folder / path.name, metadata)
     return changed
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Return the number of elements that differ, found piece by piece."""
+    pieces = zip(one.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
+    return sum(int((a != b).sum()) for a, b in pieces)
 
 
 def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
