@@ -1,6 +1,7 @@
 """What a report tells of retention: from the log rows into the JSON, tables and pictures."""
 
 import json
+from html import unescape
 
 import pytest
 from conftest import one_line
@@ -10,6 +11,7 @@ from hft_trl import HFTError
 from hft_trl.report import Report
 from hft_trl.report.plots import retention_figure
 from hft_trl.report.record import retention_of
+from hft_trl.report.sections import CAPTIONS
 from hft_trl.report.tables import retention_grid
 from hft_trl.report.views import report_markdown, report_page
 
@@ -83,4 +85,4 @@ def test_the_table_has_differences_from_the_base_and_the_plot_a_panel_for_each_m
     assert list(dpo.get_ydata()) == [0.25, 0.5]
     text = report_markdown(found, ["loss.png", "retention.png"])
     assert text.index("loss.png") < text.index("retention.png")
-    assert "Retention over the steps" in report_page(found)
+    assert CAPTIONS["retention.png"] in unescape(report_page(found))
