@@ -19,7 +19,7 @@ FLOORS = (
     {"environment", "redact"},
     {"errors"},
     {"config", "files", "processes", "chat"},
-    {"weights", "real_model"},
+    {"weights"},
     {"demo"},
     {"selection", "backends", "retention"},
     {"frozen", "checkpoints", "skeleton", "report"},

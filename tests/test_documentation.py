@@ -52,7 +52,7 @@ def test_every_launch_line_is_accepted(command, tmp_path, monkeypatch):
     """
     By accelerate up to the script, and by the recipe's own parser after it, except for the one shown as a mistake.
     """
-    monkeypatch.setattr("hft_trl.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
+    monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
     words = shlex.split(command)[2:]
     launch = launch_command_parser().parse_args(words)
     assert (ROOT / launch.training_script).is_file()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hft_trl import real_model
+from hft_trl.demo import real_model
 
 ASSETS = Path(__file__).parent / "assets"
 """The shipped files. `python -m hft_trl.demo.build` rebuilds them from a seed."""

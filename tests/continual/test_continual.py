@@ -330,7 +330,7 @@ def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
 
 def test_trace_with_a_small_model_leaves_out_a_task_that_some_copies_lack(tmp_path, monkeypatch):
     """The config and its list of tasks, which the header says to copy into TRACE's folder."""
-    monkeypatch.setattr("hft_trl.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
+    monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
     config = ROOT / "recipes/configs/trace-smollm2.yaml"
     header = config.read_text().split("\nmodel:")[0]
     assert all(word in header for word in ("Machine:", "Memory:", "Needs:", "Launch:"))

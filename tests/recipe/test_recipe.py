@@ -202,7 +202,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_down_to_trl(config, monkeypatch):
     """Each file, and the header's launch line, give the arguments that they state."""
-    monkeypatch.setattr("hft_trl.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
+    monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
     use_cpu = ["--sft.use_cpu", "true", "--dpo.use_cpu", "true"]
     recipe = parse_recipe(["--config", str(config), *use_cpu])
     header = config.read_text().split("\nmodel:")[0]

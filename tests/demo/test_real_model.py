@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hft_trl import demo, real_model
+from hft_trl import demo
 from hft_trl.chat import load_tokenizer, mark_answers
+from hft_trl.demo import real_model
+from hft_trl.demo.real_model import PLACE, convert, is_smollm2, smollm2_path
 from hft_trl.errors import HFTError
-from hft_trl.real_model import PLACE, convert, is_smollm2, smollm2_path
 from hft_trl.weights import check_not_rounded
 
 needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the package gguf")
