@@ -123,7 +123,11 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
         for number in largest_first[state.process_index :: state.num_processes]:
             unit = units[number]
             learns = unit.names[0] in trainable
-            known = {name: relative_change(saved, after, unit.names) for name, saved in before.items()}
+            # The frozen half has the start model's bits, which was checked when it was saved
+            known = {
+                name: relative_change(saved, after, unit.names) if learns or name != start else 0.0
+                for name, saved in before.items()
+            }
             place = (unit.names[0], unit.layer, unit.category, unit.slot)
             found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
     except (HFTError, OSError, SafetensorError) as error:
