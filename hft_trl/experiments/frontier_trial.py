@@ -79,6 +79,9 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         "retention": {key: vars(stage.retention)[key] for key in rows},
         "evaluation": {"split": stage.data.eval_split},
     }
+    # Digests of the files are compared, so that a folder can move to another machine
+    same["model"]["model_name_or_path"] = demo.shown(stage.model.model_name_or_path)
+    same["data"].pop("dataset", None)
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
     check_settings(output, [], flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))

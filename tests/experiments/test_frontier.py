@@ -202,6 +202,8 @@ def test_a_finished_frontier_is_not_trained_again_and_more_rates_can_be_added(sm
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()} == before
     assert not list((output / "models").glob("*"))
+    # Digests, not places, say what the results are of: the folder can move to another machine
+    assert str(demo.ASSETS) not in (output / "settings.json").read_text()
 
 
 def test_other_settings_are_rejected_in_the_same_folder(small):
