@@ -96,8 +96,10 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
     differences = []
     for seed in sorted({point["seed"] for point in points if point["method"] != BASE}):
         curves = [_curve([p for p in points if p["seed"] == seed and series(p) == s], kept) for s in (ours, theirs)]
-        low, high = max(curve[0].min() for curve in curves), min(curve[0].max() for curve in curves)
-        if min(len(curve[0]) for curve in curves) < 2 or low >= high:
+        if min(len(losses) for losses, _ in curves) < 2:
+            continue
+        low, high = max(losses.min() for losses, _ in curves), min(losses.max() for losses, _ in curves)
+        if low >= high:
             continue
         losses = np.linspace(low, high, 101)
         ours_kept, theirs_kept = (np.interp(losses, *curve) for curve in curves)

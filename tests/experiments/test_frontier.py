@@ -128,6 +128,14 @@ def test_methods_without_a_common_loss_are_not_compared():
     assert compare_at_equal_loss(points, "lora", "fft", "text_loss") is None
 
 
+def test_a_seed_in_which_a_method_is_not_finished_is_left_out():
+    """The results are written after each model."""
+    points = [point("fft", loss, 4 - loss, rate=loss, seed=s) for loss in (0.5, 0.7) for s in (1, 2, 3)]
+    points += [point("hft", loss, 5 - loss, rate=loss, seed=s, ratio=0.5) for loss in (0.5, 0.7) for s in (1, 2)]
+    found = compare_at_equal_loss(points, "hft", "fft", "text_loss")
+    assert (found.seeds, found.mean) == (2, pytest.approx(1))
+
+
 def test_means_are_over_the_seeds_of_the_same_method_rate_and_treatment():
     points = [point("fft", 1.0, 3.0), point("fft", 2.0, 5.0, seed=2), point("fft", 9.0, 9.0, post_hoc="average 0.5")]
     plain, averaged = means(points, "text_loss")
