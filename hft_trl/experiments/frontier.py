@@ -45,20 +45,19 @@ def read_points(files: Iterable[Path]) -> list[Point]:
 
 def series(point: Point) -> str:
     """Return the name of the curve that a point is on: its method, its ratio, and what was made from it."""
-    if point["method"] == BASE:
-        return BASE
-    ratio = "" if point["ratio"] in (None, 0.5) else f" {point['ratio']:g}"
     made = "" if point["post_hoc"] is None else f", {point['post_hoc'].partition(' ')[0]}"
-    return f"{point['method']}{ratio}{made}"
+    return f"{_method(point)}{made}"
 
 
 def name(point: Point) -> str:
     """Return the name of a model without its seed, such as `fft 3e-05, average 0.5`."""
-    if point["method"] == BASE:
-        return BASE
-    ratio = "" if point["ratio"] in (None, 0.5) else f" {point['ratio']:g}"
+    rate = "" if point["learning_rate"] is None else f" {point['learning_rate']:g}"
     made = "" if point["post_hoc"] is None else f", {point['post_hoc']}"
-    return f"{point['method']}{ratio} {point['learning_rate']:g}{made}"
+    return f"{_method(point)}{rate}{made}"
+
+
+def _method(point: Point) -> str:
+    return point["method"] if point["ratio"] in (None, 0.5) else f"{point['method']} {point['ratio']:g}"
 
 
 def means(points: Sequence[Point], kept: str) -> list[Mean]:

@@ -99,7 +99,9 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     _load_data(stage)
     trainer = make_trainer(stage, trial, grid)
     meter = _meter(stage)
-    base, points, seconds, peak = meter.base(trainer.model), [], None, None  # nothing is trained yet
+    points, seconds, peak = [], None, None
+    with trainer.accelerator.autocast():  # in the type of all later measurements
+        base = meter.base(trainer.model)  # nothing is trained yet
     if trial.method != BASE:
         reset_peak_memory()
         checkpoint = last_whole_checkpoint(stage.folder)
@@ -176,6 +178,8 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
 
 
 def _load_data(stage: Stage) -> None:
+    if not stage.data.eval_split and stage.mixture is None:
+        raise HFTError("sft.eval_split is missing: set the split on which the task loss is measured.")
     stage.args.eval_strategy = IntervalStrategy.EPOCH  # so that the evaluation rows are loaded and checked
     stage.load_data()
     stage.args.eval_strategy = IntervalStrategy.NO  # they are measured after training

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hft_trl import HFTError, demo
 from hft_trl.experiments.frontier import Mean, compare_at_equal_loss, front, means, series
 from hft_trl.experiments.frontier_report import Frontier, grids
-from hft_trl.experiments.frontier_trial import parse_frontier
+from hft_trl.experiments.frontier_trial import frontier_points, parse_frontier
 from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
 from hft_trl.experiments.paired_tests import Difference
 
@@ -228,6 +228,20 @@ def test_the_tables_show_every_model_once(small):
     (table,) = grids(found)
     assert [row[0] for row in table.rows] == [model.name for model in found.models]
     assert table.columns == ["", "seeds", "task loss", "text loss", "base kl", "facts", "front"]
+
+
+def test_a_frontier_without_an_evaluation_split_or_anything_to_keep_is_rejected_first(tmp_path):
+    config = tmp_path / "own.yaml"
+    text = demo.ASSETS.joinpath("frontier.yaml").read_text()
+    for wrong, message in (
+        (text.replace("  eval_split: train[:200]\n", ""), "sft.eval_split is missing"),
+        (text + "\nretention:\n  max_rows: 0\n", "retention is missing"),
+    ):
+        config.write_text(wrong)
+        recipe, grid, flags = parse_frontier(["--config", str(config), "--output_dir", str(tmp_path / "out")])
+        with pytest.raises(HFTError, match=message):
+            frontier_points(recipe, grid, flags)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_grid_is_the_default():
