@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hft_trl.experiments.frontier import (
-    Mean,
-    Point,
-    compare_at_equal_loss,
-    front,
-    means,
-    read_points,
-    series,
-)
+from hft_trl.experiments.frontier import Mean, Point, compare_at_equal_loss, front, means, read_points, series
 from hft_trl.experiments.grid import BASE, FrontierArguments
 from hft_trl.experiments.paired_tests import Difference, p_value
 from hft_trl.files import write_json, write_text
@@ -139,16 +131,7 @@ def grids(found: Frontier) -> list[Grid]:
         for model in found.models
     ]
     headings = [kept.replace("_", " ") for kept in others]
-    compared = [
-        [
-            name,
-            f"{d.mean:+.4f}",
-            "-" if d.low != d.low else f"{d.low:+.4f} to {d.high:+.4f}",
-            p_value(d.p),
-            f"{d.ahead} of {d.seeds}",
-        ]
-        for name, d in found.differences.items()
-    ]
+    compared = [[name, *difference.cells(4)] for name, difference in found.differences.items()]
     tables = [Grid("Mean (standard deviation) over the seeds", ["", "seeds", "task loss", *headings, "front"], rows)]
     if compared:
         title = f"Difference to {AGAINST} at an equal task loss: {KEPT[found.kept]}"

@@ -86,7 +86,11 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     check_settings(output, [], flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
-        Point(trial.name, (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags))
+        Point(
+            trial.name,
+            (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags),
+            result_file(output, trial.name),
+        )
         for trial in (Trial(BASE), *trials(grid))
     ]
 
