@@ -67,17 +67,6 @@ class LoRAArguments:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which are all but the head
     o_lora_lambda: float = 0.5  # factor of O-LoRA's penalty, its lambda_1
 
-    def __post_init__(self) -> None:
-        for name, fits, range_ in (
-            ("r", self.r >= 1, "at least 1"),
-            ("lora_alpha", self.lora_alpha >= 1, "at least 1"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
-            ("target_modules", bool(self.target_modules), "all-linear, or names of modules"),
-            ("o_lora_lambda", self.o_lora_lambda >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
-
 
 @dataclass(frozen=True)
 class Adapter:

@@ -246,10 +246,7 @@ def test_a_loss_that_is_no_number_ends_the_round(make):
         (["--method", "hft"], "method is hft, but lora trains an adapter"),
         (["--hft.ratio", "0.3"], "hft.ratio is given, but lora does not use it"),
         (["--hft.reselect=same"], "hft.reselect is given"),
-        (["--lora.r", "0"], "lora.r is 0: it must be at least 1"),
         (["--lora.rank", "4"], "unknown key lora.rank"),
-        (["--lora.lora_dropout", "1"], r"lora.lora_dropout is 1\.0"),
-        (["--lora.o_lora_lambda", "-1"], "lora.o_lora_lambda is -1"),
         (["--approach", "sequential", "--lora.r", "4"], "lora.r is given, but sequential does not use it"),
         (["--lora", "4"], "--lora is a section: set one of its keys, such as --lora.r"),
     ],
@@ -285,6 +282,9 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
     ):
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
             checked(stage(target_modules=names))
+    for wrong in ({"r": 0}, {"lora_dropout": 1.5}):
+        with pytest.raises(HFTError, match="the adapter of section lora can't be set up: "):
+            checked(stage(**wrong))
     with pytest.raises(
         HFTError, match=r"\['lm_head'\] reaches the output head or a tied embedding, which cannot be merged"
     ):

@@ -1,4 +1,10 @@
-"""Write the embedded mini benchmark: eight small tasks about the demo's world, in TRACE's layout."""
+"""
+Rebuild the embedded mini benchmark: eight small tasks about the demo's world, in TRACE's layout.
+
+```bash
+python benchmarks/demo_tasks.py   # writes hft_trl/demo/assets/tasks
+```
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
+from hft_trl.demo import TASKS as SHIPPED
 from hft_trl.demo.data import answer, ask, wordy
 from hft_trl.demo.world import VALUES, Person, make_world, with_article
 
@@ -81,3 +88,7 @@ def _draw(task: str, rng: random.Random, people: Sequence[Person], items: Mappin
         return Row(f"Say in short: {long}\n", short)
     question, wanted = FACTS[task]
     return Row(f"{question.format(name=person.name)}\n", wanted.format(**person.facts))
+
+
+if __name__ == "__main__":
+    write_benchmark(SHIPPED)
