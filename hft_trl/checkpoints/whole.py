@@ -15,10 +15,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import by_first_process
-from hft_trl.weights import check_readable, tensors, weight_files
+from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +69,6 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
-        put_back(Path(folder))
         for checkpoint in reversed(sort_checkpoints(str(folder))):
             reason = torn_because(checkpoint)
             if reason is None:
@@ -77,17 +76,6 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
                 break
             logger.warning(f"Passing over the checkpoint {checkpoint}, which cannot be resumed: {reason}.")
     return broadcast_object_list(found)[0]
-
-
-def last_finite_checkpoint(folder: str | Path) -> str | None:
-    """
-    Return the newest complete checkpoint without NaN or infinite weights.
-
-    Only safetensors files are read. Shards of FSDP and DeepSpeed are assumed to be finite.
-    """
-    checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
-    whole = (checkpoint for checkpoint in reversed(checkpoints) if incomplete_because(checkpoint) is None)
-    return next((checkpoint for checkpoint in whole if _is_finite(checkpoint)), None)
 
 
 def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
@@ -98,14 +86,6 @@ def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
     check_readable([adapter])
     with safe_open(adapter, framework="pt") as file:
         return dict.fromkeys(file.keys(), adapter)
-
-
-def _is_finite(checkpoint: str) -> bool:
-    try:
-        files = _tensor_files(checkpoint)
-    except (HFTError, OSError):
-        return True  # shards
-    return all(tensor.isfinite().all() for _, tensor in tensors(files, files))
 
 
 def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:

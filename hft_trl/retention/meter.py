@@ -41,14 +41,8 @@ class Meter:
     """
     Measure retention on the same rows for every model.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of all models, with a chat template if
-            prompts are messages.
-        texts (`str`, `Path` or sequence, *optional*): Text file, `.jsonl` rows with a `text`, or strings.
-        facts (`str`, `Path` or sequence, *optional*): `.jsonl` file, or rows with `text`, `answer` and `others`.
-        prompts (`str`, `Path` or sequence, *optional*): `.jsonl` file, or rows with `messages` or a `prompt`.
-        max_rows (`int`, *optional*, defaults to 128): Largest number of text blocks (of 256 tokens), of facts and of
-            prompts. It bounds the cost.
+    The arguments are those of [`~hft_trl.RetentionCallback`], and the tokenizer of all models, with a chat template if
+    prompts are messages.
     """
 
     def __init__(
