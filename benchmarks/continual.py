@@ -198,7 +198,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, console = Path(options.output_dir), Console()
     check_tests()
-    check_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
+    settings = {"flags": shlex.join(redact(flags)), "adapters": shlex.join(ADAPTER_FLAGS)}
+    check_settings(output, settings, ("peft", "quadprog"))
     runs = [run for run in GRID if run.approach in options.approaches]
 
     # Make what has no scores yet

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
+from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row
 from hft_trl.demo import TASKS as SHIPPED
 from hft_trl.demo.data import answer, ask, wordy
 from hft_trl.demo.world import VALUES, Person, make_world, with_article
+from hft_trl.files import write_json
 
 ROWS = {"train": 192, "test": 64}
 """Rows of each file. A test file has fewer if there are fewer distinct ones."""
@@ -66,6 +67,12 @@ def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
     tasks = [{"name": name, "metric": metric, "epochs": EPOCHS} for name, metric in TASKS.items()]
     (folder / TASKS_FILE).write_text(yaml.safe_dump({"tasks": tasks}, sort_keys=False), encoding="utf-8")
     return folder
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows in TRACE's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [row._asdict() for row in rows], ensure_ascii=False)
 
 
 def _draw(task: str, rng: random.Random, people: Sequence[Person], items: Mapping[str, Sequence[str]]) -> Row:

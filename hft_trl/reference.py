@@ -185,11 +185,8 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
-    from hft_trl.frozen.quantized_linear import QuantizedLinear
-
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
-    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    tensors += [tensor for module in quantized for tensor in (module.packed, module.scale)]
+    tensors += model.parameters()  # those of a QuantizedLinear are in no state dict
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 
@@ -206,32 +203,21 @@ def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str
     return None
 
 
-def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: bool) -> None:
-    """
-    Reject a reference that was loaded from the policy's path and differs, because the policy was edited in memory.
-
-    One that the user has `given` may be another model, which only gives a warning; a quantised one is not compared.
-    """
-    if given and "hf_quantizer" in vars(reference):
-        return
-    difference = first_difference(policy, reference)
-    if difference is None:
-        return
-    if given:
-        logger.warning(f"The reference is not the model that training starts from: {difference}.")
-        return
-    raise HFTError(
-        f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its "
-        f"reference comes from ({difference}): save the policy and pass the folder, or pass ref_model."
-    )
+def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Reject a reference that was loaded from the policy's path and differs: the policy was edited in memory."""
+    if (difference := first_difference(policy, reference)) is not None:
+        raise HFTError(
+            f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its "
+            f"reference comes from ({difference}): save the policy and pass the folder, or pass ref_model."
+        )
 
 
 def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given: bool) -> bool:
     """
     Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
 
-    The reference is checked to be the model that training starts from; one that was `given` is left as it is. Returns
-    whether the frozen half of the two models is stored once.
+    The reference is checked to be the model that training starts from, unless it was `given`. Returns whether the
+    frozen half of the two models is stored once.
     """
     # Also of trainers that always load it themselves. With method fft it is the parent's business
     own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"
@@ -241,9 +227,10 @@ def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given
         if reason is None and all(isinstance(parameter, DTensor) for parameter in reference.parameters()):
             reason = "FSDP has sharded all of it"
         reference.eval().requires_grad_(False)
-        if reason is not None or not is_hollow(reference):
-            check_is_start(policy, reference, given)
-            reason = reason or ("ref_model was passed, which is left as it is" if given else None)
+        if given:  # it may be another model on purpose
+            reason = reason or "ref_model was passed, which is left as it is"
+        elif reason is not None or not is_hollow(reference):
+            check_is_start(policy, reference)
     for storage in storages:
         storage.settle(trainer, policy, None if given else reference)
     if reference is not None:

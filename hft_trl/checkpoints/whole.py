@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from safetensors import safe_open
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
@@ -51,11 +50,10 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({first_line(error)})"
+    shards, adapter = checkpoint / f"{FSDP_MODEL_NAME}_0", checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
+    listed = has_manifest or shards.is_dir() or adapter.is_file()
     try:
-        if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            check_readable(checkpoint.glob("*.safetensors"))
-        else:
-            check_readable(_tensor_files(checkpoint).values())
+        check_readable(checkpoint.glob("*.safetensors") if listed else weight_files(str(checkpoint)).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -76,16 +74,6 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
                 break
             logger.warning(f"Passing over the checkpoint {checkpoint}, which cannot be resumed: {reason}.")
     return broadcast_object_list(found)[0]
-
-
-def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
-    """Return the file of each tensor, of an adapter alone or of a complete model."""
-    adapter = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
-    if not adapter.is_file():
-        return weight_files(str(checkpoint))
-    check_readable([adapter])
-    with safe_open(adapter, framework="pt") as file:
-        return dict.fromkeys(file.keys(), adapter)
 
 
 def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:
@@ -111,8 +99,8 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     if only_model:
         logger.warning(
             f"{checkpoint} was saved with save_only_model: training resumes from its weights and step, with a new "
-            "optimizer, learning rate schedule and random states, so it won't end in the same bits as a run without a "
-            "stop."
+            "optimizer, learning rate schedule and random states, so it does not end in the same bits as an "
+            "uninterrupted run."
         )
 
 

@@ -31,12 +31,7 @@ class Answered:
 
 
 def evaluate_tasks(
-    folder: str | Path,
-    tasks: Iterable[Task],
-    max_new_tokens: int,
-    max_length: int | None,
-    batch_size: int,
-    **loading: Any,
+    folder: Path, tasks: Iterable[Task], max_new_tokens: int, max_length: int | None, batch_size: int, **loading: Any
 ) -> dict[str, Answered]:
     """
     Generate greedy answers to test sets, and return their scores by task in the main process only.
@@ -45,8 +40,7 @@ def evaluate_tasks(
     the same settings. In half precision, batch size and number of processes can change them. `max_length` counts the
     tokens of prompt and answer. `batch_size` is that of each process.
     """
-    folder, state, results = Path(folder), PartialState(), {}
-    model = tokenizer = None
+    state, results, model, tokenizer = PartialState(), {}, None, None
     for task in tasks:
         path = folder / "predictions" / f"{task.name}.json"
         made_with = {
@@ -86,15 +80,15 @@ def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]
 def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Sequence[str], truncated: int) -> Answered:
     """Score predictions, and write them with the score unless the file contains the same."""
     answers = [row.answer for row in task.test]
-    score = mean_score(task.metric, predictions, answers)
-    result = Answered(score, sum(not text.strip() for text in predictions), truncated)
-    pairs = zip(answers, predictions, strict=True)
+    result = Answered(
+        mean_score(task.metric, predictions, answers), sum(not text.strip() for text in predictions), truncated
+    )
     content = {
         "task": task.name,
         "metric": task.metric,
         "result": asdict(result),
         "made_with": made_with,
-        "predictions": [{"answer": answer, "prediction": text} for answer, text in pairs],
+        "predictions": [{"answer": a, "prediction": text} for a, text in zip(answers, predictions, strict=True)],
     }
     with writing(path):
         path.parent.mkdir(exist_ok=True)

@@ -4,16 +4,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import RunArguments, at_home
 from hft_trl.recipe.folder import place
 from hft_trl.saved_models.digests import content_digest
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 ADAPTER_FOLDER = "adapter"  # of a round's folder
 ADAPTERS = ("lora", "o_lora")
@@ -99,10 +95,3 @@ def check_installed(names: Iterable[str]) -> None:
     for name in names:
         if name in NEEDED and find_spec(NEEDED[name]) is None:
             raise HFTError(f"{name} needs {NEEDED[name]}: run pip install -c constraints.txt -e '.[continual]'.")
-
-
-def sharding(args: "TrainingArguments") -> str | None:
-    """Name what shards the model, if anything does."""
-    if args.deepspeed_plugin is not None:
-        return "DeepSpeed"
-    return "FSDP" if fsdp_version(args) is not None else None

@@ -18,7 +18,7 @@ from hft_trl.continual.continual_arguments import ADAPTERS, Adapter, ContinualAr
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
-from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
+from hft_trl.continual.tasks import Row, Task, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -84,7 +84,9 @@ class ContinualRecipe:
             tasks, general = read_benchmark(folder), read_replay(folder) if run.approach == "replay" else ()
         if run.tasks is not None:
             tasks += read_tasks(run.tasks)
-        check_names(tasks)
+        names = [task.name for task in tasks]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise HFTError(f"two tasks have the name {repeated[0]!r}: give each a unique name.")
         check_installed([run.approach, *(task.metric for task in tasks)])
         if run.approach == "replay" and not general:
             logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")

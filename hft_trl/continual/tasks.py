@@ -1,14 +1,12 @@
 """Read tasks from disk: TRACE's folders as released, and users' own tasks from a YAML file."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
-from hft_trl.files import read_texts, write_json
+from hft_trl.files import read_texts
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
@@ -54,8 +52,7 @@ def read_benchmark(folder: str | Path) -> list[Task]:
         raise HFTError(f"benchmark {str(folder)!r} is no folder: give the path of TRACE's LLM-CL-Benchmark_5000.")
     if (folder / TASKS_FILE).is_file():
         return read_tasks(folder / TASKS_FILE)
-    missing = [name for name in TRACE if not (folder / name).is_dir()]
-    if missing:
+    if missing := [name for name in TRACE if not (folder / name).is_dir()]:
         raise HFTError(
             f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
             f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
@@ -104,8 +101,6 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
 
 
 def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
-    if not folder.is_dir():
-        raise HFTError(f"the task folder {str(folder)!r} does not exist: it must hold train.json and test.json.")
     return Task(name, read_rows(folder / "train.json"), read_rows(folder / "test.json"), metric, epochs)
 
 
@@ -114,20 +109,7 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), "prompt", "answer"))
 
 
-def check_names(tasks: Sequence[Task]) -> None:
-    """Reject repeated names."""
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:
-            raise HFTError(f"two tasks have the name {name!r}: give each a unique name.")
-
-
 def read_replay(folder: str | Path) -> tuple[Row, ...]:
     """Read the general alignment data of a benchmark, `Lima/train.json`. Return no rows if it has none."""
     path = Path(folder) / REPLAY_FOLDER / "train.json"
     return read_rows(path) if path.exists() else ()
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows in TRACE's layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, [row._asdict() for row in rows], ensure_ascii=False)

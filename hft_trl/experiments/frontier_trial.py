@@ -83,7 +83,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     same["model"]["model_name_or_path"] = demo.shown(stage.model.model_name_or_path)
     same["data"].pop("dataset", None)
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
-    check_settings(output, [], flat, ("peft",))
+    check_settings(output, flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
         Point(

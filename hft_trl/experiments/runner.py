@@ -85,13 +85,10 @@ def run_points(points: Sequence[Point], output: Path, workers: int | None = None
             child.wait()
 
 
-def check_settings(
-    output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
-) -> None:
-    """Record flags, settings and library versions of the folder's results, and reject different ones."""
+def check_settings(output: Path, settings: Mapping[str, str], packages: Iterable[str] = ()) -> None:
+    """Record settings and library versions of the folder's results, and reject different ones."""
     names = ("torch", "transformers", "trl", *packages)
-    versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
+    settings = {"versions": ", ".join(f"{name} {package_version(name)}" for name in names), **settings}
     path = output / SETTINGS_FILE
     if path.exists():
         try:

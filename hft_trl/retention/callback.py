@@ -17,8 +17,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from hft_trl.errors import HFTError
-from hft_trl.retention.base_file import BASE_FILE, read_base, write_base
-from hft_trl.retention.meter import Base, Meter
+from hft_trl.retention.meter import BASE_FILE, Base, Meter, read_base, write_base
 from hft_trl.retention.retention_rows import Rows, read_facts, read_prompts, read_texts
 
 PREFIX = "retention/"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import started_from, tiny_llama
+from conftest import started_from, tiny_llama, write_rows
 from safetensors.torch import load_file
 from warm import ROOT, Run
 
@@ -22,7 +22,7 @@ from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows, write_rows
+from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows
 from hft_trl.errors import HFTError
 
 TASKS = """
@@ -153,12 +153,18 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_changes_anything(o
             assert first.wait(0.05) is None
         before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         other = [*started_from(own / "model", demo.CONTINUAL_RECIPE), "--benchmark", "demo", "--output_dir", output]
-        for number, words in enumerate((flags(own, output, *long, "--overwrite"), [*other, "--overwrite"], other)):
+        in_use = f"in use by process {first.processes[0].pid} on "
+        commands = (
+            (flags(own, output, *long, "--overwrite"), in_use),
+            ([*other, "--overwrite"], in_use),
+            (other, "was made with the tasks Towns, Lists, Profiles, now it is Towns, Kinds, "),
+        )
+        for number, (words, complaint) in enumerate(commands):
             second = Run(tmp_path / f"log{number}", "continual", *words)
             assert second.wait() == [2]
             errors = [line for line in second.output().splitlines() if line.startswith("error: ")]
             assert len(errors) == 1
-            assert f"in use by process {first.processes[0].pid} on " in errors[0]
+            assert complaint in errors[0]
         assert first.wait(0.05) is None
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     finally:

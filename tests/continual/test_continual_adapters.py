@@ -15,7 +15,7 @@ import sys
 import faults
 import pytest
 import torch
-from conftest import started_from, tiny_llama
+from conftest import started_from, tiny_llama, write_rows
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -35,7 +35,7 @@ from hft_trl.continual.adapters import (
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.rounds import Round
-from hft_trl.continual.tasks import Row, write_rows
+from hft_trl.continual.tasks import Row
 from hft_trl.errors import HFTError, Stopped
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
 

@@ -4,17 +4,11 @@ import json
 
 import pytest
 import yaml
+from conftest import write_rows
 
-from hft_trl.continual.tasks import (
-    TRACE,
-    Row,
-    check_names,
-    read_benchmark,
-    read_replay,
-    read_rows,
-    read_tasks,
-    write_rows,
-)
+from hft_trl import demo
+from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.tasks import TRACE, Row, read_benchmark, read_replay, read_rows, read_tasks
 from hft_trl.errors import HFTError
 
 ROW = {"prompt": "What is the stance?\nStance:\n", "answer": "hawkish"}
@@ -132,7 +126,8 @@ def test_mistakes_in_a_users_yaml_are_named(tmp_path, own, complaint):
 
 
 def test_two_tasks_of_one_name_are_refused(benchmark):
-    tasks = read_benchmark(benchmark)
-    check_names(tasks)
+    words = ["--benchmark", str(benchmark), "--output_dir", str(benchmark / "run")]
+    assert len(parse_continual(words, demo.CONTINUAL_RECIPE).tasks()[0]) == len(TRACE)
+    (benchmark / "more.yaml").write_text("tasks: [{name: FOMC}]")
     with pytest.raises(HFTError, match="two tasks have the name 'FOMC'"):
-        check_names([*tasks, tasks[1]])
+        parse_continual([*words, "--tasks", str(benchmark / "more.yaml")], demo.CONTINUAL_RECIPE).tasks()
