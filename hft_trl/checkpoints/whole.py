@@ -28,16 +28,15 @@ def holds_only_model(checkpoint: str | Path) -> bool:
     return not any(any(Path(checkpoint).glob(pattern)) for pattern in kept)
 
 
-def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
+def torn_because(checkpoint: str | Path) -> str | None:
     """
     Return why a checkpoint cannot be resumed, or `None` if it is complete.
 
-    A checkpoint needs its manifest, which is written last, and all files in full length. One from the hub has no
-    manifest (`sealed=False`). Nor has one of stock TRL, whose state (written last) and weights have to be readable.
+    A checkpoint needs its manifest, which is written last, and all files in full length. One of stock TRL, or from the
+    hub, has no manifest. Its state (written last) and weights have to be readable.
     """
     checkpoint = Path(checkpoint)
-    has_manifest = (checkpoint / MANIFEST_FILE).exists()
-    if (sealed or has_manifest) and (reason := incomplete_because(checkpoint)):
+    if reason := incomplete_because(checkpoint):
         return reason
     needed = {TRAINER_STATE_NAME: ()}
     if not holds_only_model(checkpoint):
@@ -51,7 +50,7 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
     except (ValueError, TypeError, RecursionError, OSError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({first_line(error)})"
     shards, adapter = checkpoint / f"{FSDP_MODEL_NAME}_0", checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
-    listed = has_manifest or shards.is_dir() or adapter.is_file()
+    listed = (checkpoint / MANIFEST_FILE).exists() or shards.is_dir() or adapter.is_file()
     try:
         check_readable(checkpoint.glob("*.safetensors") if listed else weight_files(str(checkpoint)).values())
     except (ValueError, OSError) as error:
@@ -84,7 +83,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     resume with a new optimizer, as in transformers. `backend` is that of a `layout`.
     """
     only_model = holds_only_model(checkpoint)
-    reason = torn_because(checkpoint, sealed=False)
+    reason = torn_because(checkpoint)
     if reason is None and not only_model and not (Path(checkpoint) / MANIFEST_FILE).exists():
         states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
         reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hft_trl.backends.zero import whole_models
 from hft_trl.chat import complete
 from hft_trl.continual.metrics import mean_score
-from hft_trl.continual.tasks import Task
-from hft_trl.continual.text import encode_prompts
+from hft_trl.continual.tasks import Task, encode_prompts
 from hft_trl.files import read_object, write_json_once, writing
 from hft_trl.processes import by_first_process
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, select
-from hft_trl.checkpoints.sealing import MANIFEST_FILE, check_layout, set_aside
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, MARK_FILE, check_layout, set_aside
 from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint, torn_because
 from hft_trl.recipe.locks import LOCK_FILE
 from hft_trl.selection.previous import selection_of
@@ -35,6 +35,12 @@ def checkpoint(folder, step):
         (path / name).write_bytes(b"x")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
+
+
+def from_the_hub(checkpoint):
+    """Remove what is not uploaded with a checkpoint, and its manifest, as if stock TRL had saved it."""
+    for name in (MANIFEST_FILE, MARK_FILE):
+        (checkpoint / name).unlink()
 
 
 def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path):
@@ -159,7 +165,7 @@ def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, s
     """
     folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "downloaded"))
     if not sealed_too:
-        (folder / MANIFEST_FILE).unlink()
+        from_the_hub(folder)
         check_whole(folder, processes=1)
         with pytest.raises(HFTError, match=r"rng_state_0\.pth is missing"):
             check_whole(folder, processes=2)
@@ -292,7 +298,7 @@ def test_an_optimizer_that_lost_a_part_of_its_state_is_noticed_in_the_first_step
     for entry in state["state"].values():
         del entry["exp_avg"]
     torch.save(state, path)
-    (folder / "checkpoint-2" / MANIFEST_FILE).unlink()
+    from_the_hub(folder / "checkpoint-2")
     with pytest.raises(HFTError, match=r"checkpoint-2 failed before its first step was done \(KeyError: 'exp_avg'\)"):
         trained(base, tulu, folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
@@ -327,7 +333,7 @@ def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, 
     trained(base, tulu, tmp_path, save_only_model=True, max_steps=2).train()
     newest = tmp_path / "checkpoint-2"
     if how == "from-the-hub":
-        (newest / MANIFEST_FILE).unlink()
+        from_the_hub(newest)
     again = trained(base, tulu, tmp_path, save_strategy="no")
     logging.getLogger("transformers").addHandler(caplog.handler)
     again.train(resume_from_checkpoint=True if how == "newest" else str(newest))
@@ -340,8 +346,9 @@ def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, 
 
 def test_a_checkpoint_that_holds_only_the_model_is_refused_where_the_backend_needs_more(sealed, tmp_path):
     folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "checkpoint-2"))
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST_FILE):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (folder / name).unlink()
+    from_the_hub(folder)
     check_whole(folder, processes=2)
     with pytest.raises(HFTError, match="save_only_model, and FSDP with FULL_STATE_DICT resumes from files of its own"):
         check_whole(folder, processes=2, backend="FSDP with FULL_STATE_DICT")
