@@ -1,6 +1,6 @@
 """Which points of a frontier no other dominates, and what methods keep at an equal task loss."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -75,13 +75,9 @@ def means(points: Sequence[Point], kept: str) -> list[Mean]:
 
 def front(models: Sequence[Mean], kept: str) -> list[str]:
     """Return the names of the models that no other dominates: none learned and kept at least as much, and one more."""
-    sign = -1 if kept in HIGHER_IS_BETTER else 1
-    places = [(model.learned, sign * model.kept) for model in models]
-    return [
-        model.name
-        for model, place in zip(models, places, strict=True)
-        if not any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places)
-    ]
+    places = {model.name: (model.learned, _sign(kept) * model.kept) for model in models}
+    best = _undominated(places.values())
+    return [name for name, place in places.items() if place in best]
 
 
 def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept: str) -> Difference | None:
@@ -103,20 +99,20 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
         losses = np.linspace(low, high, 101)
         ours_kept, theirs_kept = (np.interp(losses, *curve) for curve in curves)
         differences.append(float((ours_kept - theirs_kept).mean()))
-    return paired(differences, better=1 if kept in HIGHER_IS_BETTER else -1) if len(differences) > 1 else None
+    return paired(differences, better=-_sign(kept)) if len(differences) > 1 else None
 
 
 def _curve(points: Sequence[Point], kept: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the points of a series that no other of it dominates, by rising task loss."""
-    sign = -1 if kept in HIGHER_IS_BETTER else 1
-    placed = sorted((point["learned"]["loss"], sign * point["kept"][kept]) for point in points)
-    best = list(_improving(placed))
-    return np.array([loss for loss, _ in best]), np.array([sign * value for _, value in best])
+    best = sorted(_undominated({(point["learned"]["loss"], _sign(kept) * point["kept"][kept]) for point in points}))
+    return np.array([loss for loss, _ in best]), np.array([_sign(kept) * value for _, value in best])
 
 
-def _improving(placed: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    least = float("inf")
-    for loss, value in placed:
-        if value < least:
-            least = value
-            yield loss, value
+def _sign(kept: str) -> int:
+    """Return the factor that makes a lower figure the better one."""
+    return -1 if kept in HIGHER_IS_BETTER else 1
+
+
+def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, float]]:
+    """Return the pairs that no other dominates, if lower is better in both."""
+    return {(x, y) for x, y in places if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)}

@@ -68,7 +68,9 @@ def run_points(points: Sequence[Point], output: Path, workers: int | None = None
                 point = waiting.pop(0)
                 place[point] = free.pop(0)
                 running[point] = _start(point, output, place[point])
-            for point in _wait_for_any(running):
+            while not (ended := [point for point, child in running.items() if child.poll() is not None]):
+                time.sleep(POLL_SECONDS)
+            for point in ended:
                 code = running.pop(point).returncode
                 free.append(place.pop(point))
                 if code < 0 and point not in killed:  # resumes once, for example after running out of memory
@@ -121,12 +123,6 @@ def _start(point: Point, output: Path, gpu: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-c", START, *point.command], env=environ, stdout=log, stderr=subprocess.STDOUT
         )
-
-
-def _wait_for_any(running: dict[Point, subprocess.Popen]) -> list[Point]:
-    while not (ended := [point for point, child in running.items() if child.poll() is not None]):
-        time.sleep(POLL_SECONDS)
-    return ended
 
 
 def _log(point: Point, output: Path) -> Path:
