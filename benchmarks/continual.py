@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
-from hft_trl.experiments.paired_tests import check_tests, paired
+from hft_trl.experiments.frontier import check_tests, paired
 from hft_trl.experiments.runner import Point, check_settings, result_file, run_points
 from hft_trl.files import replacing
 from hft_trl.redact import redact

@@ -1,7 +1,8 @@
-"""Which points of a frontier no other dominates, and what methods keep at an equal task loss."""
+"""Which points of a frontier no other dominates, and what methods keep at an equal task loss, with paired tests."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,13 +11,36 @@ import numpy as np
 
 from hft_trl.errors import HFTError
 from hft_trl.experiments.grid import BASE
-from hft_trl.experiments.paired_tests import Difference, paired
 from hft_trl.files import read_object
 
 Point = dict[str, Any]
 """A measured model, as in the `points` of `frontier.json`."""
 
 HIGHER_IS_BETTER = ("facts", "mean_token_accuracy")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    Difference of a score between two runs, over their common seeds.
+
+    `low` and `high` bound the mean's 95 % confidence interval, `p` is of the two-sided paired t-test; undefined values
+    are `nan`. `ahead` is the number of seeds in which the first run was better.
+    """
+
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    ahead: int
+
+    def cells(self, decimals: int) -> list[str]:
+        """Return mean, interval, p-value and seeds ahead, for a table."""
+        mean, low, high = (f"{value:+.{decimals}f}" for value in (self.mean, self.low, self.high))
+        interval = "-" if self.low != self.low else f"{low} to {high}"
+        p = "-" if self.p != self.p else "< 0.0001" if self.p < 0.0001 else f"{self.p:.4f}"
+        return [mean, interval, p, f"{self.ahead} of {self.seeds}"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +140,24 @@ def _sign(kept: str) -> int:
 def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, float]]:
     """Return the pairs that no other dominates, if lower is better in both."""
     return {(x, y) for x, y in places if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)}
+
+
+def check_tests() -> None:
+    """Reject a missing scipy before hours of training."""
+    if find_spec("scipy") is None:
+        raise HFTError(
+            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+        )
+
+
+def paired(differences: Sequence[float], better: int = 1) -> Difference:
+    """Test the differences of pairs against 0. With `better=-1` a lower value is ahead."""
+    from scipy.stats import ttest_1samp
+
+    ahead, nan = sum(difference * better > 0 for difference in differences), float("nan")
+    if len(set(differences)) == 1:  # no spread to test against
+        low = high = differences[0] if len(differences) > 1 else nan
+        return Difference(len(differences), differences[0], low, high, nan, ahead)
+    test = ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(0.95)
+    return Difference(len(differences), fmean(differences), interval.low, interval.high, test.pvalue, ahead)

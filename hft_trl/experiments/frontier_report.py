@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hft_trl.experiments.frontier import Mean, Point, compare_at_equal_loss, front, means, read_points, series
+from hft_trl.experiments.frontier import (
+    Difference,
+    Mean,
+    Point,
+    compare_at_equal_loss,
+    front,
+    means,
+    read_points,
+    series,
+)
 from hft_trl.experiments.grid import BASE, FrontierArguments
-from hft_trl.experiments.paired_tests import Difference, p_value
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
@@ -187,10 +195,8 @@ def frontier_figure(found: Frontier) -> "Figure":
 
 def _certainty(difference: Difference, kept: str) -> str:
     unit = "percentage points of facts" if kept == "facts" else "nats per token"
-    return (
-        f"{difference.mean:+.4f} {unit}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
-        f"p {p_value(difference.p)}, {difference.ahead} of {difference.seeds} seeds"
-    )
+    mean, interval, p, ahead = difference.cells(4)
+    return f"{mean} {unit}, 95 % interval {interval}, p {p}, {ahead} seeds"
 
 
 def _value(mean: float, spread: float) -> str:

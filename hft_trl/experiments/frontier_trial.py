@@ -21,8 +21,8 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.run import evaluate_models
+from hft_trl.experiments.frontier import check_tests
 from hft_trl.experiments.grid import BASE, FrontierArguments, Trial, trials
-from hft_trl.experiments.paired_tests import check_tests
 from hft_trl.experiments.runner import Point, check_settings, result_file
 from hft_trl.files import write_json
 from hft_trl.recipe import Recipe, Stage, parse_recipe

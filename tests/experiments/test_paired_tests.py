@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hft_trl.experiments.paired_tests import paired
+from hft_trl.experiments.frontier import paired
 
 tenths = st.integers(-1000, 1000).map(lambda number: number / 10)
 
