@@ -1,6 +1,6 @@
 """Which points of a frontier no other dominates, and what methods keep at an equal task loss, with paired tests."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,13 @@ from hft_trl.files import read_object
 Point = dict[str, Any]
 """A measured model, as in the `points` of `frontier.json`."""
 
-HIGHER_IS_BETTER = ("facts", "mean_token_accuracy")
+KEPT = {
+    "text_loss": "loss on general text (nats per token)",
+    "base_kl": "KL from the base on the task's prompts (nats per token)",
+    "facts": "facts of the base still known (percent)",
+}
+AGAINST = "fft"  # what all others are compared with
+LEVEL = 0.05  # of the paired tests
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,56 @@ class Mean:
     seeds: int
 
 
-def read_points(files: Iterable[Path]) -> list[Point]:
-    """Return the points of the finished trials."""
+@dataclass(frozen=True)
+class Frontier:
+    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
+
+    points: list[Point]
+    models: list[Mean]
+    front: list[str]
+    differences: dict[str, Difference]
+    kept: str
+
+    @property
+    def recommendation(self) -> str:
+        """Say in one sentence which method keeps most at an equal task loss, and how certain that is."""
+        sign = _sign(self.kept)
+        seeds = max((difference.seeds for difference in self.differences.values()), default=0)
+        if not self.differences:
+            return (
+                f"No recommendation: it needs {AGAINST} and another method with at least two learning rates each, two "
+                "seeds, and a range of the task loss that both reach."
+            )
+        clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}
+        better = {name: d for name, d in clear.items() if sign * d.mean < 0}
+        if better:
+            name, best = min(better.items(), key=lambda pair: sign * pair[1].mean)
+            mean, interval, p, ahead = best.cells(4)
+            unit = "percentage points of facts" if self.kept == "facts" else "nats per token"
+            return (
+                f"Take {name}: at an equal task loss it keeps more than {AGAINST} ({mean} {unit}, 95 % interval "
+                f"{interval}, p {p}, {ahead} seeds)."
+            )
+        worse = [name for name, d in clear.items() if sign * d.mean > 0]
+        unclear = [name for name in self.differences if name not in worse]
+        text = f"Take {AGAINST}: at an equal task loss no method is shown to keep more"
+        text += f"; {', '.join(worse)} keep{'s' if len(worse) == 1 else ''} less" if worse else ""
+        text += f"; {', '.join(unclear)} cannot be told from it with {seeds} seeds" if unclear else ""
+        return text + f" (paired t-tests, p < {LEVEL})."
+
+
+def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
+    """Read the results of the finished trials."""
     points = []
     for path in files:
         try:
-            points += read_object(path, points=list)["points"]
+            points += read_object(path, points=list)["points"] if path.exists() else []
         except (OSError, ValueError) as error:
             raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
-    return points
+    models = means(points, kept)
+    others = [name for name in dict.fromkeys(map(series, points)) if name not in (BASE, AGAINST)]
+    found = {name: compare_at_equal_loss(points, name, AGAINST, kept) for name in others}
+    return Frontier(points, models, front(models, kept), {name: d for name, d in found.items() if d is not None}, kept)
 
 
 def series(point: Point) -> str:
@@ -134,7 +181,7 @@ def _curve(points: Sequence[Point], kept: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _sign(kept: str) -> int:
     """Return the factor that makes a lower figure the better one."""
-    return -1 if kept in HIGHER_IS_BETTER else 1
+    return -1 if kept == "facts" else 1
 
 
 def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, float]]:
