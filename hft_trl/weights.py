@@ -88,11 +88,16 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     dtype = dtype if dtype is not None else tensor.dtype
     digest = hashlib.sha256(f"{dtype} {tuple(tensor.shape)} ".encode())
     for piece in tensor.detach().contiguous().reshape(-1).split(PIECE if tensor.is_cuda else CHUNK):
-        if piece.is_cuda:  # into pinned memory, which PyTorch keeps for the next piece
-            piece = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece)
         # Converted on the host, since a GPU may round a NaN to other bits
-        digest.update(memoryview(piece.cpu().to(dtype).view(torch.uint8).numpy()))
+        digest.update(memoryview(_on_host(piece).to(dtype).view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def _on_host(piece: torch.Tensor) -> torch.Tensor:
+    """Return a piece in main memory. From a GPU it is copied into pinned memory, which PyTorch keeps for the next."""
+    if not piece.is_cuda:
+        return piece.cpu()
+    return torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece)
 
 
 def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
