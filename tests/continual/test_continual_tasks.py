@@ -115,7 +115,10 @@ def test_rows_that_cannot_be_learned_are_named(tmp_path, content, complaint):
         ({"tasks": [{"name": "mine", "metric": "accuracy"}]}, "epochs 0"),
         ({"tasks": [{"name": "mine", "metric": "accuracy", "epochs": True}]}, "epochs True"),
         ({"tasks": [{"name": "mine", "metric": "accuracy", "epoch": 1}]}, "has the key 'epoch'"),
-        ({"tasks": [{"name": "mine", "metric": "accuracy", "epochs": 1}]}, "mine' does not exist"),
+        (
+            {"tasks": [{"name": "mine", "metric": "accuracy", "epochs": 1}]},
+            "mine/train.json' cannot be read as JSON: No such file",
+        ),
         ({"tasks": [{"name": "m", "files": ["a"], "metric": "accuracy", "epochs": 1}]}, r"files \['a'\]"),
     ],
 )
