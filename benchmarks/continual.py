@@ -18,10 +18,12 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
@@ -29,10 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hft_trl import HFTError, exit_on_user_error
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
-from hft_trl.experiments.bars import draw_bars
-from hft_trl.experiments.paired_tests import check_tests, compare, difference_cells, mean_cell
-from hft_trl.experiments.runner import Point, check_settings, run_points
-from hft_trl.experiments.trials import Scores
+from hft_trl.experiments.frontier import check_tests, paired
+from hft_trl.experiments.runner import Point, check_settings, result_file, run_points
+from hft_trl.files import replacing
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.figures import BLUE, GREY, ORANGE
@@ -74,6 +75,8 @@ GRID = (
     Run("o_lora", ""),
 )
 
+Scores = dict[str, dict[int, dict[str, float]]]
+"""Scores in percent: by run, by seed, by name."""
 
 OWN = re.compile(
     r"--(config|approach|method|output_dir|overwrite|model(\..*)?|tasks|benchmark|hft\..*|lora\..*"
@@ -90,10 +93,17 @@ def command(run: Run, seed: int, folder: Path, flags: Iterable[str]) -> list[str
 
 
 def point(run: Run, seed: int, output: Path, flags: Iterable[str]) -> Point:
-    """The point of one run: the recipe's scores are kept, its models are removed."""
+    """The point of one run."""
     name = f"{run.name}-{seed}"
     folder = output / "runs" / name
-    return Point(name, tuple(command(run, seed, folder, flags)), makes=folder / "scores.json", folder=folder)
+    return Point(name, tuple(command(run, seed, folder, flags)), folder / "scores.json")
+
+
+def keep(done: Point, output: Path) -> None:
+    """Keep the scores of a finished run, and remove its models."""
+    with replacing(result_file(output, done.name)) as new:  # written completely or not at all
+        shutil.copy(done.result, new)
+    shutil.rmtree(done.result.parent)
 
 
 def read(output: Path, runs: Iterable[Run]) -> Scores:
@@ -120,19 +130,21 @@ def grids(runs: Iterable[Run], scores: Scores) -> list[Grid]:
         seeds = scores.get(run.name, {})
         cells = [mean_cell([found[key] for found in seeds.values() if key in found]) for key in MEASURED]
         means.append([run.approach, run.method.upper() or "-", str(len(seeds)), *cells])
-        if run.method != "hft":
-            continue
+        others = scores.get(Run(run.approach, "fft").name, {}) if run.method == "hft" else {}
         for key, label in MEASURED.items():
-            both = (seeds, scores.get(Run(run.approach, "fft").name, {}))
-            if key == "bwt_t_minus_1" or not all(any(key in found for found in side.values()) for side in both):
-                continue
-            found = compare(scores, run.name, Run(run.approach, "fft").name, key)
-            if found is not None:
-                differences.append([run.approach, label, *difference_cells(found)])
+            both = [seed for seed in seeds if key in seeds[seed] and key in others.get(seed, {})]
+            if both and key != "bwt_t_minus_1":
+                found = paired([seeds[seed][key] - others[seed][key] for seed in both])
+                differences.append([run.approach, label, *found.cells(1)])
     return [
         Grid("After the last round", ["approach", "method", "seeds", *MEASURED.values()], means),
         Grid("HFT less FFT", ["approach", "score", "mean", "95 % interval", "p", "HFT higher"], differences),
     ]
+
+
+def mean_cell(values: Sequence[float]) -> str:
+    """Return mean and standard deviation over the seeds, for a table."""
+    return f"{fmean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else "") if values else "-"
 
 
 def figure(runs: Iterable[Run], scores: Scores) -> "Figure":
@@ -145,8 +157,16 @@ def figure(runs: Iterable[Run], scores: Scores) -> "Figure":
     for number, key in enumerate(shown, 1):
         axes = drawing.add_subplot(1, len(shown), number)
         axes.axhline(0, color="#999999", linewidth=0.8)
-        values = ([found[key] for found in scores[run.name].values() if key in found] for run in runs)
-        draw_bars(axes, zip(values, [COLOURS[run.method] for run in runs], strict=True), spread=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        for place, run in enumerate(runs):
+            values = [found[key] for found in scores[run.name].values() if key in found]
+            if values:
+                axes.bar(place, fmean(values), 0.7, color=COLOURS[run.method], alpha=0.35)
+                axes.plot([place] * len(values), values, "o", color=COLOURS[run.method], markersize=3.5)
+            if len(values) > 1:
+                axes.errorbar(place, fmean(values), stdev(values), color="black", capsize=4, linewidth=1.2)
         labels = [f"{run.approach} {run.method.upper()}".strip() for run in runs]
         axes.set_xticks(range(len(runs)), labels, rotation=60, ha="right", fontsize=8)
         axes.set_title(MEASURED[key])
@@ -178,16 +198,21 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(options: argparse.Namespace, flags: list[str]) -> None:
     output, console = Path(options.output_dir), Console()
     check_tests()
-    check_settings(output, flags, {"adapters": shlex.join(ADAPTER_FLAGS)}, ("peft", "quadprog"))
+    settings = {"flags": shlex.join(redact(flags)), "adapters": shlex.join(ADAPTER_FLAGS)}
+    check_settings(output, settings, ("peft", "quadprog"))
     runs = [run for run in GRID if run.approach in options.approaches]
 
     # Make what has no scores yet
     points = [point(run, seed, output, flags) for seed in range(1, options.seeds + 1) for run in runs]
-    done = sum(each.finished(output) for each in points)
+    for each in points:
+        if each.result.exists():  # an earlier call was stopped right after it
+            keep(each, output)
+    waiting = [each for each in points if not result_file(output, each.name).exists()]
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("runs", total=len(points), completed=done)
-        for _ in run_points(points, output, options.workers):
+        bar = progress.add_task("runs", total=len(points), completed=len(points) - len(waiting))
+        for each in run_points(waiting, output, options.workers):
+            keep(each, output)
             progress.advance(bar)
 
     # Write and print the results

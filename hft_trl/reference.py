@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
     if isinstance(given["model"], str):
         args.model_init_kwargs = None  # they are used up; TRL would warn that it does not use them
     try:
-        yield {**loaded, "model": model, "ref_model": (alias_copy if sharded else hollow_copy)(model)}
+        yield {**loaded, "model": model, "ref_model": copied(model, hollow=not sharded)}
     finally:
         args.model_init_kwargs = init
 
@@ -103,33 +103,25 @@ def check_has_path(given: dict[str, Any]) -> None:
         )
 
 
-def hollow_copy(policy: torch.nn.Module) -> torch.nn.Module:
-    """Copy the policy with empty parameters: the copy takes no memory until [`tie`] fills it."""
-    return _copy(policy, lambda parameter: torch.empty(0, dtype=parameter.dtype, device=parameter.device))
-
-
-def alias_copy(policy: torch.nn.Module) -> torch.nn.Module:
-    """Copy the policy with other parameters on its own storage, so that the copy takes no memory."""
-    return _copy(policy, lambda parameter: parameter.data)
-
-
-def _copy(policy: torch.nn.Module, storage: Callable[[torch.nn.Parameter], torch.Tensor]) -> torch.nn.Module:
+def copied(policy: torch.nn.Module, hollow: bool) -> torch.nn.Module:
+    """Copy the policy without memory: its parameters are empty until [`tie`] fills them, or use its storage."""
     # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
-    memo = {id(p): torch.nn.Parameter(storage(p), requires_grad=False) for p in policy.parameters()}
-    copied = copy.deepcopy(policy, memo).eval()
+    storages = ((p, p.data.new_empty(0) if hollow else p.data) for p in policy.parameters())
+    memo = {id(p): torch.nn.Parameter(storage, requires_grad=False) for p, storage in storages}
+    reference = copy.deepcopy(policy, memo).eval()
     # A half that is drawn on the copy has to be that of the policy
-    mark_frozen(copied, {name for name, _ in named_parameters(copied)} - frozen_by_user(policy))
-    return copied
+    mark_frozen(reference, {name for name, _ in named_parameters(reference)} - frozen_by_user(policy))
+    return reference
 
 
 def is_hollow(reference: torch.nn.Module) -> bool:
-    """Return whether the reference is a [`hollow_copy`] that is not filled yet."""
+    """Return whether the reference is a hollow copy that is not filled yet."""
     return all(parameter.numel() == 0 for parameter in reference.parameters())
 
 
 @contextlib.contextmanager
 def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
-    """Let a [`hollow_copy`] compute with the policy's parameters inside. Any other reference has its own."""
+    """Let a hollow copy compute with the policy's parameters inside. Any other reference has its own."""
     if reference is None or not is_hollow(reference):
         yield
         return
@@ -185,53 +177,30 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
     """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
-    from hft_trl.frozen.quantized_linear import QuantizedLinear
-
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
-    quantized = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-    tensors += [tensor for module in quantized for tensor in (module.packed, module.scale)]
+    tensors += model.parameters()  # those of a QuantizedLinear are in no state dict
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
     return {(tensor.device, tensor.data_ptr()): tensor.nbytes for tensor in local}
 
 
-def first_difference(policy: torch.nn.Module, reference: torch.nn.Module) -> str | None:
-    """Describe the first difference between the parameters of two models, `None` if they are equal bit for bit."""
-    ours, theirs = dict(named_parameters(policy)), dict(named_parameters(reference))
-    if ours.keys() != theirs.keys():
-        return f"only one of them has the parameter {min(ours.keys() ^ theirs.keys())}"
-    for name, parameter in ours.items():
-        a, b = full(parameter), full(theirs[name])
-        if not torch.equal(a.to(b.device), b):
-            return f"{name} has another shape or other values"
-    return None
-
-
-def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module, given: bool) -> None:
-    """
-    Reject a reference that was loaded from the policy's path and differs, because the policy was edited in memory.
-
-    One that the user has `given` may be another model, which only gives a warning; a quantised one is not compared.
-    """
-    if given and "hf_quantizer" in vars(reference):
-        return
-    difference = first_difference(policy, reference)
-    if difference is None:
-        return
-    if given:
-        logger.warning(f"The reference is not the model that training starts from: {difference}.")
-        return
-    raise HFTError(
-        f"the policy was changed in memory after it was loaded from {policy.config._name_or_path!r}, where its "
-        f"reference comes from ({difference}): save the policy and pass the folder, or pass ref_model."
-    )
+def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Reject a reference that was loaded from the policy's path and differs: the policy was edited in memory."""
+    theirs = dict(named_parameters(reference))
+    for name, parameter in named_parameters(policy):
+        other = full(theirs[name]) if name in theirs else None
+        if other is None or not torch.equal(full(parameter).to(other.device), other):
+            raise HFTError(
+                f"the policy was changed in memory after loading from {policy.config._name_or_path!r}, where its "
+                f"reference comes from ({name} differs): save the policy and pass the folder, or pass ref_model."
+            )
 
 
 def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given: bool) -> bool:
     """
     Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
 
-    The reference is checked to be the model that training starts from; one that was `given` is left as it is. Returns
-    whether the frozen half of the two models is stored once.
+    The reference is checked to be the model that training starts from, unless it was `given`. Returns whether the
+    frozen half of the two models is stored once.
     """
     # Also of trainers that always load it themselves. With method fft it is the parent's business
     own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"
@@ -241,9 +210,10 @@ def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given
         if reason is None and all(isinstance(parameter, DTensor) for parameter in reference.parameters()):
             reason = "FSDP has sharded all of it"
         reference.eval().requires_grad_(False)
-        if reason is not None or not is_hollow(reference):
-            check_is_start(policy, reference, given)
-            reason = reason or ("ref_model was passed, which is left as it is" if given else None)
+        if given:  # it may be another model on purpose
+            reason = reason or "ref_model was passed, which is left as it is"
+        elif reason is not None or not is_hollow(reference):
+            check_is_start(policy, reference)
     for storage in storages:
         storage.settle(trainer, policy, None if given else reference)
     if reference is not None:

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     # Whatever can be wrong is found before anything is trained
     trials = frontier_points(recipe, grid, flags)
-    files = [file for trial in trials for file in trial.files(output)]
+    files = [trial.result for trial in trials]
 
     # Train and measure; the results are up to date after each model
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:

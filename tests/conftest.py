@@ -1,5 +1,6 @@
 """Small models and data that every test may use. Nothing here or in the tests reaches the network."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -116,6 +117,12 @@ parse_recipe = partial(recipe.parse_recipe, stages={"sft": SFTConfig, "dpo": DPO
 def started_from(model: Path | str, config: Path = demo.RECIPE) -> list[str]:
     """Flags for another model than the demo's with the demo's settings, which a recipe takes for no other unasked."""
     return ["--config", str(config), "--model", str(model)]
+
+
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
+    """Write prompts and answers in TRACE's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([{"prompt": prompt, "answer": answer} for prompt, answer in rows]), encoding="utf-8")
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:

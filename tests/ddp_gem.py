@@ -11,8 +11,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTSFTTrainer
 from hft_trl.continual.gem import GEMTrainer
-from hft_trl.continual.tasks import Row
-from hft_trl.continual.text import encode
+from hft_trl.continual.tasks import Row, encode
 
 QUIET = {
     **conftest.QUIET,

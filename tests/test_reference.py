@@ -20,7 +20,7 @@ from trl import DPOConfig, KTOConfig
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import preference_dataset
-from hft_trl.reference import alias_copy, hollow_copy, memory
+from hft_trl.reference import copied, memory
 
 OFF = HFTConfig(share_reference=False)
 
@@ -261,7 +261,7 @@ def test_the_users_arguments_come_back_as_they_were(base, ultrafeedback, tmp_pat
 
 def test_copies_of_a_policy_take_no_memory(tokenizer):
     policy = tiny_llama(len(tokenizer), tie_word_embeddings=True)
-    hollow, alias = hollow_copy(policy), alias_copy(policy)
+    hollow, alias = copied(policy, hollow=True), copied(policy, hollow=False)
     assert all(parameter.numel() == 0 for parameter in hollow.parameters())
     assert memory(policy, alias)[0] == 0
     ids = torch.arange(8)[None]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
 from hft_trl.checkpoints import moving_reference
 from hft_trl.checkpoints.preemption import StopAtStepEnd
-from hft_trl.checkpoints.sealing import check_layout, layout, sealing
-from hft_trl.checkpoints.whole import check_whole, last_finite_checkpoint, last_whole_checkpoint, resuming
+from hft_trl.checkpoints.sealing import check_layout, incomplete_because, layout, sealing
+from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint, resuming
 from hft_trl.errors import HFTError
 
 
@@ -80,9 +80,9 @@ class ResumableMixin:
         """Run the parent's step, and reject a NaN or infinite loss before it is used."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            checkpoint = last_finite_checkpoint(self.args.output_dir)
+            whole = [path for path in sort_checkpoints(self.args.output_dir) if incomplete_because(path) is None]
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check "
-                f"the data; the last good checkpoint is {checkpoint or 'none (no checkpoint was saved yet)'}."
+                f"the data; the last checkpoint is {whole[-1] if whole else 'none (no checkpoint was saved yet)'}."
             )
         return loss

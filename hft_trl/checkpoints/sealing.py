@@ -1,6 +1,5 @@
 """The manifest of a checkpoint: its files and its layout, written after all other files are on disk."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "hft_checkpoint.json"
-MARK_FILE = "_resumable"  # says that a manifest belongs to it; what begins with a line is not uploaded
+MARK_FILE = "_resumable"  # says that a manifest belongs to it; what begins with an underscore is not uploaded
 VERSION = 1
 REPLICATED = "one process or DDP"
 
@@ -42,16 +41,16 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
     """
     Seal the checkpoint that is saved in this context. All processes have to enter it.
 
-    An old checkpoint of the same name is moved away first. The manifest is written after all files of all processes,
-    and older checkpoints are rotated after that. Disk errors are [`HFTError`]s and leave earlier checkpoints intact.
+    An old checkpoint of the same name is removed first, or moved away if it is incomplete. The manifest is written
+    after all files of all processes, and older checkpoints are rotated after that. Disk errors are [`HFTError`]s and
+    leave earlier checkpoints intact.
     """
     args, run = trainer.args, checkpoint.parent
-    replaced = None
     if args.should_save:
         with writing(checkpoint):
-            if checkpoint.exists():
-                replaced = set_aside(checkpoint, "torn" if incomplete_because(checkpoint) else "replaced")
-            checkpoint.mkdir(parents=True, exist_ok=True)
+            if checkpoint.exists() and not set_aside(checkpoint):
+                shutil.rmtree(checkpoint)
+            checkpoint.mkdir(parents=True)
             (checkpoint / MARK_FILE).write_text(f"{MANIFEST_FILE} is written last.\n", encoding="utf-8")
             sync(checkpoint)
     trainer.accelerator.wait_for_everyone()  # no process may write into the folder while it is moved
@@ -66,11 +65,8 @@ def sealing(trainer: "Trainer", checkpoint: Path) -> Iterator[None]:
         return
     with writing(checkpoint):
         seal(checkpoint, layout(trainer))
-        if replaced is not None and replaced.name.startswith("_replaced"):
-            shutil.rmtree(replaced)
         for other in sort_checkpoints(str(run)):
-            if incomplete_because(other) is not None:
-                set_aside(Path(other), "torn")  # so that rotation neither counts nor deletes it
+            set_aside(Path(other))  # so that rotation neither counts nor deletes an incomplete one
         rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
 
@@ -120,28 +116,20 @@ def incomplete_because(checkpoint: str | Path) -> str | None:
     return None
 
 
-def set_aside(checkpoint: Path, why: str) -> Path:
-    """Rename `checkpoint-6` to `_WHY-checkpoint-6`, which is neither counted nor uploaded."""
-    number, target = 1, checkpoint.with_name(f"_{why}-{checkpoint.name}")
+def set_aside(checkpoint: Path) -> bool:
+    """Rename an incomplete `checkpoint-6` to `_torn-checkpoint-6`, which is neither counted nor uploaded."""
+    reason = incomplete_because(checkpoint)
+    if reason is None:
+        return False
+    number, target = 1, checkpoint.with_name(f"_torn-{checkpoint.name}")
     while target.exists():
         number += 1
-        target = checkpoint.with_name(f"_{why}-{checkpoint.name}-{number}")
-    reason = incomplete_because(checkpoint)
-    if reason is not None:
-        logger.warning(
-            f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
-        )
-    return checkpoint.rename(target)
-
-
-def put_back(run: Path) -> None:
-    """Rename the old checkpoint back if its replacement was not completed."""
-    for replaced in sorted(run.glob("_replaced-checkpoint-*")):
-        checkpoint = replaced.with_name(re.sub(r"^_replaced-(checkpoint-\d+).*", r"\1", replaced.name))
-        if incomplete_because(replaced) is None and (not checkpoint.exists() or incomplete_because(checkpoint)):
-            if checkpoint.exists():
-                set_aside(checkpoint, "torn")
-            replaced.rename(checkpoint)
+        target = checkpoint.with_name(f"_torn-{checkpoint.name}-{number}")
+    logger.warning(
+        f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
+    )
+    checkpoint.rename(target)
+    return True
 
 
 def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
@@ -155,18 +143,18 @@ def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool =
         return
     if there["backend"] != here["backend"]:
         raise HFTError(
-            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} can't read: resume as it "
+            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} cannot read: resume as it "
             "was launched, or train into another output_dir."
         )
     if there["processes"] != here["processes"]:
         if here["backend"].startswith("DeepSpeed"):
             raise HFTError(
-                f"{checkpoint} was saved by {there['processes']} processes, which {here['backend']} can't divide into "
-                f"{here['processes']}: launch {there['processes']} processes, or train into another output_dir."
+                f"{checkpoint} was saved by {there['processes']} processes, and {here['backend']} cannot divide it "
+                f"into {here['processes']}: launch {there['processes']} processes, or train into another output_dir."
             )
         logger.warning(
-            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it goes on "
-            "with the same data, but sums are rounded in another way, so it won't end in the same bits."
+            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it reads "
+            "the same data, but sums are rounded in another way, so it does not end in the same bits."
         )
     if there["global_batch_size"] != here["global_batch_size"] and not any_batch:
         raise HFTError(

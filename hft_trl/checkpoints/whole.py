@@ -9,16 +9,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from safetensors import safe_open
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because, put_back
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because
 from hft_trl.errors import HFTError, first_line
 from hft_trl.processes import by_first_process
-from hft_trl.weights import check_readable, tensors, weight_files
+from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -29,16 +28,15 @@ def holds_only_model(checkpoint: str | Path) -> bool:
     return not any(any(Path(checkpoint).glob(pattern)) for pattern in kept)
 
 
-def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
+def torn_because(checkpoint: str | Path) -> str | None:
     """
     Return why a checkpoint cannot be resumed, or `None` if it is complete.
 
-    A checkpoint needs its manifest, which is written last, and all files in full length. One from the hub has no
-    manifest (`sealed=False`). Nor has one of stock TRL, whose state (written last) and weights have to be readable.
+    A checkpoint needs its manifest, which is written last, and all files in full length. One of stock TRL, or from the
+    hub, has no manifest. Its state (written last) and weights have to be readable.
     """
     checkpoint = Path(checkpoint)
-    has_manifest = (checkpoint / MANIFEST_FILE).exists()
-    if (sealed or has_manifest) and (reason := incomplete_because(checkpoint)):
+    if reason := incomplete_because(checkpoint):
         return reason
     needed = {TRAINER_STATE_NAME: ()}
     if not holds_only_model(checkpoint):
@@ -51,11 +49,10 @@ def torn_because(checkpoint: str | Path, sealed: bool = True) -> str | None:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({first_line(error)})"
+    shards, adapter = checkpoint / f"{FSDP_MODEL_NAME}_0", checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
+    listed = (checkpoint / MANIFEST_FILE).exists() or shards.is_dir() or adapter.is_file()
     try:
-        if has_manifest or (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir():
-            check_readable(checkpoint.glob("*.safetensors"))
-        else:
-            check_readable(_tensor_files(checkpoint).values())
+        check_readable(checkpoint.glob("*.safetensors") if listed else weight_files(str(checkpoint)).values())
     except (ValueError, OSError) as error:
         return str(error)
     return None
@@ -69,7 +66,6 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
     """
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
-        put_back(Path(folder))
         for checkpoint in reversed(sort_checkpoints(str(folder))):
             reason = torn_because(checkpoint)
             if reason is None:
@@ -77,35 +73,6 @@ def last_whole_checkpoint(folder: str | Path) -> str | None:
                 break
             logger.warning(f"Passing over the checkpoint {checkpoint}, which cannot be resumed: {reason}.")
     return broadcast_object_list(found)[0]
-
-
-def last_finite_checkpoint(folder: str | Path) -> str | None:
-    """
-    Return the newest complete checkpoint without NaN or infinite weights.
-
-    Only safetensors files are read. Shards of FSDP and DeepSpeed are assumed to be finite.
-    """
-    checkpoints = sort_checkpoints(str(folder)) if Path(folder).is_dir() else []
-    whole = (checkpoint for checkpoint in reversed(checkpoints) if incomplete_because(checkpoint) is None)
-    return next((checkpoint for checkpoint in whole if _is_finite(checkpoint)), None)
-
-
-def _tensor_files(checkpoint: str | Path) -> dict[str, Path]:
-    """Return the file of each tensor, of an adapter alone or of a complete model."""
-    adapter = Path(checkpoint) / ADAPTER_SAFE_WEIGHTS_NAME
-    if not adapter.is_file():
-        return weight_files(str(checkpoint))
-    check_readable([adapter])
-    with safe_open(adapter, framework="pt") as file:
-        return dict.fromkeys(file.keys(), adapter)
-
-
-def _is_finite(checkpoint: str) -> bool:
-    try:
-        files = _tensor_files(checkpoint)
-    except (HFTError, OSError):
-        return True  # shards
-    return all(tensor.isfinite().all() for _, tensor in tensors(files, files))
 
 
 def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATED) -> None:
@@ -116,7 +83,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     resume with a new optimizer, as in transformers. `backend` is that of a `layout`.
     """
     only_model = holds_only_model(checkpoint)
-    reason = torn_because(checkpoint, sealed=False)
+    reason = torn_because(checkpoint)
     if reason is None and not only_model and not (Path(checkpoint) / MANIFEST_FILE).exists():
         states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
         reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)
@@ -131,8 +98,8 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
     if only_model:
         logger.warning(
             f"{checkpoint} was saved with save_only_model: training resumes from its weights and step, with a new "
-            "optimizer, learning rate schedule and random states, so it won't end in the same bits as a run without a "
-            "stop."
+            "optimizer, learning rate schedule and random states, so it does not end in the same bits as an "
+            "uninterrupted run."
         )
 
 

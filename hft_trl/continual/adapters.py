@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from hft_trl.backends.fsdp import sharded_by
 from hft_trl.checkpoints.resumable import ResumableMixin
-from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments, sharding
+from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.skeleton import build_on_meta
@@ -94,7 +95,7 @@ def lora_config(lora: LoRAArguments) -> LoraConfig:
 
 def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> None:
     """Check that a round's adapter can be trained and merged, before anything is trained."""
-    if (found := sharding(args)) is not None:
+    if (found := sharded_by(args)) is not None:
         raise HFTError(
             f"this is launched with {found}, but adapters need the whole model in each process: launch with "
             "accelerate_configs/single.yaml or ddp.yaml."

@@ -13,11 +13,9 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl.backends.zero import whole_models
-from hft_trl.chat import complete, most_tokens
+from hft_trl.chat import complete
 from hft_trl.continual.metrics import mean_score
-from hft_trl.continual.tasks import Task
-from hft_trl.continual.text import encode_prompts
-from hft_trl.errors import HFTError
+from hft_trl.continual.tasks import Task, encode_prompts
 from hft_trl.files import read_object, write_json_once, writing
 from hft_trl.processes import by_first_process
 
@@ -32,12 +30,7 @@ class Answered:
 
 
 def evaluate_tasks(
-    folder: str | Path,
-    tasks: Iterable[Task],
-    max_new_tokens: int,
-    max_length: int | None,
-    batch_size: int,
-    **loading: Any,
+    folder: Path, tasks: Iterable[Task], max_new_tokens: int, max_length: int | None, batch_size: int, **loading: Any
 ) -> dict[str, Answered]:
     """
     Generate greedy answers to test sets, and return their scores by task in the main process only.
@@ -46,8 +39,7 @@ def evaluate_tasks(
     the same settings. In half precision, batch size and number of processes can change them. `max_length` counts the
     tokens of prompt and answer. `batch_size` is that of each process.
     """
-    folder, state, results = Path(folder), PartialState(), {}
-    model = tokenizer = None
+    state, results, model, tokenizer = PartialState(), {}, None, None
     for task in tasks:
         path = folder / "predictions" / f"{task.name}.json"
         made_with = {
@@ -62,8 +54,7 @@ def evaluate_tasks(
                     model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
                 trusted = loading.get("trust_remote_code", False)
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-            limit = check_lengths(max_length, max_new_tokens, most_tokens(model))
-            prompt_length = None if limit is None else limit - max_new_tokens
+            prompt_length = None if max_length is None else max_length - max_new_tokens
             rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
             with state.split_between_processes(rows) as ours:
                 found = complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
@@ -72,19 +63,6 @@ def evaluate_tasks(
         if scored is not None:
             results[task.name] = scored
     return results
-
-
-def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
-    """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
-    limits = {"sft.max_length": max_length, "the model's positions are": positions}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    for name, limit in limits.items():
-        if max_new_tokens >= limit:
-            raise HFTError(
-                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
-                "prompts."
-            )
-    return min(limits.values(), default=None)
 
 
 def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]:
@@ -101,15 +79,15 @@ def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]
 def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Sequence[str], truncated: int) -> Answered:
     """Score predictions, and write them with the score unless the file contains the same."""
     answers = [row.answer for row in task.test]
-    score = mean_score(task.metric, predictions, answers)
-    result = Answered(score, sum(not text.strip() for text in predictions), truncated)
-    pairs = zip(answers, predictions, strict=True)
+    result = Answered(
+        mean_score(task.metric, predictions, answers), sum(not text.strip() for text in predictions), truncated
+    )
     content = {
         "task": task.name,
         "metric": task.metric,
         "result": asdict(result),
         "made_with": made_with,
-        "predictions": [{"answer": answer, "prediction": text} for answer, text in pairs],
+        "predictions": [{"answer": a, "prediction": text} for a, text in zip(answers, predictions, strict=True)],
     }
     with writing(path):
         path.parent.mkdir(exist_ok=True)

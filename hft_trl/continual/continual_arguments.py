@@ -4,16 +4,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from hft_trl.backends.fsdp import fsdp_version
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import RunArguments, at_home
 from hft_trl.recipe.folder import place
 from hft_trl.saved_models.digests import content_digest
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 ADAPTER_FOLDER = "adapter"  # of a round's folder
 ADAPTERS = ("lora", "o_lora")
@@ -67,17 +63,6 @@ class LoRAArguments:
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which are all but the head
     o_lora_lambda: float = 0.5  # factor of O-LoRA's penalty, its lambda_1
 
-    def __post_init__(self) -> None:
-        for name, fits, range_ in (
-            ("r", self.r >= 1, "at least 1"),
-            ("lora_alpha", self.lora_alpha >= 1, "at least 1"),
-            ("lora_dropout", 0 <= self.lora_dropout < 1, "from 0 to below 1"),
-            ("target_modules", bool(self.target_modules), "all-linear, or names of modules"),
-            ("o_lora_lambda", self.o_lora_lambda >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise HFTError(f"lora.{name} is {vars(self)[name]!r}: it must be {range_}.")
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -110,10 +95,3 @@ def check_installed(names: Iterable[str]) -> None:
     for name in names:
         if name in NEEDED and find_spec(NEEDED[name]) is None:
             raise HFTError(f"{name} needs {NEEDED[name]}: run pip install -c constraints.txt -e '.[continual]'.")
-
-
-def sharding(args: "TrainingArguments") -> str | None:
-    """Name what shards the model, if anything does."""
-    if args.deepspeed_plugin is not None:
-        return "DeepSpeed"
-    return "FSDP" if fsdp_version(args) is not None else None

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from trl import SFTConfig
 from hft_trl import demo
 from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
-from hft_trl.continual.answers import check_lengths
 from hft_trl.continual.continual_arguments import ADAPTERS, Adapter, ContinualArguments, LoRAArguments, check_installed
-from hft_trl.continual.demo_tasks import write_benchmark
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
-from hft_trl.continual.tasks import Row, Task, check_names, read_benchmark, read_replay, read_tasks
+from hft_trl.continual.tasks import Row, Task, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -79,17 +77,16 @@ class ContinualRecipe:
         return args
 
     def tasks(self) -> tuple[list[Task], tuple[Row, ...]]:
-        """Read and check the tasks, and the general rows for replay. All processes must call it."""
+        """Read and check the tasks, and the general rows for replay."""
         run, tasks, general = self.run, [], ()
-        folder = run.benchmark
-        if folder == "demo":
-            folder = f"{run.output_dir}/benchmark"
-            by_first_process(partial(_locked, Path(run.output_dir), partial(write_benchmark, folder)))
-        if folder is not None:
+        if run.benchmark is not None:
+            folder = demo.TASKS if run.benchmark == "demo" else run.benchmark
             tasks, general = read_benchmark(folder), read_replay(folder) if run.approach == "replay" else ()
         if run.tasks is not None:
             tasks += read_tasks(run.tasks)
-        check_names(tasks)
+        names = [task.name for task in tasks]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise HFTError(f"two tasks have the name {repeated[0]!r}: give each a unique name.")
         check_installed([run.approach, *(task.metric for task in tasks)])
         if run.approach == "replay" and not general:
             logger.warning("replay mixes in earlier tasks alone: the benchmark has no folder Lima with train.json.")
@@ -119,14 +116,10 @@ class ContinualRecipe:
             if start is not None:  # a folder has no revision
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             base = None if model is self.model else self.model
-            data, auto, memory_file = (
-                DataArguments(str(files[0])),
-                self.auto_checkpointing,
-                files[1] if memory else None,
-            )
+            data, memory_file = DataArguments(str(files[0])), files[1] if memory else None
             planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
-            rounds.append(Round(plan.name, model, data, args, hft, None, base, auto, **planned))
-        by_first_process(partial(_locked, output, partial(_write_rows, contents)))
+            rounds.append(Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **planned))
+        by_first_process(partial(_write_rows, output, contents))
         return rounds
 
     def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -155,6 +148,19 @@ class ContinualRecipe:
             "metrics": [task.metric for task in tasks],
             "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
+
+
+def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
+    """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
+    limits = {"sft.max_length": max_length, "the model's positions are": positions}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    for name, limit in limits.items():
+        if max_new_tokens >= limit:
+            raise HFTError(
+                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
+                "prompts."
+            )
+    return min(limits.values(), default=None)
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
@@ -215,13 +221,9 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _locked(output: Path, write: Callable[[], Any]) -> None:
+def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
     with writing(output):
         lock(output)
-        write()
-
-
-def _write_rows(files: dict[Path, list[dict[str, str]]]) -> None:
-    for path, rows in files.items():
-        if rows:
-            write_json_once(path, rows)
+        for path, rows in files.items():
+            if rows:
+                write_json_once(path, rows)

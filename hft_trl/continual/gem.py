@@ -9,9 +9,9 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from trl import SFTConfig
 
+from hft_trl.backends.fsdp import sharded_by
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.config import HFTConfig
-from hft_trl.continual.continual_arguments import sharding
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
 
@@ -128,7 +128,7 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
 
 def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     """Reject settings that GEM does not support, before a model is loaded."""
-    sharded, smoothing = sharding(args), args.label_smoothing_factor
+    sharded, smoothing = sharded_by(args), args.label_smoothing_factor
     reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     freed = hft_config is not None and hft_config.optimizer_in_backward
     for rejected, reason in (

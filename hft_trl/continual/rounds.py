@@ -12,8 +12,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.answers import Answered, evaluate_tasks
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, Approach
-from hft_trl.continual.tasks import Row, Task
-from hft_trl.continual.text import encode
+from hft_trl.continual.tasks import Row, Task, encode
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.saved_models.digests import content_digest

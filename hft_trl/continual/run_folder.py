@@ -138,10 +138,10 @@ def read_scores(folder: str | Path) -> Scores:
     path = Path(folder) / SCORES_FILE
     try:
         content = read_object(path, version=int, **FIELDS)
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
     except FileNotFoundError as error:
         raise HFTError(f"{folder} has no {SCORES_FILE}: give the folder of a continual run.") from error
     except (OSError, ValueError) as error:
         raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
-    if content["version"] != VERSION:
-        raise HFTError(f"{path} holds no scores of version {VERSION}: give the folder of a continual run.")
     return content

@@ -1,14 +1,20 @@
-"""Read tasks from disk: TRACE's folders as released, and users' own tasks from a YAML file."""
+"""
+Read tasks from disk (TRACE's folders as released, users' own tasks from a YAML file), and tokenize their rows.
 
-from collections import Counter
+No template, truncation from the left, loss on the answer.
+"""
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
 from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
-from hft_trl.files import read_texts, write_json
+from hft_trl.files import read_texts
 from hft_trl.recipe.parsing import load_yaml
 
 TASKS_FILE = "tasks.yaml"
@@ -54,8 +60,7 @@ def read_benchmark(folder: str | Path) -> list[Task]:
         raise HFTError(f"benchmark {str(folder)!r} is no folder: give the path of TRACE's LLM-CL-Benchmark_5000.")
     if (folder / TASKS_FILE).is_file():
         return read_tasks(folder / TASKS_FILE)
-    missing = [name for name in TRACE if not (folder / name).is_dir()]
-    if missing:
+    if missing := [name for name in TRACE if not (folder / name).is_dir()]:
         raise HFTError(
             f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
             f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
@@ -104,8 +109,6 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
 
 
 def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
-    if not folder.is_dir():
-        raise HFTError(f"the task folder {str(folder)!r} does not exist: it must hold train.json and test.json.")
     return Task(name, read_rows(folder / "train.json"), read_rows(folder / "test.json"), metric, epochs)
 
 
@@ -114,20 +117,59 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), "prompt", "answer"))
 
 
-def check_names(tasks: Sequence[Task]) -> None:
-    """Reject repeated names."""
-    for name, count in Counter(task.name for task in tasks).items():
-        if count > 1:
-            raise HFTError(f"two tasks have the name {name!r}: give each a unique name.")
-
-
 def read_replay(folder: str | Path) -> tuple[Row, ...]:
     """Read the general alignment data of a benchmark, `Lima/train.json`. Return no rows if it has none."""
     path = Path(folder) / REPLAY_FOLDER / "train.json"
     return read_rows(path) if path.exists() else ()
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows in TRACE's layout."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, [row._asdict() for row in rows], ensure_ascii=False)
+def encode(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None, num_proc: int | None = None
+) -> tuple[Dataset, int]:
+    """
+    Encode rows as TRACE does: prompt, answer and end token, truncated from the left, unlike in TRL.
+
+    Return `input_ids` and `labels` (-100 without a loss), and the number of truncated rows.
+    """
+    if tokenizer.eos_token_id is None:
+        raise HFTError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
+            "set its eos_token and save it."
+        )
+
+    def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
+        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), row["prompt"] + row["answer"]])
+        whole = [*whole, tokenizer.eos_token_id]
+        # A token that spans prompt and answer belongs to the answer
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        labels = [-100] * start + whole[start:]
+        kept = slice(0 if max_length is None else -max_length, None)
+        return {"input_ids": whole[kept], "labels": labels[kept], "cut": len(whole[kept]) < len(whole)}
+
+    # From the rows and not from a JSON file, whose reader would parse answers such as 2026-01-31 as dates
+    dataset = Dataset.from_list([row._asdict() for row in rows])
+    encoded = dataset.map(
+        tokens, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing prompts and answers"
+    )
+    return encoded.remove_columns("cut"), sum(encoded["cut"])
+
+
+def encode_prompts(
+    prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[list[list[int]], int]:
+    """Encode prompts for generation. Return the token ids of each, and the number of truncated prompts."""
+    rows = _without_end(tokenizer, [_question(prompt) for prompt in prompts])
+    if max_length is None:
+        return rows, 0
+    return [row[-max_length:] for row in rows], sum(len(row) > max_length for row in rows)
+
+
+def _question(prompt: str) -> str:
+    """Remove spaces at the end of a prompt: tokens begin with a space, so these belong to the answer."""
+    return prompt.rstrip(" ")
+
+
+def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenize texts without the end-of-sequence token that some tokenizers append to each text."""
+    rows = tokenizer(list(texts))["input_ids"]
+    return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]

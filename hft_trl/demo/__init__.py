@@ -22,6 +22,9 @@ PROBES = ASSETS / "probes"
 RECIPE = ASSETS / "recipe.yaml"
 """The settings of the demo run."""
 
+TASKS = ASSETS / "tasks"
+"""Eight small tasks in TRACE's layout. `python benchmarks/demo_tasks.py` rebuilds them from a seed."""
+
 CONTINUAL_RECIPE = ASSETS / "continual.yaml"
 """The settings of the demo's continual run."""
 

@@ -1,7 +1,8 @@
-"""Which points of a frontier no other dominates, and what methods keep at an equal task loss."""
+"""Which points of a frontier no other dominates, and what methods keep at an equal task loss, with paired tests."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -10,13 +11,42 @@ import numpy as np
 
 from hft_trl.errors import HFTError
 from hft_trl.experiments.grid import BASE
-from hft_trl.experiments.paired_tests import Difference, paired
 from hft_trl.files import read_object
 
 Point = dict[str, Any]
 """A measured model, as in the `points` of `frontier.json`."""
 
-HIGHER_IS_BETTER = ("facts", "mean_token_accuracy")
+KEPT = {
+    "text_loss": "loss on general text (nats per token)",
+    "base_kl": "KL from the base on the task's prompts (nats per token)",
+    "facts": "facts of the base still known (percent)",
+}
+AGAINST = "fft"  # what all others are compared with
+LEVEL = 0.05  # of the paired tests
+
+
+@dataclass(frozen=True)
+class Difference:
+    """
+    Difference of a score between two runs, over their common seeds.
+
+    `low` and `high` bound the mean's 95 % confidence interval, `p` is of the two-sided paired t-test; undefined values
+    are `nan`. `ahead` is the number of seeds in which the first run was better.
+    """
+
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    ahead: int
+
+    def cells(self, decimals: int) -> list[str]:
+        """Return mean, interval, p-value and seeds ahead, for a table."""
+        mean, low, high = (f"{value:+.{decimals}f}" for value in (self.mean, self.low, self.high))
+        interval = "-" if self.low != self.low else f"{low} to {high}"
+        p = "-" if self.p != self.p else "< 0.0001" if self.p < 0.0001 else f"{self.p:.4f}"
+        return [mean, interval, p, f"{self.ahead} of {self.seeds}"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +62,56 @@ class Mean:
     seeds: int
 
 
-def read_points(files: Iterable[Path]) -> list[Point]:
-    """Return the points of the finished trials."""
+@dataclass(frozen=True)
+class Frontier:
+    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
+
+    points: list[Point]
+    models: list[Mean]
+    front: list[str]
+    differences: dict[str, Difference]
+    kept: str
+
+    @property
+    def recommendation(self) -> str:
+        """Say in one sentence which method keeps most at an equal task loss, and how certain that is."""
+        sign = _sign(self.kept)
+        seeds = max((difference.seeds for difference in self.differences.values()), default=0)
+        if not self.differences:
+            return (
+                f"No recommendation: it needs {AGAINST} and another method with at least two learning rates each, two "
+                "seeds, and a range of the task loss that both reach."
+            )
+        clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}
+        better = {name: d for name, d in clear.items() if sign * d.mean < 0}
+        if better:
+            name, best = min(better.items(), key=lambda pair: sign * pair[1].mean)
+            mean, interval, p, ahead = best.cells(4)
+            unit = "percentage points of facts" if self.kept == "facts" else "nats per token"
+            return (
+                f"Take {name}: at an equal task loss it keeps more than {AGAINST} ({mean} {unit}, 95 % interval "
+                f"{interval}, p {p}, {ahead} seeds)."
+            )
+        worse = [name for name, d in clear.items() if sign * d.mean > 0]
+        unclear = [name for name in self.differences if name not in worse]
+        text = f"Take {AGAINST}: at an equal task loss no method is shown to keep more"
+        text += f"; {', '.join(worse)} keep{'s' if len(worse) == 1 else ''} less" if worse else ""
+        text += f"; {', '.join(unclear)} cannot be told from it with {seeds} seeds" if unclear else ""
+        return text + f" (paired t-tests, p < {LEVEL})."
+
+
+def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
+    """Read the results of the finished trials."""
     points = []
     for path in files:
         try:
-            points += read_object(path, points=list)["points"]
+            points += read_object(path, points=list)["points"] if path.exists() else []
         except (OSError, ValueError) as error:
             raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
-    return points
+    models = means(points, kept)
+    others = [name for name in dict.fromkeys(map(series, points)) if name not in (BASE, AGAINST)]
+    found = {name: compare_at_equal_loss(points, name, AGAINST, kept) for name in others}
+    return Frontier(points, models, front(models, kept), {name: d for name, d in found.items() if d is not None}, kept)
 
 
 def series(point: Point) -> str:
@@ -75,13 +146,9 @@ def means(points: Sequence[Point], kept: str) -> list[Mean]:
 
 def front(models: Sequence[Mean], kept: str) -> list[str]:
     """Return the names of the models that no other dominates: none learned and kept at least as much, and one more."""
-    sign = -1 if kept in HIGHER_IS_BETTER else 1
-    places = [(model.learned, sign * model.kept) for model in models]
-    return [
-        model.name
-        for model, place in zip(models, places, strict=True)
-        if not any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places)
-    ]
+    places = {model.name: (model.learned, _sign(kept) * model.kept) for model in models}
+    best = _undominated(places.values())
+    return [name for name, place in places.items() if place in best]
 
 
 def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept: str) -> Difference | None:
@@ -103,20 +170,41 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
         losses = np.linspace(low, high, 101)
         ours_kept, theirs_kept = (np.interp(losses, *curve) for curve in curves)
         differences.append(float((ours_kept - theirs_kept).mean()))
-    return paired(differences, better=1 if kept in HIGHER_IS_BETTER else -1) if len(differences) > 1 else None
+    return paired(differences, better=-_sign(kept)) if len(differences) > 1 else None
 
 
 def _curve(points: Sequence[Point], kept: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the points of a series that no other of it dominates, by rising task loss."""
-    sign = -1 if kept in HIGHER_IS_BETTER else 1
-    placed = sorted((point["learned"]["loss"], sign * point["kept"][kept]) for point in points)
-    best = list(_improving(placed))
-    return np.array([loss for loss, _ in best]), np.array([sign * value for _, value in best])
+    best = sorted(_undominated({(point["learned"]["loss"], _sign(kept) * point["kept"][kept]) for point in points}))
+    return np.array([loss for loss, _ in best]), np.array([_sign(kept) * value for _, value in best])
 
 
-def _improving(placed: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    least = float("inf")
-    for loss, value in placed:
-        if value < least:
-            least = value
-            yield loss, value
+def _sign(kept: str) -> int:
+    """Return the factor that makes a lower figure the better one."""
+    return -1 if kept == "facts" else 1
+
+
+def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, float]]:
+    """Return the pairs that no other dominates, if lower is better in both."""
+    return {(x, y) for x, y in places if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in places)}
+
+
+def check_tests() -> None:
+    """Reject a missing scipy before hours of training."""
+    if find_spec("scipy") is None:
+        raise HFTError(
+            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
+        )
+
+
+def paired(differences: Sequence[float], better: int = 1) -> Difference:
+    """Test the differences of pairs against 0. With `better=-1` a lower value is ahead."""
+    from scipy.stats import ttest_1samp
+
+    ahead, nan = sum(difference * better > 0 for difference in differences), float("nan")
+    if len(set(differences)) == 1:  # no spread to test against
+        low = high = differences[0] if len(differences) > 1 else nan
+        return Difference(len(differences), differences[0], low, high, nan, ahead)
+    test = ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(0.95)
+    return Difference(len(differences), fmean(differences), interval.low, interval.high, test.pvalue, ahead)

@@ -2,24 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hft_trl.experiments.frontier import (
-    Mean,
-    Point,
-    compare_at_equal_loss,
-    front,
-    means,
-    read_points,
-    series,
-)
+from hft_trl.experiments.frontier import AGAINST, KEPT, Frontier, means, read_frontier
 from hft_trl.experiments.grid import BASE, FrontierArguments
-from hft_trl.experiments.paired_tests import Difference, p_value
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
@@ -28,56 +18,6 @@ from hft_trl.report.tables import Grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-KEPT = {
-    "text_loss": "loss on general text (nats per token)",
-    "base_kl": "KL from the base on the task's prompts (nats per token)",
-    "facts": "facts of the base still known (percent)",
-}
-AGAINST = "fft"  # what all others are compared with
-LEVEL = 0.05  # of the paired tests
-
-
-@dataclass(frozen=True)
-class Frontier:
-    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
-
-    points: list[Point]
-    models: list[Mean]
-    front: list[str]
-    differences: dict[str, Difference]
-    kept: str
-
-    @property
-    def recommendation(self) -> str:
-        """Say in one sentence which method keeps most at an equal task loss, and how certain that is."""
-        sign = -1 if self.kept == "facts" else 1
-        seeds = max((difference.seeds for difference in self.differences.values()), default=0)
-        if not self.differences:
-            return (
-                f"No recommendation: it needs {AGAINST} and another method with at least two learning rates each, two "
-                "seeds, and a range of the task loss that both reach."
-            )
-        clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}
-        better = {name: d for name, d in clear.items() if sign * d.mean < 0}
-        if better:
-            name, best = min(better.items(), key=lambda pair: sign * pair[1].mean)
-            return f"Take {name}: at an equal task loss it keeps more than {AGAINST} ({_certainty(best, self.kept)})."
-        worse = [name for name, d in clear.items() if sign * d.mean > 0]
-        unclear = [name for name in self.differences if name not in worse]
-        text = f"Take {AGAINST}: at an equal task loss no method is shown to keep more"
-        text += f"; {', '.join(worse)} keep{'s' if len(worse) == 1 else ''} less" if worse else ""
-        text += f"; {', '.join(unclear)} cannot be told from it with {seeds} seeds" if unclear else ""
-        return text + f" (paired t-tests, p < {LEVEL})."
-
-
-def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
-    """Read the results of the finished trials."""
-    points = read_points(path for path in files if path.exists())
-    models = means(points, kept)
-    others = [name for name in dict.fromkeys(map(series, points)) if name not in (BASE, AGAINST)]
-    found = {name: compare_at_equal_loss(points, name, AGAINST, kept) for name in others}
-    return Frontier(points, models, front(models, kept), {name: d for name, d in found.items() if d is not None}, kept)
 
 
 def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
@@ -139,16 +79,7 @@ def grids(found: Frontier) -> list[Grid]:
         for model in found.models
     ]
     headings = [kept.replace("_", " ") for kept in others]
-    compared = [
-        [
-            name,
-            f"{d.mean:+.4f}",
-            "-" if d.low != d.low else f"{d.low:+.4f} to {d.high:+.4f}",
-            p_value(d.p),
-            f"{d.ahead} of {d.seeds}",
-        ]
-        for name, d in found.differences.items()
-    ]
+    compared = [[name, *difference.cells(4)] for name, difference in found.differences.items()]
     tables = [Grid("Mean (standard deviation) over the seeds", ["", "seeds", "task loss", *headings, "front"], rows)]
     if compared:
         title = f"Difference to {AGAINST} at an equal task loss: {KEPT[found.kept]}"
@@ -200,14 +131,6 @@ def frontier_figure(found: Frontier) -> "Figure":
     if found.models:
         axes.legend(frameon=False, fontsize=9)
     return figure
-
-
-def _certainty(difference: Difference, kept: str) -> str:
-    unit = "percentage points of facts" if kept == "facts" else "nats per token"
-    return (
-        f"{difference.mean:+.4f} {unit}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
-        f"p {p_value(difference.p)}, {difference.ahead} of {difference.seeds} seeds"
-    )
 
 
 def _value(mean: float, spread: float) -> str:

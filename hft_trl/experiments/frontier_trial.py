@@ -21,8 +21,8 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.run import evaluate_models
+from hft_trl.experiments.frontier import check_tests
 from hft_trl.experiments.grid import BASE, FrontierArguments, Trial, trials
-from hft_trl.experiments.paired_tests import check_tests
 from hft_trl.experiments.runner import Point, check_settings, result_file
 from hft_trl.files import write_json
 from hft_trl.recipe import Recipe, Stage, parse_recipe
@@ -83,10 +83,14 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     same["model"]["model_name_or_path"] = demo.shown(stage.model.model_name_or_path)
     same["data"].pop("dataset", None)
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
-    check_settings(output, [], flat, ("peft",))
+    check_settings(output, flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
-        Point(trial.name, (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags))
+        Point(
+            trial.name,
+            (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags),
+            result_file(output, trial.name),
+        )
         for trial in (Trial(BASE), *trials(grid))
     ]
 

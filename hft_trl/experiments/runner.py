@@ -2,24 +2,23 @@
 Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one.
 
     words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
-    points = [Point("rate-1e-4", words, makes=Path("runs/rates/1e-4/scores.json"))]
+    points = [Point("rate-1e-4", words, Path("runs/rates/1e-4/scores.json"))]
     for point in run_points(points, Path("runs/rates")):
-        print(point.name)  # runs/rates/scores/rate-1e-4.json exists
+        print(point.result)
 """
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object, replacing, write_json, writing
+from hft_trl.files import read_object, write_json, writing
 from hft_trl.redact import redact
 
 SETTINGS_FILE = "settings.json"
@@ -34,21 +33,11 @@ START = (
 
 @dataclass(frozen=True)
 class Point:
-    """A command, run in its own process, and the results that it makes."""
+    """A command, run in its own process, and the file that it writes last."""
 
     name: str
     command: tuple[str, ...]  # it should resume when it is started again
-    results: tuple[str, ...] = ()  # names of files `scores/NAME.json`, by default the point's name
-    makes: Path | None = None  # JSON file to copy to the result, unless the command writes to `scores/`
-    folder: Path | None = None  # removed when the point is finished
-
-    def files(self, output: Path) -> list[Path]:
-        """Return the files of the results."""
-        return [result_file(output, name) for name in self.results or (self.name,)]
-
-    def finished(self, output: Path) -> bool:
-        """Whether all results exist."""
-        return all(file.exists() for file in self.files(output))
+    result: Path
 
 
 def result_file(output: Path, name: str) -> Path:
@@ -56,18 +45,15 @@ def result_file(output: Path, name: str) -> Path:
     return output / "scores" / f"{name}.json"
 
 
-def run_points(
-    points: Iterable[Point] | Callable[[], Iterable[Point]], output: Path, workers: int | None = None
-) -> Iterator[Point]:
+def run_points(points: Sequence[Point], output: Path, workers: int | None = None) -> Iterator[Point]:
     """
-    Run the command of every unfinished point, and yield each point when it is finished.
+    Run the command of every point without its result, and yield each point when it is finished.
 
-    A function as `points` is called again after each point, so that later points can depend on earlier results. Each
-    process (`workers` at once, by default one per GPU, or per core) has one GPU or one thread, and logs to
+    Each process (`workers` at once, by default one per GPU, or per core) has one GPU or one thread, and logs to
     `runs/NAME.log`. If a command fails or is ended by a signal twice, an [`HFTError`] is raised. After an error, or if
     the caller stops, the other processes get a SIGTERM.
     """
-    find = points if callable(points) else list(points).copy
+    waiting = [point for point in points if not point.result.exists()]
     gpus = _gpus()
     workers = workers or len(gpus) or os.cpu_count() or 1
     free = [gpus[number % len(gpus)] if gpus else "" for number in range(workers)]
@@ -77,23 +63,23 @@ def run_points(
     for name in ("scores", "runs"):
         (output / name).mkdir(parents=True, exist_ok=True)
     try:
-        while True:
-            waiting = [point for point in find() if point not in running and not point.finished(output)]
-            for point in waiting[: len(free)]:
+        while waiting or running:
+            while waiting and free:
+                point = waiting.pop(0)
                 place[point] = free.pop(0)
                 running[point] = _start(point, output, place[point])
-            if not running:
-                return
-            for point in _wait_for_any(running):
+            while not (ended := [point for point, child in running.items() if child.poll() is not None]):
+                time.sleep(POLL_SECONDS)
+            for point in ended:
                 code = running.pop(point).returncode
                 free.append(place.pop(point))
                 if code < 0 and point not in killed:  # resumes once, for example after running out of memory
                     killed.add(point)
-                    continue
-                if code:
-                    raise _error(point, output, f"ended with {code}")
-                _keep(point, output)
-                yield point
+                    waiting.insert(0, point)
+                elif code or not point.result.exists():
+                    raise _error(point, output, f"ended with {code}" if code else "ended without its result")
+                else:
+                    yield point
     finally:
         for child in running.values():
             child.terminate()
@@ -101,13 +87,10 @@ def run_points(
             child.wait()
 
 
-def check_settings(
-    output: Path, flags: list[str], more: Mapping[str, str] | None = None, packages: Iterable[str] = ()
-) -> None:
-    """Record flags, settings and library versions of the folder's results, and reject different ones."""
+def check_settings(output: Path, settings: Mapping[str, str], packages: Iterable[str] = ()) -> None:
+    """Record settings and library versions of the folder's results, and reject different ones."""
     names = ("torch", "transformers", "trl", *packages)
-    versions = ", ".join(f"{name} {package_version(name)}" for name in names)
-    settings = {"flags": shlex.join(redact(flags)), "versions": versions, **(more or {})}
+    settings = {"versions": ", ".join(f"{name} {package_version(name)}" for name in names), **settings}
     path = output / SETTINGS_FILE
     if path.exists():
         try:
@@ -140,22 +123,6 @@ def _start(point: Point, output: Path, gpu: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-c", START, *point.command], env=environ, stdout=log, stderr=subprocess.STDOUT
         )
-
-
-def _wait_for_any(running: dict[Point, subprocess.Popen]) -> list[Point]:
-    while not (ended := [point for point, child in running.items() if child.poll() is not None]):
-        time.sleep(POLL_SECONDS)
-    return ended
-
-
-def _keep(point: Point, output: Path) -> None:
-    if point.makes is not None and point.makes.exists():
-        with replacing(point.files(output)[0]) as new:  # written completely or not at all
-            shutil.copy(point.makes, new)
-    if not point.finished(output):
-        raise _error(point, output, "ended without its result")
-    if point.folder is not None:
-        shutil.rmtree(point.folder, ignore_errors=True)
 
 
 def _log(point: Point, output: Path) -> Path:

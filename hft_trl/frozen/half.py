@@ -12,32 +12,15 @@ from hft_trl.weights import fingerprints, named_parameters, plain_name
 
 
 class FrozenHalf:
-    """
-    The parameters that must keep their bits, and the types of those that learn.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model, to which the selection has been applied. Nothing has wrapped it yet.
-        digests (`dict[str, str]`):
-            Fingerprint (SHA-256, hex) of every frozen parameter by name. Empty where everything learns.
-        hft (`bool`, *optional*, defaults to `True`):
-            Whether the method is `"hft"`. With `"fft"` the model is saved as the parent saves it.
-    """
+    """The fingerprints of the parameters that must keep their bits, by name, and the types of those that learn."""
 
     def __init__(self, model: torch.nn.Module, digests: dict[str, str], hft: bool = True) -> None:
         self.digests = digests
         learning = ((name, p.dtype) for name, p in named_parameters(model) if p.requires_grad)
-        self.learning_types = dict(learning) if hft else {}
+        self.learning_types = dict(learning) if hft else {}  # else the model is saved as the parent saves it
 
     def check(self, model: torch.nn.Module) -> None:
-        """
-        Compare the frozen half of a model with its fingerprints. Under a sharded backend every process has to call.
-
-        Raises:
-            [`RuntimeError`]: Naming the first frozen parameter that moved or is missing.
-        """
-        if not self.digests:
-            return
+        """Compare the frozen half of a model with its fingerprints. All processes must call it."""
         found = fingerprints((name, tensor) for name, tensor in named_parameters(model) if name in self.digests)
         for name in self.digests.keys() - found.keys():
             raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it cannot be checked")

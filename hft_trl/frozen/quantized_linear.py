@@ -119,11 +119,6 @@ class Quantized(SavedFromStart):
 
     def settle(self, trainer: Any, policy: "PreTrainedModel", reference: nn.Module | None) -> None:
         """Quantise the frozen matrices. A reference that shares the frozen half gets the same modules."""
-        if reference is None and vars(trainer).get("ref_model") is not None:
-            logger.warning(
-                "hft.frozen_quantization leaves the reference whole, since ref_model was passed: the policy starts "
-                "beside it, and the first rewards are not zero."
-            )
         half = trainer.frozen_half
         self.note_names(policy)
         matrices = frozen_matrices(policy, half.digests.keys())

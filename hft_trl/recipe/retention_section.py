@@ -16,9 +16,8 @@ from hft_trl.demo.world import make_world
 from hft_trl.errors import HFTError
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments, RetentionArguments
-from hft_trl.retention.base_file import BASE_FILE, fits, write_base
 from hft_trl.retention.callback import RetentionCallback
-from hft_trl.retention.meter import Meter
+from hft_trl.retention.meter import BASE_FILE, Meter, fits, write_base
 from hft_trl.skeleton import build_on_meta
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from hft_trl.errors import HFTError
-from hft_trl.retention.base_file import BASE_FILE, read_base, write_base
-from hft_trl.retention.meter import Base, Meter
+from hft_trl.retention.meter import BASE_FILE, Base, Meter, read_base, write_base
 from hft_trl.retention.retention_rows import Rows, read_facts, read_prompts, read_texts
 
 PREFIX = "retention/"
@@ -91,16 +90,7 @@ class RetentionCallback(TrainerCallback):
         self._meter: Meter | None = None
         self._handler: CallbackHandler | None = None
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        model: PreTrainedModel | None = None,
-        processing_class: Any = None,
-        optimizer: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, model: Any, processing_class: Any, optimizer: Any, **__: Any) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise HFTError(
@@ -128,67 +118,39 @@ class RetentionCallback(TrainerCallback):
         self._handler.callbacks.remove(self)
         self._handler.callbacks.insert(0, self)
 
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **_: Any,
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
         if state.global_step == 0:
-            self._measure(args, state, control, model)
+            self._measure(args, state, control)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._every is not None and state.global_step % self._every == 0:
-            self._measure(args, state, control, model)
+            self._measure(args, state, control)
 
     def on_evaluate(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        if self._handler is None:  # an evaluation outside of training
-            return
-        figures = self._measure(args, state, control, model)
-        if metrics is not None:
+        if self._handler is not None:  # else an evaluation outside of training
+            figures = self._measure(args, state, control)
             metrics.update({f"eval_{name}": value for name, value in figures.items()})
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel | None = None,
-        **_: Any,
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # After a SIGTERM, when little time is left, training ends without its last log row
         if state.log_history and "train_loss" in state.log_history[-1]:
             best = state.best_global_step if args.load_best_model_at_end else None
-            self._measure(args, state, control, model, again=best not in (None, state.global_step))
+            self._measure(args, state, control, again=best not in (None, state.global_step))
         self._handler = self._meter = None  # frees the model
 
     def _measure(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: PreTrainedModel,
-        again: bool = False,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, again: bool = False
     ) -> dict[str, float]:
         """Measure and log, unless it was done at this step, and return the figures."""
+        model = self._handler.model
         here = [row for row in state.log_history if row["step"] == state.global_step and f"{PREFIX}seconds" in row]
         if here and not again:
             known = {name: value for name, value in here[-1].items() if name.startswith(PREFIX)}

@@ -7,23 +7,35 @@ Measure what a model keeps of its base.
 - `facts`: percent of cloze facts whose right answer is more likely than all wrong ones.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import begins_with_bos, most_tokens
 from hft_trl.errors import HFTError, first_line
+from hft_trl.files import replacing, writing
+from hft_trl.processes import by_first_process
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
 BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
+BASE_FILE = "retention_base.safetensors"
+
+Result = TypeVar("Result")
 
 Base = list[tuple[torch.Tensor, torch.Tensor]]
 """For each prompt, the numbers and log-probabilities of the base's likeliest tokens, `(positions, LIKELIEST)`."""
@@ -41,14 +53,8 @@ class Meter:
     """
     Measure retention on the same rows for every model.
 
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of all models, with a chat template if
-            prompts are messages.
-        texts (`str`, `Path` or sequence, *optional*): Text file, `.jsonl` rows with a `text`, or strings.
-        facts (`str`, `Path` or sequence, *optional*): `.jsonl` file, or rows with `text`, `answer` and `others`.
-        prompts (`str`, `Path` or sequence, *optional*): `.jsonl` file, or rows with `messages` or a `prompt`.
-        max_rows (`int`, *optional*, defaults to 128): Largest number of text blocks (of 256 tokens), of facts and of
-            prompts. It bounds the cost.
+    The arguments are those of [`~hft_trl.RetentionCallback`], and the tokenizer of all models, with a chat template if
+    prompts are messages.
     """
 
     def __init__(
@@ -59,10 +65,6 @@ class Meter:
         prompts: Rows | None = None,
         max_rows: int = 128,
     ) -> None:
-        if texts is None and facts is None and prompts is None:
-            raise HFTError("texts, facts and prompts are all missing: give at least one to measure retention on.")
-        if max_rows < 1:
-            raise HFTError(f"max_rows is {max_rows}: it must be at least 1.")
         self.texts = _blocks(tokenizer, read_texts(texts), max_rows) if texts is not None else []
         chosen = choose(read_facts(facts), max_rows) if facts is not None else []
         self.facts = [_candidates(tokenizer, fact) for fact in chosen]
@@ -77,12 +79,12 @@ class Meter:
 
     def base(self, model: PreTrainedModel) -> Base:
         """Return the base's predictions on the prompts. All processes must call it."""
-        found = {}
-        for number, logits in _logits(model, self.prompts):
+
+        def likeliest(_: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             ids = logits.topk(min(LIKELIEST, logits.shape[-1] - 1)).indices
-            found[number] = (ids.to("cpu", torch.int32), _log_probs(logits, ids).cpu())
-        found = _gathered(found)
-        return [found[number] for number in range(len(self.prompts))]
+            return ids.to("cpu", torch.int32), _log_probs(logits, ids).cpu()
+
+        return _of_each(model, self.prompts, likeliest)
 
     def measure(self, model: PreTrainedModel, base: Base | None = None) -> dict[str, float]:
         """
@@ -100,35 +102,31 @@ class Meter:
         return figures
 
     def _text_loss(self, model: PreTrainedModel) -> float:
-        losses = {}
-        for number, logits in _logits(model, self.texts):
-            losses[number] = -_of_last_tokens(logits, self.texts[number], len(logits) - 1).sum().item()
-        losses = _gathered(losses)
-        return sum(losses[number] for number in sorted(losses)) / sum(len(ids) - 1 for ids in self.texts)
+        def loss(number: int, logits: torch.Tensor) -> float:
+            return -_of_last_tokens(logits, self.texts[number], len(logits) - 1).sum().item()
+
+        return sum(_of_each(model, self.texts, loss)) / sum(len(ids) - 1 for ids in self.texts)
 
     def _base_kl(self, model: PreTrainedModel, base: Base) -> float:
-        sums = {}
-        for number, logits in _logits(model, self.prompts):
+        def divergence(number: int, logits: torch.Tensor) -> float:
             ids, before = (tensor.to(logits.device) for tensor in base[number])
             after = _log_probs(logits, ids)
             rest_before, rest_after = (_rest(likeliest) for likeliest in (before, after))
-            divergence = (before.exp() * (before - after)).sum(-1) + rest_before * (rest_before / rest_after).log()
-            sums[number] = divergence.sum().item()
-        sums = _gathered(sums)
-        return sum(sums[number] for number in sorted(sums)) / sum(map(len, self.prompts))
+            likeliest = (before.exp() * (before - after)).sum(-1)
+            return (likeliest + rest_before * (rest_before / rest_after).log()).sum().item()
+
+        return sum(_of_each(model, self.prompts, divergence)) / sum(map(len, self.prompts))
 
     def _facts(self, model: PreTrainedModel) -> float:
-        rows = [(fact, candidate) for fact, candidates in enumerate(self.facts) for candidate in candidates]
-        scores = {}
-        for number, logits in _logits(model, [candidate.ids for _, candidate in rows]):
-            candidate = rows[number][1]
-            scores[number] = _of_last_tokens(logits, candidate.ids, candidate.answer).sum().item()
-        scores = _gathered(scores)
-        of_fact: list[list[float]] = [[] for _ in self.facts]
-        for number, (fact, _) in enumerate(rows):
-            of_fact[fact].append(scores[number])
+        rows = [candidate for candidates in self.facts for candidate in candidates]
+
+        def score(number: int, logits: torch.Tensor) -> float:
+            return _of_last_tokens(logits, rows[number].ids, rows[number].answer).sum().item()
+
+        scores = iter(_of_each(model, [candidate.ids for candidate in rows], score))
         # The first candidate is the right one; an equal score is no knowledge
-        return 100 * sum(right > max(wrong) for right, *wrong in of_fact) / len(self.facts)
+        known = [next(scores) > max(next(scores) for _ in wrong) for _, *wrong in self.facts]
+        return 100 * sum(known) / len(self.facts)
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[list[int]]:
@@ -162,6 +160,15 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) ->
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=not ends, return_dict=False)[:LONGEST]
     except Exception as error:  # a template can raise any exception
         raise HFTError(f"the chat template rejects a row of prompts: {first_line(error)}.") from error
+
+
+def _of_each(
+    model: PreTrainedModel, rows: Sequence[list[int]], result: Callable[[int, torch.Tensor], Result]
+) -> list[Result]:
+    """Return the result of each row, given its number and its logits. All processes must call it."""
+    found = {number: result(number, logits) for number, logits in _logits(model, rows)}
+    gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
+    return [gathered[number] for number in range(len(rows))]
 
 
 def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple[int, torch.Tensor]]:
@@ -229,5 +236,55 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
     return (1 - log_probs.exp().sum(-1)).clamp_min(SMALLEST)
 
 
-def _gathered(found: dict) -> dict:
-    return {key: value for part in gather_object([found]) for key, value in part.items()}
+def write_base(path: Path, base: Base, meter: Meter) -> None:
+    """Write the predictions completely or not at all, with a digest of the prompts. All processes must call it."""
+    by_first_process(partial(_write, path, base, meter))
+
+
+def read_base(path: Path, meter: Meter) -> Base:
+    """Read the predictions. A missing file and one of other prompts are rejected. All processes must call it."""
+    found = [by_first_process(partial(_read, path, meter))]
+    broadcast_object_list(found)
+    return found[0]
+
+
+def fits(path: Path, meter: Meter) -> bool:
+    """Return whether a file has predictions on the prompts."""
+    try:
+        _read(path, meter)
+    except HFTError:
+        return False
+    return True
+
+
+def _write(path: Path, base: Base, meter: Meter) -> None:
+    tensors = {
+        name: torch.cat(parts) for name, parts in zip(("ids", "log_probs"), zip(*base, strict=True), strict=True)
+    }
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata={"prompts": _digest(meter)})
+
+
+def _read(path: Path, meter: Meter) -> Base:
+    remedy = "restore it, start the run again, or leave prompts out"
+    if not path.is_file():
+        raise HFTError(f"{str(path)!r}, the base's predictions for retention/base_kl, does not exist: {remedy}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("prompts")
+            tensors = [file.get_tensor(name) for name in ("ids", "log_probs")]
+    except (OSError, SafetensorError) as error:
+        raise HFTError(f"{str(path)!r}, the base's predictions, cannot be read ({error}): {remedy}.") from error
+    if digest != _digest(meter):
+        raise HFTError(
+            f"{str(path)!r} has the base's predictions on other prompts: give the prompts, max_rows and tokenizer "
+            "that it was made with, or start the run again."
+        )
+    lengths = [len(ids) for ids in meter.prompts]
+    return list(zip(*(tensor.split(lengths) for tensor in tensors), strict=True))
+
+
+def _digest(meter: Meter) -> str:
+    return hashlib.sha256(json.dumps([LIKELIEST, meter.prompts]).encode()).hexdigest()

@@ -125,13 +125,8 @@ class Selection:
         path = Path(directory) / SELECTION_FILE
         try:
             content = read_object(path)
-        except FileNotFoundError as error:
-            raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
-        except (OSError, ValueError) as error:
-            raise HFTError(f"The selection {path} cannot be read: {error}") from error
-        if (version := content.get("version")) != VERSION:
-            raise HFTError(f"The selection {path} has version {version!r}: this hft_trl reads version {VERSION}.")
-        try:
+            if (version := content.get("version")) != VERSION:
+                raise ValueError(f"it has version {version!r}, and this hft_trl reads version {VERSION}")
             selection = cls(
                 config=HFTConfig(**content["config"]),
                 seed=content["seed"],
@@ -142,8 +137,10 @@ class Selection:
                 masks=Masks(**content["masks"]) if "masks" in content else None,
             )
             digest = content["digest"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise HFTError(f"The selection {path} is not whole: {type(error).__name__}: {error}") from error
+        except FileNotFoundError as error:
+            raise HFTError(f"There is no {path}: give the folder of a model that was trained with hft_trl.") from error
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise HFTError(f"The selection {path} cannot be read: {type(error).__name__}: {error}") from error
         if selection.digest != digest:
             raise HFTError(
                 f"The selection {path} was changed after it was saved: its content has the digest "

@@ -174,11 +174,6 @@ def _selectable_sizes(
             continue
         if towers and any(path in towers for path in _ancestors(name)):
             continue
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise HFTError(
-                f"The model {type(model).__name__} is quantised ({name} is {parameter.dtype}): HFT trains whole "
-                "matrices, so load it in bfloat16, float16 or float32."
-            )
         # Under ZeRO-3 a parameter holds no elements of its own between uses: the twin knows how many it has.
         sizes[name] = parameter.numel() or like.numel()
     if unmatched:

@@ -20,13 +20,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig
 
 from hft_trl import HFTConfig, HFTError, select
-from hft_trl.checkpoints.sealing import MANIFEST_FILE, check_layout, set_aside
-from hft_trl.checkpoints.whole import (
-    check_whole,
-    last_finite_checkpoint,
-    last_whole_checkpoint,
-    torn_because,
-)
+from hft_trl.checkpoints.sealing import MANIFEST_FILE, MARK_FILE, check_layout, set_aside
+from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint, torn_because
 from hft_trl.recipe.locks import LOCK_FILE
 from hft_trl.selection.previous import selection_of
 
@@ -40,6 +35,12 @@ def checkpoint(folder, step):
         (path / name).write_bytes(b"x")
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
+
+
+def from_the_hub(checkpoint):
+    """Remove what is not uploaded with a checkpoint, and its manifest, as if stock TRL had saved it."""
+    for name in (MANIFEST_FILE, MARK_FILE):
+        (checkpoint / name).unlink()
 
 
 def test_the_newest_whole_checkpoint_is_found_by_its_step(tmp_path):
@@ -66,18 +67,6 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(tmp_path, name):
     torn = checkpoint(tmp_path, 2) / name
     torn.write_bytes(torn.read_bytes()[:-3])
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-
-
-def test_a_checkpoint_with_weights_that_are_not_finite_is_no_good_one(tmp_path):
-    checkpoint(tmp_path, 1)
-    path = checkpoint(tmp_path, 2) / "model.safetensors"
-    weights = load_file(path)
-    weights["w"][3] = float("nan")
-    save_file(weights, path)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    (tmp_path / "checkpoint-1" / "optimizer.pt").unlink()
-    assert last_finite_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-    assert last_finite_checkpoint(tmp_path / "missing") is None
 
 
 def test_a_models_selection_is_found_in_its_folder_and_nowhere_else(base, tmp_path):
@@ -176,7 +165,7 @@ def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, s
     """
     folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "downloaded"))
     if not sealed_too:
-        (folder / MANIFEST_FILE).unlink()
+        from_the_hub(folder)
         check_whole(folder, processes=1)
         with pytest.raises(HFTError, match=r"rng_state_0\.pth is missing"):
             check_whole(folder, processes=2)
@@ -188,8 +177,9 @@ def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, s
 def test_what_is_set_aside_and_computed_beside_a_model_is_not_uploaded(tmp_path):
     """By the patterns with which transformers' trainer uploads its output folder."""
     (tmp_path / "checkpoint-2").mkdir()
-    aside = set_aside(tmp_path / "checkpoint-2", "torn").name
-    names = ["model.safetensors", f"{aside}/optimizer.pt", "_reference_log_probs/train/data.arrow", LOCK_FILE]
+    assert set_aside(tmp_path / "checkpoint-2")
+    (aside,) = tmp_path.iterdir()
+    names = ["model.safetensors", f"{aside.name}/optimizer.pt", "_reference_log_probs/train/data.arrow", LOCK_FILE]
     uploads = re.findall(r"ignore_patterns=(.*),\n", inspect.getsource(Trainer))
     assert uploads == ['["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]'] * 2
     assert list(filter_repo_objects(names, ignore_patterns=["_*", "checkpoint-*"])) == ["model.safetensors"]
@@ -219,26 +209,6 @@ def test_rotation_removes_the_last_whole_checkpoint_only_when_the_next_is_whole(
     assert names == ["_torn-checkpoint-2", "checkpoint-3"]
 
 
-def test_a_whole_checkpoint_that_is_saved_over_stays_until_the_new_one_is_whole(
-    base, tulu, sealed, tmp_path, monkeypatch
-):
-    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
-    trainer = trained(base, tulu, folder)
-    monkeypatch.setattr("hft_trl.checkpoints.sealing.seal", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert torn_because(folder / "_replaced-checkpoint-1") is None
-    monkeypatch.undo()
-    shutil.copytree(folder, tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-2")
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-3")
-    assert last_whole_checkpoint(tmp_path / "killed") == str(tmp_path / "killed" / "checkpoint-1")  # by its name again
-    assert (tmp_path / "killed" / "_torn-checkpoint-1").is_dir()
-    trained(base, tulu, folder).train()
-    assert not list(folder.glob("_replaced-checkpoint-[23]"))
-    assert last_whole_checkpoint(folder) == str(folder / "checkpoint-3")
-
-
 def test_half_an_epoch_resumed_at_its_last_step_trains_no_step_more(base, tulu, tmp_path):
     """transformers always trains one step more there, and ends in other weights."""
     settings = {"max_steps": -1, "num_train_epochs": 0.5}
@@ -258,7 +228,7 @@ def test_half_an_epoch_resumed_at_its_last_step_trains_no_step_more(base, tulu, 
     [
         (
             {"backend": "FSDP with FULL_STATE_DICT"},
-            ["saved by FSDP with FULL_STATE_DICT", "one process or DDP can't read"],
+            ["saved by FSDP with FULL_STATE_DICT", "one process or DDP cannot read"],
         ),
         ({"backend": "DeepSpeed ZeRO-2"}, ["saved by DeepSpeed ZeRO-2"]),
         ({"global_batch_size": 64}, ["global batch of 64", "this run has 4", "per_device_train_batch_size"]),
@@ -328,7 +298,7 @@ def test_an_optimizer_that_lost_a_part_of_its_state_is_noticed_in_the_first_step
     for entry in state["state"].values():
         del entry["exp_avg"]
     torch.save(state, path)
-    (folder / "checkpoint-2" / MANIFEST_FILE).unlink()
+    from_the_hub(folder / "checkpoint-2")
     with pytest.raises(HFTError, match=r"checkpoint-2 failed before its first step was done \(KeyError: 'exp_avg'\)"):
         trained(base, tulu, folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
@@ -363,7 +333,7 @@ def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, 
     trained(base, tulu, tmp_path, save_only_model=True, max_steps=2).train()
     newest = tmp_path / "checkpoint-2"
     if how == "from-the-hub":
-        (newest / MANIFEST_FILE).unlink()
+        from_the_hub(newest)
     again = trained(base, tulu, tmp_path, save_strategy="no")
     logging.getLogger("transformers").addHandler(caplog.handler)
     again.train(resume_from_checkpoint=True if how == "newest" else str(newest))
@@ -376,8 +346,9 @@ def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, 
 
 def test_a_checkpoint_that_holds_only_the_model_is_refused_where_the_backend_needs_more(sealed, tmp_path):
     folder = Path(shutil.copytree(sealed / "checkpoint-2", tmp_path / "checkpoint-2"))
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST_FILE):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (folder / name).unlink()
+    from_the_hub(folder)
     check_whole(folder, processes=2)
     with pytest.raises(HFTError, match="save_only_model, and FSDP with FULL_STATE_DICT resumes from files of its own"):
         check_whole(folder, processes=2, backend="FSDP with FULL_STATE_DICT")

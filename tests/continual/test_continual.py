@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import started_from, tiny_llama
+from conftest import started_from, tiny_llama, write_rows
 from safetensors.torch import load_file
 from warm import ROOT, Run
 
@@ -22,7 +22,7 @@ from hft_trl import HFTSFTTrainer, Selection, demo
 from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, write_rows
+from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows
 from hft_trl.errors import HFTError
 
 TASKS = """
@@ -36,13 +36,10 @@ tasks:
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A model and three small tasks."""
-    from hft_trl.continual.demo_tasks import write_benchmark
-
     folder = tmp_path_factory.mktemp("own")
     shutil.copytree(demo.MODEL, folder / "model")  # under another name it isn't asked the demo's questions
-    made = write_benchmark(folder / "made")
     for name in ("Towns", "Lists", "Profiles", "Lima"):
-        for path in (made / name).glob("t*.json"):
+        for path in (demo.TASKS / name).glob("t*.json"):
             rows = [Row(**row) for row in json.loads(path.read_text())[:16]]
             write_rows(folder / "tasks" / name / path.name, rows)
     (folder / "tasks" / "tasks.yaml").write_text(TASKS)
@@ -156,12 +153,18 @@ def test_a_second_run_in_the_same_folder_is_refused_before_it_changes_anything(o
             assert first.wait(0.05) is None
         before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
         other = [*started_from(own / "model", demo.CONTINUAL_RECIPE), "--benchmark", "demo", "--output_dir", output]
-        for number, words in enumerate((flags(own, output, *long, "--overwrite"), [*other, "--overwrite"], other)):
+        in_use = f"in use by process {first.processes[0].pid} on "
+        commands = (
+            (flags(own, output, *long, "--overwrite"), in_use),
+            ([*other, "--overwrite"], in_use),
+            (other, "was made with the tasks Towns, Lists, Profiles, now it is Towns, Kinds, "),
+        )
+        for number, (words, complaint) in enumerate(commands):
             second = Run(tmp_path / f"log{number}", "continual", *words)
             assert second.wait() == [2]
             errors = [line for line in second.output().splitlines() if line.startswith("error: ")]
             assert len(errors) == 1
-            assert f"in use by process {first.processes[0].pid} on " in errors[0]
+            assert complaint in errors[0]
         assert first.wait(0.05) is None
         assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     finally:
@@ -386,12 +389,13 @@ def test_empty_predictions_and_cut_prompts_are_counted_and_score_nothing(tokeniz
     assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=16, batch_size=2) == found
 
 
-def test_prompts_longer_than_the_model_are_cut_too(tokenizer, tmp_path):
+def test_rows_longer_than_the_model_are_cut_too(tokenizer, tmp_path):
     """Without a max_length, what the model has no positions for would be found after hours of training."""
-    tiny_llama(len(tokenizer), max_position_embeddings=24).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    task = Task("T", (), (Row("Where does Ada live? " * 9, "Rome."),), "accuracy", 1)
-    assert evaluate_tasks(tmp_path, [task], max_new_tokens=4, max_length=None, batch_size=2)["T"].truncated == 1
+    tiny_llama(len(tokenizer), max_position_embeddings=24).save_pretrained(tmp_path / "model")
+    words = [*started_from(tmp_path / "model", demo.CONTINUAL_RECIPE), "--output_dir", tmp_path / "c"]
+    words += ["--benchmark", "demo", "--max_new_tokens", 4]
+    recipe = parse_continual([str(word) for word in words])
+    assert {stage.max_length for stage in recipe.rounds(*recipe.tasks())} == {24}
 
 
 def test_a_changed_metric_scores_the_predictions_that_are_there(tokenizer, tmp_path, monkeypatch):
@@ -411,13 +415,9 @@ def test_a_changed_metric_scores_the_predictions_that_are_there(tokenizer, tmp_p
 
 def test_predictions_depend_neither_on_the_batch_nor_on_the_models_own_penalties(tmp_path):
     """In float32. Some chat models ship a repetition penalty in their generation config."""
-    from hft_trl.continual.demo_tasks import write_benchmark
-
     shutil.copytree(demo.MODEL, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0}))
-    rows = tuple(
-        Row(**row) for row in json.loads((write_benchmark(tmp_path / "b") / "Profiles/test.json").read_text())[:12]
-    )
+    rows = read_rows(demo.TASKS / "Profiles/test.json")[:12]
     written = []
     for batch, folder in ((1, tmp_path / "model"), (5, tmp_path / "model"), (12, demo.MODEL)):
         copy = tmp_path / f"by-{batch}"

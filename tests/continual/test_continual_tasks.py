@@ -4,17 +4,11 @@ import json
 
 import pytest
 import yaml
+from conftest import write_rows
 
-from hft_trl.continual.tasks import (
-    TRACE,
-    Row,
-    check_names,
-    read_benchmark,
-    read_replay,
-    read_rows,
-    read_tasks,
-    write_rows,
-)
+from hft_trl import demo
+from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.tasks import TRACE, Row, read_benchmark, read_replay, read_rows, read_tasks
 from hft_trl.errors import HFTError
 
 ROW = {"prompt": "What is the stance?\nStance:\n", "answer": "hawkish"}
@@ -121,7 +115,10 @@ def test_rows_that_cannot_be_learned_are_named(tmp_path, content, complaint):
         ({"tasks": [{"name": "mine", "metric": "accuracy"}]}, "epochs 0"),
         ({"tasks": [{"name": "mine", "metric": "accuracy", "epochs": True}]}, "epochs True"),
         ({"tasks": [{"name": "mine", "metric": "accuracy", "epoch": 1}]}, "has the key 'epoch'"),
-        ({"tasks": [{"name": "mine", "metric": "accuracy", "epochs": 1}]}, "mine' does not exist"),
+        (
+            {"tasks": [{"name": "mine", "metric": "accuracy", "epochs": 1}]},
+            "mine/train.json' cannot be read as JSON: No such file",
+        ),
         ({"tasks": [{"name": "m", "files": ["a"], "metric": "accuracy", "epochs": 1}]}, r"files \['a'\]"),
     ],
 )
@@ -132,7 +129,8 @@ def test_mistakes_in_a_users_yaml_are_named(tmp_path, own, complaint):
 
 
 def test_two_tasks_of_one_name_are_refused(benchmark):
-    tasks = read_benchmark(benchmark)
-    check_names(tasks)
+    words = ["--benchmark", str(benchmark), "--output_dir", str(benchmark / "run")]
+    assert len(parse_continual(words, demo.CONTINUAL_RECIPE).tasks()[0]) == len(TRACE)
+    (benchmark / "more.yaml").write_text("tasks: [{name: FOMC}]")
     with pytest.raises(HFTError, match="two tasks have the name 'FOMC'"):
-        check_names([*tasks, tasks[1]])
+        parse_continual([*words, "--tasks", str(benchmark / "more.yaml")], demo.CONTINUAL_RECIPE).tasks()

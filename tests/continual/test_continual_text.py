@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hft_trl.continual.tasks import Row
-from hft_trl.continual.text import encode, encode_prompts
+from hft_trl.continual.tasks import Row, encode, encode_prompts
 from hft_trl.errors import HFTError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)

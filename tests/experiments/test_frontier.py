@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_trl import HFTError, demo
-from hft_trl.experiments.frontier import Mean, compare_at_equal_loss, front, means, series
-from hft_trl.experiments.frontier_report import Frontier, grids
+from hft_trl.experiments.frontier import Difference, Frontier, Mean, compare_at_equal_loss, front, means, series
+from hft_trl.experiments.frontier_report import grids
 from hft_trl.experiments.frontier_trial import frontier_points, parse_frontier
 from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
-from hft_trl.experiments.paired_tests import Difference
 
 ROOT = Path(__file__).parents[2]
 

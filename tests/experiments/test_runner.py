@@ -19,7 +19,11 @@ WRITE = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.du
 
 def writes(output, name, value="done", before=""):
     """A point that writes its result itself, after some other statements."""
-    return Point(name, (sys.executable, "-c", f"{before}\n{WRITE}", str(result_file(output, name)), value))
+    return Point(
+        name,
+        (sys.executable, "-c", f"{before}\n{WRITE}", str(result_file(output, name)), value),
+        result_file(output, name),
+    )
 
 
 def made(points, output, workers=2):
@@ -32,23 +36,6 @@ def test_finished_points_are_not_made_again(tmp_path):
     assert [json.loads(result_file(tmp_path, name).read_text()) for name in "abc"] == ["done", "done", "again"]
 
 
-def test_later_points_can_depend_on_earlier_results(tmp_path):
-    def points():
-        found = [name for name in "abc" if result_file(tmp_path, name).exists()]
-        return [writes(tmp_path, name) for name in "abc"[: len(found) + 1]]
-
-    assert made(points, tmp_path) == ["a", "b", "c"]
-
-
-def test_a_result_is_kept_and_the_folder_of_its_run_removed(tmp_path):
-    folder = tmp_path / "runs" / "a"
-    folder.mkdir(parents=True)
-    words = (sys.executable, "-c", WRITE, str(folder / "scores.json"), "done")
-    assert made([Point("a", words, makes=folder / "scores.json", folder=folder)], tmp_path) == ["a"]
-    assert json.loads(result_file(tmp_path, "a").read_text()) == "done"
-    assert not folder.exists()
-
-
 def test_a_point_that_a_signal_ends_is_started_again_once(tmp_path):
     first = f"import os; new = not os.path.exists({str(tmp_path / 'seen')!r}); open({str(tmp_path / 'seen')!r}, 'w')\n"
     assert made([writes(tmp_path, "a", before=f"{first}if new: os.kill(os.getpid(), 9)")], tmp_path) == ["a"]
@@ -58,7 +45,7 @@ def test_a_point_that_a_signal_ends_is_started_again_once(tmp_path):
 
 def test_a_point_without_its_result_is_named(tmp_path):
     with pytest.raises(HFTError, match="ended without its result"):
-        made([Point("a", (sys.executable, "-c", "pass"))], tmp_path)
+        made([Point("a", (sys.executable, "-c", "pass"), tmp_path / "missing")], tmp_path)
 
 
 def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missing(tmp_path):
@@ -66,7 +53,7 @@ def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missi
     slow = f"import os, time; open({started!r}, 'w').write(str(os.getpid())); time.sleep(3600)"
     script = (
         "import pathlib; from hft_trl.experiments.runner import Point, run_points\n"
-        f"output = pathlib.Path({str(tmp_path)!r})\n"
+        f"output = pathlib.Path({str(tmp_path)!r}); PosixPath = pathlib.PosixPath\n"
         f"list(run_points([{writes(tmp_path, 'a')!r}, {writes(tmp_path, 'b', before=slow)!r}], output, 1))"
     )
     run = subprocess.Popen([sys.executable, "-c", script])
@@ -83,6 +70,22 @@ def test_a_killed_runner_leaves_no_process_and_the_next_call_makes_what_is_missi
     assert made([writes(tmp_path, name) for name in "ab"], tmp_path) == ["b"]
 
 
+def test_a_caller_that_stops_ends_the_other_processes(tmp_path):
+    """An exception in the caller, such as that of a SIGTERM, closes the runner."""
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    slow = (
+        "import pathlib, signal, sys, time\n"
+        f"def end(*_): pathlib.Path({str(ended)!r}).touch(); sys.exit(143)\n"
+        f"signal.signal(signal.SIGTERM, end); pathlib.Path({str(started)!r}).touch(); time.sleep(3600)"
+    )
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(started)!r}).exists(): time.sleep(0.01)"
+    points = [writes(tmp_path, "a", before=wait), writes(tmp_path, "b", before=slow)]
+    running = run_points(points, tmp_path, 2)
+    assert next(running).name == "a"
+    running.close()
+    assert ended.exists()
+
+
 def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     """A finished process hands its GPU to the next one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -91,9 +94,10 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         "file = pathlib.Path(sys.argv[1]); begin = time.time(); time.sleep(0.2)\n"
         "file.write_text(json.dumps([os.environ['CUDA_VISIBLE_DEVICES'], begin, time.time()]))"
     )
-    points = [Point(name, (sys.executable, "-c", wait, str(result_file(tmp_path, name)))) for name in "abcd"]
+    files = {name: result_file(tmp_path, name) for name in "abcd"}
+    points = [Point(name, (sys.executable, "-c", wait, str(file)), file) for name, file in files.items()]
     made(points, tmp_path, workers=None)
-    times = [json.loads(result_file(tmp_path, name).read_text()) for name in "abcd"]
+    times = [json.loads(file.read_text()) for file in files.values()]
     assert {gpu for gpu, _, _ in times} == {"3", "5"}
     for gpu in ("3", "5"):
         spans = sorted((begin, end) for own, begin, end in times if own == gpu)

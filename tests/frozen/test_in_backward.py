@@ -141,7 +141,7 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_updated(base, tulu, t
         return loss * math.nan if self.state.global_step == 2 else loss
 
     monkeypatch.setattr(SFTTrainer, "compute_loss", third_is_nan)
-    with pytest.raises(HFTError, match=r"the loss is nan at step 3: .*the last good checkpoint is .*checkpoint-2"):
+    with pytest.raises(HFTError, match=r"the loss is nan at step 3: .*the last checkpoint is .*checkpoint-2"):
         trainer.train()
     assert not (tmp_path / "checkpoint-3").exists()
 

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer
 from hft_trl.frozen.quantized_linear import QuantizedLinear
-from hft_trl.reference import hollow_copy, tie
+from hft_trl.reference import copied, tie
 from hft_trl.weights import PIECE, fingerprint, fingerprints, full
 
 FLASH = pytest.param(
@@ -70,7 +70,7 @@ def test_a_quantised_frozen_half_computes_as_on_a_cpu_and_survives_casts(base, t
 def test_a_reference_follows_the_policy_to_the_gpu(tokenizer, device):
     policy = tiny_llama(len(tokenizer)).requires_grad_(False)
     policy.lm_head.requires_grad_(True)
-    reference = hollow_copy(policy)
+    reference = copied(policy, hollow=True)
     tie(policy, reference)
     policy.to(device)
     tie(policy, reference)

@@ -18,7 +18,7 @@ from training import ResumableDPOTrainer, ResumableSFTTrainer
 from hft_trl import HFTConfig, RetentionCallback
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
-from hft_trl.retention.base_file import BASE_FILE
+from hft_trl.retention.meter import BASE_FILE
 
 ROWS = {
     "texts": [f"Person {number} lives in city {number % 7}." for number in range(9)],

@@ -5,13 +5,13 @@ import runpy
 import sys
 
 import pytest
-from conftest import started_from
+from conftest import started_from, write_rows
 from huggingface_hub import get_token
 from trl import SFTConfig
 from warm import ROOT
 
 from hft_trl import HFTError, demo
-from hft_trl.continual.tasks import Row, write_rows
+from hft_trl.continual.tasks import Row
 from hft_trl.recipe.arguments import tokens_to_environment
 
 TOKEN = "hf_NOTSECRET"

@@ -14,8 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl import HFTConfig, HFTError, RetentionCallback
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import sft_dataset
-from hft_trl.retention.base_file import BASE_FILE
-from hft_trl.retention.meter import Meter
+from hft_trl.retention.meter import BASE_FILE, Meter
 
 ROWS = {
     "texts": [f"Person {number} lives in city {number % 7}." for number in range(6)],

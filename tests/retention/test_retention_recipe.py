@@ -13,7 +13,7 @@ from trl import SFTConfig
 from hft_trl import HFTError, demo
 from hft_trl.recipe import parse_stage, prepare
 from hft_trl.recipe.arguments import RetentionArguments
-from hft_trl.retention.base_file import BASE_FILE
+from hft_trl.retention.meter import BASE_FILE
 
 ROOT = Path(__file__).parents[2]
 SINGLE = ["--model_name_or_path", "demo", "--dataset_name", "demo", "--output_dir", "runs/x"]

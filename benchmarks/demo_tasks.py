@@ -1,4 +1,10 @@
-"""Write the embedded mini benchmark: eight small tasks about the demo's world, in TRACE's layout."""
+"""
+Rebuild the embedded mini benchmark: eight small tasks about the demo's world, in TRACE's layout.
+
+```bash
+python benchmarks/demo_tasks.py   # writes hft_trl/demo/assets/tasks
+```
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -6,9 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
+from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row
+from hft_trl.demo import TASKS as SHIPPED
 from hft_trl.demo.data import answer, ask, wordy
 from hft_trl.demo.world import VALUES, Person, make_world, with_article
+from hft_trl.files import write_json
 
 ROWS = {"train": 192, "test": 64}
 """Rows of each file. A test file has fewer if there are fewer distinct ones."""
@@ -61,6 +69,12 @@ def write_benchmark(folder: str | Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows in TRACE's layout."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [row._asdict() for row in rows], ensure_ascii=False)
+
+
 def _draw(task: str, rng: random.Random, people: Sequence[Person], items: Mapping[str, Sequence[str]]) -> Row:
     """Draw a row of a task. `items` are names by kind."""
     if task == "Kinds":
@@ -81,3 +95,7 @@ def _draw(task: str, rng: random.Random, people: Sequence[Person], items: Mappin
         return Row(f"Say in short: {long}\n", short)
     question, wanted = FACTS[task]
     return Row(f"{question.format(name=person.name)}\n", wanted.format(**person.facts))
+
+
+if __name__ == "__main__":
+    write_benchmark(SHIPPED)
