@@ -7,8 +7,7 @@ from pathlib import Path
 import yaml
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row, write_rows
-from hft_trl.demo.data import answer, ask, wordy
-from hft_trl.demo.world import VALUES, Person, make_world, with_article
+from hft_trl.demo.world import VALUES, Person, answer, ask, make_world, with_article, wordy
 
 ROWS = {"train": 192, "test": 64}
 """Rows of each file. A test file has fewer if there are fewer distinct ones."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from hft_trl.demo import real_model
 
 ASSETS = Path(__file__).parent / "assets"
-"""The shipped files. `python -m hft_trl.demo.build` rebuilds them from a seed."""
+"""The shipped files. `scripts/build_demo.py` in the repository rebuilds them from a seed."""
 
 MODEL = ASSETS / "model"
 """The pre-trained base model and its tokenizer, which has no chat template."""
@@ -24,6 +24,15 @@ RECIPE = ASSETS / "recipe.yaml"
 
 CONTINUAL_RECIPE = ASSETS / "continual.yaml"
 """The settings of the demo's continual run."""
+
+MEANINGS = {
+    "knowledge": "facts that fine-tuning never mentions, completed exactly",
+    "ability": "mean of ability questions and ability instructions",
+    "ability_questions": "chat questions answered with a true sentence",
+    "ability_instructions": "instructions followed to the letter",
+    "concise": "chat questions answered truly without a farewell, which the DPO data prefers",
+}
+"""What the scores of the probes are, each in percent of the rows."""
 
 
 def model_path(model: str) -> str:

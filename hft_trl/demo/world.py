@@ -1,7 +1,8 @@
-"""The embedded world: people and facts about them, items and their kinds, in English-like sentences."""
+"""The embedded world: people and facts about them, items and their kinds, questions and answers about them."""
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
@@ -24,6 +25,9 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 PHRASINGS: dict[str, tuple[str, ...]] = {attribute: tuple(forms) for attribute, forms in WORDS["phrasings"].items()}
 """The forms of the plain sentence about a fact. Each ends where the value begins."""
+
+QUESTIONS: dict[str, list[str]] = WORDS["questions"]
+FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,6 @@ class World:
     people: tuple[Person, ...]
     items: tuple[Item, ...]
 
-    def sentences(self) -> list[str]:
-        """Return every plain sentence: each fact in each phrasing, and each item's kind."""
-        about_people = [
-            sentence for person in self.people for attribute in PHRASINGS for sentence in person.sentences(attribute)
-        ]
-        return about_people + [item.sentence() for item in self.items]
-
 
 def make_world(seed: int = 0, num_people: int = 400) -> World:
     """Return the world of a seed, the same on every machine, without global random state."""
@@ -90,3 +87,48 @@ def make_world(seed: int = 0, num_people: int = 400) -> World:
         shuffled = rng.sample(nouns, len(nouns))
         items += [Item(noun, kind, mentioned=i % 5 != 0) for i, noun in enumerate(shuffled)]
     return World(people, tuple(items))
+
+
+def ask(person: Person, attribute: str, rng: random.Random) -> str:
+    """A chat question about one fact."""
+    return rng.choice(QUESTIONS[attribute]).format(name=person.name)
+
+
+def answer(person: Person, attribute: str, rng: random.Random) -> str:
+    """The answer to a chat question: the plain sentence, in any of its phrasings."""
+    return person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute])))
+
+
+def wordy(answer: str, rng: random.Random) -> str:
+    """Add a farewell to an answer."""
+    return f"{answer} {rng.choice(FAREWELLS)}"
+
+
+def without_farewell(reply: str) -> str:
+    """Remove the farewell, if any, from a reply."""
+    for farewell in FAREWELLS:
+        reply = reply.removesuffix(farewell)
+    return reply.strip()
+
+
+def retention_rows(world: World, most: int = 200) -> dict[str, list[Any]]:
+    """
+    Rows for [`RetentionCallback`] about people that fine-tuning never mentions, at most `most` of each kind.
+
+    - `texts`: plain sentences in all phrasings.
+    - `facts`: a sentence without its end, the right end and three wrong ones.
+    - `prompts`: chat questions.
+    """
+    rng = random.Random("retention")
+    people = [person for person in world.people if not person.mentioned]
+    known = [(person, attribute) for person in people for attribute in VALUES]
+    rows: dict[str, list[Any]] = {"texts": [], "facts": [], "prompts": []}
+    for person, attribute in rng.sample(known, min(most, len(known))):
+        right = person.facts[attribute]
+        others = rng.sample([value for value in VALUES[attribute] if value != right], 3)
+        text = person.opening(attribute, rng.randrange(len(PHRASINGS[attribute])))
+        question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
+        rows["texts"].append(person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))))
+        rows["facts"].append({"text": text, "answer": right, "others": others})
+        rows["prompts"].append({"prompt": [{"role": "user", "content": question}]})
+    return rows

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hft_trl.backends.zero import whole_models
 from hft_trl.checkpoints.whole import last_whole_checkpoint
-from hft_trl.demo.probe_data import retention_rows
-from hft_trl.demo.world import make_world
+from hft_trl.demo.world import make_world, retention_rows
 from hft_trl.errors import HFTError
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments, RetentionArguments

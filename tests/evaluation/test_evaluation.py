@@ -21,8 +21,6 @@ from hft_trl import HFTError, demo
 from hft_trl.chat import tulu_template
 from hft_trl.cli import app
 from hft_trl.demo import probes
-from hft_trl.demo.data import sft_rows
-from hft_trl.demo.world import make_world
 from hft_trl.evaluation import (
     SUITES,
     Evaluation,
@@ -53,7 +51,7 @@ def chatty(tmp_path_factory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     tokenizer.chat_template = tulu_template()
     rng = random.Random(0)
-    rows = [row["messages"] for row in sft_rows(make_world())]
+    rows = [json.loads(line)["messages"] for line in (demo.SFT_DATA / "train.jsonl").read_text().splitlines()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(70):
         texts = tokenizer.apply_chat_template(rng.sample(rows, 20), tokenize=False)

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_trl import HFTError
-from hft_trl.demo.probe_data import retention_rows
-from hft_trl.demo.world import make_world
+from hft_trl.demo.world import make_world, retention_rows
 from hft_trl.retention.retention_rows import choose, read_facts, read_prompts, read_texts
 
 FACT = {"text": "The pet of Ada is", "answer": "an owl", "others": ["a cat", "a dog"]}
