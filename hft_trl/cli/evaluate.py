@@ -10,6 +10,7 @@ import typer
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
+from hft_trl.files import check_output
 
 app = typer.Typer()
 
@@ -48,6 +49,7 @@ def evaluate_command(
     Finished tasks are read from the cache. For several processes, launch recipes/evaluate.py.
     """
     suites = parse_suites(suite)
+    check_output("--output", output)
     with quiet(logging.WARNING):  # the harness warns of prompts that it truncates
         from accelerate import PartialState
 

@@ -27,12 +27,10 @@ CONTINUAL_RECIPE = ASSETS / "continual.yaml"
 
 MEANINGS = {
     "knowledge": "facts that fine-tuning never mentions, completed exactly",
-    "ability": "mean of ability questions and ability instructions",
-    "ability_questions": "chat questions answered with a true sentence",
-    "ability_instructions": "instructions followed to the letter",
-    "concise": "chat questions answered truly without a farewell, which the DPO data prefers",
+    "ability": "mean of questions and instructions about such facts and things, answered right",
+    "concise": "questions answered right without a farewell, as the preference data teach",
 }
-"""What the scores of the probes are, each in percent of the rows."""
+"""What the main scores of the probes are, in percent."""
 
 
 def model_path(model: str) -> str:

@@ -61,7 +61,7 @@ def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256, limit: int | None = None
 ) -> dict[str, float]:
     """
-    Measure the scores of [`hft_trl.demo.MEANINGS`] in percent, on at most `limit` rows of each probe.
+    Measure [`hft_trl.demo.MEANINGS`] and both parts of ability in percent, on at most `limit` rows of each probe.
 
     The training mode and random states do not change. A tokenizer without a chat template gets Tülu's.
     """

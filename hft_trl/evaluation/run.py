@@ -20,7 +20,7 @@ from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
-from hft_trl.files import read_object, write_json
+from hft_trl.files import check_output, read_object, write_json, writing
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.trainers.compatibility import check
@@ -84,6 +84,7 @@ def evaluate_models(
             "raise it, or launch fewer processes."
         )
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
+    check_output("--cache", cache)
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
@@ -182,10 +183,5 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
         name: {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
         for name, figures in results.items()
     }
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
+    with writing(cache, resumes=False):
         write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})
-    except OSError as error:
-        raise HFTError(
-            f"the cache {cache} cannot be written ({error.strerror}): choose another with --cache."
-        ) from error

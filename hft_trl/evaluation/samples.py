@@ -1,6 +1,5 @@
 """Greedy answers of saved models to prompts, as texts or in the file format of AlpacaEval's judge."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from hft_trl.backends.zero import whole_models
 from hft_trl.chat import chat, load_tokenizer
-from hft_trl.errors import HFTError, as_user_error
+from hft_trl.errors import as_user_error
 from hft_trl.evaluation.run import find_model
-from hft_trl.files import read_texts, replacing, writing
+from hft_trl.files import check_output, read_texts, write_json, writing
 
 
 def sample_answers(
@@ -60,24 +59,20 @@ def write_replies(
     file adds `output` and `generator`, the name that the judge shows.
     """
     rows = read_texts(prompts, "instruction")[:limit]
-    if output.is_dir():
-        raise HFTError(f"{output} is a folder: give a file with --output.")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as new:
-            new.touch()  # fails before the replies are generated
-            replies = sample_answers(
-                name,
-                [row["instruction"] for row in rows],
-                max_new_tokens,
-                chat_template=chat_template,
-                dtype=dtype,
-                batch_size=batch_size,
-                progress=True,
-            )
-            answered = [
-                {"dataset": "", **row, "output": reply, "generator": generator}
-                for row, reply in zip(rows, replies, strict=True)
-            ]
-            new.write_text(json.dumps(answered, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    check_output("--output", output, is_file=True)
+    replies = sample_answers(
+        name,
+        [row["instruction"] for row in rows],
+        max_new_tokens,
+        chat_template=chat_template,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=True,
+    )
+    answered = [
+        {"dataset": "", **row, "output": reply, "generator": generator}
+        for row, reply in zip(rows, replies, strict=True)
+    ]
+    with writing(output, resumes=False):
+        write_json(output, answered, ensure_ascii=False)
     return len(answered)

@@ -1,12 +1,11 @@
 """A comparison of saved models as a sentence, tables, JSON and a picture."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hft_trl.errors import HFTError
-from hft_trl.files import writing
+from hft_trl.files import check_output, writing
 from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
@@ -100,11 +99,9 @@ def check_picture(path: str | Path) -> None:
     """Reject a picture that cannot be written, before models are compared."""
     from matplotlib.backend_bases import FigureCanvasBase
 
-    path = Path(path)
-    known = path.suffix.removeprefix(".").lower() in FigureCanvasBase.get_supported_filetypes()
-    if not known or path.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = "cannot be written there" if known else "does not end in a picture format"
-        raise HFTError(f"plot {str(path)!r} {reason}: choose another file, such as diff.png.")
+    if Path(path).suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise HFTError(f"--plot is {str(path)!r}, which does not end in a picture format: use a name as diff.png.")
+    check_output("--plot", path, is_file=True)
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
@@ -112,8 +109,8 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
-        raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
-    with writing(Path(path).parent):
+        raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no unit's change is defined.")
+    with writing(Path(path).parent, resumes=False):
         save_figure(figure, path)
 
 

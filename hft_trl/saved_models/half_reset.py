@@ -126,7 +126,7 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
 def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
     """Return both models and the resolved folder, after all checks that need no writing."""
     out = Path(out)
-    with writing(out):
+    with writing(out, resumes=False):
         empty = out.is_dir() and not any(out.iterdir())
         taken = not empty and (out.exists() or out.is_symlink())
     if taken:
@@ -141,7 +141,7 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
-    with writing(out):
+    with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             folder = Path(temporary, out.name)  # the temporary folder itself is accessible only to its owner

@@ -261,7 +261,7 @@ def test_the_probes_are_deterministic_and_leave_randomness_and_mode_alone(shippe
     assert model.training is training
     assert tokenizer.chat_template is None
     assert first == evaluate(model, tokenizer, limit=8)
-    assert set(first) == set(demo.MEANINGS)
+    assert set(first) == {*demo.MEANINGS, "ability_questions", "ability_instructions"}
     assert all(0 <= value <= 100 for value in first.values())
     assert first["knowledge"] >= 99
     assert first["ability"] == 0

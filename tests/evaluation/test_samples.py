@@ -102,7 +102,7 @@ def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base,
     monkeypatch.setattr("hft_trl.evaluation.samples.find_model", lambda *_: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "is a folder: give a file with --output" in result.output.replace("\n", " ")
+    assert "which cannot be written (Is a directory): choose another file" in result.output
     assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
 
 
