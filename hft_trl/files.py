@@ -124,14 +124,17 @@ def sync(path: Path) -> None:
 
 
 def check_output(flag: str, path: str | Path, is_file: bool = False) -> None:
-    """Reject an output that cannot be written before the work for it begins. Its folder is created."""
+    """Reject an output that cannot be written before the work for it begins. Nothing is left behind."""
     path = Path(path)
     folder = path.parent if is_file else path
     try:
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             if is_file and path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for place in new:
+            place.rmdir()
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         kind, reason = "file" if is_file else "folder", getattr(error, "strerror", None) or error
         raise HFTError(

@@ -91,13 +91,21 @@ def test_other_errors_are_left_alone(tmp_path):
         assert caught.value is error
 
 
-def test_an_output_is_checked_before_the_work_and_nothing_is_left_in_its_folder(tmp_path):
-    """A folder is made where it is missing; a file, a folder in place of a file, and odd names are rejected."""
+def test_an_output_is_checked_before_the_work_and_nothing_is_left_behind(tmp_path):
+    """Missing folders are no obstacle; a file, a folder in place of a file, and odd names are rejected."""
     check_output("--output", tmp_path / "new" / "out")
     check_output("--plot", tmp_path / "new" / "diff.png", is_file=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["new", "out"]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
     (tmp_path / "file").write_text("kept")
-    for path, is_file in (("file", False), ("file/diff.png", True), ("new", True), ("a\0b", False), ("x" * 999, False)):
+    for path, is_file in (
+        ("file", False),
+        ("file/diff.png", True),
+        ("new", True),
+        ("a\0b", False),
+        ("x" * 999, False),
+    ):
         with pytest.raises(HFTError, match=r"--flag is .*, which cannot be written \(.*\): choose another"):
             check_output("--flag", tmp_path / path, is_file)
     assert (tmp_path / "file").read_text() == "kept"
+    assert {path.name for path in tmp_path.rglob("*")} == {"new", "file"}

@@ -49,12 +49,12 @@ def evaluate_command(
     Finished tasks are read from the cache. For several processes, launch recipes/evaluate.py.
     """
     suites = parse_suites(suite)
-    check_output("--output", output)
     with quiet(logging.WARNING):  # the harness warns of prompts that it truncates
-        from accelerate import PartialState
-
         from hft_trl.evaluation.run import evaluate_models, find_models
+        from hft_trl.processes import speaks
 
+        if speaks():
+            check_output("--output", output)
         evaluation = evaluate_models(
             find_models(models, base),
             suites,
@@ -65,7 +65,7 @@ def evaluate_command(
             run_code=run_code,
             cache=cache,
         )
-        if not PartialState().is_main_process:
+        if not speaks():
             return
         written = write_evaluation(evaluation, output)
     if as_json:

@@ -90,15 +90,20 @@ def plan_command(
         raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
     settings = given(**locals() | {"method": None})
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
-    with quiet():
-        from hft_trl.planning.fit import Planner, operations_ratios
+    from rich.console import Console
+
+    with quiet(), Console(stderr=True, quiet=as_json).status(f"Reading the config of {model}") as status:
+        from hft_trl.planning.fit import TIGHT, Planner, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
         from hft_trl.planning.task import Task
+        from hft_trl.planning.write import new_files
         from hft_trl.planning.write import write as write_plan
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 
+        if write:
+            new_files(write)
         storage = Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen)
         length, batch = sequence_length, BATCH[stage] if global_batch is None else global_batch
         layouts = () if launch is None else (launch,)
@@ -107,7 +112,7 @@ def plan_command(
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
         task = dataclasses.replace(task, sequence_length=_length(model, skeleton, length))
         previous = selection_of(skeleton)
-        planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
+        planners = {name: Planner(skeleton, config, previous, status.update) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
         for name in shown:
             planners[name].check_types(task)
@@ -127,12 +132,13 @@ def plan_command(
         found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
         typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))
         return
-    from rich.console import Console
-
     console = Console(highlight=False)
     console.print(heading(model, task), style="bold", soft_wrap=True, markup=False)
     console.print(rich_table(memory_grid(plans)))
     for plan, ways in zip(plans, helps, strict=True):
+        if plan.fits and plan.left < TIGHT:
+            text = f"{plan.method.upper()} fits with {100 * plan.left:.1f} % left: kernels and other programs may need"
+            console.print(f"{text} more. A smaller --sequence-length or more --gpus leave a margin.", soft_wrap=True)
         if not plan.fits:
             missing = f"{(plan.total - plan.available) / 1e9:,.1f} GB are missing on each GPU."
             advice = "What would help:" if ways else "No other flag would help."

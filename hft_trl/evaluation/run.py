@@ -84,11 +84,12 @@ def evaluate_models(
             "raise it, or launch fewer processes."
         )
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
-    check_output("--cache", cache)
+    is_main = state.is_main_process
+    if is_main:
+        check_output("--cache", cache)
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
-    is_main = state.is_main_process
     digests = _broadcast({name: model_digest(folder) for name, folder in models.items()} if is_main else None)
     tokenizers = {name: load_tokenizer(str(folder), chat_template) for name, folder in models.items()}
     if any(task.chat for task in tasks.values()):
@@ -184,4 +185,5 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
         for name, figures in results.items()
     }
     with writing(cache, resumes=False):
+        cache.mkdir(parents=True, exist_ok=True)
         write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})

@@ -74,5 +74,6 @@ def write_replies(
         for row, reply in zip(rows, replies, strict=True)
     ]
     with writing(output, resumes=False):
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, answered, ensure_ascii=False)
     return len(answered)

@@ -73,6 +73,7 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
         "memory": plan.memory,
         "total": plan.total,
         "missing": max(plan.total - plan.available, 0),
+        "left": max(plan.left, 0.0),
         "saved_for_backward": plan.saved,
         "operations": plan.operations,
         "helps": [
