@@ -45,3 +45,8 @@ def shown(source: str) -> str:
     if real_model.is_smollm2(source):
         return real_model.NAME
     return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source
+
+
+def on_hub(source: str) -> bool:
+    """Return whether a name is that of a model or data set on the hub: nothing local has it."""
+    return bool(source) and not Path(model_path(source)).exists()

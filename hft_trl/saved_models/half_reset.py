@@ -208,7 +208,6 @@ Nothing was trained; {changed:,} bytes changed. Settings: {settings}. Selection 
 
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
     # A card's base models are hub ids, so folders are named only in the text
-    hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
-    models = [name.partition("@")[0] for name in hub] or None
+    models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
     data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")

@@ -1,11 +1,16 @@
-"""The model card's section on what HFT trained."""
+"""What TRL's model card lacks: the names of what is not on the hub, and what HFT trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard
 
-from hft_trl.demo import shown
+from hft_trl.demo import on_hub, shown
 from hft_trl.selection import SELECTION_FILE, Selection
+
+if TYPE_CHECKING:
+    from hft_trl.trainers.mixin import HFTMixin
 
 CITATION = """\
 @inproceedings{hui2025hft,
@@ -17,13 +22,35 @@ CITATION = """\
 }"""
 
 
-def add_section(path: Path, selection: Selection) -> None:
-    """Add to TRL's model card, in place, which half of the model learned and how to cite the method."""
+def complete(trainer: "HFTMixin", dataset_name: str | Sequence[str] | None) -> None:
+    """
+    Complete TRL's model card in place: what the model started from, its data, and which half of it learned.
+
+    Only names on the hub become links. Local ones are written as they were given.
+    """
+    path, selection = Path(trainer.args.output_dir) / "README.md", trainer.hft_selection
     card = ModelCard.load(path)
-    card.data.tags = sorted({*(card.data.tags or []), "hft"})
+    datasets = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
+    card.data.datasets = [name for name in datasets if on_hub(name)] or None
+    data = f" on {' and '.join(_link(name, 'datasets/') for name in datasets)}" if datasets else ""
+    start = selection.start_model["name_or_path"]
+    text = card.text.replace("[None](https://huggingface.co/None)", _link(start) if start else "a model in memory")
+    text = text.replace(".\nIt has been trained", f"{data}.\nIt has been trained")
+    card.text = text.replace('model="None"', f'model="{trainer.args.output_dir}"')
+    if selection.config.method == "hft":
+        card.data.tags = sorted({*(card.data.tags or []), "hft"})
+        card.text += _section(selection)
+    card.save(path)
+
+
+def _link(name: str, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if on_hub(name) else f"`{shown(name)}`"
+
+
+def _section(selection: Selection) -> str:
     shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
     settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
-    card.text += f"""
+    return f"""
 ## Half Fine-Tuning
 
 In this stage a part of the parameters learned and the rest kept the bits of the start model
@@ -40,4 +67,3 @@ Cite HFT as:
 {CITATION}
 ```
 """
-    card.save(path)
