@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,36 +79,60 @@ def evaluate_command(
 @app.command("generate")
 @exit_on_user_error()
 def generate_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model, demo (embedded) or smollm2.")],
-    prompts: Annotated[Path, typer.Option(help="Local copy of AlpacaEval's alpaca_eval.json.")],
-    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write alpaca_eval's format.")] = False,
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/alpaca_eval/outputs.json"),
-    generator: Annotated[str | None, typer.Option(help="Name in the outputs; by default MODEL.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts; by default all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a reply, in tokens.")] = 2048,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folder, hub id, demo or smollm2.")],
+    prompts: Annotated[
+        list[str], typer.Option(help="A question, as often as you like. With --alpaca-eval a file, alpaca_eval.json.")
+    ],
+    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write a file in alpaca_eval's format.")] = False,
+    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = Path(
+        "runs/alpaca_eval/outputs.json"
+    ),
+    generator: Annotated[str | None, typer.Option(help="Name in that file; by default MODEL.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of its prompts; by default all.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer. [default: 256, with --alpaca-eval 2048]")
+    ] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     chat_template: ChatTemplate = None,
+    as_json: AsJson = False,
 ) -> None:
     """
-    Write a model's greedy replies to a file of prompts.
+    Ask models something: their greedy answers to --prompts, side by side.
 
-    The file is for the judge of the alpaca_eval project: alpaca_eval --model_outputs FILE.
+    --alpaca-eval writes the answers of one model to a file for that project's judge: alpaca_eval --model_outputs FILE.
     """
-    if not alpaca_eval:
-        raise HFTError("the format of the outputs is missing: pass --alpaca-eval, the only format so far.")
+    options = {"dtype": dtype, "batch_size": batch_size, "chat_template": chat_template}
+    if alpaca_eval and len(models) + len(prompts) > 2:
+        raise HFTError("--alpaca-eval takes one model and one file of prompts.")
+    if not alpaca_eval and (files := [prompt for prompt in prompts if os.path.exists(prompt)]):  # noqa: PTH110
+        raise HFTError(f"--prompts is the file {files[0]!r}: add --alpaca-eval, or give a question.")
+    if not alpaca_eval and (generator or limit):
+        raise HFTError("--generator and --limit are about the file that --alpaca-eval writes: add it, or remove them.")
     with quiet():
-        from hft_trl.evaluation.samples import write_replies
+        from hft_trl.evaluation.samples import sample_answers, write_replies
 
-        written = write_replies(
-            model,
-            prompts,
-            output,
-            generator or model,
-            limit=limit,
-            chat_template=chat_template,
-            dtype=dtype,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        )
-    typer.echo(f"Written: {output}, {written} replies")
+        if alpaca_eval:
+            options["max_new_tokens"] = max_new_tokens or 2048
+            written = write_replies(
+                models[0], Path(prompts[0]), output, generator or models[0], limit=limit, **options
+            )
+        else:
+            answers = {model: sample_answers(model, prompts, max_new_tokens or 256, **options) for model in models}
+    if alpaca_eval:
+        typer.echo(f"Written: {output}, {written} replies")
+        return
+    if as_json:
+        typer.echo(json.dumps({"prompts": prompts, "answers": answers}, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for number, prompt in enumerate(prompts):
+        table = Table.grid(padding=(0, 2))
+        for model, texts in answers.items():
+            table.add_row(Text(model), Text(texts[number]))
+        console.print(Text(prompt, "bold"))
+        console.print(table)

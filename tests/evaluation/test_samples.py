@@ -118,7 +118,24 @@ def test_a_reply_ends_with_the_models_positions(tokenizer):
         chat(model, tokenizer, ["Where does a person live? " * 20], 8)
 
 
-def test_the_format_has_to_be_named(base, tmp_path):
-    result = generate(base, "--prompts", tmp_path)
-    assert result.exit_code == 2
-    assert "--alpaca-eval" in result.stderr
+def test_models_are_asked_side_by_side(base, tmp_path):
+    """Each question, below it each model with its greedy answer; as JSON the same."""
+    prompts = ["Where does [Ada] live?", "Where?"]
+    flags = [base, "demo", "--prompts", prompts[0], "--prompts", prompts[1], "--max-new-tokens", 8]
+    answers = {str(model): sample_answers(str(model), prompts, 8) for model in (base, "demo")}
+    result = generate(*flags, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"prompts": prompts, "answers": answers}
+    shown = generate(*flags).stdout
+    assert shown.index(prompts[0]) < shown.index("demo") < shown.index(prompts[1])
+    words = shown.split()
+    assert all(word in words for answer in answers["demo"] for word in answer.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_prompts_needs_the_format_and_the_format_one_file_and_one_model(base, tmp_path):
+    two = ["--prompts", "a", "--prompts", "b", "--alpaca-eval"]
+    for flags in (["--prompts", tmp_path], two, ["--prompts", "a", "--limit", 1]):
+        result = generate(base, *flags)
+        assert result.exit_code == 2
+        assert "--alpaca-eval" in result.stderr
