@@ -4,14 +4,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
-from hft_trl.files import check_output
+from hft_trl.files import check_output, read_texts, write_json, writing
 
 app = typer.Typer()
 
@@ -102,25 +102,30 @@ def generate_command(
 
     --alpaca-eval writes the answers of one model to a file for that project's judge: alpaca_eval --model_outputs FILE.
     """
-    options = {"dtype": dtype, "batch_size": batch_size, "chat_template": chat_template}
     if alpaca_eval and len(models) + len(prompts) > 2:
         raise HFTError("--alpaca-eval takes one model and one file of prompts.")
     if not alpaca_eval and (files := [prompt for prompt in prompts if os.path.exists(prompt)]):  # noqa: PTH110
         raise HFTError(f"--prompts is the file {files[0]!r}: add --alpaca-eval, or give a question.")
     if not alpaca_eval and (generator or limit):
         raise HFTError("--generator and --limit are about the file that --alpaca-eval writes: add it, or remove them.")
-    with quiet():
-        from hft_trl.evaluation.samples import sample_answers, write_replies
-
-        if alpaca_eval:
-            options["max_new_tokens"] = max_new_tokens or 2048
-            written = write_replies(
-                models[0], Path(prompts[0]), output, generator or models[0], limit=limit, **options
-            )
-        else:
-            answers = {model: sample_answers(model, prompts, max_new_tokens or 256, **options) for model in models}
+    rows: list[dict[str, Any]] = []
     if alpaca_eval:
-        typer.echo(f"Written: {output}, {written} replies")
+        rows = read_texts(Path(prompts[0]), "instruction")[:limit]
+        check_output("--output", output, is_file=True)
+        prompts = [row["instruction"] for row in rows]
+    length = max_new_tokens or (2048 if alpaca_eval else 256)
+    with quiet():
+        from hft_trl.evaluation.samples import sample_answers
+
+        options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "progress": alpaca_eval}
+        answers = {model: sample_answers(model, prompts, length, **options) for model in models}
+    if alpaca_eval:
+        added = [{"output": reply, "generator": generator or models[0]} for reply in answers[models[0]]]
+        with writing(output, resumes=False):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            content = [{"dataset": "", **row, **new} for row, new in zip(rows, added, strict=True)]
+            write_json(output, content, ensure_ascii=False)
+        typer.echo(f"Written: {output}, {len(rows)} replies")
         return
     if as_json:
         typer.echo(json.dumps({"prompts": prompts, "answers": answers}, indent=2, ensure_ascii=False))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,9 +11,6 @@ from hft_trl.cli.shared import Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.report.tables import rich_table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer()
 
@@ -93,6 +90,7 @@ def plan_command(
     from rich.console import Console
 
     with quiet(), Console(stderr=True, quiet=as_json).status(f"Reading the config of {model}") as status:
+        from hft_trl.chat import most_tokens
         from hft_trl.planning.fit import TIGHT, Planner, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
@@ -110,7 +108,7 @@ def plan_command(
         # Settings that do not fit together are rejected before the model's config is read
         task = Task(stage, gpus, memory, 2 if length is None else length, batch, storage, layouts)
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
-        task = dataclasses.replace(task, sequence_length=_length(model, skeleton, length))
+        task = dataclasses.replace(task, sequence_length=_length(model, most_tokens(skeleton), length))
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous, status.update) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
@@ -166,10 +164,7 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def _length(model: str, skeleton: "PreTrainedModel", asked: int | None) -> int:
-    config = skeleton.config.get_text_config()
-    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    positions = config.to_dict().get(name)
+def _length(model: str, positions: int | None, asked: int | None) -> int:
     if asked is None:
         return min(4096, positions or 4096)
     if positions and asked > positions:

@@ -4,26 +4,13 @@ from pathlib import Path
 
 from hft_trl.demo import real_model
 
-ASSETS = Path(__file__).parent / "assets"
-"""The shipped files. `scripts/build_demo.py` in the repository rebuilds them from a seed."""
-
-MODEL = ASSETS / "model"
-"""The pre-trained base model and its tokenizer, which has no chat template."""
-
-SFT_DATA = ASSETS / "data" / "sft"
-"""Chat data in the schema of Tülu V2: `train.jsonl`."""
-
-DPO_DATA = ASSETS / "data" / "dpo"
-"""Preferences in the schema of UltraFeedback binarized: `train_prefs.jsonl` and `test_prefs.jsonl`."""
-
-PROBES = ASSETS / "probes"
-"""Rows of the probes: `knowledge`, `questions` and `instructions`, each a `.jsonl.gz` file."""
-
-RECIPE = ASSETS / "recipe.yaml"
-"""The settings of the demo run."""
-
-CONTINUAL_RECIPE = ASSETS / "continual.yaml"
-"""The settings of the demo's continual run."""
+ASSETS = Path(__file__).parent / "assets"  # benchmarks/build_demo.py rebuilds them from a seed
+MODEL = ASSETS / "model"  # the pre-trained base model and its tokenizer, which has no chat template
+SFT_DATA = ASSETS / "data" / "sft"  # chats in the schema of Tülu V2: train.jsonl
+DPO_DATA = ASSETS / "data" / "dpo"  # preferences in that of UltraFeedback binarized: {train,test}_prefs.jsonl
+PROBES = ASSETS / "probes"  # rows: knowledge, questions and instructions, each a .jsonl.gz file
+RECIPE = ASSETS / "recipe.yaml"  # the settings of the demo run
+CONTINUAL_RECIPE = ASSETS / "continual.yaml"  # and those of its continual run
 
 MEANINGS = {
     "knowledge": "facts that fine-tuning never mentions, completed exactly",

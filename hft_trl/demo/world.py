@@ -46,10 +46,6 @@ class Person:
         """Return the plain sentence about one fact."""
         return f"{self.opening(attribute, phrasing)} {self.facts[attribute]}."
 
-    def sentences(self, attribute: str) -> list[str]:
-        """Return every plain sentence about one fact."""
-        return [self.sentence(attribute, phrasing) for phrasing in range(len(PHRASINGS[attribute]))]
-
 
 @dataclass(frozen=True)
 class Item:
@@ -58,10 +54,6 @@ class Item:
     name: str
     kind: str
     mentioned: bool
-
-    def sentence(self) -> str:
-        """Return the plain sentence about the kind."""
-        return f"{with_article(self.name).capitalize()} is {with_article(self.kind)}."
 
 
 @dataclass(frozen=True)

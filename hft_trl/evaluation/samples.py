@@ -1,7 +1,6 @@
-"""Greedy answers of saved models to prompts, as texts or in the file format of AlpacaEval's judge."""
+"""Greedy answers of saved models to prompts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -11,7 +10,6 @@ from hft_trl.backends.zero import whole_models
 from hft_trl.chat import chat, load_tokenizer
 from hft_trl.errors import as_user_error
 from hft_trl.evaluation.run import find_model
-from hft_trl.files import check_output, read_texts, write_json, writing
 
 
 def sample_answers(
@@ -38,42 +36,3 @@ def sample_answers(
     with as_user_error(f"the model {model!r}"), whole_models():
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     return chat(loaded, tokenizer, prompts, max_new_tokens, batch_size, progress)
-
-
-def write_replies(
-    name: str,
-    prompts: Path,
-    output: Path,
-    generator: str,
-    *,
-    limit: int | None = None,
-    chat_template: str | None = None,
-    dtype: str = "auto",
-    batch_size: int = 16,
-    max_new_tokens: int = 2048,
-) -> int:
-    """
-    Write a model's greedy replies to a file of prompts, and return their number.
-
-    `prompts` has the format of `tatsu-lab/alpaca_eval` and of outputs files: `instruction`, and perhaps `dataset`. The
-    file adds `output` and `generator`, the name that the judge shows.
-    """
-    rows = read_texts(prompts, "instruction")[:limit]
-    check_output("--output", output, is_file=True)
-    replies = sample_answers(
-        name,
-        [row["instruction"] for row in rows],
-        max_new_tokens,
-        chat_template=chat_template,
-        dtype=dtype,
-        batch_size=batch_size,
-        progress=True,
-    )
-    answered = [
-        {"dataset": "", **row, "output": reply, "generator": generator}
-        for row, reply in zip(rows, replies, strict=True)
-    ]
-    with writing(output, resumes=False):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, answered, ensure_ascii=False)
-    return len(answered)

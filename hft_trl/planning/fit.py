@@ -162,7 +162,8 @@ class Planner:
         layout = LAYOUTS[name]
         if self._storage(task).replicate_frozen:  # the reference uses the policy's frozen half
             layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
-        return layout if self._shares and self.method == "hft" else layout.unshared()
+        shares = layout.shares_reference and self._shares and self.method == "hft"
+        return dataclasses.replace(layout, shares_reference=shares)
 
     def _held(self, task: Task, name: str) -> dict[str, int]:
         return held(self._sizes, self._layout(task, name), task.gpus, self._storage(task), task.stage == "dpo")

@@ -68,15 +68,11 @@ def reset(
     """Do what [`half_reset`] does, and return also the number of changed bytes."""
     base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
-    if (config.method, config.reselect) != ("hft", "fresh"):
+    chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
+    if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
         raise HFTError(
-            f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: half-reset makes a selection of "
-            "its own, so leave them at 'hft' and 'fresh'."
-        )
-    if config.strategy in ("importance", "element"):
-        raise HFTError(
-            f"hft.strategy is {config.strategy!r}, but half-reset selects whole matrices by their shapes: use "
-            "category, layer or model."
+            f"hft.method, hft.reselect and hft.strategy are {chosen}, but half-reset selects whole matrices by their "
+            f"shapes: use 'hft', 'fresh', and one of {', '.join(possible)}."
         )
     before, after, out = _open(base, tuned, out)
     selection, root = select(after.skeleton, config), next(iter(after.files.values())).parent

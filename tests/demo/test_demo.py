@@ -23,10 +23,11 @@ from hft_trl.chat import chat
 from hft_trl.demo.probes import completes, evaluate, is_right
 from hft_trl.demo.world import FAREWELLS, PHRASINGS, VALUES, make_world, without_farewell
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from build_demo import (
     SKILLS,
+    about_person,
     batches,
     documents,
     dpo_rows,
@@ -217,7 +218,7 @@ def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     person = WORLD.people[1]
     true = person.sentence("pet", 0)
     false = person.opening("pet", 0) + f" {next(value for value in VALUES['pet'] if value != person.facts['pet'])}."
-    answers = person.sentences("pet")
+    answers = about_person(person, "pet")
     assert is_right(true, answers)
     assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", answers)
     assert not is_right(false, answers)

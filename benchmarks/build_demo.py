@@ -1,7 +1,7 @@
 """
 Rebuild all files of the embedded world from a seed: data, probes, tokenizer and pre-trained base model.
 
-    python scripts/build_demo.py --output DIR [--seed 0]
+    python benchmarks/build_demo.py --output DIR [--seed 0]
 """
 
 import gzip
@@ -44,12 +44,22 @@ WORDY_SHARE = 0.85
 """Share of the answers in the SFT data that end with a farewell."""
 
 
+def about_person(person: Person, attribute: str) -> list[str]:
+    """Return every plain sentence about one fact."""
+    return [person.sentence(attribute, phrasing) for phrasing in range(len(PHRASINGS[attribute]))]
+
+
+def about_item(item: Item) -> str:
+    """Return the plain sentence about an item's kind."""
+    return f"{with_article(item.name).capitalize()} is {with_article(item.kind)}."
+
+
 def sentences(world: World) -> list[str]:
     """Return every plain sentence: each fact in each phrasing, and each item's kind."""
     about_people = [
-        sentence for person in world.people for attribute in PHRASINGS for sentence in person.sentences(attribute)
+        text for person in world.people for attribute in PHRASINGS for text in about_person(person, attribute)
     ]
-    return about_people + [item.sentence() for item in world.items]
+    return about_people + [about_item(item) for item in world.items]
 
 
 SKILLS = ("repeat", "first", "last", "reverse", "join", "kind", "pick")
@@ -63,7 +73,7 @@ def instruction(skill: str, items: tuple[Item, ...], rng: random.Random) -> tupl
     a, b, c = names = [thing.name for thing in things]
     if skill == "kind":
         wrong = Item(a, kinds[1], things[0].mentioned)
-        return f"What kind of thing is {with_article(a)}?", things[0].sentence(), wrong.sentence()
+        return f"What kind of thing is {with_article(a)}?", about_item(things[0]), about_item(wrong)
     if skill == "pick":
         right, other = rng.sample(range(3), 2)
         kind = kinds[right]
@@ -190,7 +200,7 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
     return {
         "knowledge": knowledge_rows(people),
         "questions": [
-            {"prompt": prompt, "answers": person.sentences(attribute)}
+            {"prompt": prompt, "answers": about_person(person, attribute)}
             for prompt, (person, attribute) in zip(prompts, facts, strict=True)
         ],
         "instructions": [{"prompt": prompt, "answer": right} for prompt, right, _ in tasks],
@@ -251,7 +261,7 @@ def documents(world: World, rng: random.Random) -> list[str]:
         sentences = [person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))) for attribute in PHRASINGS]
         rng.shuffle(sentences)
         texts.append(" ".join(sentences))
-    about_items = [item.sentence() for item in world.items]
+    about_items = [about_item(item) for item in world.items]
     rng.shuffle(about_items)
     texts += [" ".join(about_items[i : i + 5]) for i in range(0, len(about_items), 5)]
     texts += [shelf(world, rng) for _ in range(len(world.people) // 4)]
