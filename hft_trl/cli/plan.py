@@ -17,11 +17,6 @@ app = typer.Typer()
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
 BATCH = {"sft": 128, "dpo": 32}  # of the recipes
 
-RATIOS = {
-    "equal_settings": "HFT's step computes {} of FFT's with the same settings",
-    "as_planned": "and {} of it as planned here",
-}
-
 
 @app.command(
     "plan",
@@ -108,7 +103,12 @@ def plan_command(
         # Settings that do not fit together are rejected before the model's config is read
         task = Task(stage, gpus, memory, 2 if length is None else length, batch, storage, layouts)
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
-        task = dataclasses.replace(task, sequence_length=_length(model, most_tokens(skeleton), length))
+        positions = most_tokens(skeleton) or length or 4096
+        if length is not None and length > positions:
+            raise HFTError(
+                f"--sequence-length is {length}, but {model!r} has {positions} positions: use at most {positions}."
+            )
+        task = dataclasses.replace(task, sequence_length=length or min(4096, positions))
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous, status.update) for name, config in configs.items()}
         shown = [method] if method else ["fft", "hft"]
@@ -145,9 +145,10 @@ def plan_command(
                 verdict = "fits" if other.fits else "not enough"
                 verdict += " with sync_each_batch" if other.sync_each_batch else ""
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
-    for name, ratio_ in ratios.items():
-        if ratio_ is not None:
-            console.print(RATIOS[name].format(f"{ratio_:.2f}"), soft_wrap=True)
+    if (same := ratios["equal_settings"]) is not None:
+        console.print(f"HFT's step computes {same:.2f} of FFT's with the same settings", soft_wrap=True)
+    if (own := ratios["as_planned"]) is not None:
+        console.print(f"and {own:.2f} of it as planned here", soft_wrap=True)
     console.print("Computed from the shapes, not measured; see docs/plan.md.", soft_wrap=True)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
@@ -162,13 +163,3 @@ def parse_memory(text: str) -> int:
     if size <= 10**9:
         raise HFTError(f"--gpu-memory is {text!r}, of which 1 GB is reserved: use more, such as 24GB.")
     return size
-
-
-def _length(model: str, positions: int | None, asked: int | None) -> int:
-    if asked is None:
-        return min(4096, positions or 4096)
-    if positions and asked > positions:
-        raise HFTError(
-            f"--sequence-length is {asked}, but {model!r} has {positions} positions: use at most {positions}."
-        )
-    return asked

@@ -24,7 +24,8 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, resolved, sync, writing
-from hft_trl.saved_models.comparison import check_alike
+from hft_trl.saved_models.comparison import change, check_alike
+from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
@@ -95,7 +96,12 @@ def reset(
     with _new_folder(out) as folder:
         changed = _write_weights(before, after, shares, folder)
         selection.save(folder)
-        _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection, changed))
+        text = (
+            f"A random part of the parameters of `{tuned}` was set back to `{base}`, bit for bit; the rest is "
+            f"unchanged. Nothing was trained; {changed:,} bytes changed. Half-Reset is the pilot experiment of "
+            f"[HFT](https://arxiv.org/abs/2404.18466).\n\n{described(selection, 'stayed tuned')}"
+        )
+        _write_card(folder, before, after, "Half-Reset", text)
     return selection, changed
 
 
@@ -171,35 +177,16 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
             if share != 1:
                 old = after.counterpart(key, before)
                 tuned, new = new, _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
-                changed += _differ(tuned, new) * new.element_size()
+                changed += change(tuned, new).moved * new.element_size()
             tensors[key] = new
         save_file(tensors, folder / path.name, metadata)
     return changed
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Return the number of elements that differ, found piece by piece."""
-    pieces = zip(one.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
-    return sum(int((a != b).sum()) for a, b in pieces)
 
 
 def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
     """Return `(1 - share) * old + share * new` in the type of `new`, computed in float64 piece by piece."""
     pieces = zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK), strict=True)
     return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
-
-
-def _reset_text(before: SavedModel, after: SavedModel, selection: Selection, changed: int) -> str:
-    shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
-    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
-    return f"""\
-A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged.
-Nothing was trained; {changed:,} bytes changed. Settings: {settings}. Selection `{selection.digest}`, listed in
-`{SELECTION_FILE}`: its trainable parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
-
-| category | share that stayed tuned |
-|---|---|
-{shares}"""
 
 
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:

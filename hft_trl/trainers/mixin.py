@@ -140,9 +140,9 @@ class HFTMixin:
         # TRL would link a local data set to the hub
         super().create_model_card(model_name or Path(self.args.hub_model_id or self.args.output_dir).name, None, tags)
         if self.is_world_process_zero():
-            from hft_trl.trainers import model_card
+            from hft_trl.saved_models.model_card import complete
 
-            model_card.complete(self, dataset_name)
+            complete(self.args.output_dir, self.hft_selection, dataset_name)
 
 
 class _Begins(TrainerCallback):
