@@ -207,9 +207,31 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
     }
 
 
+def retention_rows(world: World, most: int = 200) -> list[Row]:
+    """
+    Draw rows for `RetentionCallback` about people that fine-tuning never mentions.
+
+    Each has a `text`, a plain sentence; a `fact`, a sentence without its end, the right end and three wrong ones; and
+    a `prompt`, a chat question.
+    """
+    rng = random.Random("retention")
+    people = [person for person in world.people if not person.mentioned]
+    known = [(person, attribute) for person in people for attribute in VALUES]
+    rows = []
+    for person, attribute in rng.sample(known, min(most, len(known))):
+        right = person.facts[attribute]
+        others = rng.sample([value for value in VALUES[attribute] if value != right], 3)
+        text = person.opening(attribute, rng.randrange(len(PHRASINGS[attribute])))
+        question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
+        sentence = person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute])))
+        fact = {"text": text, "answer": right, "others": others}
+        rows.append({"text": sentence, "fact": fact, "prompt": {"prompt": [{"role": "user", "content": question}]}})
+    return rows
+
+
 def write_probes(world: World, folder: Path) -> None:
     """Write the rows, a `.jsonl.gz` file per kind."""
-    for kind, rows in probe_rows(world).items():
+    for kind, rows in {**probe_rows(world), "retention": retention_rows(world)}.items():
         write_jsonl(rows, folder / f"{kind}.jsonl.gz")
 
 

@@ -21,6 +21,7 @@ def probe_rows(kind: str) -> list[dict[str, Any]]:
     - `"knowledge"`: `opening` and `ending` of a plain sentence, for each fact in every phrasing.
     - `"questions"`: a chat `prompt`, and `answers`, the true sentences.
     - `"instructions"`: `prompt`, and `answer`, the one right reply.
+    - `"retention"`: a `text`, a `fact` and a `prompt` for [`RetentionCallback`].
     """
     text = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -101,26 +100,3 @@ def without_farewell(reply: str) -> str:
     for farewell in FAREWELLS:
         reply = reply.removesuffix(farewell)
     return reply.strip()
-
-
-def retention_rows(world: World, most: int = 200) -> dict[str, list[Any]]:
-    """
-    Rows for [`RetentionCallback`] about people that fine-tuning never mentions, at most `most` of each kind.
-
-    - `texts`: plain sentences in all phrasings.
-    - `facts`: a sentence without its end, the right end and three wrong ones.
-    - `prompts`: chat questions.
-    """
-    rng = random.Random("retention")
-    people = [person for person in world.people if not person.mentioned]
-    known = [(person, attribute) for person in people for attribute in VALUES]
-    rows: dict[str, list[Any]] = {"texts": [], "facts": [], "prompts": []}
-    for person, attribute in rng.sample(known, min(most, len(known))):
-        right = person.facts[attribute]
-        others = rng.sample([value for value in VALUES[attribute] if value != right], 3)
-        text = person.opening(attribute, rng.randrange(len(PHRASINGS[attribute])))
-        question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
-        rows["texts"].append(person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))))
-        rows["facts"].append({"text": text, "answer": right, "others": others})
-        rows["prompts"].append({"prompt": [{"role": "user", "content": question}]})
-    return rows

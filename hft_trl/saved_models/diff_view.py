@@ -58,15 +58,11 @@ def _other_start(diff: "ModelDiff") -> str:
 
 def halves_grid(diff: "ModelDiff") -> Grid:
     """Return a table of the halves of the last stage: their change in it, beside that from the base."""
-    rows = []
-    for half, learned in (("learned", True), ("frozen", False)):
-        whole, stage = (
-            Change.total(
-                moved
-                for unit, (_, moved) in zip(_unit_changes(each), each.units, strict=True)
-                if unit.trainable is learned
-            )
-            for each in (diff, diff.stage)
+    learned, rows = set(diff.selection.trainable), []
+    for half in ("learned", "frozen"):
+        stage, whole = (
+            Change.total(moved for unit, moved in each.units if (unit.names[0] in learned) == (half == "learned"))
+            for each in (diff.stage, diff)
         )
         rows.append([half, count(whole.size), *_pair(stage), *_pair(whole)])
     columns = ["last stage", "parameters", "change in it", "moved", f"from {diff.base}", "moved"]
