@@ -110,7 +110,9 @@ def plan_command(
             )
         task = dataclasses.replace(task, sequence_length=length or min(4096, positions))
         previous = selection_of(skeleton)
-        planners = {name: Planner(skeleton, config, previous, status.update) for name, config in configs.items()}
+        planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
+        for planner in planners.values():
+            planner.tell = status.update
         shown = [method] if method else ["fft", "hft"]
         for name in shown:
             planners[name].check_types(task)

@@ -62,20 +62,12 @@ class Plan:
 
 
 class Planner:
-    """
-    Plans of one `method` for one model on the meta device. Traced steps are cached.
+    """Plans of one `method` for one model on the meta device. Traced steps are cached."""
 
-    `tell` gets a line of progress before each step is traced, which takes seconds.
-    """
+    tell: Callable[[str], object] = staticmethod(lambda _: None)  # gets a line before a step is traced, in seconds
 
-    def __init__(
-        self,
-        skeleton: PreTrainedModel,
-        hft: HFTConfig,
-        previous: Selection | None = None,
-        tell: Callable[[str], object] = lambda _: None,
-    ) -> None:
-        self.method, self._tell = hft.method, tell
+    def __init__(self, skeleton: PreTrainedModel, hft: HFTConfig, previous: Selection | None = None) -> None:
+        self.method = hft.method
         self._skeleton, self.selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self.selection)
         self._shares, self._published = hft.share_reference, skeleton.config.dtype
@@ -185,7 +177,7 @@ class Planner:
         )
         if settings not in self._steps:
             way = {0: "no", 1: "full"}.get(checkpointed, "selective")
-            self._tell(f"{self.method.upper()}: tracing a step, micro-batch {micro_batch}, {way} checkpointing")
+            self.tell(f"{self.method.upper()}: tracing a step, micro-batch {micro_batch}, {way} checkpointing")
             self._steps[settings] = trace_step(self._skeleton, self.selection, settings)
         return self._steps[settings]
 
