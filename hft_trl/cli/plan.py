@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hft_trl.cli.shared import Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.report.tables import rich_table
@@ -70,7 +70,7 @@ def plan_command(
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Plan memory, micro-batch, activation checkpointing and launch configuration from a model's config.

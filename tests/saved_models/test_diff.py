@@ -14,6 +14,7 @@ from test_saved import tied_with_both_in_the_file, tiny_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, half_reset, select
+from hft_trl.report import tables
 from hft_trl.saved_models.diff import compare
 from hft_trl.saved_models.diff_view import (
     category_grid,
@@ -199,9 +200,9 @@ def test_after_two_stages_the_last_one_is_shown_beside_the_change_from_the_base(
     assert "NOT" not in text
     assert YES not in text
     learned, frozen = halves_grid(diff).rows
-    assert frozen[2:4] == ["0", "0.0 %"]
-    assert float(frozen[4]) > 0
-    assert learned[3] == "100.0 %"
+    assert frozen[2:4] == [tables.change(0.0), tables.percent(0.0)]
+    assert frozen[4] != tables.change(0.0)
+    assert learned[3] == tables.percent(1.0)
     content = json.loads(json.dumps(diff_json([diff])))["models"][0]
     assert content["last_stage"]["frozen_half_byte_identical"] is True
     assert content["last_stage"]["last_stage"] is None
