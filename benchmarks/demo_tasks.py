@@ -14,8 +14,7 @@ import yaml
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row
 from hft_trl.demo import TASKS as SHIPPED
-from hft_trl.demo.data import answer, ask, wordy
-from hft_trl.demo.world import VALUES, Person, make_world, with_article
+from hft_trl.demo.world import VALUES, Person, answer, ask, make_world, with_article, wordy
 from hft_trl.files import write_json
 
 ROWS = {"train": 192, "test": 64}

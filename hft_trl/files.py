@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import UnionType
 from typing import Any
 
@@ -122,9 +123,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_output(flag: str, path: str | Path, is_file: bool = False) -> None:
+    """Reject an output that cannot be written before the work for it begins. Nothing is left behind."""
+    path = Path(path)
+    folder = path.parent if is_file else path
+    try:
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            if is_file and path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for place in new:
+            place.rmdir()
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+        kind, reason = "file" if is_file else "folder", getattr(error, "strerror", None) or error
+        raise HFTError(
+            f"{flag} is {str(path)!r}, which cannot be written ({reason}): choose another {kind}."
+        ) from error
+
+
 @contextmanager
-def writing(folder: str | Path) -> Iterator[None]:
-    """Raise an [`HFTError`] that names the folder if its disk is full, read-only or missing."""
+def writing(folder: str | Path, resumes: bool = True) -> Iterator[None]:
+    """
+    Raise an [`HFTError`] that names the folder if its disk is full, read-only or missing.
+
+    `resumes` says that the same command resumes from a checkpoint.
+    """
     try:
         yield
     except HFTError:
@@ -132,21 +156,21 @@ def writing(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK:  # hub and network errors are an `OSError` too
             raise
-        raise _refused(folder, error.strerror) from error
+        raise _refused(folder, error.strerror, resumes) from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         if not any(word in text for word in WRITERS):
             raise
         # safetensors quotes the system's reason, torch does not
         reason = str(error).split("I/O error: ")[-1] if "I/O error" in text else "a file was cut short"
-        raise _refused(folder, reason) from error
+        raise _refused(folder, reason, resumes) from error
 
 
-def _refused(folder: str | Path, reason: str) -> HFTError:
+def _refused(folder: str | Path, reason: str, resumes: bool) -> HFTError:
     # For a name that is too long, os.path.exists returns False, but Path.exists raises
     here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
     return HFTError(
         f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make "
-        "room, or mend the folder's permissions, and run the same command again; it goes on from the last whole "
-        "checkpoint."
+        "room, or change the folder's permissions, and run the same command again"
+        f"{'; it resumes from the last complete checkpoint' if resumes else ''}."
     )

@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
 from hft_trl import HFTError
-from hft_trl.files import replacing, write_json, writing
+from hft_trl.files import check_output, replacing, write_json, writing
 
 
 @pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.replace"])
@@ -89,3 +89,23 @@ def test_other_errors_are_left_alone(tmp_path):
         with pytest.raises(type(error)) as caught, writing(tmp_path):
             raise error
         assert caught.value is error
+
+
+def test_an_output_is_checked_before_the_work_and_nothing_is_left_behind(tmp_path):
+    """Missing folders are no obstacle; a file, a folder in place of a file, and odd names are rejected."""
+    check_output("--output", tmp_path / "new" / "out")
+    check_output("--plot", tmp_path / "new" / "diff.png", is_file=True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    (tmp_path / "file").write_text("kept")
+    for path, is_file in (
+        ("file", False),
+        ("file/diff.png", True),
+        ("new", True),
+        ("a\0b", False),
+        ("x" * 999, False),
+    ):
+        with pytest.raises(HFTError, match=r"--flag is .*, which cannot be written \(.*\): choose another"):
+            check_output("--flag", tmp_path / path, is_file)
+    assert (tmp_path / "file").read_text() == "kept"
+    assert {path.name for path in tmp_path.rglob("*")} == {"new", "file"}

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
+from hft_trl.files import check_output, read_texts, write_json, writing
 
 app = typer.Typer()
 
@@ -49,10 +51,11 @@ def evaluate_command(
     """
     suites = parse_suites(suite)
     with quiet(logging.WARNING):  # the harness warns of prompts that it truncates
-        from accelerate import PartialState
-
         from hft_trl.evaluation.run import evaluate_models, find_models
+        from hft_trl.processes import speaks
 
+        if speaks():
+            check_output("--output", output)
         evaluation = evaluate_models(
             find_models(models, base),
             suites,
@@ -63,7 +66,7 @@ def evaluate_command(
             run_code=run_code,
             cache=cache,
         )
-        if not PartialState().is_main_process:
+        if not speaks():
             return
         written = write_evaluation(evaluation, output)
     if as_json:
@@ -76,36 +79,65 @@ def evaluate_command(
 @app.command("generate")
 @exit_on_user_error()
 def generate_command(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a model, demo (embedded) or smollm2.")],
-    prompts: Annotated[Path, typer.Option(help="Local copy of AlpacaEval's alpaca_eval.json.")],
-    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write alpaca_eval's format.")] = False,
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/alpaca_eval/outputs.json"),
-    generator: Annotated[str | None, typer.Option(help="Name in the outputs; by default MODEL.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of prompts; by default all.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a reply, in tokens.")] = 2048,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folder, hub id, demo or smollm2.")],
+    prompts: Annotated[
+        list[str], typer.Option(help="A question, as often as you like. With --alpaca-eval a file, alpaca_eval.json.")
+    ],
+    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write a file in alpaca_eval's format.")] = False,
+    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = Path(
+        "runs/alpaca_eval/outputs.json"
+    ),
+    generator: Annotated[str | None, typer.Option(help="Name in that file; by default MODEL.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of its prompts; by default all.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of an answer. [default: 256, with --alpaca-eval 2048]")
+    ] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     chat_template: ChatTemplate = None,
+    as_json: AsJson = False,
 ) -> None:
     """
-    Write a model's greedy replies to a file of prompts.
+    Ask models something: their greedy answers to --prompts, side by side.
 
-    The file is for the judge of the alpaca_eval project: alpaca_eval --model_outputs FILE.
+    --alpaca-eval writes the answers of one model to a file for that project's judge: alpaca_eval --model_outputs FILE.
     """
-    if not alpaca_eval:
-        raise HFTError("the format of the outputs is missing: pass --alpaca-eval, the only format so far.")
+    if alpaca_eval and len(models) + len(prompts) > 2:
+        raise HFTError("--alpaca-eval takes one model and one file of prompts.")
+    if not alpaca_eval and (files := [prompt for prompt in prompts if os.path.exists(prompt)]):  # noqa: PTH110
+        raise HFTError(f"--prompts is the file {files[0]!r}: add --alpaca-eval, or give a question.")
+    if not alpaca_eval and (generator or limit):
+        raise HFTError("--generator and --limit are about the file that --alpaca-eval writes: add it, or remove them.")
+    rows: list[dict[str, Any]] = []
+    if alpaca_eval:
+        rows = read_texts(Path(prompts[0]), "instruction")[:limit]
+        check_output("--output", output, is_file=True)
+        prompts = [row["instruction"] for row in rows]
+    length = max_new_tokens or (2048 if alpaca_eval else 256)
     with quiet():
-        from hft_trl.evaluation.alpaca import write_replies
+        from hft_trl.evaluation.samples import sample_answers
 
-        written = write_replies(
-            model,
-            prompts,
-            output,
-            generator or model,
-            limit=limit,
-            chat_template=chat_template,
-            dtype=dtype,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        )
-    typer.echo(f"Written: {output}, {written} replies")
+        options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "progress": alpaca_eval}
+        answers = {model: sample_answers(model, prompts, length, **options) for model in models}
+    if alpaca_eval:
+        added = [{"output": reply, "generator": generator or models[0]} for reply in answers[models[0]]]
+        with writing(output, resumes=False):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            content = [{"dataset": "", **row, **new} for row, new in zip(rows, added, strict=True)]
+            write_json(output, content, ensure_ascii=False)
+        typer.echo(f"Written: {output}, {len(rows)} replies")
+        return
+    if as_json:
+        typer.echo(json.dumps({"prompts": prompts, "answers": answers}, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for number, prompt in enumerate(prompts):
+        table = Table.grid(padding=(0, 2))
+        for model, texts in answers.items():
+            table.add_row(Text(model), Text(texts[number]))
+        console.print(Text(prompt, "bold"))
+        console.print(table)

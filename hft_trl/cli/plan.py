@@ -3,27 +3,19 @@
 import dataclasses
 import json
 import re
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from hft_trl.cli.shared import Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.report.tables import rich_table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 app = typer.Typer()
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30}
 BATCH = {"sft": 128, "dpo": 32}  # of the recipes
-
-RATIOS = {
-    "equal_settings": "HFT's step computes {} of FFT's with the same settings",
-    "as_planned": "and {} of it as planned here",
-}
 
 
 @app.command(
@@ -78,7 +70,7 @@ def plan_command(
     ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """
     Plan memory, micro-batch, activation checkpointing and launch configuration from a model's config.
@@ -90,24 +82,37 @@ def plan_command(
         raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
     settings = given(**locals() | {"method": None})
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
-    with quiet():
-        from hft_trl.planning.fit import Planner, operations_ratios
+    from rich.console import Console
+
+    with quiet(), Console(stderr=True, quiet=as_json).status(f"Reading the config of {model}") as status:
+        from hft_trl.chat import most_tokens
+        from hft_trl.planning.fit import TIGHT, Planner, operations_ratios
         from hft_trl.planning.memory import Storage
         from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
         from hft_trl.planning.task import Task
+        from hft_trl.planning.write import new_files
         from hft_trl.planning.write import write as write_plan
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 
+        if write:
+            new_files(write)
         storage = Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen)
         length, batch = sequence_length, BATCH[stage] if global_batch is None else global_batch
         layouts = () if launch is None else (launch,)
         # Settings that do not fit together are rejected before the model's config is read
         task = Task(stage, gpus, memory, 2 if length is None else length, batch, storage, layouts)
         skeleton = build_on_meta(model if revision else shape_of(model), revision, trust_remote_code)
-        task = dataclasses.replace(task, sequence_length=_length(model, skeleton, length))
+        positions = most_tokens(skeleton) or length or 4096
+        if length is not None and length > positions:
+            raise HFTError(
+                f"--sequence-length is {length}, but {model!r} has {positions} positions: use at most {positions}."
+            )
+        task = dataclasses.replace(task, sequence_length=length or min(4096, positions))
         previous = selection_of(skeleton)
         planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
+        for planner in planners.values():
+            planner.tell = status.update
         shown = [method] if method else ["fft", "hft"]
         for name in shown:
             planners[name].check_types(task)
@@ -127,12 +132,13 @@ def plan_command(
         found = {plan.method: plan_json(plan, ways) for plan, ways in zip(plans, helps, strict=True)}
         typer.echo(json.dumps({**task_json(model, task), "plans": found, "operations_ratio": ratios}, indent=2))
         return
-    from rich.console import Console
-
     console = Console(highlight=False)
     console.print(heading(model, task), style="bold", soft_wrap=True, markup=False)
     console.print(rich_table(memory_grid(plans)))
     for plan, ways in zip(plans, helps, strict=True):
+        if plan.fits and plan.left < TIGHT:
+            text = f"{plan.method.upper()} fits with {100 * plan.left:.1f} % left: kernels and other programs may need"
+            console.print(f"{text} more. A smaller --sequence-length or more --gpus leave a margin.", soft_wrap=True)
         if not plan.fits:
             missing = f"{(plan.total - plan.available) / 1e9:,.1f} GB are missing on each GPU."
             advice = "What would help:" if ways else "No other flag would help."
@@ -141,9 +147,10 @@ def plan_command(
                 verdict = "fits" if other.fits else "not enough"
                 verdict += " with sync_each_batch" if other.sync_each_batch else ""
                 console.print(f"  {flags}: {other.total / 1e9:,.1f} GB, {verdict}", soft_wrap=True)
-    for name, ratio_ in ratios.items():
-        if ratio_ is not None:
-            console.print(RATIOS[name].format(f"{ratio_:.2f}"), soft_wrap=True)
+    if (same := ratios["equal_settings"]) is not None:
+        console.print(f"HFT's step computes {same:.2f} of FFT's with the same settings", soft_wrap=True)
+    if (own := ratios["as_planned"]) is not None:
+        console.print(f"and {own:.2f} of it as planned here", soft_wrap=True)
     console.print("Computed from the shapes, not measured; see docs/plan.md.", soft_wrap=True)
     for path in written:
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
@@ -158,16 +165,3 @@ def parse_memory(text: str) -> int:
     if size <= 10**9:
         raise HFTError(f"--gpu-memory is {text!r}, of which 1 GB is reserved: use more, such as 24GB.")
     return size
-
-
-def _length(model: str, skeleton: "PreTrainedModel", asked: int | None) -> int:
-    config = skeleton.config.get_text_config()
-    name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    positions = config.to_dict().get(name)
-    if asked is None:
-        return min(4096, positions or 4096)
-    if positions and asked > positions:
-        raise HFTError(
-            f"--sequence-length is {asked}, but {model!r} has {positions} positions: use at most {positions}."
-        )
-    return asked

@@ -89,6 +89,8 @@ def diff_command(
         for diff in diffs:
             console.print(rich_table(diff_view.layer_grid(diff)))
             console.print(rich_table(diff_view.category_grid(diff)))
+            if diff.stage is not None:
+                console.print(rich_table(diff_view.halves_grid(diff)))
         for diff in diffs:
             console.print(diff_view.verdict(diff), soft_wrap=True, markup=False)
     if plot:

@@ -4,29 +4,20 @@ from pathlib import Path
 
 from hft_trl.demo import real_model
 
-ASSETS = Path(__file__).parent / "assets"
-"""The shipped files. `python -m hft_trl.demo.build` rebuilds them from a seed."""
-
-MODEL = ASSETS / "model"
-"""The pre-trained base model and its tokenizer, which has no chat template."""
-
-SFT_DATA = ASSETS / "data" / "sft"
-"""Chat data in the schema of Tülu V2: `train.jsonl`."""
-
-DPO_DATA = ASSETS / "data" / "dpo"
-"""Preferences in the schema of UltraFeedback binarized: `train_prefs.jsonl` and `test_prefs.jsonl`."""
-
-PROBES = ASSETS / "probes"
-"""Rows of the probes: `knowledge`, `questions` and `instructions`, each a `.jsonl.gz` file."""
-
-RECIPE = ASSETS / "recipe.yaml"
-"""The settings of the demo run."""
-
-TASKS = ASSETS / "tasks"
-"""Eight small tasks in TRACE's layout. `python benchmarks/demo_tasks.py` rebuilds them from a seed."""
-
-CONTINUAL_RECIPE = ASSETS / "continual.yaml"
-"""The settings of the demo's continual run."""
+ASSETS = Path(__file__).parent / "assets"  # benchmarks/build_demo.py rebuilds them from a seed
+MODEL = ASSETS / "model"  # the pre-trained base model and its tokenizer, which has no chat template
+SFT_DATA = ASSETS / "data" / "sft"  # chats in the schema of Tülu V2: train.jsonl
+DPO_DATA = ASSETS / "data" / "dpo"  # preferences in that of UltraFeedback binarized: {train,test}_prefs.jsonl
+PROBES = ASSETS / "probes"  # rows: knowledge, questions and instructions, each a .jsonl.gz file
+RECIPE = ASSETS / "recipe.yaml"  # the settings of the demo run
+CONTINUAL_RECIPE = ASSETS / "continual.yaml"  # and those of its continual run
+TASKS = ASSETS / "tasks"  # eight small tasks in TRACE's layout, which benchmarks/demo_tasks.py rebuilds from a seed
+MEANINGS = {
+    "knowledge": "facts that fine-tuning never mentions, completed exactly",
+    "ability": "mean of questions and instructions about such facts and things, answered right",
+    "concise": "questions answered right without a farewell, as the preference data teach",
+}
+"""What the main scores of the probes are, in percent."""
 
 
 def model_path(model: str) -> str:
@@ -41,3 +32,8 @@ def shown(source: str) -> str:
     if real_model.is_smollm2(source):
         return real_model.NAME
     return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source
+
+
+def on_hub(source: str) -> bool:
+    """Return whether a name is that of a model or data set on the hub: nothing local has it."""
+    return bool(source) and not Path(model_path(source)).exists()

@@ -1,19 +1,35 @@
-"""Measures knowledge of the embedded world and abilities of a model by greedy decoding."""
+"""Probes of the embedded world: what a model knows and can do, measured by greedy decoding."""
 
-from collections.abc import Sequence
+import gzip
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hft_trl import demo
 from hft_trl.chat import chat, evaluating
-from hft_trl.demo.data import without_farewell
-from hft_trl.demo.probe_data import is_right, knowledge_rows, probe_rows
-from hft_trl.demo.world import Person, World, make_world
+from hft_trl.demo.world import without_farewell
 
 
-def _percent(hits: Sequence[bool]) -> float:
-    return 100.0 * sum(hits) / len(hits)
+def probe_rows(kind: str) -> list[dict[str, Any]]:
+    """
+    Read the rows of a probe, about people and items that fine-tuning never mentions.
+
+    - `"knowledge"`: `opening` and `ending` of a plain sentence, for each fact in every phrasing.
+    - `"questions"`: a chat `prompt`, and `answers`, the true sentences.
+    - `"instructions"`: `prompt`, and `answer`, the one right reply.
+    - `"retention"`: a `text`, a `fact` and a `prompt` for [`RetentionCallback`].
+    """
+    text = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def is_right(reply: str, answers: Collection[str]) -> bool:
+    """Whether a reply, without its farewell, is exactly one of the answers."""
+    return without_farewell(reply) in answers
 
 
 def completes(
@@ -42,47 +58,29 @@ def completes(
     ]
 
 
-def recall(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, people: Sequence[Person], batch_size: int = 256
-) -> float:
-    """Return closed-book recall in percent of facts completed exactly, each in every phrasing."""
-    rows = knowledge_rows(people)
-    openings, endings = ([row[key] for row in rows] for key in ("opening", "ending"))
-    return _percent(completes(model, tokenizer, openings, endings, batch_size))
-
-
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World | None = None,
-    batch_size: int = 256,
-    num_questions: int = 400,
-    num_instructions: int = 350,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256, limit: int | None = None
 ) -> dict[str, float]:
     """
-    Measure knowledge and abilities in percent, on people and items that fine-tuning never mentions.
+    Measure [`hft_trl.demo.MEANINGS`] and both parts of ability in percent, on at most `limit` rows of each probe.
 
     The training mode and random states do not change. A tokenizer without a chat template gets Tülu's.
-
-    - `knowledge`: facts completed exactly in plain sentences, each in every phrasing.
-    - `ability`: the mean of the next two.
-    - `ability_questions`: chat questions about the same people answered with a true sentence, farewell or not.
-    - `ability_instructions`: instructions followed to the letter.
-    - `concise`: chat questions answered with a true sentence and no farewell, which the DPO data prefers.
     """
-    world = world or make_world()
-    people = [person for person in world.people if not person.mentioned]
-    rows = probe_rows(world, num_questions, num_instructions)
-    questions, instructions = rows["questions"], rows["instructions"]
+    facts, questions, instructions = (probe_rows(kind)[:limit] for kind in ("knowledge", "questions", "instructions"))
     replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions], batch_size=batch_size)
     answers, done = replies[: len(questions)], replies[len(questions) :]
+    openings, endings = ([row[key] for row in facts] for key in ("opening", "ending"))
     right = [is_right(reply, row["answers"]) for reply, row in zip(answers, questions, strict=True)]
     concise = [hit and reply == without_farewell(reply) for hit, reply in zip(right, answers, strict=True)]
     followed = [reply == row["answer"] for reply, row in zip(done, instructions, strict=True)]
     return {
-        "knowledge": recall(model, tokenizer, people, batch_size),
+        "knowledge": _percent(completes(model, tokenizer, openings, endings, batch_size)),
         "ability": (_percent(right) + _percent(followed)) / 2,
         "ability_questions": _percent(right),
         "ability_instructions": _percent(followed),
         "concise": _percent(concise),
     }
+
+
+def _percent(hits: Sequence[bool]) -> float:
+    return 100.0 * sum(hits) / len(hits)

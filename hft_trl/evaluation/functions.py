@@ -1,7 +1,5 @@
 """Functions that the task files in `tasks/` call: local data, and grading of replies and programs."""
 
-import gzip
-import json
 import subprocess
 import sys
 import tempfile
@@ -10,18 +8,16 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from hft_trl import demo
-from hft_trl.demo.data import without_farewell
-from hft_trl.demo.probe_data import is_right
+from hft_trl.demo.probes import is_right, probe_rows
+from hft_trl.demo.world import without_farewell
 
 PROGRAM_SECONDS = 5  # that a program has to pass its tests
 REACHED_THE_END = 73  # exit code after the tests, which a program that only calls `sys.exit(0)` does not give
 
 
 def probes(kind: str, **_: Any) -> DatasetDict:
-    """Load one kind of the embedded world's probes: `"knowledge"`, `"questions"` or `"instructions"`."""
-    lines = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8").splitlines()
-    return DatasetDict({"test": Dataset.from_list([json.loads(line) for line in lines])})
+    """Load one kind of the embedded world's probes."""
+    return DatasetDict({"test": Dataset.from_list(probe_rows(kind))})
 
 
 def grade_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hft_trl.errors import HFTError
 from hft_trl.evaluation.scores import Evaluation, Score
-from hft_trl.files import write_json, write_text
+from hft_trl.files import write_json, write_text, writing
 from hft_trl.report.figures import plain, save_figure, stage_colours
 from hft_trl.report.tables import NONE, Grid, rich_table, table
 
@@ -46,9 +45,10 @@ def _cell(score: Score, difference: float | None) -> str:
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in evaluation.meanings.items())
     names = ", ".join(evaluation.skipped)
     note = f"{names} was skipped and is not part of the average: it runs code that the model wrote."
-    return [f"{note} Allow this with --run-code."] if names else []
+    return [*([f"{meanings}."] if meanings else []), *([f"{note} Allow this with --run-code."] if names else [])]
 
 
 def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
@@ -60,13 +60,11 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
         parts += [f"## {grid.title}", table(grid)]
     parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})", f"Every figure comes from `{data.name}`, {evaluation.created}."]
-    try:
+    with writing(folder, resumes=False):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(data, evaluation.to_dict(), allow_nan=False)
         write_text(text, "\n\n".join(parts) + "\n")
         save_figure(score_figure(evaluation), picture)
-    except OSError as error:
-        raise HFTError(f"{folder} cannot be written ({error.strerror}): choose another output folder.") from error
     return [data, text, picture]
 
 

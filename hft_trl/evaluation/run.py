@@ -20,7 +20,7 @@ from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
-from hft_trl.files import read_object, write_json
+from hft_trl.files import check_output, read_object, write_json, writing
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.trainers.compatibility import check
@@ -38,10 +38,11 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.local_main_process_first():  # so that only one process downloads
-        return {name: _find(name) for name in dict.fromkeys([*([base] if base else []), *names])}
+        return {name: find_model(name) for name in dict.fromkeys([*([base] if base else []), *names])}
 
 
-def _find(name: str) -> Path:
+def find_model(name: str) -> Path:
+    """Return the folder of one model of [`find_models`], without waiting for other processes."""
     folder = Path(demo.model_path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -83,10 +84,12 @@ def evaluate_models(
             "raise it, or launch fewer processes."
         )
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
+    is_main = state.is_main_process
+    if is_main:
+        check_output("--cache", cache)
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
-    is_main = state.is_main_process
     digests = _broadcast({name: model_digest(folder) for name, folder in models.items()} if is_main else None)
     tokenizers = {name: load_tokenizer(str(folder), chat_template) for name, folder in models.items()}
     if any(task.chat for task in tasks.values()):
@@ -141,7 +144,7 @@ def _task_digest() -> str:
     """Return the SHA-256 (hex) of our tasks' files, grading code and probes."""
     digest = hashlib.sha256()
     here, world = Path(__file__).parent, Path(demo.__file__).parent
-    code = [here / "functions.py", here / "harness.py", world / "probe_data.py", world / "data.py"]
+    code = [here / "functions.py", here / "harness.py", world / "probes.py", world / "world.py"]
     for path in (*sorted(TASKS.iterdir()), *code, *sorted(demo.PROBES.iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -170,10 +173,9 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        entry = read_object(cache / f"{_digest(key)}.json", results=dict, digest=str)
+        return read_object(cache / f"{_digest(key)}.json", results=dict)["results"]
     except (OSError, ValueError):  # missing or torn
         return None
-    return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
@@ -181,10 +183,6 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
         name: {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
         for name, figures in results.items()
     }
-    try:
+    with writing(cache, resumes=False):
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})
-    except OSError as error:
-        raise HFTError(
-            f"the cache {cache} cannot be written ({error.strerror}): choose another with --cache."
-        ) from error
+        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers})

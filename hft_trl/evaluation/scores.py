@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from math import sqrt
 from typing import Any
 
+from hft_trl import demo
+
 AVERAGE = "average"
 
 
@@ -33,6 +35,11 @@ class Evaluation:
     def base(self) -> str:
         """Return the name of the first model, with which the others are compared."""
         return next(iter(self.models))
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """Return what the embedded world's scores are, by heading."""
+        return demo.MEANINGS if "demo" in self.scores else {}
 
     def average(self, suite: str, model: str) -> Score:
         """Return the mean score of a suite, with the standard error of independent scores."""
@@ -65,4 +72,4 @@ class Evaluation:
             }
             for suite, models in self.scores.items()
         }
-        return {"base": self.base, **content}
+        return {"base": self.base, **content, "meanings": self.meanings}

@@ -1,6 +1,5 @@
 """The memory that each launch configuration needs on one GPU, by part."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -31,10 +30,6 @@ class Layout:
     def zero(self) -> bool:
         """Whether DeepSpeed runs the training, with all weights in bfloat16 and without autocast."""
         return self.name.startswith("zero")
-
-    def unshared(self) -> "Layout":
-        """Return the same layout with a complete reference model."""
-        return dataclasses.replace(self, shares_reference=False)
 
 
 LAYOUTS = {

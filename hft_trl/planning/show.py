@@ -18,7 +18,6 @@ PARTS = {
     "logits": "tiles of logits",
     "communication": "communication buffers",
 }
-OPTIONAL = ("reference", "weight_copies", "communication")
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
@@ -26,7 +25,7 @@ def memory_grid(plans: list[Plan]) -> Grid:
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
-        if part not in OPTIONAL or any(plan.memory[part] for plan in plans)
+        if any(plan.memory[part] for plan in plans)
     ]
     total = len(rows)
     rows += [
@@ -73,6 +72,7 @@ def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
         "memory": plan.memory,
         "total": plan.total,
         "missing": max(plan.total - plan.available, 0),
+        "left": max(plan.left, 0.0),
         "saved_for_backward": plan.saved,
         "operations": plan.operations,
         "helps": [

@@ -8,7 +8,7 @@ import yaml
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import replacing, resolved, write_text, writing
+from hft_trl.files import check_output, replacing, resolved, write_text, writing
 from hft_trl.planning.fit import Plan
 from hft_trl.planning.task import Task
 
@@ -38,6 +38,16 @@ def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
     return " ".join([*words, "recipes/sft_then_dpo.py --config", shlex.quote(recipe)])
 
 
+def new_files(folder: str) -> tuple[Path, Path]:
+    """Return the files that [`write`] makes in a folder. Reject those that exist or cannot be written."""
+    files = resolved(folder) / "recipe.yaml", resolved(folder) / "launch.sh"
+    for path in files:
+        if path.exists():
+            raise HFTError(f"--write: {str(path)!r} exists: choose another folder, or remove the file.")
+    check_output("--write", folder)
+    return files
+
+
 def write(
     folder: str,
     model: str,
@@ -58,11 +68,7 @@ def write(
                 f"--write: {name} does not fit, {(plan.total - plan.available) / 1e9:.1f} GB are missing on each GPU: "
                 f"--stage {name} without --write shows what would help."
             )
-    place = resolved(folder)
-    recipe, launch = place / "recipe.yaml", place / "launch.sh"
-    for path in (recipe, launch):
-        if path.exists():
-            raise HFTError(f"--write: {str(path)!r} exists: choose another folder, or remove the file.")
+    recipe, launch = new_files(folder)
     task, plan = stages["sft"]
     line = launch_line(plan, task.gpus, str(recipe))
     source = {"model_name_or_path": model if model == "demo" or not Path(model).is_dir() else str(resolved(model))}
@@ -75,7 +81,7 @@ def write(
     text = f"# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. "
     text += f"Computed, not measured.\n# Launch:   {line}\n# warmup_steps is a share of all steps.\n\n"
     text += _dump({"model": {**source, "dtype": task.storage.dtype}})
-    text += _dump({"output_dir": str(place / "run"), "method": hft.method})
+    text += _dump({"output_dir": str(recipe.parent / "run"), "method": hft.method})
     text += _dump({"hft": {"ratio": hft.ratio, "strategy": hft.strategy, "seed": hft.seed, **changed}})
     for name in ("sft", "dpo"):
         task, plan = stages[name]
@@ -83,8 +89,8 @@ def write(
         text += f"About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU.\n"
         data = (DEMO if model == "demo" else DATA)[name]
         text += _dump({name: {**data, **SCHEDULE[name], **_arguments(task, plan)}})
-    with writing(folder):
-        place.mkdir(parents=True, exist_ok=True)
+    with writing(folder, resumes=False):
+        recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, text.rstrip("\n") + "\n")
         with replacing(launch) as new:
             script = f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n"

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hft_trl.backends.zero import whole_models
 from hft_trl.checkpoints.whole import last_whole_checkpoint
-from hft_trl.demo.probe_data import retention_rows
-from hft_trl.demo.world import make_world
+from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments, RetentionArguments
@@ -85,7 +84,9 @@ def _rows(section: RetentionArguments) -> tuple[dict[str, Any], int | None]:
     texts, facts, prompts = section.files()
     if any(section.files()):
         return {"texts": texts, "facts": facts, "prompts": prompts, "max_rows": section.max_rows}, section.every
-    return {**retention_rows(make_world()), "max_rows": section.max_rows}, section.every or DEMO_EVERY
+    embedded = probe_rows("retention")
+    columns = {f"{kind}s": [row[kind] for row in embedded] for kind in ("text", "fact", "prompt")}
+    return {**columns, "max_rows": section.max_rows}, section.every or DEMO_EVERY
 
 
 def _base_file(stage: "Stage") -> Path:

@@ -208,7 +208,7 @@ class Stage:
         with writing(self.folder):
             trainer.save_model()
             trainer.save_state()
-            trainer.create_model_card(dataset_name=self.data.dataset)
+            trainer.create_model_card(dataset_name=self.data.dataset or [part.path for part in self.mixture.datasets])
             PartialState().wait_for_everyone()  # until the main process has saved
             if isinstance(trainer, HFTMixin):
                 record.moved = movements(self, trainer.hft_selection, (self.base or self.model).model_name_or_path)

@@ -1,11 +1,15 @@
 """Changes from fine-tuning, and whether the frozen half kept its bits."""
 
+import dataclasses
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.saved_models.comparison import Change, change, check_alike
 from hft_trl.saved_models.saved_model import SavedModel, short
@@ -25,6 +29,7 @@ class ModelDiff:
     touched: list[str]  # of these, the ones with a changed frozen bit
     dtypes: tuple[str, str]  # in both models' files, of the frozen parameters (of all if none is frozen)
     is_start: bool | None  # whether training started from the base, by the digest in the selection; None if unknown
+    stage: "ModelDiff | None" = None  # from the model that the last stage started from, if another one that is there
 
     @property
     def method(self) -> str | None:
@@ -62,10 +67,40 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
     models = [SavedModel(name) for name in tuned]
     for after in models:
         check_alike(before, after)
-    return [_compare(before, after) for after in models]
+    diffs = []
+    for after in models:
+        is_start = _started_from(before, after)
+        start = _find_start(after) if is_start is False else None
+        stage = _compare(start, after, True) if start is not None else None
+        diffs.append(dataclasses.replace(_compare(before, after, is_start), stage=stage))
+    return diffs
 
 
-def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
+def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
+    """Return whether a model's last stage started from another one, `None` if its selection does not tell."""
+    selection = selection_of(after.skeleton)
+    if selection is None or not selection.start_model or not selection.start_model["weights_digest"]:
+        return None
+    # The start model was hashed in the type of training
+    held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.parameters, torch.float32)]
+    distinct = [dtypes for number, dtypes in enumerate(held) if dtypes not in held[:number]]
+    return any(before.digest(dtypes) == selection.start_model["weights_digest"] for dtypes in distinct)
+
+
+def _find_start(after: SavedModel) -> SavedModel | None:
+    """Return the folder that a model's last stage started from, which may have moved together with the model's."""
+    known = Path(selection_of(after.skeleton).start_model["name_or_path"])
+    for folder in (known, Path(after.path).parent / known.name):
+        if folder.is_dir() and folder.name:
+            with suppress(HFTError):  # another model by now
+                start = SavedModel(demo.shown(str(folder)))
+                check_alike(start, after)
+                if _started_from(start, after):
+                    return start
+    return None
+
+
+def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> ModelDiff:
     selection = selection_of(after.skeleton)
     frozen = _frozen(selection, after)
     changes = {
@@ -83,12 +118,6 @@ def _compare(before: SavedModel, after: SavedModel) -> ModelDiff:
     def types(saved: SavedModel) -> str:
         return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
 
-    is_start = None
-    if selection is not None and selection.start_model and (known := selection.start_model["weights_digest"]):
-        # The start model was hashed in the type of training
-        held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.parameters, torch.float32)]
-        distinct = [dtypes for number, dtypes in enumerate(held) if dtypes not in held[:number]]
-        is_start = any(before.digest(dtypes) == known for dtypes in distinct)
     return ModelDiff(
         base=before.name,
         tuned=after.name,

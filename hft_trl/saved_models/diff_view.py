@@ -1,20 +1,21 @@
 """A comparison of saved models as a sentence, tables, JSON and a picture."""
 
-import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hft_trl.demo import shown
 from hft_trl.errors import HFTError
-from hft_trl.files import writing
+from hft_trl.files import check_output, writing
 from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
 from hft_trl.report.tables import Grid, change, count, percent
+from hft_trl.saved_models.comparison import Change
 from hft_trl.selection import LAYER_CATEGORIES
 
 if TYPE_CHECKING:
-    from hft_trl.saved_models.comparison import Change
     from hft_trl.saved_models.diff import ModelDiff
 
 
@@ -33,18 +34,39 @@ def verdict(diff: "ModelDiff") -> str:
         if old != new:
             total += f", its values bit for bit, {old} in the base and {new} here"
         text = f"{diff.tuned}: frozen half byte-identical to {diff.base} ({total})"
-    else:
-        text = (
-            f"{diff.tuned}: the frozen half is NOT that of {diff.base} ({len(diff.touched)} of {number} frozen "
-            f"parameters differ, such as {diff.touched[0]})"
+        return text + (f". Note that {_other_start(diff)}" if diff.is_start is False else "")
+    if diff.is_start is not False:
+        return f"{diff.tuned}: the frozen half is NOT that of {diff.base} ({_touched(diff)})"
+    stage = ""
+    if diff.stage is not None:
+        kept = f"all {number} frozen parameters kept their bits" if diff.stage.byte_identical else _touched(diff.stage)
+        stage = f"in its last stage, from {diff.stage.base}, {kept}. "
+    return f"{diff.tuned}: {stage}{_other_start(diff)}"
+
+
+def _touched(diff: "ModelDiff") -> str:
+    return f"{len(diff.touched)} of {len(diff.frozen)} frozen parameters differ, such as {diff.touched[0]}"
+
+
+def _other_start(diff: "ModelDiff") -> str:
+    start = diff.stage.base if diff.stage is not None else shown(diff.selection.start_model["name_or_path"])
+    return (
+        f"{diff.base} is not the model that its last stage started from, so earlier stages may have changed the "
+        f"frozen half: hft-trl diff {shlex.join([start, diff.tuned])} shows that stage alone"
+    )
+
+
+def halves_grid(diff: "ModelDiff") -> Grid:
+    """Return a table of the halves of the last stage: their change in it, beside that from the base."""
+    learned, rows = set(diff.selection.trainable), []
+    for half in ("learned", "frozen"):
+        stage, whole = (
+            Change.total(moved for unit, moved in each.units if (unit.names[0] in learned) == (half == "learned"))
+            for each in (diff.stage, diff)
         )
-    if diff.is_start is False:
-        start = diff.selection.start_model
-        text += (
-            f". Note that {diff.base} is not the model that its last stage started from, which was "
-            f"{start['name_or_path']} (weights {start['weights_digest'][:16]})"
-        )
-    return text
+        rows.append([half, count(whole.size), *_pair(stage), *_pair(whole)])
+    columns = ["last stage", "parameters", "change in it", "moved", f"from {diff.base}", "moved"]
+    return Grid(f"{_title(diff)}: last stage, from {diff.stage.base}", columns, rows)
 
 
 def layer_grid(diff: "ModelDiff") -> Grid:
@@ -90,6 +112,7 @@ def _model_json(diff: "ModelDiff") -> dict[str, Any]:
         "moved_frozen_parameters": diff.touched,
         "dtypes": {"base": old, "model": new},
         "verdict": verdict(diff),
+        "last_stage": _model_json(diff.stage) if diff.stage else None,
         "categories": [{"category": name, **moved.as_json()} for name, moved in totals.items()],
         "layers": [{"layer": layer, "category": name, **moved.as_json()} for (layer, name), moved in cells.items()],
         "units": units,
@@ -100,11 +123,9 @@ def check_picture(path: str | Path) -> None:
     """Reject a picture that cannot be written, before models are compared."""
     from matplotlib.backend_bases import FigureCanvasBase
 
-    path = Path(path)
-    known = path.suffix.removeprefix(".").lower() in FigureCanvasBase.get_supported_filetypes()
-    if not known or path.is_dir() or not os.access(path.parent, os.W_OK):
-        reason = "cannot be written there" if known else "does not end in a picture format"
-        raise HFTError(f"plot {str(path)!r} {reason}: choose another file, such as diff.png.")
+    if Path(path).suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise HFTError(f"--plot is {str(path)!r}, which does not end in a picture format: use a name as diff.png.")
+    check_output("--plot", path, is_file=True)
 
 
 def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
@@ -112,8 +133,9 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
     check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
-        raise HFTError(f"plot {str(path)!r} is not drawn: no unit's change is defined.")
-    with writing(Path(path).parent):
+        raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no unit's change is defined.")
+    with writing(path, resumes=False):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path)
 
 
@@ -132,5 +154,5 @@ def _title(diff: "ModelDiff", width: int | None = None) -> str:
     return f"{name} ({diff.method.upper()})" if diff.method else name
 
 
-def _pair(moved: "Change | None") -> tuple[str, str]:
+def _pair(moved: Change | None) -> tuple[str, str]:
     return (change(None), percent(None)) if moved is None else (change(moved.relative), percent(moved.share))

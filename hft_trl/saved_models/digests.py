@@ -5,6 +5,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,6 @@ from trl.scripts.utils import DatasetConfig
 from hft_trl.errors import HFTError
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.weights import combined_digest, fingerprints, tensors, weight_files
-
-State = tuple[int, int, int]
-"""Inode, size and time of the last change: a file whose state is as before is not read again by the same process."""
 
 
 def model_digest(folder: Path) -> str:
@@ -37,20 +35,16 @@ def start_model(name: str, revision: str) -> dict[str, str | None]:
     """
     folder = Path(name)
     if not folder.is_dir():
-        return {"model_revision": _commit(name, revision) or revision, "weights": None, "files": None}
+        commit = revision
+        with suppress(HFValidationError):  # a folder that does not exist yet
+            if isinstance(config := try_to_load_from_cache(name, CONFIG_NAME, revision=revision), str):
+                commit = Path(config).parent.name
+        return {"model_revision": commit, "weights": None, "files": None}
     try:
         weights = combined_digest(_tensor_digests(folder))
     except HFTError:  # not trained yet
         return {"weights": None, "files": None}
     return {"weights": weights, "files": combined_digest(_file_digests(folder))}
-
-
-def _commit(name: str, revision: str) -> str | None:
-    try:
-        config = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
-    except HFValidationError:  # a folder that does not exist yet
-        return None
-    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
@@ -95,12 +89,13 @@ def _file_digests(folder: Path) -> dict[str, str]:
 
 def _tensor_digests(folder: Path) -> dict[str, str]:
     files = weight_files(str(folder))
+    # A process does not read a file again whose inode, size and time of the last change are as before
     states = [path.stat() for path in sorted(set(files.values()))]
     return _read_tensors(tuple(files.items()), tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in states))
 
 
 @cache
-def _read_tensors(files: tuple[tuple[str, Path], ...], _states: tuple[State, ...]) -> dict[str, str]:
+def _read_tensors(files: tuple[tuple[str, Path], ...], _states: tuple[tuple[int, int, int], ...]) -> dict[str, str]:
     return fingerprints(tensors(dict(files), dict(files)))
 
 

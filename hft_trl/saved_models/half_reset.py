@@ -24,7 +24,8 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, resolved, sync, writing
-from hft_trl.saved_models.comparison import check_alike
+from hft_trl.saved_models.comparison import change, check_alike
+from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK
@@ -68,15 +69,11 @@ def reset(
     """Do what [`half_reset`] does, and return also the number of changed bytes."""
     base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
-    if (config.method, config.reselect) != ("hft", "fresh"):
+    chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
+    if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
         raise HFTError(
-            f"hft.method is {config.method!r} and hft.reselect {config.reselect!r}: half-reset makes a selection of "
-            "its own, so leave them at 'hft' and 'fresh'."
-        )
-    if config.strategy in ("importance", "element"):
-        raise HFTError(
-            f"hft.strategy is {config.strategy!r}, but half-reset selects whole matrices by their shapes: use "
-            "category, layer or model."
+            f"hft.method, hft.reselect and hft.strategy are {chosen}, but half-reset selects whole matrices by their "
+            f"shapes: use 'hft', 'fresh', and one of {', '.join(possible)}."
         )
     before, after, out = _open(base, tuned, out)
     selection, root = select(after.skeleton, config), next(iter(after.files.values())).parent
@@ -99,7 +96,12 @@ def reset(
     with _new_folder(out) as folder:
         changed = _write_weights(before, after, shares, folder)
         selection.save(folder)
-        _write_card(folder, before, after, "Half-Reset", _reset_text(before, after, selection, changed))
+        text = (
+            f"A random part of the parameters of `{tuned}` was set back to `{base}`, bit for bit; the rest is "
+            f"unchanged. Nothing was trained; {changed:,} bytes changed. Half-Reset is the pilot experiment of "
+            f"[HFT](https://arxiv.org/abs/2404.18466).\n\n{described(selection, 'stayed tuned')}"
+        )
+        _write_card(folder, before, after, "Half-Reset", text)
     return selection, changed
 
 
@@ -126,7 +128,7 @@ def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) ->
 def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
     """Return both models and the resolved folder, after all checks that need no writing."""
     out = Path(out)
-    with writing(out):
+    with writing(out, resumes=False):
         empty = out.is_dir() and not any(out.iterdir())
         taken = not empty and (out.exists() or out.is_symlink())
     if taken:
@@ -141,7 +143,7 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
-    with writing(out):
+    with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             folder = Path(temporary, out.name)  # the temporary folder itself is accessible only to its owner
@@ -175,16 +177,10 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
             if share != 1:
                 old = after.counterpart(key, before)
                 tuned, new = new, _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
-                changed += _differ(tuned, new) * new.element_size()
+                changed += change(tuned, new).moved * new.element_size()
             tensors[key] = new
         save_file(tensors, folder / path.name, metadata)
     return changed
-
-
-def _differ(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Return the number of elements that differ, found piece by piece."""
-    pieces = zip(one.reshape(-1).split(CHUNK), other.reshape(-1).split(CHUNK), strict=True)
-    return sum(int((a != b).sum()) for a, b in pieces)
 
 
 def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
@@ -193,22 +189,8 @@ def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
     return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
 
 
-def _reset_text(before: SavedModel, after: SavedModel, selection: Selection, changed: int) -> str:
-    shares = "\n".join(f"| {category} | {share:.4f} |" for category, share in selection.share.items())
-    settings = ", ".join(f"{key} `{value}`" for key, value in selection.config.selecting().items())
-    return f"""\
-A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is unchanged.
-Nothing was trained; {changed:,} bytes changed. Settings: {settings}. Selection `{selection.digest}`, listed in
-`{SELECTION_FILE}`: its trainable parameters stayed tuned. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).
-
-| category | share that stayed tuned |
-|---|---|
-{shares}"""
-
-
 def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
     # A card's base models are hub ids, so folders are named only in the text
-    hub = [saved.name for saved in (before, after) if not Path(demo.model_path(saved.name)).exists()]
-    models = [name.partition("@")[0] for name in hub] or None
+    models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
     data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")

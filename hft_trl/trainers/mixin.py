@@ -1,6 +1,7 @@
 """The order of training with a half, for any TRL trainer of a causal LM. Each step belongs to what owns it."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,19 @@ class HFTMixin:
         if saves:
             self.frozen_half.write_dtype(model, folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's model card and add what HFT trained."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self.hft_config.method == "hft":
-            from hft_trl.trainers import model_card
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write TRL's model card with the names of the start model and the data, and what HFT trained."""
+        # TRL would link a local data set to the hub
+        super().create_model_card(model_name or Path(self.args.hub_model_id or self.args.output_dir).name, None, tags)
+        if self.is_world_process_zero():
+            from hft_trl.saved_models.model_card import complete
 
-            model_card.add_section(Path(self.args.output_dir) / "README.md", self.hft_selection)
+            complete(self.args.output_dir, self.hft_selection, dataset_name)
 
 
 class _Begins(TrainerCallback):

@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -15,22 +16,30 @@ from datasets import List, Value, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import ROOT
 
 from hft_trl import demo
 from hft_trl.chat import chat
-from hft_trl.demo.build import batches, documents, make_model, pretrain, train_tokenizer
-from hft_trl.demo.data import (
-    FAREWELLS,
+from hft_trl.demo.probes import completes, evaluate, is_right
+from hft_trl.demo.world import FAREWELLS, PHRASINGS, VALUES, make_world, without_farewell
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from build_demo import (
     SKILLS,
+    about_person,
+    batches,
+    documents,
     dpo_rows,
     instruction,
+    knowledge_rows,
+    make_model,
+    pretrain,
     sft_rows,
-    without_farewell,
+    train_tokenizer,
     write_data,
+    write_probes,
 )
-from hft_trl.demo.probe_data import is_right, write_probes
-from hft_trl.demo.probes import completes, evaluate, recall
-from hft_trl.demo.world import PHRASINGS, VALUES, make_world
 
 WORLD = make_world()
 
@@ -45,7 +54,9 @@ def fine_tuning_texts() -> str:
 
 
 def test_the_shipped_model_knows_at_least_99_percent_of_all_facts(shipped):
-    assert recall(*shipped, WORLD.people) >= 99
+    rows = knowledge_rows(WORLD.people)
+    known = completes(*shipped, *([row[key] for row in rows] for key in ("opening", "ending")))
+    assert sum(known) >= 0.99 * len(known)
 
 
 def test_the_shipped_model_has_about_a_million_parameters_and_no_chat_template(shipped):
@@ -162,13 +173,18 @@ def test_fine_tuning_gives_no_instruction_about_a_held_out_item():
 
 def test_the_world_depends_on_its_seed_alone():
     code = (
-        "import hashlib, json; from hft_trl.demo.world import make_world; from hft_trl.demo.data import sft_rows, "
-        "dpo_rows;w = make_world(3, 40); rows = [w.sentences(), sft_rows(w, 3), dpo_rows(w, 'train_prefs', 3)];"
+        "import hashlib, json; from hft_trl.demo.world import make_world; from build_demo import dpo_rows, "
+        "sentences, sft_rows; w = make_world(3, 40);"
+        "rows = [sentences(w), sft_rows(w, 3), dpo_rows(w, 'train_prefs', 3)];"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )
     runs = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("0", "1")
     }
@@ -202,7 +218,7 @@ def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     person = WORLD.people[1]
     true = person.sentence("pet", 0)
     false = person.opening("pet", 0) + f" {next(value for value in VALUES['pet'] if value != person.facts['pet'])}."
-    answers = person.sentences("pet")
+    answers = about_person(person, "pet")
     assert is_right(true, answers)
     assert is_right(f"{person.sentence('pet', 2)} {FAREWELLS[0]}", answers)
     assert not is_right(false, answers)
@@ -239,14 +255,14 @@ def test_the_probes_are_deterministic_and_leave_randomness_and_mode_alone(shippe
     model, tokenizer = shipped
     model = copy.deepcopy(model).train(training)
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
-    first = evaluate(model, tokenizer, num_questions=8, num_instructions=7)
+    first = evaluate(model, tokenizer, limit=8)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert np.random.get_state()[1].tolist() == before[2]
     assert model.training is training
     assert tokenizer.chat_template is None
-    assert first == evaluate(model, tokenizer, num_questions=8, num_instructions=7)
-    assert set(first) == {"knowledge", "ability", "ability_questions", "ability_instructions", "concise"}
+    assert first == evaluate(model, tokenizer, limit=8)
+    assert set(first) == {*demo.MEANINGS, "ability_questions", "ability_instructions"}
     assert all(0 <= value <= 100 for value in first.values())
     assert first["knowledge"] >= 99
     assert first["ability"] == 0

@@ -21,8 +21,6 @@ from hft_trl import HFTError, demo
 from hft_trl.chat import tulu_template
 from hft_trl.cli import app
 from hft_trl.demo import probes
-from hft_trl.demo.data import sft_rows
-from hft_trl.demo.world import make_world
 from hft_trl.evaluation import (
     SUITES,
     Evaluation,
@@ -53,7 +51,7 @@ def chatty(tmp_path_factory) -> Path:
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL)
     tokenizer.chat_template = tulu_template()
     rng = random.Random(0)
-    rows = [row["messages"] for row in sft_rows(make_world())]
+    rows = [json.loads(line)["messages"] for line in (demo.SFT_DATA / "train.jsonl").read_text().splitlines()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(70):
         texts = tokenizer.apply_chat_template(rng.sample(rows, 20), tokenize=False)
@@ -290,6 +288,28 @@ def test_an_unknown_suite_and_a_missing_harness_are_one_line(monkeypatch):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_written_is_said_before_models_are_found(tmp_path, monkeypatch):
+    """Not after an evaluation of hours."""
+    monkeypatch.setattr("hft_trl.evaluation.run.find_model", lambda name: pytest.fail("the models were read"))
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["evaluate", "demo", "--output", str(tmp_path / "file" / "out")])
+    assert result.exit_code == 2, result.output
+    assert "--output is" in result.stderr
+    assert "which cannot be written (Not a directory): choose another folder" in result.stderr
+
+
+def test_the_scores_of_the_embedded_world_are_explained_where_they_are_shown(measured, tmp_path, capsys):
+    """Under the table, in Markdown and in JSON, and nowhere else."""
+    data, text, _ = write_evaluation(measured[1], tmp_path)
+    print_evaluation(measured[1])
+    shown = " ".join(capsys.readouterr().out.split())
+    for heading, meaning in json.loads(data.read_text())["meanings"].items():
+        assert f"{heading}: {meaning}" in text.read_text()
+        assert f"{heading}: {meaning}" in shown
+    assert {"knowledge", "ability", "concise"} <= set(json.loads(data.read_text())["meanings"])
+    assert fake(["llama"]).meanings == {}
 
 
 @pytest.mark.parametrize(

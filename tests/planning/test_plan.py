@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,41 @@ def test_a_model_that_does_not_fit_is_an_answer(tmp_path):
     refused = run(*arguments, "--write", tmp_path / "out")
     assert refused.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tight_fit_is_said(folder):
+    """Below 3 % of what is available; what is computed may be wrong by as much."""
+    arguments = [folder, "--method", "hft", "--global-batch", 1]
+    total = as_json(*arguments)["plans"]["hft"]["total"]
+    tight, roomy = (f"{(10**9 + total / share) / 1e6:.3f}MB" for share in (0.98, 0.96))
+    assert "HFT fits with 2.0 % left: " in run(*arguments, "--gpu-memory", tight).stdout
+    assert as_json(*arguments, "--gpu-memory", tight)["plans"]["hft"]["left"] == pytest.approx(0.02, rel=1e-2)
+    assert "left: " not in run(*arguments, "--gpu-memory", roomy).stdout
+
+
+def test_progress_is_shown_on_standard_error_but_not_with_json(folder, monkeypatch):
+    """And nothing where that is no terminal."""
+    arguments = ["plan", str(folder), "--method", "fft", "--global-batch", "1"]
+    assert CliRunner().invoke(app, arguments).stderr == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.status.Status.update", lambda _, text: sys.stderr.write(f"{text}\n"))
+    shown = CliRunner().invoke(app, arguments)
+    assert "Reading the config of" in shown.stderr
+    assert "FFT: tracing a step, micro-batch 1, no checkpointing" in shown.stderr
+    assert "tracing" not in shown.stdout
+    assert "Reading" not in CliRunner().invoke(app, [*arguments, "--json"]).stderr
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_planned(folder, tmp_path, monkeypatch):
+    """And in the words of a plan, which resumes nothing."""
+    monkeypatch.setattr("hft_trl.skeleton.build_on_meta", lambda *_: pytest.fail("the model was built"))
+    (tmp_path / "file").write_text("")
+    result = run(folder, "--write", tmp_path / "file" / "out")
+    assert result.exit_code == 2, result.output
+    assert "which cannot be written (Not a directory): choose another folder" in result.stderr
+    assert "resumes" not in result.stderr
+    (tmp_path / "recipe.yaml").write_text("")
+    assert "recipe.yaml' exists: choose another folder" in run(folder, "--write", tmp_path).stderr
 
 
 SMALLEST = [

@@ -1,5 +1,6 @@
 """A step that is traced without weights is the step that a trainer runs: its bytes, its operations and its peak."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -75,7 +76,7 @@ def test_every_part_is_what_a_trainer_has(
     selection = select(skeleton, hft)
     settings = StepSettings(stage, rows, 96, checkpointed=checkpointed, autocast=bf16, device="cpu")
     step = trace_step(skeleton, selection, settings)
-    layout = LAYOUTS["single"] if method == "hft" else LAYOUTS["single"].unshared()
+    layout = LAYOUTS["single"] if method == "hft" else dataclasses.replace(LAYOUTS["single"], shares_reference=False)
     parts = held(sizes(skeleton, selection), layout, 1, Storage(), stage == "dpo")
 
     model = trainer.model
@@ -171,7 +172,11 @@ def test_the_resident_set_of_a_step_is_predicted_within_a_tenth(tmp_path, tokeni
         skeleton = build_on_meta(large)
         selection = select(skeleton, hft)
         step = trace_step(skeleton, selection, StepSettings(**request, autocast=False, device="cpu"))
-        layout = LAYOUTS["single"] if hft.method == "hft" else LAYOUTS["single"].unshared()
+        layout = (
+            LAYOUTS["single"]
+            if hft.method == "hft"
+            else dataclasses.replace(LAYOUTS["single"], shares_reference=False)
+        )
         parts = held(sizes(skeleton, selection), layout, 1, Storage(), request["stage"] == "dpo")
         predicted = sum(at_peak(parts, step, layout, accumulates=False).values())
         assert 100e6 < predicted < 600e6

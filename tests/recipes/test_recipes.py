@@ -79,7 +79,9 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
         AutoModelForCausalLM.from_pretrained(folder)
         assert "<|assistant|>" in AutoTokenizer.from_pretrained(folder).chat_template
         assert (folder / "trainer_state.json").is_file()
-        assert "Half Fine-Tuning" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "Half Fine-Tuning" in card
+        assert " on `demo`.\n" in card  # as the user named it, and no link
         moved = {unit["name"]: unit for unit in stage["moved"]}
         assert all((unit["relative_change_from_start"] > 0) == unit["trainable"] for unit in moved.values())
     sft, dpo = report["stages"]

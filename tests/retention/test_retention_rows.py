@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hft_trl import HFTError
-from hft_trl.demo.probe_data import retention_rows
-from hft_trl.demo.world import make_world
+from hft_trl.demo.probes import probe_rows
+from hft_trl.demo.world import PHRASINGS, make_world
 from hft_trl.retention.retention_rows import choose, read_facts, read_prompts, read_texts
 
 FACT = {"text": "The pet of Ada is", "answer": "an owl", "others": ["a cat", "a dog"]}
@@ -69,15 +69,19 @@ def test_chosen_rows_are_distinct_in_order_and_as_many_as_asked_for(rows, most):
 
 
 def test_the_embedded_worlds_rows_are_true_and_about_people_that_fine_tuning_never_mentions():
-    world = make_world()
-    rows = retention_rows(world)
-    hidden = [person for person in world.people if not person.mentioned]
-    true = {sentence for person in hidden for attribute in person.facts for sentence in person.sentences(attribute)}
-    assert rows == retention_rows(make_world())
-    assert {len(found) for found in rows.values()} == {200}
-    assert set(read_texts(rows["texts"])) <= true
-    for fact in read_facts(rows["facts"]):
+    rows = probe_rows("retention")
+    hidden = [person for person in make_world().people if not person.mentioned]
+    true = {
+        person.sentence(attribute, phrasing)
+        for person in hidden
+        for attribute, phrasings in PHRASINGS.items()
+        for phrasing in range(len(phrasings))
+    }
+    assert len(rows) == 200
+    assert set(read_texts([{"text": row["text"]} for row in rows])) <= true
+    for fact in read_facts([row["fact"] for row in rows]):
         assert f"{fact['text']} {fact['answer']}." in true
         assert len({fact["answer"], *fact["others"]}) == 4
     names = {person.name for person in hidden}
-    assert all(any(name in prompt[0]["content"] for name in names) for prompt in read_prompts(rows["prompts"]))
+    prompts = read_prompts([row["prompt"] for row in rows])
+    assert all(any(name in prompt[0]["content"] for name in names) for prompt in prompts)

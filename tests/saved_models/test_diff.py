@@ -1,5 +1,6 @@
 """What moved, and whether the frozen half kept its bits: figures, verdict, and what is said of it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,16 +14,19 @@ from test_saved import tied_with_both_in_the_file, tiny_moe
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer, half_reset, select
+from hft_trl.report import tables
 from hft_trl.saved_models.diff import compare
 from hft_trl.saved_models.diff_view import (
     category_grid,
     check_picture,
     diff_json,
+    halves_grid,
     layer_grid,
     verdict,
     write_picture,
 )
-from hft_trl.selection import LAYER_CATEGORIES
+from hft_trl.saved_models.saved_model import SavedModel
+from hft_trl.selection import LAYER_CATEGORIES, Selection
 
 YES = "frozen half byte-identical"
 
@@ -172,6 +176,63 @@ def test_what_the_trainer_leaves_passes_and_its_start_model_is_recognised(tmp_pa
     assert base in verdict(diff)
 
 
+@pytest.fixture
+def after_two_stages(base, tmp_path) -> str:
+    """A model after two stages with another half each, of which the first one lies beside it in `first`."""
+    first, second = tmp_path / "run" / "first", tmp_path / "run" / "second"
+    before = SavedModel(trained(tiny_llama(64), tmp_path / "run", name="first"))
+    model = AutoModelForCausalLM.from_pretrained(first)
+    trained(model, tmp_path / "run", HFTConfig(seed=7), "second")
+    start = {"name_or_path": str(first), "weights_digest": before.digest(before.dtypes())}
+    dataclasses.replace(Selection.load(second), start_model=start).save(second)
+    return str(second)
+
+
+def test_after_two_stages_the_last_one_is_shown_beside_the_change_from_the_base(base, after_two_stages):
+    """Its frozen half changed in the first stage and not in its own, which is said in place of an alarm."""
+    first = after_two_stages.replace("second", "first")
+    (diff,) = compare(base, [after_two_stages])
+    assert (diff.byte_identical, diff.is_start) == (False, False)
+    assert (diff.stage.base, diff.stage.byte_identical, diff.stage.is_start) == (first, True, True)
+    text = verdict(diff)
+    assert f"in its last stage, from {first}, all {len(diff.frozen)} frozen parameters kept their bits" in text
+    assert f"hft-trl diff {first} {after_two_stages} shows that stage alone" in text
+    assert "NOT" not in text
+    assert YES not in text
+    learned, frozen = halves_grid(diff).rows
+    assert frozen[2:4] == [tables.change(0.0), tables.percent(0.0)]
+    assert frozen[4] != tables.change(0.0)
+    assert learned[3] == tables.percent(1.0)
+    content = json.loads(json.dumps(diff_json([diff])))["models"][0]
+    assert content["last_stage"]["frozen_half_byte_identical"] is True
+    assert content["last_stage"]["last_stage"] is None
+    assert compare(first, [after_two_stages])[0].stage is None
+
+
+def test_the_start_of_a_moved_run_is_found_and_a_changed_one_is_not(base, after_two_stages, tmp_path):
+    """By its digest; without it, only the command is named."""
+    (tmp_path / "run").rename(tmp_path / "moved")
+    tuned = str(tmp_path / "moved" / "second")
+    (diff,) = compare(base, [tuned])
+    assert diff.stage.base == str(tmp_path / "moved" / "first")
+    moved(AutoModelForCausalLM.from_pretrained(diff.stage.base)).save_pretrained(diff.stage.base)
+    (diff,) = compare(base, [tuned])
+    assert diff.stage is None
+    assert verdict(diff).endswith(f"hft-trl diff {tmp_path / 'run' / 'first'} {tuned} shows that stage alone")
+    assert "NOT" not in verdict(diff)
+
+
+def test_a_half_that_moved_in_the_last_stage_is_said(base, after_two_stages):
+    model = AutoModelForCausalLM.from_pretrained(after_two_stages)
+    name = Selection.load(after_two_stages).frozen[0]
+    with torch.no_grad():
+        model.get_parameter(name).add_(1)
+    model.save_pretrained(after_two_stages, max_shard_size="30KB")
+    text = verdict(compare(base, [after_two_stages])[0])
+    assert "first, 1 of " in text
+    assert f"frozen parameters differ, such as {name}" in text
+
+
 def test_a_half_reset_model_passes_against_its_base(base, tmp_path):
     moved(tiny_llama(64)).save_pretrained(tmp_path / "tuned")
     selection = half_reset(base, str(tmp_path / "tuned"), tmp_path / "out")
@@ -293,8 +354,9 @@ def test_the_picture_shows_the_models_side_by_side_on_one_scale(base, tmp_path, 
     assert len(scales) == 1
 
 
-@pytest.mark.parametrize("name", ["nowhere/diff.png", "diff.docx"])
+@pytest.mark.parametrize("name", ["file/diff.png", "diff.docx"])
 def test_a_picture_that_cannot_be_written_is_an_error(base, tmp_path, name):
+    (tmp_path / "file").write_text("")
     with pytest.raises(HFTError, match="plot"):
         check_picture(tmp_path / name)  # which the command asks before it compares
     with pytest.raises(HFTError, match="plot"):

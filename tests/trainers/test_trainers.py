@@ -1,5 +1,6 @@
 """The trainers: only the chosen half learns, nothing else about TRL's trainers changes."""
 
+import dataclasses
 import json
 import logging
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -14,7 +16,7 @@ from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, los
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, select
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
 from hft_trl.recipe.rows import sft_dataset
 
@@ -338,6 +340,43 @@ def test_the_model_card_names_method_shares_digest_start_and_citation(base, tulu
         "- hft",
     ):
         assert words in card
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_the_model_card_names_what_the_user_gave_and_links_only_the_hub(base, tulu, tmp_path, method):
+    """TRL's would be of None, and a link to a local path."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", HFTConfig(method=method))
+    (tmp_path / "rows.jsonl").write_text("")
+    for names, text, hub in (
+        (str(tmp_path / "rows.jsonl"), f"`{tmp_path / 'rows.jsonl'}`", None),
+        (
+            ["org/set", str(demo.SFT_DATA)],
+            "[org/set](https://huggingface.co/datasets/org/set) and `demo`",
+            ["org/set"],
+        ),
+    ):
+        trainer.create_model_card(dataset_name=names)
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert f"fine-tuned version of `{base}` on {text}.\n" in card.text
+        assert card.data.datasets == hub
+        assert "# Model Card for out\n" in card.text
+        assert "None" not in card.content
+        assert f"huggingface.co/{base}" not in card.content
+    trainer.create_model_card()
+    assert f"fine-tuned version of `{base}`.\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_on_the_hub_is_linked_in_the_card(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", HFTConfig())
+    start = {"name_or_path": "org/base", "weights_digest": "0"}
+    trainer.model.config._name_or_path = "org/base"
+    trainer.hft_selection = dataclasses.replace(trainer.hft_selection, start_model=start)
+    trainer.create_model_card("mine", "org/set")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    sentence = "of [org/base](https://huggingface.co/org/base) on [org/set](https://huggingface.co/datasets/org/set)."
+    assert sentence in card.text
+    assert card.data.base_model == "org/base"
+    assert "# Model Card for mine" in card.text
 
 
 def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from hft_trl import HFTError
 from hft_trl.chat import chat
 from hft_trl.cli import app
+from hft_trl.evaluation.samples import sample_answers
 
 PROMPTS = [
     {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},
@@ -48,6 +49,21 @@ def test_the_outputs_are_the_models_replies_in_order(base, tmp_path):
     assert [row["generator"] for row in json.loads(outputs.read_text())] == [str(base)]
 
 
+def test_sample_answers_are_the_models_own_and_need_no_padding_token(base, tmp_path, monkeypatch):
+    """They equal those of `chat`, in the order of the prompts, and a missing model is named."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    prompts = [row["instruction"] for row in PROMPTS]
+    expected = chat(model, tokenizer, prompts, 8)
+    tokenizer.pad_token = None
+    model.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    assert sample_answers("saved", prompts, 8) == expected
+    assert any(expected)
+    with pytest.raises(HFTError, match=r"'\./gone' is neither a folder nor"):
+        sample_answers("./gone", prompts)
+
+
 def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
     """Such as Gemma's, whose tokenizer names the end of a text only."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
@@ -83,10 +99,10 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
 def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
     prompts = tmp_path / "alpaca_eval.json"
     prompts.write_text(json.dumps(PROMPTS))
-    monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
+    monkeypatch.setattr("hft_trl.evaluation.samples.find_model", lambda *_: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "is a folder: give a file with --output" in result.output.replace("\n", " ")
+    assert "which cannot be written (Is a directory): choose another file" in result.output
     assert generate(base, "--alpaca-eval", "--prompts", prompts, "--dtype", "banana").exit_code == 2
 
 
@@ -102,7 +118,24 @@ def test_a_reply_ends_with_the_models_positions(tokenizer):
         chat(model, tokenizer, ["Where does a person live? " * 20], 8)
 
 
-def test_the_format_has_to_be_named(base, tmp_path):
-    result = generate(base, "--prompts", tmp_path)
-    assert result.exit_code == 2
-    assert "--alpaca-eval" in result.stderr
+def test_models_are_asked_side_by_side(base, tmp_path):
+    """Each question, below it each model with its greedy answer; as JSON the same."""
+    prompts = ["Where does [Ada] live?", "Where?"]
+    flags = [base, "demo", "--prompts", prompts[0], "--prompts", prompts[1], "--max-new-tokens", 8]
+    answers = {str(model): sample_answers(str(model), prompts, 8) for model in (base, "demo")}
+    result = generate(*flags, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {"prompts": prompts, "answers": answers}
+    shown = generate(*flags).stdout
+    assert shown.index(prompts[0]) < shown.index("demo") < shown.index(prompts[1])
+    words = shown.split()
+    assert all(word in words for answer in answers["demo"] for word in answer.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_prompts_needs_the_format_and_the_format_one_file_and_one_model(base, tmp_path):
+    two = ["--prompts", "a", "--prompts", "b", "--alpaca-eval"]
+    for flags in (["--prompts", tmp_path], two, ["--prompts", "a", "--limit", 1]):
+        result = generate(base, *flags)
+        assert result.exit_code == 2
+        assert "--alpaca-eval" in result.stderr
