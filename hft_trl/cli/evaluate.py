@@ -95,7 +95,7 @@ def generate_command(
     if not alpaca_eval:
         raise HFTError("the format of the outputs is missing: pass --alpaca-eval, the only format so far.")
     with quiet():
-        from hft_trl.evaluation.alpaca import write_replies
+        from hft_trl.evaluation.samples import write_replies
 
         written = write_replies(
             model,

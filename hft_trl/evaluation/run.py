@@ -38,10 +38,11 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.local_main_process_first():  # so that only one process downloads
-        return {name: _find(name) for name in dict.fromkeys([*([base] if base else []), *names])}
+        return {name: find_model(name) for name in dict.fromkeys([*([base] if base else []), *names])}
 
 
-def _find(name: str) -> Path:
+def find_model(name: str) -> Path:
+    """Return the folder of one model of [`find_models`], without waiting for other processes."""
     folder = Path(demo.model_path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from hft_trl import HFTError
 from hft_trl.chat import chat
 from hft_trl.cli import app
+from hft_trl.evaluation.samples import sample_answers
 
 PROMPTS = [
     {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},
@@ -48,6 +49,21 @@ def test_the_outputs_are_the_models_replies_in_order(base, tmp_path):
     assert [row["generator"] for row in json.loads(outputs.read_text())] == [str(base)]
 
 
+def test_sample_answers_are_the_models_own_and_need_no_padding_token(base, tmp_path, monkeypatch):
+    """They equal those of `chat`, in the order of the prompts, and a missing model is named."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    prompts = [row["instruction"] for row in PROMPTS]
+    expected = chat(model, tokenizer, prompts, 8)
+    tokenizer.pad_token = None
+    model.save_pretrained("saved")
+    tokenizer.save_pretrained("saved")
+    assert sample_answers("saved", prompts, 8) == expected
+    assert any(expected)
+    with pytest.raises(HFTError, match="'./gone' is neither a folder nor"):
+        sample_answers("./gone", prompts)
+
+
 def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
     """Such as Gemma's, whose tokenizer names the end of a text only."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
@@ -83,7 +99,7 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
 def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
     prompts = tmp_path / "alpaca_eval.json"
     prompts.write_text(json.dumps(PROMPTS))
-    monkeypatch.setattr("hft_trl.evaluation.alpaca.find_models", lambda *_, **__: pytest.fail("the model was asked"))
+    monkeypatch.setattr("hft_trl.evaluation.samples.find_model", lambda *_: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
     assert "is a folder: give a file with --output" in result.output.replace("\n", " ")
