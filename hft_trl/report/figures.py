@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which color-blind readers can distinguish
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY = "#7F7F7F"
+PALE_TO_DARK = "YlGnBu"  # matplotlib's name of the colors of a scale from little to much
 STAGE_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 
 

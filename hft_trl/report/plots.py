@@ -1,34 +1,16 @@
 """Draw the plots of a report on own figures, without changing matplotlib's state."""
 
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE, GREEN, RED, panels, save_figure, stage_colours
+from hft_trl.report.figures import BLUE, GREEN, RED, panels, stage_colours
 from hft_trl.report.movement import movement_figure
-from hft_trl.report.record import HISTORY, Report, StageRecord
+from hft_trl.report.record import HISTORY, MARGIN, Report, StageRecord
 from hft_trl.report.tables import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MARGIN = "rewards/margins"
-
-
-def write_plots(report: Report, directory: Path) -> list[Path]:
-    """Draw all plots for which the report has data, and return their paths."""
-    written = []
-    for name, draw in FIGURES.items():
-        figure = draw(report)
-        path = directory / name
-        if figure is None:
-            # Otherwise a plot of an earlier run would seem to belong to this one
-            path.unlink(missing_ok=True)
-            continue
-        save_figure(figure, path)
-        written.append(path)
-    return written
 
 
 def loss_figure(report: Report) -> "Figure | None":

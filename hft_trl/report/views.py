@@ -39,7 +39,8 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
     if block.kind == "heading":
         return f"### {block.text}"
     if block.kind == "table":
-        return f"{block.text}:\n\n{table(block.grid)}"
+        note = f"\n\n*{block.grid.note}*" if block.grid.note else ""
+        return f"{block.text}:\n\n{table(block.grid)}{note}"
     if block.kind == "picture":
         name = block.text
         return f"![{name.removesuffix('.png')}]({name})\n\n*{CAPTIONS[name]}*" if name in pictures else ""
@@ -47,7 +48,10 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
         fence = "```"
         while fence in block.text:
             fence += "`"
-        return f"{fence}{block.language}\n{block.text}\n{fence}"
+        code = f"{fence}{block.language}\n{block.text}\n{fence}"
+        if block.summary:
+            return f"<details>\n<summary>{block.summary}</summary>\n\n{code}\n\n</details>"
+        return code
     return block.text
 
 

@@ -89,7 +89,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
     """A file in the folder's place gives one line that names it."""
     (tmp_path / "file").write_text("")
     for write in (lambda: report().save(tmp_path / "file"), lambda: write_views(report(), tmp_path / "file")):
-        with pytest.raises(HFTError, match=r"file.* can't be written .*another output folder"):
+        with pytest.raises(HFTError, match=r"file can.* be written \(File exists"):
             write()
 
 
@@ -100,7 +100,7 @@ def test_missing_stage_field_is_named(tmp_path, field):
     content = json.loads(path.read_text())
     del content["stages"][1][field]
     path.write_text(json.dumps(content))
-    with pytest.raises(HFTError, match=f"stage 1 lacks the field '{field}'"):
+    with pytest.raises(HFTError, match=rf"stages\[1\] lacks the field '{field}'"):
         Report.load(tmp_path)
 
 
@@ -108,16 +108,16 @@ def test_missing_stage_field_is_named(tmp_path, field):
     ("change", "message"),
     [
         (lambda c: c.update(extra=1), "unknown field 'extra'"),
-        (lambda c: c["stages"][0].update(speed=1), "stage 0 holds the unknown field 'speed'"),
-        (lambda c: c["stages"][0]["moved"][0].pop("slot"), "moved lacks the field 'slot'"),
-        (lambda c: c["stages"][0].update(steps="many"), "steps = 'many', which is not of type"),
-        (lambda c: c["stages"][0].update(steps=True), "steps = True"),
-        (lambda c: c.update(evaluation={"base": 3}), "evaluation = "),
-        (lambda c: c.update(stages=[3]), "stage 0 is 3, not a JSON object"),
-        (lambda c: c.update(stages=3), "stages = 3"),
-        (lambda c: c["stages"][0]["share"].update(model="half"), "model = 'half', which is not a number"),
-        (lambda c: c.update(command=[1]), "command = [1], which is not a list of texts"),
-        (lambda c: c.update(suites={"general": 3}), "general = 3, which is not a list of texts"),
+        (lambda c: c["stages"][0].update(speed=1), "report.stages[0] has the unknown field 'speed'"),
+        (lambda c: c["stages"][0]["moved"][0].pop("slot"), "stages[0].moved[0] lacks the field 'slot'"),
+        (lambda c: c["stages"][0].update(steps="many"), "stages[0].steps is 'many', not int"),
+        (lambda c: c["stages"][0].update(steps=True), "steps is True, not int"),
+        (lambda c: c.update(evaluation={"base": 3}), "evaluation['base'] is 3, not dict"),
+        (lambda c: c.update(stages=[3]), "stages[0] is 3, not StageRecord"),
+        (lambda c: c.update(stages=3), "stages is 3, not list"),
+        (lambda c: c["stages"][0]["share"].update(model="half"), "share['model'] is 'half', not float"),
+        (lambda c: c.update(command=[1]), "command[0] is 1, not str"),
+        (lambda c: c.update(suites={"general": 3}), "suites['general'] is 3, not list"),
         (lambda c: c.update(version=2), "has version 2"),
         (lambda c: c.pop("version"), "has version None"),
     ],

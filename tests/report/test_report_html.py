@@ -23,8 +23,9 @@ from conftest import PATIENCE
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
+from hft_trl.report.movement import movement_grids
 from hft_trl.report.sections import launch_command, sections
-from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import evaluation_grids, sample_grid, share_grid, stage_grid
 from hft_trl.report.views import report_markdown, report_page, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +108,7 @@ def test_page_holds_every_table_of_the_report(name):
     """The tables of the terminal and of Markdown, cell by cell."""
     whole, page = PAGES[name], Page(html_of(name))
     grids = [stage_grid(whole), share_grid(whole), *evaluation_grids(whole), *movement_grids(whole)]
+    grids += [sample_grid(whole)] if whole.samples else []
     for grid in grids:
         assert [grid.columns, *grid.rows] in page.tables
         assert " ".join(grid.title.split()) in page.text or grid.title == "Stages"
@@ -129,7 +131,7 @@ def test_page_refers_to_nothing_outside_of_itself(name):
     allowed = (
         "html head meta title link style body header main footer nav section h1 h2 h3 p ul li a strong code pre span"
     )
-    allowed += " abbr div figure figcaption img table thead tbody tr th td"
+    allowed += " abbr details summary div figure figcaption img table thead tbody tr th td"
     assert {tag for tag, _ in page.tags} <= set(allowed.split())
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     assert not re.search(r"url\(|@import", html)
