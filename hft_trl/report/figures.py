@@ -44,7 +44,7 @@ def panels(number: int) -> tuple["Figure", list["Axes"]]:
 
     across = min(number, 3)
     down = ceil(number / across)
-    figure = Figure(figsize=(max(6.0, 4.8 * across), 3.8 * down), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 4.6 * across), 3.8 * down), layout="constrained")
     drawn = [figure.add_subplot(down, across, place + 1) for place in range(number)]
     for axes in drawn:
         axes.spines[["top", "right"]].set_visible(False)

@@ -65,7 +65,7 @@ def movement_grids(report: Report) -> list[Grid]:
             rows.append([row.category, count(row.learned_units), *learned, count(row.frozen_units), *frozen])
         if rows:
             columns = ["category", "units that learned", *changes, "frozen units", *changes]
-            title = f"Change after {stage.name}: mean of ||w - w_base|| / ||w_base|| over units"
+            title = f"Change after {stage.name}: mean of ||w - w_0|| / ||w_0|| over units"
             grids.append(Grid(title, columns, rows))
     return grids
 
@@ -118,12 +118,12 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
             aspect = max(20, 6 * map_height)  # the same width for any number of layers
-            bar = {"extend": beyond, "extendfrac": 0.03, "pad": 0.02, "aspect": aspect, "format": PercentFormatter(1)}
+            bar = {"extend": beyond, "extendfrac": 0.03, "pad": 0.02, "aspect": aspect, "format": PercentFormatter(1, symbol=" %")}
             part.colorbar(ScalarMappable(norm, colours), ax=upper, label="change from the base", **bar)
         else:
             lower = part.subplots()
         _bars(lower, rows, longest)
-        lower.xaxis.set_major_formatter(PercentFormatter(1))
+        lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     handles = [Patch(facecolor="white", edgecolor=EDGE, label="exactly as in the base")] if changes else []
     if any(row.frozen_units for rows in categories for row in rows):
         handles.append(Patch(facecolor="white", edgecolor=EDGE, hatch=HATCH, label="frozen in this stage"))
@@ -202,6 +202,7 @@ def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
     axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest or 1.0)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("mean change from the base,\n||w - w_base|| / ||w_base||")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

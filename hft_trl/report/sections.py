@@ -132,7 +132,7 @@ def _rerun(report: Report) -> list[Block]:
     if report.command:
         note = (
             f"It ran in {report.num_processes} process{'es' if report.num_processes > 1 else ''}. Flags of accelerate "
-            "launch itself, such as --config_file and --num_processes, are not part of it."
+            "launch itself, such as --config_file, are not part of it."
         )
         blocks += [Block("code", launch_command(report), language="sh"), Block("text", note)]
     if report.settings:

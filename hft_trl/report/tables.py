@@ -160,7 +160,7 @@ def rich_table(grid: Grid, width: int | None = None) -> "Table":
         collapse_padding=True,  # five measures with their differences fit into 80 columns
     )
     for number, column in enumerate(grid.columns):
-        least = _least([column]) - 2 if _least(grid.columns) <= width else None
+        least = _least([column]) - 3 if _least(grid.columns) <= width else None
         laid_out.add_column(escape(column), justify="right" if number else "left", overflow="fold", min_width=least)
     for number, row in enumerate(grid.rows):
         laid_out.add_row(*map(escape, row), style="bold" if number in grid.closing else None)
@@ -169,7 +169,7 @@ def rich_table(grid: Grid, width: int | None = None) -> "Table":
 
 def _least(columns: Iterable[str]) -> int:
     """Return the width of a table in which only the longest word of each heading fits."""
-    return sum(2 + max(map(len, column.split()), default=0) for column in columns)
+    return sum(3 + max(map(len, column.split()), default=0) for column in columns)
 
 
 def table(grid: Grid) -> str:
