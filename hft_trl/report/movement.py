@@ -98,7 +98,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     # The scale ends at the 99th percentile, so that one outlier does not make all other cells pale
     top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
     norm = Normalize(0.0, top or 1.0)
-    colours = colormaps[PALE_TO_DARK]
+    colours, percents = colormaps[PALE_TO_DARK], PercentFormatter(1, symbol=" %")
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
@@ -106,9 +106,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     down = ceil(len(models) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
-    longest = max(
-        value for rows in categories for row in rows for value in (row.learned, row.frozen) if value is not None
-    )
+    longest = max(value or 0 for rows in categories for row in rows for value in (row.learned, row.frozen))
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
     for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
@@ -118,12 +116,12 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
             aspect = max(20, 6 * map_height)  # the same width for any number of layers
-            bar = {"extend": beyond, "extendfrac": 0.03, "pad": 0.02, "aspect": aspect, "format": PercentFormatter(1, symbol=" %")}
+            bar = {"extend": beyond, "extendfrac": 0.03, "pad": 0.02, "aspect": aspect, "format": percents}
             part.colorbar(ScalarMappable(norm, colours), ax=upper, label="change from the base", **bar)
         else:
             lower = part.subplots()
         _bars(lower, rows, longest)
-        lower.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        lower.xaxis.set_major_formatter(percents)
     handles = [Patch(facecolor="white", edgecolor=EDGE, label="exactly as in the base")] if changes else []
     if any(row.frozen_units for rows in categories for row in rows):
         handles.append(Patch(facecolor="white", edgecolor=EDGE, hatch=HATCH, label="frozen in this stage"))
@@ -170,16 +168,9 @@ def _heat_map(axes: "Axes", grid: LayerMap[UnitChange], colours: "Colormap", nor
     for category, members in grid.groups.items():
         if first:
             axes.axvline(first - 0.5, color="black", linewidth=1.5)
-        axes.annotate(
-            category.replace("_", "\n"),
-            (first + (len(members) - 1) / 2, 1),
-            (0, 4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
+        middle, above = first + (len(members) - 1) / 2, {"xycoords": ("data", "axes fraction"), "ha": "center"}
+        text = category.replace("_", "\n")
+        axes.annotate(text, (middle, 1), (0, 4), textcoords="offset points", va="bottom", fontsize=9, **above)
         first += len(members)
 
 

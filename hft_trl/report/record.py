@@ -22,20 +22,15 @@ MARGIN = "rewards/margins"
 
 @dataclass
 class UnitChange:
-    """
-    Store how far one unit (a matrix with its bias) moved in a stage.
-
-    `relative_change` is `||w - w_base|| / ||w_base||`, `None` if undefined. `relative_change_from_start` is the same
-    for the model that the stage started from.
-    """
+    """Store how far one unit (a matrix with its bias) moved in a stage."""
 
     name: str
     layer: int | None
     category: str
     slot: str
     trainable: bool
-    relative_change: float | None
-    relative_change_from_start: float | None = None
+    relative_change: float | None  # `||w - w_base|| / ||w_base||`, None if undefined
+    relative_change_from_start: float | None = None  # the same for the model that the stage started from
 
 
 @dataclass
@@ -126,25 +121,22 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
 
     The keys are `"base"` and the stages, each with its last figures, and `"history"` with the rows of every stage.
     """
-    found: dict[str, Any] = {}
     history = {}
-    for number, stage in enumerate(stages):
-        rows = [
-            {"step": row["step"], **{key.removeprefix(KEPT): row[key] for key in row if key.startswith(KEPT)}}
-            for row in stage.history
-            if any(key.startswith(KEPT) for key in row)
-        ]
-        if not rows:
-            continue
-        if number == 0 and rows[0]["step"] == 0:
-            found["base"] = _figures(rows[0])
-        found[stage.name] = _figures(rows[-1])
-        history[stage.name] = rows
-    return {**found, HISTORY: history} if history else {}
-
-
-def _figures(row: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in ("step", "seconds")}
+    for stage in stages:
+        kept = [row for row in stage.history if any(key.startswith(KEPT) for key in row)]
+        if kept:
+            history[stage.name] = [
+                {key.removeprefix(KEPT): row[key] for key in row if key == "step" or key.startswith(KEPT)}
+                for row in kept
+            ]
+    if not history:
+        return {}
+    first = history.get(stages[0].name, [{"step": None}])[0]
+    last = {"base": first} if first["step"] == 0 else {}
+    last |= {name: rows[-1] for name, rows in history.items()}
+    timing = ("step", "seconds")
+    figures = {name: {key: row[key] for key in row if key not in timing} for name, row in last.items()}
+    return {**figures, HISTORY: history}
 
 
 def _finite(value: Any) -> Any:

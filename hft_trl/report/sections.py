@@ -32,18 +32,13 @@ WIDTH = 100  # characters of the pictures of what learned
 
 @dataclass(frozen=True)
 class Block:
-    """
-    Store one piece of a section.
+    """Store one piece of a section."""
 
-    `kind` is `"heading"`, `"text"`, `"table"`, `"picture"` or `"code"`. `text` is the caption of a table, or the file
-    name of a picture. Code with a `summary` is folded under it.
-    """
-
-    kind: str
-    text: str = ""
+    kind: str  # "heading", "text", "table", "picture" or "code"
+    text: str = ""  # also the caption of a table, and the file name of a picture
     grid: Grid | None = None
-    language: str = ""
-    summary: str = ""
+    language: str = ""  # of code
+    summary: str = ""  # under which code is folded
 
 
 @dataclass(frozen=True)

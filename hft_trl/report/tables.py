@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
+UNCHANGED = {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}
 
 MEASURES = {"text_loss": "loss on general text", "base_kl": "KL to the base (nats)", "facts": "facts (percent)"}
 """What `RetentionCallback` measures."""
@@ -58,7 +59,7 @@ def stage_grid(report: Report) -> Grid:
         "reference, shared with the policy": lambda stage: size(stage.shared_reference_bytes),
         "loss, first to last": lambda stage: f"{loss(stage.first_loss)} to {loss(stage.last_loss)}",
         "evaluation loss": lambda stage: loss(_last(stage, "eval_loss")),
-        "frozen part unchanged": _unchanged,
+        "frozen part unchanged": lambda stage: UNCHANGED[stage.frozen_unchanged],
     }
     rows = [[name, *map(cell, report.stages)] for name, cell in cells.items()]
     rows = [row for row in rows if {*row[1:]} != {NONE}]
@@ -74,15 +75,10 @@ def evaluation_grids(report: Report) -> list[Grid]:
 def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
     """Return the scores with their differences from those of the first model."""
     measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
-    rows, first = [], None
+    rows, first = [], next(iter(report.evaluation.values()), {})
     for model, scores in report.evaluation.items():
-        first = scores if first is None else first
-        errors = report.standard_errors.get(model, {})
-        cells = [
-            _score(scores.get(name), None if first is scores else first.get(name), errors.get(name))
-            for name in measures
-        ]
-        rows.append([model, *cells])
+        errors, base = report.standard_errors.get(model, {}), {} if scores is first else first
+        rows.append([model, *(_score(scores.get(name), base.get(name), errors.get(name)) for name in measures)])
     headings = [name.replace("_", " ") for name in measures]
     against = " ± standard error" if report.standard_errors else ""
     against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
@@ -108,13 +104,8 @@ def retention_grid(report: Report) -> Grid:
     measures = [name for name in MEASURES if any(name in figures for figures in models.values())]
     rows = []
     for model, figures in models.items():
-        cells = []
-        for name in measures:
-            value, before = figures.get(name), base.get(name) if model != "base" and name != "base_kl" else None
-            digits = 1 if name == "facts" else 4
-            cells.append(NONE if value is None else f"{value:.{digits}f}")
-            if value is not None and before is not None:
-                cells[-1] += f" ({value - before:+.{digits}f})"
+        before = {} if model == "base" else {**base, "base_kl": None}
+        cells = (_score(figures.get(name), before.get(name), digits=1 if name == "facts" else 4) for name in measures)
         rows.append([model, *cells])
     return Grid("Retention (in brackets the difference to base)", ["model", *map(MEASURES.get, measures)], rows)
 
@@ -122,10 +113,7 @@ def retention_grid(report: Report) -> Grid:
 def category_grid(shares: Iterable[CategoryShare]) -> Grid:
     """Return the trained shares of a selection by category."""
     shares = list(shares)
-    rows = [
-        [row.category, count(row.units), count(row.parameters), count(row.trained), percent(row.share, 2)]
-        for row in shares
-    ]
+    rows = [[s.category, count(s.units), count(s.parameters), count(s.trained), percent(s.share, 2)] for s in shares]
     closing = frozenset(number for number, row in enumerate(shares) if row.category in ("layers", "model"))
     return Grid("What learns", ["category", "units", "parameters", "trained", "share"], rows, closing)
 
@@ -237,12 +225,9 @@ def _steps(stage: StageRecord) -> str:
     return count(stage.steps) + resumed
 
 
-def _unchanged(stage: StageRecord) -> str:
-    return {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}[stage.frozen_unchanged]
-
-
-def _score(value: Any, base: Any, stderr: Any) -> str:
+def _score(value: float | None, base: float | None, stderr: float | None = None, digits: int = 1) -> str:
     if value is None:
         return NONE
-    error = "" if stderr is None else f"±{stderr:.1f}"
-    return f"{value:.1f}{error}" if base is None else f"{value:.1f}{error} ({value - base:+.1f})"
+    error = "" if stderr is None else f"±{stderr:.{digits}f}"
+    against = "" if base is None else f" ({value - base:+.{digits}f})"
+    return f"{value:.{digits}f}{error}{against}"
