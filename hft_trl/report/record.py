@@ -102,7 +102,7 @@ class Report:
         try:
             content = read_json(path)
         except OSError as error:
-            raise HFTError(f"{path} can't be read ({error.strerror}): give the output folder of a run.") from error
+            raise HFTError(f"{path} cannot be read ({error.strerror}): give the output folder of a run.") from error
         except ValueError as error:
             raise HFTError(f"{path} is not valid JSON ({error}): run the recipe again.") from error
         found = content.get("version") if isinstance(content, dict) else None

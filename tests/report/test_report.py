@@ -149,7 +149,7 @@ def test_what_is_no_report_is_refused(tmp_path, text):
     (tmp_path / "report.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(HFTError, match=r"report\.json"):
         Report.load(tmp_path)
-    with pytest.raises(HFTError, match=r"report\.json can't be read"):
+    with pytest.raises(HFTError, match=r"report\.json cannot be read"):
         Report.load(tmp_path / "nowhere")
 
 
