@@ -6,6 +6,9 @@
 # is up, and when it is pre-empted, the job saves a checkpoint and is queued again; the same command then resumes.
 # Tested with stand-ins for Slurm's commands, not on a cluster.
 #SBATCH --job-name=hft
+##SBATCH --partition=YOUR_PARTITION
+##SBATCH --account=YOUR_ACCOUNT
+#SBATCH --output=slurm-%x-%j.log
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -16,6 +19,12 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
+
+# The environment of all machines: uncomment what your cluster needs.
+# module load cuda
+# source .venv/bin/activate
+# export HF_HOME=/shared/huggingface  # models and data sets, on a file system that all machines share
+# export HF_HUB_OFFLINE=1             # if compute nodes have no network
 
 export CONFIG=${CONFIG:-accelerate_configs/fsdp2_multi_node.yaml}
 export MAIN_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

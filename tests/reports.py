@@ -11,18 +11,22 @@ SLOTS = {
 
 
 def moved(layers=2, slots=SLOTS, change=0.125, earlier=None):
-    """Every other unit learned; what did not is where an earlier stage left it."""
+    """Every other unit learned; what did not is where an earlier stage left it, and moved by 0 in its own."""
     units = []
     for layer in range(layers):
         for number, (slot, category) in enumerate(slots.items()):
             name, learns = f"model.layers.{layer}.{slot}.weight", (layer + number) % 2 == 0
             before = earlier.get(name, 0.0) if earlier else 0.0
-            units.append(UnitChange(name, layer, category, slot, learns, change if learns else before, 0.0))
+            own = change / 2 if earlier else change
+            units.append(UnitChange(name, layer, category, slot, learns, change if learns else before, own * learns))
     return [*units, UnitChange("lm_head.weight", None, "lm_head", "lm_head", True, 0.03125, 0.03125)]
 
 
 def stage(name="sft", **values):
-    history = [{"step": step, "loss": 4 / step, "learning_rate": 1e-3} for step in range(1, 61)]
+    history = [
+        {"step": step, "loss": 4 / step, "learning_rate": 1e-3, "epoch": step / 20, "eval_loss": 2.5}
+        for step in range(1, 61)
+    ]
     if name == "dpo":
         history = [{**row, "rewards/margins": row["step"] / 60, "rewards/chosen": 0.1} for row in history]
     history.append({"step": 60, "train_runtime": 12.5, "train_loss": 0.5})
@@ -45,6 +49,8 @@ def stage(name="sft", **values):
         "start_model": "base",
         "dataset": "data.jsonl",
         "rows": 640,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
         "dropped_rows": 3,
         "history": history,
         "moved": moved(),
@@ -97,6 +103,9 @@ ODD = {
     "hybrid": report(stage(moved=MIXED)),
     "80 layers": report(stage(moved=moved(80))),
     "experts": report(stage(moved=moved(4, {**SLOTS, **WIDE}))),
+    "samples": report(
+        stage(moved=[]), samples=[{"prompt": "Q | 1?", "base": "one\ntwo", "sft": "", "dpo": "three " * 60}] * 2
+    ),
     "eight rounds": report(*(stage(f"round {n}") for n in range(8))),
     "retention": report(retention=RETENTION),
     "retention of one stage": report(

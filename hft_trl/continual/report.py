@@ -8,8 +8,8 @@ from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
-from hft_trl.report.figures import STAGE_COLOURS, panels, plain, save_figure
-from hft_trl.report.tables import NONE, Grid, rich_table, table
+from hft_trl.report.figures import PALE_TO_DARK, STAGE_COLOURS, panels, plain, save_figure
+from hft_trl.report.tables import NONE, Grid, meaning, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +30,7 @@ def _markdown(scores: Scores) -> str:
     for model, found in scores["probes"].items():
         values = [f"{name.replace('_', ' ')} {NONE if v is None else f'{v:.1f}'}" for name, v in found.items()]
         probes.append(f"- {model}: {', '.join(values)}")
+    meanings = {text for found in scores["probes"].values() if (text := meaning(found))}
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -42,7 +43,7 @@ def _markdown(scores: Scores) -> str:
         "![Overall performance and backward transfer](curves.png)",
         "## Forgetting",
         table(forgetting_grid(scores)),
-        *(["## General abilities and knowledge", "\n".join(probes)] if probes else []),
+        *(["## General abilities and knowledge", *meanings, "\n".join(probes)] if probes else []),
         f"At the end {sum(scores['empty_predictions'][-1])} predictions were empty (they score 0), and "
         f"{sum(scores['truncated_prompts'][-1])} prompts were truncated from the left.",
     ]
@@ -152,8 +153,8 @@ def matrix_figure(scores: Scores) -> "Figure":
     for number, row in enumerate(matrix):
         cells[number, : len(row)] = row
         for task, score in enumerate(row):
-            axes.text(task, number, f"{score:.0f}", color="white" if score < 60 else "black", **text)
-    image = axes.imshow(cells, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+            axes.text(task, number, f"{score:.0f}", color="black" if score < 60 else "white", **text)
+    image = axes.imshow(cells, cmap=PALE_TO_DARK, vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", parse_math=False)
     axes.set_yticks(range(len(matrix)), [planned["name"] for planned in scores["rounds"]])
     figure.colorbar(image, label="score (0 to 100)")

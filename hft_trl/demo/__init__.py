@@ -13,8 +13,8 @@ RECIPE = ASSETS / "recipe.yaml"  # the settings of the demo run
 CONTINUAL_RECIPE = ASSETS / "continual.yaml"  # and those of its continual run
 TASKS = ASSETS / "tasks"  # eight small tasks in TRACE's layout, which benchmarks/demo_tasks.py rebuilds from a seed
 MEANINGS = {
-    "knowledge": "facts that fine-tuning never mentions, completed exactly",
-    "ability": "mean of questions and instructions about such facts and things, answered right",
+    "knowledge": "facts about people that fine-tuning never mentions, completed exactly",
+    "ability": "mean of questions and instructions about people and items that it never mentions, answered right",
     "concise": "questions answered right without a farewell, as the preference data teach",
 }
 """What the main scores of the probes are, in percent."""

@@ -1,20 +1,30 @@
 """Evaluate the models of a recipe for its report."""
 
-from collections.abc import Sequence
+import gzip
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.demo.probes import evaluate
+from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.run import evaluate_models, find_models
+from hft_trl.evaluation.samples import sample_answers
 from hft_trl.evaluation.scores import AVERAGE
 from hft_trl.evaluation.suites import headings
 from hft_trl.recipe.arguments import ModelArguments
 
+logger = logging.get_logger(__name__)
+
 Figures = dict[str, dict[str, float | None]]
+SAMPLES, LOOKED_AT, LONGEST = 2, 100, 400  # prompts, the rows that they are sought in, and their characters
 
 
 def evaluate_stages(
@@ -26,9 +36,7 @@ def evaluate_stages(
     Return scores in percent and standard errors by model and heading, and headings by suite. Without suites, the
     embedded model is scored by its probes.
     """
-    base = start.model_name_or_path
-    if not Path(base).is_dir() and start.model_revision != "main":
-        base = f"{base}@{start.model_revision}"
+    base = _base(start)
     models = {"base": base, **stages}
     if not suites:
         if base != str(demo.MODEL) or not PartialState().is_main_process:
@@ -48,6 +56,47 @@ def evaluate_stages(
             for heading, score in {**found[model], average: evaluation.average(suite, model)}.items():
                 scores[model][heading], errors[model][heading] = score.value, score.stderr
     return scores, errors, shown
+
+
+def sample_stages(
+    start: ModelArguments, stages: Mapping[str, str], rows: Iterable[Mapping[str, Any]] | None
+) -> list[dict[str, str]]:
+    """
+    Return what the start model, as `"base"`, and those of `stages` answer to two prompts of the evaluation `rows`.
+
+    The embedded model is asked questions of its probes. Without prompts, or if a model cannot answer, the result is
+    empty: a report is worth more than its samples.
+    """
+    if start.model_name_or_path == str(demo.MODEL):
+        kinds = (demo.PROBES / f"{kind}.jsonl.gz" for kind in ("questions", "instructions"))
+        prompts = [json.loads(gzip.decompress(path.read_bytes()).splitlines()[0])["prompt"] for path in kinds]
+    else:
+        found = (_question(row) for row in islice(rows or [], LOOKED_AT))
+        prompts = list(islice((prompt for prompt in found if prompt and len(prompt) <= LONGEST), SAMPLES))
+    models, answers = {"base": _base(start), **stages}, {}
+    try:
+        for name, model in models.items() if prompts else ():
+            answers[name] = sample_answers(model, prompts, chat_template=start.chat_template)
+    except (HFTError, RuntimeError) as error:  # such as memory that a trainer still holds
+        logger.warning(f"Sample answers are left out of the report: {first_line(error)}")
+        return []
+    return [
+        {"prompt": prompt, **{name: given[number] for name, given in answers.items()}}
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def _question(row: Mapping[str, Any]) -> str | None:
+    """Return the first user turn of a conversation, `None` for plain text."""
+    turns = row.get("prompt") or row.get("messages") or row.get("chosen")
+    return (
+        next((turn["content"] for turn in turns if turn["role"] == "user"), None) if isinstance(turns, list) else None
+    )
+
+
+def _base(start: ModelArguments) -> str:
+    base, revision = start.model_name_or_path, start.model_revision
+    return base if Path(base).is_dir() or revision == "main" else f"{base}@{revision}"
 
 
 def _probe(model: str) -> dict[str, float]:

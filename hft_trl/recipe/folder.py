@@ -19,7 +19,7 @@ from hft_trl.recipe.locks import LOCK_FILE, lock
 from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
-from hft_trl.report.record import stage_record
+from hft_trl.report.record import from_json
 from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, start_model
 from hft_trl.weights import check_readable
 
@@ -208,7 +208,7 @@ def mark_started(stage: "Stage") -> None:
 def finished(stage: "Stage") -> StageRecord | None:
     """Return the measurements of a finished stage, or `None` if it is not finished."""
     record = _read(stage.folder)["record"]
-    return None if record is None else stage_record(record, f"{stage.folder / STAGE_FILE}: record")
+    return None if record is None else from_json(StageRecord, record, f"{stage.folder / STAGE_FILE}: record")
 
 
 def mark_finished(stage: "Stage", record: StageRecord) -> None:

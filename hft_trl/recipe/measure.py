@@ -95,6 +95,8 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         frozen_unchanged=True if method == "hft" else None,  # `train` raises where it is not
         start_model=stage.model.model_name_or_path,
         dataset=stage.source,
+        batch_size=trainer.get_total_train_batch_size(trainer.args),
+        learning_rate=trainer.args.learning_rate,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
         history=log,
         reference_memory_bytes=beside,

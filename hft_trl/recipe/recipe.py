@@ -23,7 +23,7 @@ from hft_trl.recipe.arguments import (
     RunArguments,
     StageArguments,
 )
-from hft_trl.recipe.evaluation import evaluate_stages
+from hft_trl.recipe.evaluation import evaluate_stages, sample_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.rehearsal import rehearse
@@ -225,8 +225,8 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     """
     start = stages[0].model
     folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}
+    models = {stage.name: str(stage.folder) for stage in stages}
     if run is not None:
-        models = {stage.name: str(stage.folder) for stage in stages}
         suites = parse_suites(run.evaluate) if run.evaluate else []
         folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
     if not PartialState().is_main_process:
@@ -237,6 +237,7 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
         evaluation=scores,
         standard_errors=errors,
         suites=shown,
+        samples=sample_stages(start, models, next((s.eval_dataset for s in stages if s.eval_dataset), None)),
         retention=retention_of(records),
         base_model=start.model_name_or_path,
         command=sys.argv,

@@ -1,11 +1,11 @@
 """Write and load a run's `report.json`, and make tables and plots from it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hft_trl.environment import environment
-from hft_trl.errors import HFTError
-from hft_trl.files import write_text
+from hft_trl.files import write_text, writing
 from hft_trl.report.record import Report, StageRecord, UnitChange
 
 if TYPE_CHECKING:
@@ -16,20 +16,25 @@ __all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report",
 
 def write_views(report: Report, directory: str | Path) -> list[Path]:
     """Write `report.md`, plots and `report.html` of a report from [`Report.load`]. Return their paths."""
-    from hft_trl.report.plots import write_plots
+    from hft_trl.report.figures import save_figure
+    from hft_trl.report.plots import FIGURES
     from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
 
     folder = Path(directory)
-    try:
+    inside = [replace(stage, start_model=stage.start_model.removeprefix(f"{folder}/")) for stage in report.stages]
+    report = replace(report, stages=inside)
+    figures = {name: draw(report) for name, draw in FIGURES.items()}
+    written = [folder / "report.md", folder / PAGE_FILE, *(folder / name for name, drawn in figures.items() if drawn)]
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = write_plots(report, folder)
-        text = folder / "report.md"
-        write_text(text, report_markdown(report, [picture.name for picture in pictures]))
-        page = folder / PAGE_FILE
-        write_text(page, report_page(report))
-    except OSError as error:
-        raise HFTError(f"{folder} can't be written ({error.strerror}): choose another output folder.") from error
-    return [text, page, *pictures]
+        for name, figure in figures.items():
+            # Otherwise a plot of an earlier run would seem to belong to this one
+            (folder / name).unlink(missing_ok=True)
+            if figure is not None:
+                save_figure(figure, folder / name)
+        write_text(written[0], report_markdown(report, [path.name for path in written]))
+        write_text(written[1], report_page(report))
+    return written
 
 
 def print_report(report: Report, console: "Console | None" = None) -> None:
@@ -41,4 +46,4 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     console = console or Console()
     retention = [retention_grid(report)] if report.retention else []
     for grid in (stage_grid(report), *evaluation_grids(report), *retention):
-        console.print(rich_table(grid))
+        console.print(rich_table(grid, console.width))

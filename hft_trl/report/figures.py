@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which color-blind readers can distinguish
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 GREY = "#7F7F7F"
+PALE_TO_DARK = "YlGnBu"  # matplotlib's name of the colors of a scale from little to much
 STAGE_COLOURS = (GREY, BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 
 
@@ -43,7 +44,7 @@ def panels(number: int) -> tuple["Figure", list["Axes"]]:
 
     across = min(number, 3)
     down = ceil(number / across)
-    figure = Figure(figsize=(max(6.0, 4.8 * across), 3.8 * down), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 4.6 * across), 3.8 * down), layout="constrained")
     drawn = [figure.add_subplot(down, across, place + 1) for place in range(number)]
     for axes in drawn:
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Compute and draw how far layers and categories moved from the base model."""
+"""Compute, tabulate and draw how far layers and categories moved."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from math import ceil
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE
+from hft_trl.report.figures import BLUE, PALE_TO_DARK
 from hft_trl.report.layer_map import LayerMap, category_rank, layer_map
 from hft_trl.report.record import Report, UnitChange
+from hft_trl.report.tables import Grid, change, count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,8 @@ class CategoryMovement:
     category: str
     learned: float | None
     frozen: float | None
+    learned_in_stage: float | None  # from the model that the stage started from
+    frozen_in_stage: float | None
     learned_units: int
     frozen_units: int
 
@@ -35,15 +38,36 @@ def category_movement(moved: Iterable[UnitChange]) -> list[CategoryMovement]:
     known = [unit for unit in moved if unit.relative_change is not None]
     rows = []
     for category in sorted({unit.category for unit in known}, key=category_rank):
-        learned = [unit for unit in known if unit.category == category and unit.trainable]
-        frozen = [unit for unit in known if unit.category == category and not unit.trainable]
-        rows.append(CategoryMovement(category, _mean(learned), _mean(frozen), len(learned), len(frozen)))
+        members = [unit for unit in known if unit.category == category]
+        parts = [[unit for unit in members if unit.trainable == learns] for learns in (True, False)]
+        from_base = [_mean(unit.relative_change for unit in part) for part in parts]
+        in_stage = [_mean(unit.relative_change_from_start for unit in part) for part in parts]
+        rows.append(CategoryMovement(category, *from_base, *in_stage, *map(len, parts)))
     return rows
 
 
-def _mean(units: Iterable[UnitChange]) -> float | None:
-    changes = [unit.relative_change for unit in units]
-    return fmean(changes) if changes else None
+def _mean(changes: Iterable[float | None]) -> float | None:
+    changes = list(changes)
+    return fmean(changes) if changes and None not in changes else None
+
+
+def movement_grids(report: Report) -> list[Grid]:
+    """Return how far each category moved from the base and, where it began elsewhere, in the stage itself."""
+    grids = []
+    for stage in report.stages:
+        moves = category_movement(stage.moved)
+        later = any(unit.relative_change_from_start not in (unit.relative_change, None) for unit in stage.moved)
+        changes = ["change from the base", f"change in {stage.name}"][: 1 + later]
+        rows = []
+        for row in moves:
+            learned = [change(value) for value in (row.learned, row.learned_in_stage)[: 1 + later]]
+            frozen = [change(value) for value in (row.frozen, row.frozen_in_stage)[: 1 + later]]
+            rows.append([row.category, count(row.learned_units), *learned, count(row.frozen_units), *frozen])
+        if rows:
+            columns = ["category", "units that learned", *changes, "frozen units", *changes]
+            title = f"Change after {stage.name}: mean of ||w - w_0|| / ||w_0|| over units"
+            grids.append(Grid(title, columns, rows))
+    return grids
 
 
 def movement_figure(report: Report) -> "Figure | None":
@@ -63,17 +87,18 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import PercentFormatter
 
     models = [(title, moved) for title, moved in models if category_movement(moved)]
     if not models:
         return None
     categories = [category_movement(moved) for _, moved in models]
     grids = [layer_map(unit for unit in moved if unit.relative_change is not None) for _, moved in models]
-    changes = sorted(_mean(units) for grid in grids for units in grid.cells.values())
+    changes = sorted(_mean(unit.relative_change for unit in units) for grid in grids for units in grid.cells.values())
     # The scale ends at the 99th percentile, so that one outlier does not make all other cells pale
     top = changes[min(len(changes) - 1, int(0.99 * len(changes)))] if changes else 0.0
     norm = Normalize(0.0, top or 1.0)
-    colours = colormaps["viridis_r"]
+    colours, percents = colormaps[PALE_TO_DARK], PercentFormatter(1, symbol=" %")
 
     columns, layers = max(len(grid.columns) for grid in grids), max(len(grid.layers) for grid in grids)
     width = min(16.0, max(5.4, 2.4 + 0.3 * columns))
@@ -81,9 +106,7 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
     down = ceil(len(models) / across)
     map_height = min(11.0, 2.4 + 0.19 * layers) if columns else 0.01
     bar_height = 0.9 + 0.3 * max(map(len, categories))
-    longest = max(
-        value for rows in categories for row in rows for value in (row.learned, row.frozen) if value is not None
-    )
+    longest = max(value or 0 for rows in categories for row in rows for value in (row.learned, row.frozen))
     figure = Figure(figsize=(width * across, 0.9 + (map_height + bar_height) * down), layout="constrained")
     parts = figure.subfigures(down, across, squeeze=False).ravel()
     for (title, _), rows, grid, part in zip(models, categories, grids, parts, strict=False):
@@ -93,13 +116,12 @@ def change_figure(models: Iterable[tuple[str, Sequence[UnitChange]]]) -> "Figure
             _heat_map(upper, grid, colours, norm)
             beyond = "max" if changes[-1] > top else "neither"
             aspect = max(20, 6 * map_height)  # the same width for any number of layers
-            scale = part.colorbar(
-                ScalarMappable(norm, colours), ax=upper, extend=beyond, extendfrac=0.03, pad=0.02, aspect=aspect
-            )
-            scale.set_label("change from the base")
+            bar = {"extend": beyond, "extendfrac": 0.03, "pad": 0.02, "aspect": aspect, "format": percents}
+            part.colorbar(ScalarMappable(norm, colours), ax=upper, label="change from the base", **bar)
         else:
             lower = part.subplots()
         _bars(lower, rows, longest)
+        lower.xaxis.set_major_formatter(percents)
     handles = [Patch(facecolor="white", edgecolor=EDGE, label="exactly as in the base")] if changes else []
     if any(row.frozen_units for rows in categories for row in rows):
         handles.append(Patch(facecolor="white", edgecolor=EDGE, hatch=HATCH, label="frozen in this stage"))
@@ -120,7 +142,7 @@ def _heat_map(axes: "Axes", grid: LayerMap[UnitChange], colours: "Colormap", nor
     axes.set_facecolor(ABSENT)
     plain, hatched = [], []
     for (layer, column), units in grid.cells.items():
-        moved = _mean(units)
+        moved = _mean(unit.relative_change for unit in units)
         corner = (places[column] - 0.5, rows[layer] - 0.5)
         cell = Rectangle(corner, 1, 1, facecolor=colours(norm(moved)) if moved else "white")
         (plain if any(unit.trainable for unit in units) else hatched).append(cell)
@@ -146,16 +168,9 @@ def _heat_map(axes: "Axes", grid: LayerMap[UnitChange], colours: "Colormap", nor
     for category, members in grid.groups.items():
         if first:
             axes.axvline(first - 0.5, color="black", linewidth=1.5)
-        axes.annotate(
-            category.replace("_", "-\n"),
-            (first + (len(members) - 1) / 2, 1),
-            (0, 4),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=9,
-        )
+        middle, above = first + (len(members) - 1) / 2, {"xycoords": ("data", "axes fraction"), "ha": "center"}
+        text = category.replace("_", "\n")
+        axes.annotate(text, (middle, 1), (0, 4), textcoords="offset points", va="bottom", fontsize=9, **above)
         first += len(members)
 
 
@@ -167,11 +182,18 @@ def _bars(axes: "Axes", rows: list[CategoryMovement], longest: float) -> None:
             middle = place - 0.4 + height * (number + 0.5)
             hatched = {"facecolor": "white", "edgecolor": EDGE, "hatch": HATCH}
             axes.barh(middle, value, 0.9 * height, **({"color": BLUE} if kind == "learned" else hatched))
-            text = "frozen: 0" if kind == "frozen" and value == 0 else f"{kind}: {value:.3g}"
-            axes.annotate(text, (value, middle), (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{kind}: {change(value)}",
+                (value, middle),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
     axes.set_yticks(range(len(rows)), [row.category.replace("_", " ") for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest or 1.0)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel("mean change from the base,\n||w - w_base|| / ||w_base||")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

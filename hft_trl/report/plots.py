@@ -1,34 +1,16 @@
 """Draw the plots of a report on own figures, without changing matplotlib's state."""
 
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE, GREEN, RED, panels, save_figure, stage_colours
+from hft_trl.report.figures import BLUE, GREEN, RED, panels, stage_colours
 from hft_trl.report.movement import movement_figure
-from hft_trl.report.record import HISTORY, Report, StageRecord
+from hft_trl.report.record import HISTORY, MARGIN, Report, StageRecord
 from hft_trl.report.tables import MEASURES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MARGIN = "rewards/margins"
-
-
-def write_plots(report: Report, directory: Path) -> list[Path]:
-    """Draw all plots for which the report has data, and return their paths."""
-    written = []
-    for name, draw in FIGURES.items():
-        figure = draw(report)
-        path = directory / name
-        if figure is None:
-            # Otherwise a plot of an earlier run would seem to belong to this one
-            path.unlink(missing_ok=True)
-            continue
-        save_figure(figure, path)
-        written.append(path)
-    return written
 
 
 def loss_figure(report: Report) -> "Figure | None":
@@ -53,8 +35,8 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
             for reward, own, style in (("chosen", GREEN, "--"), ("rejected", RED, ":")):
                 steps, values = _series(stage, f"rewards/{reward}")
                 if steps:
-                    text = f"reward of the {reward}"
-                    axes.plot(steps, _smooth(values)[0], style, color=own, linewidth=1.5, label=text)
+                    line = {"color": own, "linewidth": 1.5, "label": f"reward of the {reward}"}
+                    axes.plot(steps, _smooth(values)[0], style, **line)
         steps, values = _series(stage, key)
         smooth, window = _smooth(values)
         if window == 1:
@@ -75,9 +57,8 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
 def retention_figure(report: Report) -> "Figure | None":
     """Draw what the model keeps over the steps of all stages, a panel for each measure."""
     history: dict[str, list[dict]] = report.retention.get(HISTORY, {})
-    measures = [
-        name for name in MEASURES if any(row.get(name) is not None for rows in history.values() for row in rows)
-    ]
+    known = {name for rows in history.values() for row in rows for name in row if row[name] is not None}
+    measures = [name for name in MEASURES if name in known]
     if not measures:
         return None
     figure, drawn = panels(len(measures))
@@ -130,13 +111,8 @@ def evaluation_figure(report: Report) -> "Figure | None":
         axes.tick_params(axis="x", labelrotation=30)
     axes.set_xlim(-0.6, len(measures) - 0.4)
     axes.set_ylabel("score (percent)")
-    top = max(
-        value + (report.standard_errors.get(model, {}).get(name) or 0)
-        for model, scores in report.evaluation.items()
-        for name, value in scores.items()
-        if value is not None
-    )
-    axes.set_ylim(0, 108 if top > 50 else max(1.0, 1.15 * top))
+    top = axes.get_ylim()[1]  # with errors
+    axes.set_ylim(0, 108 if top > 50 else max(1.0, 1.1 * top))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")
     return figure

@@ -2,40 +2,35 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json
+from hft_trl.files import read_json, write_json, writing
 from hft_trl.redact import redact
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
 KEPT = "retention/"  # prefix of the figures of `RetentionCallback` in log rows
 HISTORY = "history"
-
-T = TypeVar("T")
+MARGIN = "rewards/margins"
 
 
 @dataclass
 class UnitChange:
-    """
-    Store how far one unit (a matrix with its bias) moved in a stage.
-
-    `relative_change` is `||w - w_base|| / ||w_base||`, `None` if undefined. `relative_change_from_start` is the same
-    for the model that the stage started from.
-    """
+    """Store how far one unit (a matrix with its bias) moved in a stage."""
 
     name: str
     layer: int | None
     category: str
     slot: str
     trainable: bool
-    relative_change: float | None
-    relative_change_from_start: float | None = None
+    relative_change: float | None  # `||w - w_base|| / ||w_base||`, None if undefined
+    relative_change_from_start: float | None = None  # the same for the model that the stage started from
 
 
 @dataclass
@@ -62,6 +57,8 @@ class StageRecord:
     rows: int | None = None
     dropped_rows: int | None = None  # without a trained token after truncation
     truncated_rows: int | None = None  # from the left, None if they were not counted
+    batch_size: int | None = None  # rows of an optimizer step, of all processes
+    learning_rate: float | None = None  # the peak
     resumed_from_step: int | None = None
     reference_memory_bytes: int | None = None  # per process, without parameters shared with the policy
     shared_reference_bytes: int | None = None
@@ -71,32 +68,17 @@ class StageRecord:
 
 @dataclass
 class Report:
-    """
-    Store all measurements of a run: the content of `report.json`.
+    """Store all measurements of a run: the content of `report.json`."""
 
-    Args:
-        stages (`list[StageRecord]`): The stages in the order in which they ran.
-        evaluation (`dict[str, dict[str, float]]`, *optional*): Scores in percent by model, `"base"` first.
-        standard_errors (`dict[str, dict[str, float]]`, *optional*): Known standard errors of the scores.
-        retention (`dict[str, Any]`, *optional*): What the base and each stage keep, see [`retention_of`].
-        suites (`dict[str, list[str]]`, *optional*): Names of each suite's scores in order. If empty, all are shown.
-        base_model (`str`, *optional*): Hub id or folder of the first stage's start model.
-        command (`list[str]`, *optional*): Command line of the run, with secrets hidden as in the settings.
-        settings (`dict[str, Any]`, *optional*): Settings of the run by section, or by stage and section.
-        num_processes (`int`, *optional*, defaults to 1): Number of processes of the run.
-        environment (`dict[str, Any]`, *optional*): Versions and machine, see [`~hft_trl.report.environment`].
-        created (`str`, *optional*): Time of creation (ISO 8601, UTC), defaults to now.
-        version (`int`, *optional*): Version of the format.
-    """
-
-    stages: list[StageRecord]
-    evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    suites: dict[str, list[str]] = field(default_factory=dict)
-    retention: dict[str, Any] = field(default_factory=dict)
-    base_model: str = ""
-    command: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    stages: list[StageRecord]  # in the order in which they ran
+    evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)  # in percent by model, "base" first
+    standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # the known ones
+    suites: dict[str, list[str]] = field(default_factory=dict)  # each one's scores in order; if empty, all are shown
+    samples: list[dict[str, str]] = field(default_factory=list)  # a "prompt", and each model's answer by its name
+    retention: dict[str, Any] = field(default_factory=dict)  # see `retention_of`
+    base_model: str = ""  # hub id or folder of the first stage's start model
+    command: list[str] = field(default_factory=list)  # with secrets hidden, as in the settings
+    settings: dict[str, Any] = field(default_factory=dict)  # by section, or by stage and section
     num_processes: int = 1
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -108,11 +90,9 @@ class Report:
     def save(self, directory: str | Path) -> Path:
         """Write `report.json` atomically to a folder, created if missing. Numbers not finite become null."""
         path = Path(directory) / REPORT_FILE
-        try:
+        with writing(directory):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, _finite(asdict(self)), ensure_ascii=False, allow_nan=False)
-        except OSError as error:
-            raise HFTError(f"{path} can't be written ({error.strerror}): choose another output folder.") from error
         return path
 
     @classmethod
@@ -122,28 +102,16 @@ class Report:
         try:
             content = read_json(path)
         except OSError as error:
-            raise HFTError(f"{path} can't be read ({error.strerror}): give the output folder of a run.") from error
+            raise HFTError(f"{path} cannot be read ({error.strerror}): give the output folder of a run.") from error
         except ValueError as error:
             raise HFTError(f"{path} is not valid JSON ({error}): run the recipe again.") from error
         found = content.get("version") if isinstance(content, dict) else None
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
-        report = _build(cls, content, str(path))
-        for name in ("evaluation", "standard_errors"):
-            for model, scores in content.get(name, {}).items():
-                _check_numbers(scores, f"{path}: {name} = {{{model!r}: ...}}", optional=True)
+        report = from_json(cls, content, f"{path}: report")
+        row = dict[str, float | None]
         for name, figures in report.retention.items():
-            rows = figures.values() if name == HISTORY and isinstance(figures, dict) else [[figures]]
-            for row in (row for part in rows for row in (part if isinstance(part, list) else [part])):
-                _check_numbers(row, f"{path}: retention = {{{name!r}: ...}}", optional=True)
-        for name, words in {"command": report.command, **report.suites}.items():
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise HFTError(
-                    f"{path} has {name} = {words!r:.80}, which is not a list of texts: run the recipe again."
-                )
-        report.stages = [
-            stage_record(stage, f"{path}: stage {number}") for number, stage in enumerate(content["stages"])
-        ]
+            from_json(dict[str, list[row]] if name == HISTORY else row, figures, f"{path}: report.retention.{name}")
         return report
 
 
@@ -153,35 +121,22 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
 
     The keys are `"base"` and the stages, each with its last figures, and `"history"` with the rows of every stage.
     """
-    found: dict[str, Any] = {}
     history = {}
-    for number, stage in enumerate(stages):
-        rows = [
-            {"step": row["step"], **{key.removeprefix(KEPT): row[key] for key in row if key.startswith(KEPT)}}
-            for row in stage.history
-            if any(key.startswith(KEPT) for key in row)
-        ]
-        if not rows:
-            continue
-        if number == 0 and rows[0]["step"] == 0:
-            found["base"] = _figures(rows[0])
-        found[stage.name] = _figures(rows[-1])
-        history[stage.name] = rows
-    return {**found, HISTORY: history} if history else {}
-
-
-def _figures(row: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in ("step", "seconds")}
-
-
-def stage_record(content: Any, where: str) -> StageRecord:
-    """Build the record of a stage from its JSON. Errors name the invalid field after `where`."""
-    record = _build(StageRecord, content, where)
-    _check_numbers(record.share, f"{where}: share")
-    if not all(isinstance(row, dict) for row in record.history):
-        raise HFTError(f"{where}: history has a row that is not a JSON object: run the recipe again.")
-    record.moved = [_build(UnitChange, unit, f"{where}: moved") for unit in record.moved]
-    return record
+    for stage in stages:
+        kept = [row for row in stage.history if any(key.startswith(KEPT) for key in row)]
+        if kept:
+            history[stage.name] = [
+                {key.removeprefix(KEPT): row[key] for key in row if key == "step" or key.startswith(KEPT)}
+                for row in kept
+            ]
+    if not history:
+        return {}
+    first = history.get(stages[0].name, [{"step": None}])[0]
+    last = {"base": first} if first["step"] == 0 else {}
+    last |= {name: rows[-1] for name, rows in history.items()}
+    timing = ("step", "seconds")
+    figures = {name: {key: row[key] for key in row if key not in timing} for name, row in last.items()}
+    return {**figures, HISTORY: history}
 
 
 def _finite(value: Any) -> Any:
@@ -194,32 +149,28 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _build(cls: type[T], content: Any, where: str) -> T:
-    """Build a dataclass from a JSON object with the same fields, without checking nested entries."""
-    if not isinstance(content, dict):
-        raise HFTError(f"{where} is {content!r:.80}, not a JSON object: run the recipe again.")
-    known = {entry.name: entry for entry in fields(cls)}
-    for name, value in content.items():
-        if name not in known:
-            raise HFTError(f"{where} holds the unknown field {name!r}: remove it, or run the recipe again.")
-        hint = known[name].type
-        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
-        # JSON may write a whole float as an int. A bool is an int in Python, but not a number here.
-        accepted = kind | int if float in get_args(hint) else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
-            raise HFTError(
-                f"{where} has {name} = {value!r:.80}, which is not of type {getattr(hint, '__name__', hint)}: "
-                "run the recipe again."
-            )
-    for name, entry in known.items():
-        if name not in content and entry.default is MISSING and entry.default_factory is MISSING:
-            raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
-    return cls(**content)
-
-
-def _check_numbers(values: Any, where: str, optional: bool = False) -> None:
-    if not isinstance(values, dict):
-        raise HFTError(f"{where} is {values!r:.80}, not a JSON object: run the recipe again.")
-    for name, value in values.items():
-        if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise HFTError(f"{where} has {name} = {value!r:.80}, which is not a number: run the recipe again.")
+def from_json(hint: Any, value: Any, where: str) -> Any:
+    """Return what a JSON value holds by its type hint, dataclasses included. Errors name the place after `where`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if isinstance(hint, UnionType):
+        for kind in inner:
+            with suppress(HFTError):
+                return from_json(kind, value, where)
+    elif origin is list and isinstance(value, list):
+        return [from_json(inner[0], entry, f"{where}[{number}]") for number, entry in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {name: from_json(inner[1], entry, f"{where}[{name!r}]") for name, entry in value.items()}
+    elif is_dataclass(hint) and isinstance(value, dict):
+        known = {entry.name: entry for entry in fields(hint)}
+        for name, entry in known.items():
+            if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
+                raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
+        if unknown := value.keys() - known:
+            raise HFTError(f"{where} has the unknown field {min(unknown)!r}: remove it, or run the recipe again.")
+        return hint(**{name: from_json(known[name].type, entry, f"{where}.{name}") for name, entry in value.items()})
+    # JSON may write a whole float as an int. A bool is an int in Python, but not a number here.
+    elif type(value) is hint or (hint is float and type(value) is int):
+        return value
+    raise HFTError(f"{where} is {value!r:.80}, not {getattr(hint, '__name__', hint)}: run the recipe again.")

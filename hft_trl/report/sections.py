@@ -1,5 +1,6 @@
 """List the sections of a report, which `report.md` and `report.html` both show."""
 
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import yaml
 
 from hft_trl.demo import shown
 from hft_trl.report.layer_map import layer_picture
-from hft_trl.report.record import Report
-from hft_trl.report.tables import NONE, Grid, evaluation_grid, movement_grids, retention_grid, share_grid, stage_grid
+from hft_trl.report.movement import movement_grids
+from hft_trl.report.record import MARGIN, Report
+from hft_trl.report.tables import NONE, Grid, evaluation_grids, retention_grid, sample_grid, share_grid, stage_grid
 
 CAPTIONS = {
     "evaluation.png": "Scores of the base model and after each stage. One run with one seed: small differences are "
@@ -30,17 +32,13 @@ WIDTH = 100  # characters of the pictures of what learned
 
 @dataclass(frozen=True)
 class Block:
-    """
-    Store one piece of a section.
+    """Store one piece of a section."""
 
-    `kind` is `"heading"`, `"text"`, `"table"`, `"picture"` or `"code"`. `text` is the caption of a table, or the file
-    name of a picture.
-    """
-
-    kind: str
-    text: str = ""
+    kind: str  # "heading", "text", "table", "picture" or "code"
+    text: str = ""  # also the caption of a table, and the file name of a picture
     grid: Grid | None = None
-    language: str = ""
+    language: str = ""  # of code
+    summary: str = ""  # under which code is folded
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ class Section:
 def sections(report: Report) -> list[Section]:
     """Return the sections of a report in order, without empty ones."""
     found = [
-        Section("Kept and forgotten", "retention", [*_evaluation(report), *_retention(report)]),
+        Section("Kept and forgotten", "retention", _kept(report)),
+        Section("Sample answers", "samples", _samples(report)),
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
         Section("What moved", "moved", _movement(report)),
@@ -71,28 +70,21 @@ def launch_command(report: Report) -> str:
     return shlex.join([*launcher, *report.command])
 
 
-def launch_note(report: Report) -> str:
-    """Return the number of processes as text, which the command line does not contain."""
-    number = f"{report.num_processes} process{'es' if report.num_processes > 1 else ''}"
-    return (
-        f"It ran in {number}. Flags of accelerate launch itself, such as --config_file and --num_processes, "
-        "are not part of it."
-    )
+def _table(grid: Grid, caption: str = "") -> Block:
+    return Block("table", caption or grid.title, grid)
 
 
-def _evaluation(report: Report) -> list[Block]:
+def _kept(report: Report) -> list[Block]:
     blocks = []
-    for name, measures in report.suites.items() or [("", None)]:
-        grid = evaluation_grid(report, measures)
-        if grid.rows:
-            blocks += [Block("heading", name)] if name else []
-            blocks.append(Block("table", grid.title, grid))
-    return [*blocks, Block("picture", "evaluation.png")] if blocks else []
+    for name, grid in zip(report.suites or [""], evaluation_grids(report), strict=False):
+        blocks += [*([Block("heading", name)] if name else []), _table(grid)]
+    if blocks:
+        blocks.append(Block("picture", "evaluation.png"))
+    return blocks + ([_table(retention_grid(report))] if report.retention else [])
 
 
-def _retention(report: Report) -> list[Block]:
-    grid = retention_grid(report)
-    return [Block("table", grid.title, grid)] if grid.rows else []
+def _samples(report: Report) -> list[Block]:
+    return [_table(sample_grid(report), "Greedy answers, cut after 64 tokens")] if report.samples else []
 
 
 def _stages(report: Report) -> list[Block]:
@@ -100,24 +92,18 @@ def _stages(report: Report) -> list[Block]:
         [s.name, shown(s.start_model) or NONE, shown(s.dataset) or NONE, s.selection_digest or NONE]
         for s in report.stages
     ]
-    shares = share_grid(report)
-    return [
-        Block("table", "The stages side by side", stage_grid(report)),
-        Block("table", "Origins", Grid("Origins", ["stage", "started from", "data", "selection"], origins)),
-        Block("table", shares.title, shares),
-    ]
+    origin_grid = Grid("Origins", ["stage", "started from", "data", "selection"], origins)
+    return [_table(stage_grid(report), "The stages side by side"), _table(origin_grid), _table(share_grid(report))]
 
 
 def _training(report: Report) -> list[Block]:
     logged = {key for stage in report.stages for row in stage.history for key in row if row[key] is not None}
-    pictures = [("loss", "loss.png"), ("rewards/margins", "margins.png")]
-    curves = [Block("picture", "retention.png")] if report.retention else []
-    return [*(Block("picture", name) for key, name in pictures if key in logged), *curves]
+    pictures = {"loss.png": "loss" in logged, "margins.png": MARGIN in logged, "retention.png": report.retention}
+    return [Block("picture", name) for name, drawn in pictures.items() if drawn]
 
 
 def _movement(report: Report) -> list[Block]:
-    grids = movement_grids(report)
-    tables = [Block("table", f"{grid.title} (mean of ||w - w_base|| / ||w_base|| over units)", grid) for grid in grids]
+    tables = [_table(grid) for grid in movement_grids(report)]
     return [Block("picture", "moved.png"), *tables] if tables else []
 
 
@@ -139,11 +125,16 @@ def _selection(report: Report) -> list[Block]:
 def _rerun(report: Report) -> list[Block]:
     blocks = []
     if report.command:
-        blocks += [Block("code", launch_command(report), language="sh"), Block("text", launch_note(report))]
+        note = (
+            f"It ran in {report.num_processes} process{'es' if report.num_processes > 1 else ''}. Flags of accelerate "
+            "launch itself, such as --config_file, are not part of it."
+        )
+        blocks += [Block("code", launch_command(report), language="sh"), Block("text", note)]
     if report.settings:
         dumped = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100).rstrip("\n")
-        blocks += [Block("heading", "Settings"), Block("code", dumped, language="yaml")]
+        dumped = re.sub(r"(?<=: )/\S+", lambda path: shown(path[0]), dumped)
+        blocks.append(Block("code", dumped, language="yaml", summary="Settings"))
     if report.environment:
-        names = Grid("", ["", ""], [[str(name), str(value)] for name, value in report.environment.items()])
-        blocks.append(Block("table", "Environment", names))
+        rows = [[str(name), str(value)] for name, value in report.environment.items()]
+        blocks.append(_table(Grid("Environment", ["", ""], rows)))
     return blocks

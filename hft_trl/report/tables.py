@@ -1,10 +1,10 @@
 """Build the tables of a report as plain cells, and format them for the terminal and Markdown."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hft_trl.report.movement import category_movement
+from hft_trl.demo import MEANINGS
 from hft_trl.report.record import HISTORY, Report, StageRecord
 from hft_trl.selection.shares import CategoryShare
 
@@ -12,47 +12,51 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NONE = "-"
+UNCHANGED = {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}
 
-MEASURES = {"text_loss": "loss on general text", "base_kl": "KL to the base", "facts": "facts (percent)"}
+MEASURES = {"text_loss": "loss on general text", "base_kl": "KL to the base (nats)", "facts": "facts (percent)"}
 """What `RetentionCallback` measures."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Store a table of formatted texts. `closing` has the numbers of summary rows."""
+    """Store a table of formatted texts. `closing` has the numbers of summary rows, `prose` means long texts."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     closing: frozenset[int] = frozenset()
+    note: str = ""
+    prose: bool = False
 
 
 def stage_grid(report: Report) -> Grid:
-    """Return the measurements of the stages, a column for each stage."""
-    rows = [
-        ["method", *(stage.method for stage in report.stages)],
-        ["trained share of the layers", *(percent(stage.share.get("layers")) for stage in report.stages)],
-        ["trained share of the model", *(percent(stage.share.get("model")) for stage in report.stages)],
-        ["trained parameters", *(count(stage.trainable_params) for stage in report.stages)],
-        ["parameters", *(count(stage.total_params) for stage in report.stages)],
-        ["steps", *(_steps(stage) for stage in report.stages)],
-        ["tokens", *(count(stage.tokens) for stage in report.stages)],
-        ["tokens per second", *(count(stage.tokens_per_second) for stage in report.stages)],
-        ["time", *(duration(stage.runtime_seconds) for stage in report.stages)],
-        ["peak memory", *(size(stage.peak_memory_bytes) for stage in report.stages)],
-        ["optimizer state", *(size(stage.optimizer_state_bytes) for stage in report.stages)],
-        ["loss, first to last", *(f"{loss(s.first_loss)} to {loss(s.last_loss)}" for s in report.stages)],
-        ["frozen part unchanged", *(_unchanged(stage) for stage in report.stages)],
-    ]
-    if any(stage.reference_memory_bytes is not None for stage in report.stages):
-        rows.insert(-2, ["reference, beside the policy", *(size(s.reference_memory_bytes) for s in report.stages)])
-        rows.insert(
-            -2, ["reference, shared with the policy", *(size(s.shared_reference_bytes) for s in report.stages)]
-        )
-    if any(stage.rows is not None for stage in report.stages):
-        rows.append(["rows", *(count(stage.rows) for stage in report.stages)])
-    if any(stage.dropped_rows for stage in report.stages):
-        rows.append(["rows left out by truncation", *(count(stage.dropped_rows) for stage in report.stages)])
+    """Return the measurements of the stages, a column for each stage, without rows that no stage has."""
+    cells: dict[str, Callable[[StageRecord], str]] = {
+        "method": lambda stage: stage.method,
+        "trained share of the layers": lambda stage: percent(stage.share.get("layers")),
+        "trained share of the model": lambda stage: percent(stage.share.get("model")),
+        "trained parameters": lambda stage: count(stage.trainable_params),
+        "parameters": lambda stage: count(stage.total_params),
+        "rows": lambda stage: count(stage.rows),
+        "rows left out by truncation": lambda stage: count(stage.dropped_rows or None),
+        "rows in a batch": lambda stage: count(stage.batch_size),
+        "steps": _steps,
+        "epochs": lambda stage: NONE if (epochs := _last(stage, "epoch")) is None else f"{epochs:.2f}",
+        "learning rate": lambda stage: NONE if stage.learning_rate is None else f"{stage.learning_rate:g}",
+        "tokens": lambda stage: count(stage.tokens),
+        "tokens per second": lambda stage: count(stage.tokens_per_second),
+        "time": lambda stage: duration(stage.runtime_seconds),
+        "peak memory": lambda stage: size(stage.peak_memory_bytes),
+        "optimizer state": lambda stage: size(stage.optimizer_state_bytes),
+        "reference, beside the policy": lambda stage: size(stage.reference_memory_bytes),
+        "reference, shared with the policy": lambda stage: size(stage.shared_reference_bytes),
+        "loss, first to last": lambda stage: f"{loss(stage.first_loss)} to {loss(stage.last_loss)}",
+        "evaluation loss": lambda stage: loss(_last(stage, "eval_loss")),
+        "frozen part unchanged": lambda stage: UNCHANGED[stage.frozen_unchanged],
+    }
+    rows = [[name, *map(cell, report.stages)] for name, cell in cells.items()]
+    rows = [row for row in rows if {*row[1:]} != {NONE}]
     return Grid("Stages", ["", *(stage.name for stage in report.stages)], rows)
 
 
@@ -65,19 +69,26 @@ def evaluation_grids(report: Report) -> list[Grid]:
 def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
     """Return the scores with their differences from those of the first model."""
     measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
-    rows, first = [], None
+    rows, first = [], next(iter(report.evaluation.values()), {})
     for model, scores in report.evaluation.items():
-        first = scores if first is None else first
-        errors = report.standard_errors.get(model, {})
-        cells = [
-            _score(scores.get(name), None if first is scores else first.get(name), errors.get(name))
-            for name in measures
-        ]
-        rows.append([model, *cells])
+        errors, base = report.standard_errors.get(model, {}), {} if scores is first else first
+        rows.append([model, *(_score(scores.get(name), base.get(name), errors.get(name)) for name in measures)])
     headings = [name.replace("_", " ") for name in measures]
     against = " ± standard error" if report.standard_errors else ""
     against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
-    return Grid(f"Evaluation (percent{against})", ["model", *headings], rows)
+    return Grid(f"Evaluation (percent{against})", ["model", *headings], rows, note=meaning(measures))
+
+
+def meaning(measures: Iterable[str]) -> str:
+    """Explain those measures that are the embedded world's."""
+    return "; ".join(f"{name}: {MEANINGS[name]}" for name in measures if name in MEANINGS)
+
+
+def sample_grid(report: Report) -> Grid:
+    """Return the sample answers, a row for each prompt and a column for each model."""
+    columns = list(report.samples[0])
+    rows = [[sample[name] or "(empty)" for name in columns] for sample in report.samples]
+    return Grid("Sample answers", columns, rows, prose=True)
 
 
 def retention_grid(report: Report) -> Grid:
@@ -87,12 +98,8 @@ def retention_grid(report: Report) -> Grid:
     measures = [name for name in MEASURES if any(name in figures for figures in models.values())]
     rows = []
     for model, figures in models.items():
-        cells = []
-        for name in measures:
-            value, before = figures.get(name), base.get(name) if model != "base" and name != "base_kl" else None
-            cells.append(NONE if value is None else f"{value:.4g}")
-            if value is not None and before is not None:
-                cells[-1] += f" ({value - before:+.3g})"
+        before = {} if model == "base" else {**base, "base_kl": None}
+        cells = (_score(figures.get(name), before.get(name), digits=1 if name == "facts" else 4) for name in measures)
         rows.append([model, *cells])
     return Grid("Retention (in brackets the difference to base)", ["model", *map(MEASURES.get, measures)], rows)
 
@@ -100,10 +107,7 @@ def retention_grid(report: Report) -> Grid:
 def category_grid(shares: Iterable[CategoryShare]) -> Grid:
     """Return the trained shares of a selection by category."""
     shares = list(shares)
-    rows = [
-        [row.category, count(row.units), count(row.parameters), count(row.trained), percent(row.share, 2)]
-        for row in shares
-    ]
+    rows = [[s.category, count(s.units), count(s.parameters), count(s.trained), percent(s.share, 2)] for s in shares]
     closing = frozenset(number for number, row in enumerate(shares) if row.category in ("layers", "model"))
     return Grid("What learns", ["category", "units", "parameters", "trained", "share"], rows, closing)
 
@@ -116,39 +120,38 @@ def share_grid(report: Report) -> Grid:
     return Grid("Trained share by category", ["category", *(stage.name for stage in report.stages)], rows, closing)
 
 
-def movement_grids(report: Report) -> list[Grid]:
-    """Return how far each category moved from the base model, a table for each stage."""
-    columns = ["category", "units that learned", "their change", "frozen units", "their change"]
-    grids = []
-    for stage in report.stages:
-        rows = [
-            [row.category, count(row.learned_units), change(row.learned), count(row.frozen_units), change(row.frozen)]
-            for row in category_movement(stage.moved)
-        ]
-        if rows:
-            grids.append(Grid(f"Change from the base after {stage.name}", columns, rows))
-    return grids
-
-
-def rich_table(grid: Grid) -> "Table":
-    """Format a table for the terminal."""
+def rich_table(grid: Grid, width: int | None = None) -> "Table":
+    """Format a table for a terminal, turned where its headings would not fit in `width` without breaking words."""
     from rich import box
+    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    width = width or Console().width
+    turned = [list(row) for row in zip(grid.columns, *grid.rows, strict=True)]
+    if _least(grid.columns) > width >= _least(turned[0]):
+        grid = Grid(grid.title, turned[0], turned[1:], note=grid.note)
     laid_out = Table(
         title=escape(grid.title),
         title_justify="left",
         title_style="bold",
+        caption=escape(grid.note) or None,
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,  # five measures with their differences fit into 80 columns
     )
     for number, column in enumerate(grid.columns):
-        laid_out.add_column(escape(column), justify="right" if number else "left", overflow="fold")
+        least = _least([column]) - 3 if _least(grid.columns) <= width else None
+        laid_out.add_column(escape(column), justify="right" if number else "left", overflow="fold", min_width=least)
     for number, row in enumerate(grid.rows):
         laid_out.add_row(*map(escape, row), style="bold" if number in grid.closing else None)
     return laid_out
+
+
+def _least(columns: Iterable[str]) -> int:
+    """Return the width of a table in which only the longest word of each heading fits."""
+    return sum(3 + max(map(len, column.split()), default=0) for column in columns)
 
 
 def table(grid: Grid) -> str:
@@ -196,13 +199,19 @@ def duration(seconds: float | None) -> str:
 
 
 def loss(value: float | None) -> str:
-    """Format a loss with four digits."""
-    return NONE if value is None else f"{value:.4g}"
+    """Format a loss with four decimals."""
+    return NONE if value is None else f"{value:.4f}"
 
 
 def change(value: float | None) -> str:
-    """Format a relative change with three digits, an exact zero as 0."""
-    return NONE if value is None else "0" if value == 0 else f"{value:.3g}"
+    """Format a relative change in percent with three decimals, an exact zero as 0."""
+    if not value:
+        return NONE if value is None else "0"
+    return f"{100 * value:.3f} %" if value >= 5e-6 else "< 0.001 %"
+
+
+def _last(stage: StageRecord, key: str) -> Any:
+    return next((row[key] for row in reversed(stage.history) if row.get(key) is not None), None)
 
 
 def _steps(stage: StageRecord) -> str:
@@ -210,12 +219,9 @@ def _steps(stage: StageRecord) -> str:
     return count(stage.steps) + resumed
 
 
-def _unchanged(stage: StageRecord) -> str:
-    return {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}[stage.frozen_unchanged]
-
-
-def _score(value: Any, base: Any, stderr: Any) -> str:
+def _score(value: float | None, base: float | None, stderr: float | None = None, digits: int = 1) -> str:
     if value is None:
         return NONE
-    error = "" if stderr is None else f"±{stderr:.1f}"
-    return f"{value:.1f}{error}" if base is None else f"{value:.1f}{error} ({value - base:+.1f})"
+    error = "" if stderr is None else f"±{stderr:.{digits}f}"
+    against = "" if base is None else f" ({value - base:+.{digits}f})"
+    return f"{value:.{digits}f}{error}{against}"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE_FILE = "report.html"
-TEMPLATE = "page.html.jinja"
 CSS_PIXELS = 96  # per inch
 
 
@@ -39,7 +38,8 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
     if block.kind == "heading":
         return f"### {block.text}"
     if block.kind == "table":
-        return f"{block.text}:\n\n{table(block.grid)}"
+        note = f"\n\n*{block.grid.note}*" if block.grid.note else ""
+        return f"{block.text}:\n\n{table(block.grid)}{note}"
     if block.kind == "picture":
         name = block.text
         return f"![{name.removesuffix('.png')}]({name})\n\n*{CAPTIONS[name]}*" if name in pictures else ""
@@ -47,7 +47,8 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
         fence = "```"
         while fence in block.text:
             fence += "`"
-        return f"{fence}{block.language}\n{block.text}\n{fence}"
+        code = f"{fence}{block.language}\n{block.text}\n{fence}"
+        return f"<details>\n<summary>{block.summary}</summary>\n\n{code}\n\n</details>" if block.summary else code
     return block.text
 
 
@@ -55,23 +56,16 @@ def report_page(report: Report) -> str:
     """Write a report as one HTML page without scripts. The same report gives the same bytes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    figures = {name: draw(report) for name, draw in FIGURES.items()}
-    return templates.get_template(TEMPLATE).render(
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    folder = FileSystemLoader(Path(__file__).parent)
+    templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, **blocks)
+    return templates.get_template("page.html.jinja").render(
         report=report,
-        source=REPORT_FILE,
         shown=shown,
         captions=CAPTIONS,
         verdict=verdict(report),
         sections=sections(report),
-        drawings={name: _drawing(figure) for name, figure in figures.items() if figure is not None},
+        drawings={name: _drawing(figure) for name, draw in FIGURES.items() if (figure := draw(report)) is not None},
     )
 
 

@@ -50,6 +50,14 @@ def test_its_header_says_for_which_model_and_machine_and_how_to_launch(path):
     assert all((ROOT / file).is_file() for file in files)
 
 
+def test_slurm_names_what_a_cluster_asks_for():
+    """A log in one known file, and a line to uncomment for the partition, the account and the environment."""
+    lines = (FOLDER / "slurm.sh").read_text().splitlines()
+    assert "#SBATCH --output=slurm-%x-%j.log" in lines
+    for start in ("##SBATCH --partition=", "##SBATCH --account=", "# module load", "# source ", "# export HF_HOME="):
+        assert [line for line in lines if line.startswith(start)], start
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """The Slurm script, among stand-ins for Slurm's commands and `accelerate` that write down how they are called."""

@@ -83,6 +83,7 @@ def test_a_report_names_its_pictures_counts_and_probes(tmp_path):
     assert "OP 50.2, BWT -9.8 after the last of 2 rounds" in text
     assert "3 predictions were empty" in text
     assert "- base: knowledge 100.0, other -" in text
+    assert text.count("knowledge: facts about people") == 1
     with pytest.raises(HFTError, match=r"has no scores\.json"):
         write_report(tmp_path)
 

@@ -281,7 +281,7 @@ def test_every_recipe_s_model_is_built_in_or_needs_no_hub():
 def test_the_header_of_a_recipe_says_what_is_planned(name):
     """
     State, reference and whole gradients, under the launch configuration of its launch line; activations are not traced
-    here.
+    here. The main memory of all processes, and the hours by the header's own assumptions.
     """
     text = (ROOT / f"recipes/configs/{name}.yaml").read_text()
     said = re.sub(r"\n#\s+", " ", text[: text.index("\nmodel:")])
@@ -301,6 +301,16 @@ def test_the_header_of_a_recipe_says_what_is_planned(name):
     if "DPO" in said:
         assert f"{half[1]} more for the reference" in said
         assert half[1] == full[1] or f"(FFT: {full[1]})" in said
+    processes = 8 if launch == "fsdp2" else 1
+    parameters = skeleton.num_parameters() / 1e9
+    assert f"{4 * parameters * processes:.0f} GB of main memory" in said
+    seconds_per_token = parameters / 6.738 / (8600 * processes)
+    if "DPO" in said:
+        sft, dpo = (yaml.safe_load(text)[stage]["num_train_epochs"] for stage in ("sft", "dpo"))
+        hours = [tokens * seconds_per_token / 3600 for tokens in (0.31e9 * sft, 4 / 3 * 0.05e9 * dpo)]
+        assert f"about {hours[0]:.1f} for SFT and {hours[1]:.1f} for DPO, estimated, not measured" in said
+    else:
+        assert f"at most {5000 * 40 * 1536 * seconds_per_token / 3600:.1f} for training, estimated" in said
     if launch == "fsdp2":
         assert f"gradients that accumulate are whole in bfloat16, {half[2]} (FFT: {full[2]}) on each" in said
 

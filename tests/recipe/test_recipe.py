@@ -1,5 +1,6 @@
 """Parsing: files and flags become TRL's own config objects, and every mistake is named with its mend."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -214,12 +215,35 @@ def test_every_config_parses_down_to_trl(config, monkeypatch):
     raw = yaml.safe_load(config.read_text())
     for stage in (recipe.stages["sft"], recipe.stages["dpo"]):
         stated = raw[stage.name]
+        if stated.pop("activation_checkpointing", None) == "auto":
+            assert stage.auto_checkpointing
         for key, value in stated.items():
             place = stage.data if key in ("dataset", "split", "eval_split", "drop_equal_pairs") else stage.args
             found = getattr(place, key)
             assert found == value or str(getattr(found, "value", found)) == str(value), key
         assert stage.args.bf16
     assert recipe.stages["sft"].args.assistant_only_loss
+
+
+EIGHT_GPUS = [path for path in CONFIGS if path.stem != "smollm2-135m"]
+
+
+@pytest.mark.parametrize("config", EIGHT_GPUS, ids=lambda path: path.stem)
+def test_a_config_for_gpus_evaluates_and_its_commented_keys_are_keys(config, tmp_path):
+    """Both stages have evaluation rows apart from the training rows; what is commented can be uncommented."""
+    text = config.read_text()
+    uncommented = re.sub(r"(?m)^  # (\w+: )", r"  \1", text)
+    (tmp_path / "all.yaml").write_text(uncommented.replace("wandb", "none"))
+    recipe = parse_recipe(["--config", str(tmp_path / "all.yaml"), "--sft.use_cpu", "true", "--dpo.use_cpu", "true"])
+    for stage in recipe.stages.values():
+        assert stage.auto_checkpointing
+        assert stage.args.eval_strategy == "epoch"
+        assert stage.data.eval_split not in (None, stage.data.split)
+        assert stage.args.per_device_eval_batch_size == stage.args.per_device_train_batch_size
+        assert stage.args.ddp_timeout == 7200
+        assert stage.args.push_to_hub
+        assert f"hft-{stage.name}" in stage.args.run_name
+        assert f"hft-{stage.name}" in stage.args.hub_model_id
 
 
 def test_the_flat_config_for_one_small_gpu_parses_down_to_trl():

@@ -93,6 +93,9 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
     assert report["evaluation"].keys() == {"base", "sft", "dpo"}
     assert all(scores.keys() >= {"knowledge", "ability"} for scores in report["evaluation"].values())
     assert report["evaluation"]["base"]["knowledge"] >= 99
+    assert [(stage["batch_size"], stage["learning_rate"]) for stage in report["stages"]] == [(32, 1e-3), (32, 3e-5)]
+    assert [list(sample) for sample in report["samples"]] == [["prompt", "base", "sft", "dpo"]] * 2
+    assert str(output) not in (output / "report.md").read_text().replace(f"--output_dir {output}", "")
     assert [report["settings"][stage]["data"]["split"] for stage in ("sft", "dpo")] == ["train", "train_prefs"]
     kept = report["retention"]
     assert list(kept) == ["base", "sft", "dpo", "history"]

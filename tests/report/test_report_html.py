@@ -5,6 +5,7 @@ one page with everything that report.json holds, which loads nothing. The second
 """
 
 import base64
+import io
 import json
 import os
 import re
@@ -20,11 +21,13 @@ from xml.etree import ElementTree
 
 import pytest
 from conftest import PATIENCE
+from PIL import Image
 from reports import ODD, SLOTS, moved, report, stage
 
 from hft_trl.report import Report
+from hft_trl.report.movement import movement_grids
 from hft_trl.report.sections import launch_command, sections
-from hft_trl.report.tables import evaluation_grids, movement_grids, share_grid, stage_grid
+from hft_trl.report.tables import evaluation_grids, sample_grid, share_grid, stage_grid
 from hft_trl.report.views import report_markdown, report_page, verdict
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +91,7 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         if "td" in self.open or "th" in self.open:
-            self.tables[-1][-1][-1] += text
+            self.tables[-1][-1][-1] += text.replace("\u00a0%", " %")  # a number and its unit stay together
         self.words.append(text)
 
     def all(self, *names):
@@ -107,6 +110,7 @@ def test_page_holds_every_table_of_the_report(name):
     """The tables of the terminal and of Markdown, cell by cell."""
     whole, page = PAGES[name], Page(html_of(name))
     grids = [stage_grid(whole), share_grid(whole), *evaluation_grids(whole), *movement_grids(whole)]
+    grids += [sample_grid(whole)] if whole.samples else []
     for grid in grids:
         assert [grid.columns, *grid.rows] in page.tables
         assert " ".join(grid.title.split()) in page.text or grid.title == "Stages"
@@ -129,7 +133,7 @@ def test_page_refers_to_nothing_outside_of_itself(name):
     allowed = (
         "html head meta title link style body header main footer nav section h1 h2 h3 p ul li a strong code pre span"
     )
-    allowed += " abbr div figure figcaption img table thead tbody tr th td"
+    allowed += " abbr details summary div figure figcaption img table thead tbody tr th td"
     assert {tag for tag, _ in page.tags} <= set(allowed.split())
     assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
     assert not re.search(r"url\(|@import", html)
@@ -423,6 +427,24 @@ def test_wide_tables_scroll_in_their_own_box(browser, opened):
     assert page == 0
 
 
+def test_a_table_that_is_cut_has_a_shadow_at_its_edge(browser, opened):
+    """It disappears once the last column is in view, and a table that fits has none."""
+    opened(html_of("suites"), 360)
+
+    def edge(selector, scrolled):
+        script = "const e = document.querySelector(arguments[0]); e.scrollLeft = arguments[1]; e.scrollIntoView();"
+        browser.execute_script(script + "scrollTo(0, scrollY)", selector, scrolled)
+        script = "const b = document.querySelector(arguments[0]).getBoundingClientRect(); return [b.right, b.top]"
+        right, top = browser.execute_script(script, selector)
+        picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L")
+        return picture.getpixel((int(right) - 1, int(top) + 14))
+
+    assert edge("#retention .cut", 0) < 220
+    assert edge("#retention .cut", 1e6) > 250
+    opened(html_of("suites"), 1280)
+    assert edge("#retention .cut", 0) > 250
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_texts_stand_out_from_their_ground(browser, opened, scheme):
     """WCAG's contrast of 4.5 to 1 for every text in either colour scheme; dark means a dark page."""
@@ -470,13 +492,14 @@ def test_policy_of_the_page_forbids_network_and_scripts(browser, opened):
 
 
 def test_page_prints(browser, opened):
-    """On paper no setting is cut off by a box that scrolls."""
+    """On paper no setting is folded, or cut off by a box that scrolls."""
     opened(html_of("everything"))
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     boxes = browser.execute_script(
         "return [...document.querySelectorAll('pre')].map(box => [box.scrollHeight, box.clientHeight])"
     )
-    assert boxes
+    assert all(height > 0 for _, height in boxes)
+    assert len(boxes) == html_of("everything").count("<pre")
     assert all(inner <= outer for inner, outer in boxes)
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     assert base64.b64decode(printed["data"]).startswith(b"%PDF")

@@ -64,7 +64,7 @@ def test_a_report_of_before_still_loads_and_shows_nothing_of_it(tmp_path):
 def test_damaged_figures_are_rejected_with_their_place(tmp_path, damaged):
     path = report().save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"retention": damaged}))
-    with pytest.raises(HFTError, match="retention = ") as error:
+    with pytest.raises(HFTError, match=r"report\.retention\.") as error:
         Report.load(tmp_path)
     one_line(error)
 
@@ -73,9 +73,9 @@ def test_the_table_has_differences_from_the_base_and_the_plot_a_panel_for_each_m
     found = report(retention=RETENTION)
     grid = retention_grid(found)
     assert grid.rows == [
-        ["base", "2", "0", "90"],
-        ["sft", "2.5 (+0.5)", "0.25", "80 (-10)"],
-        ["dpo", "-", "0.5", "85 (-5)"],
+        ["base", "2.0000", "0.0000", "90.0"],
+        ["sft", "2.5000 (+0.5000)", "0.2500", "80.0 (-10.0)"],
+        ["dpo", "-", "0.5000", "85.0 (-5.0)"],
     ]
     panels = retention_figure(found).axes
     assert [axes.get_ylabel() for axes in panels] == grid.columns[1:]
