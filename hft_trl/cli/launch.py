@@ -3,7 +3,6 @@
 import ast
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +12,7 @@ from hft_trl import demo
 from hft_trl.errors import HFTError, exit_on_user_error
 
 PACKAGE = Path(__file__).parents[1]
-COMMANDS = {
-    "sft": ("sft", "Launch SFT: recipes/sft.py."),
-    "dpo": ("dpo", "Launch DPO: recipes/dpo.py."),
-    "chain": ("sft_then_dpo", "Launch SFT, then DPO: recipes/sft_then_dpo.py."),
-}
+COMMANDS = {"sft": "sft", "dpo": "dpo", "chain": "sft_then_dpo"}  # and the recipe of each
 # Of accelerate's flags, those that are the trainers' as well
 OF_THE_RECIPE = {"debug", "gradient_accumulation_steps"}
 # What a recipe runs without `--config`
@@ -37,11 +32,7 @@ def shipped(name: str) -> Path:
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """
-    Divide a command line into the flags of `accelerate launch` and those of the recipe.
-
-    `--accelerate_config` takes a file, or the name of one of ours or TRL's.
-    """
+    """Divide a command line into the flags of `accelerate launch`, as TRL's CLI resolves them, and the recipe's."""
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
@@ -58,7 +49,7 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     if "--accelerate_config" in launcher[:-1]:
         place = launcher.index("--accelerate_config") + 1
         own = shipped("accelerate_configs") / f"{launcher[place]}.yaml"
-        launcher[place] = str(own) if own.is_file() and not Path(launcher[place]).is_file() else launcher[place]
+        launcher[place] = str(own) if own.is_file() else launcher[place]
     try:
         return resolve_accelerate_config_argument(launcher), recipe
     except ValueError as error:
@@ -66,10 +57,10 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         raise HFTError(f"{error} Names of this package: {ours}.") from error
 
 
-def launch(name: str, argv: list[str]) -> None:
-    """Run a recipe with `accelerate launch`, and exit with the code of the recipe."""
-    script = shipped("recipes") / f"{name}.py"
-    if {"-h", "--help"} & set(argv):
+def launch_recipe(ctx: typer.Context) -> None:
+    """Run the recipe of a command with `accelerate launch`, and exit with its code."""
+    script = shipped("recipes") / f"{COMMANDS[ctx.info_name or '']}.py"
+    if {"-h", "--help"} & {*ctx.args}:
         typer.echo(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))))
         return
     from subprocess import CalledProcessError
@@ -78,7 +69,7 @@ def launch(name: str, argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with exit_on_user_error():
-        launcher, flags = split_flags(argv)
+        launcher, flags = split_flags(ctx.args)
     try:
         launch_command(launch_command_parser().parse_args([*launcher, str(script), *flags]))
     except CalledProcessError as error:
@@ -90,16 +81,13 @@ def launch(name: str, argv: list[str]) -> None:
     raise typer.Exit(code if code >= 0 else 128 - code)  # the negative number of a signal, as shells report it
 
 
-def _command(name: str) -> Callable[[typer.Context], None]:
-    def command(ctx: typer.Context) -> None:
-        launch(name, ctx.args)
-
-    return command
-
-
-for _name, (_recipe, _help) in COMMANDS.items():
-    _settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(_name, help=_help, add_help_option=False, context_settings=_settings)(_command(_recipe))
+for _name, _recipe in COMMANDS.items():
+    app.command(
+        _name,
+        help=f"Launch recipes/{_recipe}.py.",
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(launch_recipe)
 
 
 @recipe_app.command("copy")
@@ -120,12 +108,9 @@ def copy_command(
             f"no recipe or config is named {name!r}: choose from the recipes {', '.join(sorted(recipes))} and the "
             f"configs {', '.join(sorted(configs))}."
         )
+    recipe = re.findall(r"recipes/(\w+)\.py", configs[name].read_text("utf-8"))[0] if name in configs else name
     config = configs.get(name) or DEFAULTS.get(name)
-    if name in configs:
-        name = re.findall(r"recipes/(\w+)\.py", configs[name].read_text(encoding="utf-8"))[0]
-    copies = {path / f"{name}.py": recipes[name]}
-    if config:
-        copies[path / (config.name if config in configs.values() else f"{name}.yaml")] = config
+    copies = {path / f"{recipe}.py": recipes[recipe]} | ({path / f"{name}.yaml": config} if config else {})
     for copy in copies:
         if copy.exists():
             raise HFTError(f"{str(copy)!r} exists, and no file is overwritten: give another folder, or remove it.")
