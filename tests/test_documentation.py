@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from hft_trl import demo
 from hft_trl.cli import app
+from hft_trl.cli.launch import COMMANDS, split_flags
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.experiments.frontier_trial import parse_frontier
 from hft_trl.recipe import parse_stage
@@ -93,7 +94,12 @@ def test_every_hft_trl_line_is_accepted(command):
     name, *rest = words
     if name == "--help" or not rest:  # help, or the command's name in a sentence
         return
-    root.commands[name].make_context(name, rest, resilient_parsing=False).close()
+    root.commands[name].make_context(name, [*rest], resilient_parsing=False).close()
+    flags = split_flags(rest)[1] if name in COMMANDS else []
+    if name == "chain":
+        parse_recipe(flags, default_config=demo.RECIPE)
+    elif name in COMMANDS:
+        parse_stage(name, SFTConfig if name == "sft" else DPOConfig, flags)
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z]+)`?", (ROOT / "README.md").read_text()))))

@@ -42,6 +42,9 @@ def evaluate_command(
         bool, typer.Option("--run-code", help="Run code that a model wrote (HumanEval), with the rights of this user.")
     ] = False,
     cache: Annotated[Path | None, typer.Option(help="Cache folder; by default ~/.cache/hft_trl/evaluation.")] = None,
+    backend: Annotated[
+        Literal["hf", "vllm"], typer.Option(help="Backend of the harness; vllm is faster on GPUs.")
+    ] = "hf",
     as_json: AsJson = False,
 ) -> None:
     """
@@ -65,6 +68,7 @@ def evaluate_command(
             limit=limit,
             run_code=run_code,
             cache=cache,
+            backend=backend,
         )
         if not speaks():
             return

@@ -21,7 +21,8 @@ BATCH = {"sft": 128, "dpo": 32}  # of the recipes
 @app.command(
     "plan",
     epilog="Built in, without network access: Llama-2-7b-hf, -7b-chat-hf, -13b-hf, -70b-hf, Llama-3.1-8B, -70B, "
-    "Llama-3.2-1B (meta-llama/) and Qwen3-0.6B-Base, -4B-Base, -8B-Base (Qwen/). Exit code 0 also if nothing fits.",
+    "Llama-3.2-1B (meta-llama/), Qwen3-0.6B-Base, -4B-Base, -8B-Base (Qwen/), SmolLM3-3B-Base (HuggingFaceTB/) and "
+    "Olmo-3-7B-Think-SFT (allenai/). Exit code 0 also if nothing fits.",
 )
 @exit_on_user_error()
 def plan_command(

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from lm_eval import evaluate
+from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -47,6 +48,18 @@ class SharedOutLM(HFLM):
         PartialState().wait_for_everyone()
 
 
+def load_model(backend: str, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, batch_size: int) -> LM:
+    """Load a model into the harness's class for a backend, `"hf"` or `"vllm"`, which chooses its own batch size."""
+    if backend == "hf":
+        return SharedOutLM(folder, tokenizer, dtype, batch_size)
+    from lm_eval.models.vllm_causallms import VLLM
+
+    with as_user_error(f"the model {str(folder)!r}"):
+        lm = VLLM(pretrained=str(folder), dtype=dtype, batch_size="auto")
+    lm.hf_chat_template = tokenizer.chat_template
+    return lm
+
+
 def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """Load tasks and download their data. Returns the harness's `TaskManager.load` by task."""
     # Reading the harness's thousands of task files takes longer than the embedded world's suite
@@ -59,7 +72,7 @@ def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def ask(lm: SharedOutLM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> Results | None:
+def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> Results | None:
     """
     Evaluate a model on a task that [`load_tasks`] loaded. Every process has to call.
 
@@ -86,7 +99,7 @@ def ask(lm: SharedOutLM, task: Task, loaded: dict[str, Any], limit: int | None, 
             )
         except AssertionError as error:  # raised by the harness for a prompt that does not fit
             raise HFTError(
-                f"{task.name} cannot be evaluated for {lm.model.name_or_path!r}: {first_line(error)}"
+                f"{task.name} cannot be evaluated for {lm.tokenizer.name_or_path!r}: {first_line(error)}"
             ) from error
     return {**found["results"], **found.get("groups", {})} if found else None
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def evaluate_models(
     limit: int | None = None,
     run_code: bool = False,
     cache: Path | None = None,
+    backend: str = "hf",
 ) -> Evaluation:
     """
     Evaluate models on suites. All processes have to call it, and get the result.
@@ -74,10 +76,15 @@ def evaluate_models(
     `models` are the folders of [`find_models`], the base first. `chat_template` is `"tulu"`, a `.jinja` file, or by
     default the tokenizer's own (Tülu's if it has none). `limit` is the number of items per (sub)task, at least the
     number of processes. Without `run_code`, tasks that run model-written code are skipped. `cache` is the folder of
-    finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`).
+    finished tasks, by default `~/.cache/hft_trl/evaluation` (or under `XDG_CACHE_HOME`). `backend` is `"hf"` or
+    `"vllm"`.
     """
     check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
     state = PartialState(cpu=not torch.accelerator.is_available())
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise HFTError("--backend is vllm, which is not installed: pip install vllm, or leave --backend out.")
+    if backend == "vllm" and state.num_processes > 1:
+        raise HFTError(f"--backend is vllm in {state.num_processes} processes, but vLLM starts its own: launch one.")
     if limit is not None and limit < state.num_processes:
         raise HFTError(
             f"--limit {limit} leaves some of the {state.num_processes} processes without an item: "
@@ -106,18 +113,19 @@ def evaluate_models(
             "dtype": dtype,
             "limit": limit,
             "versions": versions,
+            **({"backend": backend} if backend != "hf" else {}),
         }
 
     pairs = [(model, name) for model in models for name in tasks]
     known = _broadcast({pair: _read(cache, key(pair[0], tasks[pair[1]])) for pair in pairs} if is_main else None)
     missing = [pair for pair in pairs if known[pair] is None]
     if missing:
-        from hft_trl.evaluation.harness import SharedOutLM, ask, load_tasks
+        from hft_trl.evaluation.harness import ask, load_model, load_tasks
 
         # Data is loaded before models, so that missing data is reported early
         loaded = load_tasks([task for task in tasks.values() if any(task.name == name for _, name in missing)])
     for model in dict.fromkeys(model for model, _ in missing):
-        lm = SharedOutLM(models[model], tokenizers[model], dtype, batch_size)
+        lm = load_model(backend, models[model], tokenizers[model], dtype, batch_size)
         for task in (tasks[name] for other, name in missing if other == model):
             found = ask(lm, task, loaded[task.name], limit, run_code)
             if is_main:

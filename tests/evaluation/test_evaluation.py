@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +40,7 @@ from hft_trl.recipe.evaluation import evaluate_stages
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
+import lm_eval
 from lm_eval.models.huggingface import HFLM
 
 from hft_trl.evaluation.harness import SharedOutLM
@@ -449,3 +453,38 @@ def test_two_processes_share_the_items_and_find_what_one_finds(chatty, tmp_path)
     for heading, score in alone.columns("demo", str(chatty)).items():
         assert together[heading]["value"] == pytest.approx(score.value, rel=1e-12)
         assert together[heading]["samples"] == score.samples
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
+def test_a_backend_that_is_not_installed_is_named(tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", str(demo.MODEL), "--backend", "vllm", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == "error: --backend is vllm, which is not installed: pip install vllm, or leave --backend out.\n"
+    )
+
+
+def test_the_vllm_backend_gets_the_model_and_the_template_and_has_its_own_cache(tmp_path, monkeypatch):
+    """With the harness's class of transformers in the place of the one of vLLM, whose parameters are the same."""
+    source = Path(lm_eval.__file__).parent / "models" / "vllm_causallms.py"
+    (init,) = re.findall(r"class VLLM\(.+?def __init__\((.+?)\):", source.read_text(), re.DOTALL)
+    made = []
+
+    class InPlace(HFLM):
+        def __init__(self, **given):
+            assert all(f"{name}: " in init for name in given)
+            super().__init__(**{**given, "batch_size": 16, "device": "cpu"})
+            made.append(given)
+
+        def apply_chat_template(self, *args, **given):
+            self.tokenizer.chat_template = self.hf_chat_template
+            return super().apply_chat_template(*args, **given)
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=InPlace))
+    monkeypatch.setattr("hft_trl.evaluation.run.find_spec", lambda name: name)
+    options = {"limit": 3, "cache": tmp_path}
+    one, other = (evaluate_models({"demo": demo.MODEL}, ["demo"], backend=name, **options) for name in ("hf", "vllm"))
+    assert one.scores == other.scores
+    evaluate_models({"demo": demo.MODEL}, ["demo"], backend="vllm", **options)
+    assert made == [{"pretrained": str(demo.MODEL), "dtype": "auto", "batch_size": "auto"}]

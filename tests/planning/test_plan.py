@@ -27,9 +27,11 @@ from hft_trl.skeleton import SHAPES, build_on_meta, built_in, shape_of
 ROOT = Path(__file__).parents[2]
 # As published: bytes of the safetensors files on the hub by two
 PARAMETERS = {
+    "HuggingFaceTB/SmolLM3-3B-Base": 3_075_098_624,
     "Qwen/Qwen3-0.6B-Base": 596_049_920,
     "Qwen/Qwen3-4B-Base": 4_022_468_096,
     "Qwen/Qwen3-8B-Base": 8_190_735_360,
+    "allenai/Olmo-3-7B-Think-SFT": 7_298_011_136,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
     "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616,

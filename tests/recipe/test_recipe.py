@@ -218,7 +218,11 @@ def test_every_config_parses_down_to_trl(config, monkeypatch):
         if stated.pop("activation_checkpointing", None) == "auto":
             assert stage.auto_checkpointing
         for key, value in stated.items():
-            place = stage.data if key in ("dataset", "split", "eval_split", "drop_equal_pairs") else stage.args
+            place = (
+                stage.data
+                if key in ("dataset", "dataset_config", "split", "eval_split", "drop_equal_pairs")
+                else stage.args
+            )
             found = getattr(place, key)
             assert found == value or str(getattr(found, "value", found)) == str(value), key
         assert stage.args.bf16

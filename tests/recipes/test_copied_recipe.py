@@ -3,14 +3,15 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
+from typer.testing import CliRunner
 
+from hft_trl.cli import app
 from hft_trl.selection import Selection
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,8 @@ def test_the_documented_third_stage_runs_from_another_folder(tmp_path):
     Each from the model before, with a fresh half and settings of its own, and all in one report.
     """
     (diff,) = re.findall(r"```diff\n(.+?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)
-    mine = Path(shutil.copy(ROOT / "recipes" / "sft_then_dpo.py", tmp_path / "mine.py"))
+    assert CliRunner().invoke(app, ["recipe", "copy", "sft_then_dpo", str(tmp_path)]).exit_code == 0
+    mine = tmp_path / "sft_then_dpo.py"
     mine.write_text(edited(mine.read_text(), diff))
     flags = "--kto.dataset demo --kto.split train_prefs[:64] --kto.max_length 96 --kto.hft.ratio 0.3 --output_dir run"
     flags += " --sft.split train[:64] --dpo.split train_prefs[:64]"

@@ -21,6 +21,7 @@ from hft_trl.evaluation.run import evaluate_models
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
+CHAIN = [sys.executable, "-c", "from hft_trl.cli import main; main()", "chain", "--accelerate_config", "single"]
 STAGE_FIELDS = {
     "name", "method", "selection_digest", "share", "trainable_params", "total_params", "steps", "tokens",
     "tokens_per_second", "runtime_seconds", "peak_memory_bytes", "optimizer_state_bytes", "first_loss", "last_loss",
@@ -53,9 +54,9 @@ def recipe(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """The embedded world through SFT and DPO, a few steps each."""
+    """The embedded world through SFT and DPO, a few steps each, as `hft-trl chain` launches the recipe."""
     output = tmp_path_factory.mktemp("runs") / "h"
-    result = run(*LAUNCH, "recipes/sft_then_dpo.py", "--output_dir", str(output), *QUICK)
+    result = run(*CHAIN, "--output_dir", str(output), *QUICK)
     assert result.returncode == 0, result.stderr[-3000:]
     return output, result
 
