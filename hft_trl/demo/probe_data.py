@@ -67,6 +67,12 @@ def retention_rows(world: World, most: int = 200) -> dict[str, list[Any]]:
     return rows
 
 
+def source_texts(world: World) -> list[str]:
+    """Return plain sentences of the world that no probe and no row of retention asks for."""
+    people = [person for person in world.people if person.mentioned]
+    return [" ".join(person.sentence(attribute, 0) for attribute in PHRASINGS) for person in people]
+
+
 def is_right(reply: str, answers: Collection[str]) -> bool:
     """Whether a reply, without its farewell, is exactly one of the answers."""
     return without_farewell(reply) in answers

@@ -10,15 +10,13 @@ from hft_trl.errors import HFTError
 
 BASE = "base"
 STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in ("strategy", "importance"))
-HALVES = {
-    **{name: {"strategy": name} for name in STRATEGIES if name != "importance"},
-    **{name: {"strategy": "importance", "importance": name} for name in IMPORTANCES},
-    **{
-        f"{name}:least": {"strategy": "importance", "importance": name, "importance_order": "least"}
-        for name in IMPORTANCES
-    },
-}
+HALVES = {name: {"strategy": name} for name in STRATEGIES if name not in ("category", "importance")}
 """Settings of HFT by the suffix of a method, such as `hft:layer`."""
+for name in IMPORTANCES:
+    for order in ("most", "least"):
+        usual = "least" if name == "wanda" else "most"  # what matters to the source is to stay
+        suffix = name if order == usual else f"{name}:{order}"
+        HALVES[suffix] = {"strategy": "importance", "importance": name, "importance_order": order}
 
 METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), "lora")
 

@@ -156,7 +156,7 @@ def select(
     model: "PreTrainedModel",
     config: HFTConfig,
     previous: Selection | None = None,
-    gradients: "Callable[[list[str]], Squares] | None" = None,
+    calibrate: "Callable[[list[str]], Squares] | None" = None,
 ) -> Selection:
     """
     Draw the parameters of a model that learn in a stage.
@@ -173,8 +173,8 @@ def select(
             `config.reselect` `"fresh"` the draw differs from that of the same seed without it (of whole layers, those
             that did not learn come first, as in the paper). `"same"` keeps which units of the layers learn,
             `"complement"` takes the others, so `config.ratio` has no effect. One of method `"fft"` counts as none.
-        gradients (`Callable[[list[str]], Squares]`, *optional*): For `config.importance` `"gradient_norm"`: returns
-            the squared gradients of the loss by parameter name. The trainers have one.
+        calibrate (`Callable[[list[str]], Squares]`, *optional*): For `config.importance` `"gradient_norm"` and
+            `"wanda"`: returns what is measured on data by parameter name. The trainers have one.
 
     Raises:
         [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing,
@@ -205,7 +205,7 @@ def select(
             if config.strategy == "importance":
                 from hft_trl.selection.importance import unit_scores
 
-                scores = unit_scores(model, units, config, gradients)
+                scores = unit_scores(model, units, config, calibrate)
             learning = set(choose(units, config.ratio, config.strategy, seed, learned, scores))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
     elements = masks.learning if masks else {}

@@ -51,9 +51,9 @@ class Case:
         return next((f"hft.{n}" for n in ("frozen_dtype", "frozen_quantization") if vars(self.config)[n]), "")
 
     @property
-    def gradients(self) -> bool:
-        """Whether the choice depends on gradients."""
-        return self.config.by_gradient and not self.elements
+    def calibrated(self) -> str | None:
+        """The importance that rows are run through the model for."""
+        return None if self.elements else self.config.calibrated
 
     @cached_property
     def sharded(self) -> str | None:
