@@ -28,6 +28,8 @@ def test_every_other_ratio_is_refused(ratio):
         ("strategy", "row"),
         ("importance", "size"),
         ("importance", "gradient_norm"),
+        ("importance", "wanda"),
+        ("importance", "snr"),
         ("importance_order", "least"),
         ("calibration_samples", 0),
         ("calibration_samples", 64),

@@ -50,7 +50,8 @@ def _root(
 @exit_on_user_error()
 def select_command(
     model: Annotated[
-        str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2. Only importance reads its weights.")
+        str,
+        typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2. Only importance reads weights."),
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[

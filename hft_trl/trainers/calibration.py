@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from hft_trl import demo, reference
+from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probe_data import source_texts
 from hft_trl.demo.world import make_world
@@ -157,8 +158,7 @@ def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) 
     tokenizer = trainer.processing_class
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
     meter = Meter(tokenizer, texts=texts, max_rows=config.calibration_samples)
-    meter.check(model)
-    return meter.texts
+    return [ids[: most_tokens(model)] for ids in meter.texts]
 
 
 def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:

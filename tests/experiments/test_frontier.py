@@ -61,13 +61,14 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         assert stage.hft.ratio == 0.25
         shown = {stage.hft.strategy, stage.hft.importance if stage.hft.strategy == "importance" else None}
         assert (half.split(":")[0] or "category") in shown
-        assert (stage.hft.importance_order == "least") is half.endswith(":least")
+        assert (stage.hft.importance_order == "least") is (half == "wanda" or half.endswith(":least"))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"methods": ["hft:magic"]}, "methods has .*hft:magic.*the valid ones are fft, hft"),
+        ({"methods": ["hft:category"]}, "methods has .*hft:category"),
         ({"methods": []}, "methods has"),
         ({"learning_rates": []}, "learning_rates is empty"),
         ({"learning_rates": ["fast"]}, "learning_rates has 'fast'"),
