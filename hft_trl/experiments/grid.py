@@ -17,6 +17,7 @@ for name in IMPORTANCES:
         usual = "least" if name == "wanda" else "most"  # what matters to the source is to stay
         suffix = name if order == usual else f"{name}:{order}"
         HALVES[suffix] = {"strategy": "importance", "importance": name, "importance_order": order}
+HALVES["wanda:column"] = {**HALVES["wanda"], "granularity": "column"}
 
 METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), "lora")
 

@@ -14,8 +14,8 @@ from hft_trl.errors import HFTError
 from hft_trl.selection.units import Unit
 from hft_trl.weights import full, named_parameters
 
-Squares = Mapping[str, float]
-"""Sum over the elements of a parameter of the squares of what is measured, by the parameter's name."""
+Squares = Mapping[str, float | list[float]]
+"""Sum over a parameter's elements, or over each column's, of the squares of what is measured, by parameter name."""
 
 BY_SLOT = ("wanda", "snr")
 """Importances that compare units of the same slot only: their scale says more about the slot than about the unit."""
@@ -35,7 +35,35 @@ def unit_scores(
     every process has to call.
     """
     inner = [unit for unit in units if unit.layer is not None]
-    names = [name for unit in inner for name in unit.names]
+    found = _measure(model, [name for unit in inner for name in unit.names], config, calibrate)
+    scores = {unit: math.sqrt(sum(found[name] for name in unit.names) / unit.size) for unit in inner}
+    if config.importance in BY_SLOT:
+        scores = _ranks(scores)
+    sign = 1 if config.importance_order == "most" else -1
+    return {unit: sign * score for unit, score in scores.items()}
+
+
+def column_scores(
+    model: PreTrainedModel,
+    units: Iterable[Unit],
+    config: HFTConfig,
+    calibrate: Callable[[list[str]], Squares] | None = None,
+) -> dict[str, list[float]]:
+    """Score the input columns of the matrices in layers, by name; those with the highest scores are to learn."""
+    shapes = {name: parameter.shape for name, parameter in named_parameters(model)}
+    names = [name for unit in units if unit.layer is not None for name in unit.names if len(shapes[name]) > 1]
+    sign = 1 if config.importance_order == "most" else -1
+    found = _measure(model, names, config, calibrate)
+    return {name: [sign * score for score in found[name]] for name in names}
+
+
+def _measure(
+    model: PreTrainedModel,
+    names: list[str],
+    config: HFTConfig,
+    calibrate: Callable[[list[str]], Squares] | None,
+) -> Squares:
+    """Measure the importance of the parameters. Numbers that are not finite are rejected."""
     if config.calibrated and calibrate is None:
         raise HFTError(
             f"hft.importance is {config.importance!r}, which needs a trainer with its data and loss: draw the "
@@ -53,16 +81,12 @@ def unit_scores(
         measure = _signal_to_noise if config.importance == "snr" else _square
         found = {name: measure(full(parameters[name])) for name in names}
     for name in names:
-        if not math.isfinite(found[name]):
+        if not torch.tensor(found[name]).isfinite().all():
             raise HFTError(
                 f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's "
                 f"weights{' and the data' if config.calibrated else ''}."
             )
-    scores = {unit: math.sqrt(sum(found[name] for name in unit.names) / unit.size) for unit in inner}
-    if config.importance in BY_SLOT:
-        scores = _ranks(scores)
-    sign = 1 if config.importance_order == "most" else -1
-    return {unit: sign * score for unit, score in scores.items()}
+    return found
 
 
 def _square(weight: torch.Tensor) -> float:

@@ -48,7 +48,10 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     """
     by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
     rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
-    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, config.seed, [config.importance, rows])
+    folder, key = (
+        Path(trainer.args.output_dir),
+        _key(trainer, model, names, config.seed, [config.importance, config.granularity, rows]),
+    )
     kept = [_read(folder / FILE, key) if PartialState().is_main_process else None]
     broadcast_object_list(kept)
     if kept[0] is not None:
@@ -56,7 +59,7 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     if by_gradient:
         squares = gradient_squares(trainer, model, names, samples, config.seed)
     else:
-        squares = output_squares(trainer, model, names, rows)
+        squares = output_squares(trainer, model, names, rows, config.granularity == "column")
     if trainer.args.should_save:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -106,13 +109,15 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
 
 
 @torch.no_grad()
-def output_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], blocks: list[list[int]]) -> Squares:
+def output_squares(
+    trainer: Trainer, model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
+) -> Squares:
     """
     Square the elements of the parameters times the inputs that they are multiplied with (Wanda, arXiv 2306.11695).
 
     The squared inputs of a linear layer are averaged over the tokens of the blocks, which are run one by one in eval
-    mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The model is left as it was. It is
-    whole in every process, and every process has to call.
+    mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up, `by_column`
+    over each input column. The model is left as it was. It is whole in every process, and every process has to call.
     """
     model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
     inputs: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
@@ -122,6 +127,11 @@ def output_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], b
 
     linear = {f"{name}.weight": module for name, module in named_modules(model).items() if type(module) in LINEAR}
     linear = {name: module for name, module in linear.items() if name in inputs}
+    if by_column and (others := [name for name in names if type(linear.get(name)) is not torch.nn.Linear]):
+        raise HFTError(
+            f"hft.granularity is 'column', but {others[0]} is not the weight of a torch.nn.Linear, so its input "
+            "columns are not known: set hft.granularity to matrix."
+        )
     training = [module for module in model.modules() if module.training]
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in linear.items()]
     try:
@@ -139,7 +149,7 @@ def output_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], b
             weight = parameter.double().square()
             if name in linear:
                 weight = weight * (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
-            squares[name] = weight.sum().item()
+            squares[name] = weight.sum(0).tolist() if by_column else weight.sum().item()
     (squares,) = broadcast_object_list([squares])
     logger.info(f"importance: inputs of {len(blocks)} blocks of text.")
     return squares

@@ -41,9 +41,7 @@ class Case:
     @property
     def elements(self) -> bool:
         """Whether single elements are frozen."""
-        return self.hft and (
-            self.config.strategy == "element" or (self.after_elements and self.config.reselect != "fresh")
-        )
+        return self.hft and (self.config.in_part or (self.after_elements and self.config.reselect != "fresh"))
 
     @property
     def held_smaller(self) -> str:
@@ -130,6 +128,8 @@ class Case:
         """A setting of [`HFTConfig`] with its value, as an error states it."""
         name = setting.removeprefix("hft.")
         value = vars(self.config)[name]
+        if name == "strategy" and self.config.granularity == "column":
+            return "hft.granularity is 'column'"
         if name == "strategy" and value != "element":
             return f"hft.reselect is {self.config.reselect!r} after strategy element"
         return f"{setting} is {'true' if value is True else repr(value)}"
