@@ -19,7 +19,8 @@ for name in IMPORTANCES:
         HALVES[suffix] = {"strategy": "importance", "importance": name, "importance_order": order}
 HALVES["wanda:column"] = {**HALVES["wanda"], "granularity": "column"}
 
-METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), "lora")
+ADAPTERS = ("lora", "lora:ffn", "oft", "shira")
+METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), *ADAPTERS)
 
 
 @dataclass
@@ -28,7 +29,8 @@ class FrontierArguments:
     Define the grid of a frontier, and what is measured.
 
     Args:
-        methods (`list[str]`): `fft`, `hft`, `lora`, or a strategy or importance of HFT such as `hft:layer`.
+        methods (`list[str]`): `fft`, `hft`, a strategy or importance of HFT such as `hft:layer`, or an adapter of
+            peft: `lora`, `lora:ffn` (on feed-forward matrices only), `oft` or `shira`.
         learning_rates (`list[str]`): Rates of every method. `lora=1e-3` is one for LoRA only, in place of the others.
         ratios (`list[float]`): Shares of the layers that learn with HFT.
         seeds (`int`): Number of seeds. A seed decides the half and the order of the rows.
@@ -36,7 +38,7 @@ class FrontierArguments:
         half_reset (`bool`): Whether to set half of each FFT model back to the base.
         kept (`str`): Figure of retention that is compared with what was learned.
         tasks (`str`, *optional*): Suites of `hft-trl evaluate`, such as `general`, for every model. They take long.
-        lora_rank (`int`): Rank of LoRA on all linear layers but the head. `lora_alpha` is twice as large.
+        lora_rank (`int`): Rank of LoRA and SHiRA on all linear layers but the head. `lora_alpha` is twice as large.
         workers (`int`, *optional*): Processes at a time, by default one per GPU, or per CPU core.
     """
 
@@ -107,7 +109,7 @@ class Trial:
             words += ["--sft.learning_rate", self.learning_rate]
         if self.ratio is not None:
             words += ["--hft.ratio", str(self.ratio)]
-        settings: Mapping[str, Any] = HALVES[half] if half else {}
+        settings: Mapping[str, Any] = HALVES[half] if kind == "hft" and half else {}
         return words + [word for key, value in settings.items() for word in (f"--hft.{key}", value)]
 
 
