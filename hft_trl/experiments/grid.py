@@ -13,10 +13,9 @@ STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in
 HALVES = {name: {"strategy": name} for name in STRATEGIES if name not in ("category", "importance")}
 """Settings of HFT by the suffix of a method, such as `hft:layer`."""
 for name in IMPORTANCES:
-    for order in ("most", "least"):
-        usual = "least" if name == "wanda" else "most"  # what matters to the source is to stay
-        suffix = name if order == usual else f"{name}:{order}"
-        HALVES[suffix] = {"strategy": "importance", "importance": name, "importance_order": order}
+    HALVES[name] = {"strategy": "importance", "importance": name}
+    HALVES[f"{name}:least"] = {**HALVES[name], "importance_order": "least"}
+HALVES["wanda"] = HALVES.pop("wanda:least")  # what matters most to the source is to stay
 HALVES["wanda:column"] = {**HALVES["wanda"], "granularity": "column"}
 
 ADAPTERS = ("lora", "lora:ffn", "oft", "shira")

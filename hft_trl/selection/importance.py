@@ -17,9 +17,6 @@ from hft_trl.weights import full, named_parameters
 Squares = Mapping[str, float | list[float]]
 """Sum over a parameter's elements, or over each column's, of the squares of what is measured, by parameter name."""
 
-BY_SLOT = ("wanda", "snr")
-"""Importances that compare units of the same slot only: their scale says more about the slot than about the unit."""
-
 
 def unit_scores(
     model: PreTrainedModel,
@@ -37,7 +34,7 @@ def unit_scores(
     inner = [unit for unit in units if unit.layer is not None]
     found = _measure(model, [name for unit in inner for name in unit.names], config, calibrate)
     scores = {unit: math.sqrt(sum(found[name] for name in unit.names) / unit.size) for unit in inner}
-    if config.importance in BY_SLOT:
+    if config.importance in ("wanda", "snr"):  # whose scale says more about the slot than about the unit
         scores = _ranks(scores)
     sign = 1 if config.importance_order == "most" else -1
     return {unit: sign * score for unit, score in scores.items()}

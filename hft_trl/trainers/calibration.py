@@ -26,7 +26,7 @@ from hft_trl.demo.probe_data import source_texts
 from hft_trl.demo.world import make_world
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
-from hft_trl.retention.meter import Meter
+from hft_trl.retention.meter import Meter, measuring
 from hft_trl.retention.retention_rows import Rows
 from hft_trl.selection.counts import shuffled
 from hft_trl.selection.importance import Squares
@@ -48,10 +48,8 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     """
     by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
     rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
-    folder, key = (
-        Path(trainer.args.output_dir),
-        _key(trainer, model, names, config.seed, [config.importance, config.granularity, rows]),
-    )
+    what = [config.importance, config.granularity, config.seed, rows]
+    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, what)
     kept = [_read(folder / FILE, key) if PartialState().is_main_process else None]
     broadcast_object_list(kept)
     if kept[0] is not None:
@@ -67,13 +65,13 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     return squares
 
 
-def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], seed: int, rows: list[Any]) -> str:
+def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[Any]) -> str:
     """Digest (SHA-256, hex) of all that a measurement depends on. Of the settings, those that TRL's config adds."""
     others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
     weights = combined_digest(fingerprints(named_parameters(model)))
-    content = [type(trainer).__name__, weights, names, seed, rows, settings]
+    content = [type(trainer).__name__, weights, names, what, settings]
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
 
@@ -108,7 +106,6 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     return squares
 
 
-@torch.no_grad()
 def output_squares(
     trainer: Trainer, model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
 ) -> Squares:
@@ -120,36 +117,32 @@ def output_squares(
     over each input column. The model is left as it was. It is whole in every process, and every process has to call.
     """
     model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
-    inputs: dict[str, torch.Tensor | float] = dict.fromkeys(names, 0.0)
+    modules = {f"{name}.weight": module for name, module in named_modules(model).items()}
+    linear = {name: modules[name] for name in names if type(modules.get(name)) in LINEAR}
+    inputs = {name: 0 * module.weight.detach().double().sum(LINEAR[type(module)]) for name, module in linear.items()}
 
     def add(name: str, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs[name] += args[0].float().flatten(0, -2).square().sum(0, dtype=torch.float64)
 
-    linear = {f"{name}.weight": module for name, module in named_modules(model).items() if type(module) in LINEAR}
-    linear = {name: module for name, module in linear.items() if name in inputs}
     if by_column and (others := [name for name in names if type(linear.get(name)) is not torch.nn.Linear]):
         raise HFTError(
             f"hft.granularity is 'column', but {others[0]} is not the weight of a torch.nn.Linear, so its input "
             "columns are not known: set hft.granularity to matrix."
         )
-    training = [module for module in model.modules() if module.training]
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in linear.items()]
     try:
-        model.eval()
-        for ids in blocks:
-            model(torch.tensor([ids], device=model.device), use_cache=False)
+        with measuring(model):
+            for ids in blocks:
+                model(torch.tensor([ids], device=model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
-    squares = {}
-    for name, parameter in named_parameters(model):
-        if name in inputs:
-            weight = parameter.double().square()
-            if name in linear:
-                weight = weight * (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
-            squares[name] = weight.sum(0).tolist() if by_column else weight.sum().item()
+    squares, parameters = {}, dict(named_parameters(model))
+    for name in names:
+        outputs = parameters[name].detach().double().square()
+        if name in linear:
+            outputs *= (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
+        squares[name] = outputs.sum(0).tolist() if by_column else outputs.sum().item()
     (squares,) = broadcast_object_list([squares])
     logger.info(f"importance: inputs of {len(blocks)} blocks of text.")
     return squares
