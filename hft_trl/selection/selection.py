@@ -56,18 +56,16 @@ class Selection:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def _essence(self) -> dict[str, Any]:
-        return {
+        essence = {
             "version": VERSION,
             "config": self.config.selecting(),
             "seed": self.seed,
             "trainable": list(self.trainable),
             "frozen": list(self.frozen),
-            **(
-                {"masks": {key: value for key, value in asdict(self.masks).items() if value != {}}}
-                if self.masks
-                else {}
-            ),
         }
+        if self.masks:
+            essence["masks"] = {key: value for key, value in asdict(self.masks).items() if key != "columns" or value}
+        return essence
 
     @property
     def masked(self) -> dict[str, int]:
