@@ -50,8 +50,7 @@ def _root(
 @exit_on_user_error()
 def select_command(
     model: Annotated[
-        str,
-        typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2. Only importance reads weights."),
+        str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; importance reads its weights.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[

@@ -89,7 +89,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     check_settings(output, [], flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
-        Point(trial.name, (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags))
+        Point(trial.name, (*start, trial.method, trial.learning_rate, str(trial.ratio or ""), str(trial.seed), *flags))
         for trial in (Trial(BASE), *trials(grid))
     ]
 
@@ -200,10 +200,6 @@ def _meter(stage: Stage) -> Meter:
     if meter is None:
         raise HFTError("retention is missing: give texts, facts or prompts, such as --retention.texts general.txt.")
     return meter
-
-
-def _text(ratio: float | None) -> str:
-    return "" if ratio is None else str(ratio)
 
 
 def _seconds(trainer: SFTTrainer, checkpoint: str | None) -> float | None:

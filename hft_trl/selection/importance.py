@@ -17,12 +17,12 @@ from hft_trl.weights import full, named_parameters
 Squares = Mapping[str, float | list[float]]
 """Sum over a parameter's elements, or over each column's, of the squares of what is measured, by parameter name."""
 
+Calibrate = Callable[[list[str]], Squares]
+"""Measures the parameters of these names on data."""
+
 
 def unit_scores(
-    model: PreTrainedModel,
-    units: Iterable[Unit],
-    config: HFTConfig,
-    calibrate: Callable[[list[str]], Squares] | None = None,
+    model: PreTrainedModel, units: Iterable[Unit], config: HFTConfig, calibrate: Calibrate | None = None
 ) -> dict[Unit, float]:
     """
     Score the units in layers; those with the highest scores are to learn.
@@ -41,10 +41,7 @@ def unit_scores(
 
 
 def column_scores(
-    model: PreTrainedModel,
-    units: Iterable[Unit],
-    config: HFTConfig,
-    calibrate: Callable[[list[str]], Squares] | None = None,
+    model: PreTrainedModel, units: Iterable[Unit], config: HFTConfig, calibrate: Calibrate | None = None
 ) -> dict[str, list[float]]:
     """Score the input columns of the matrices in layers, by name; those with the highest scores are to learn."""
     shapes = {name: parameter.shape for name, parameter in named_parameters(model)}
@@ -54,12 +51,7 @@ def column_scores(
     return {name: [sign * score for score in found[name]] for name in names}
 
 
-def _measure(
-    model: PreTrainedModel,
-    names: list[str],
-    config: HFTConfig,
-    calibrate: Callable[[list[str]], Squares] | None,
-) -> Squares:
+def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibrate: Calibrate | None) -> Squares:
     """Measure the importance of the parameters. Numbers that are not finite are rejected."""
     if config.calibrated and calibrate is None:
         raise HFTError(

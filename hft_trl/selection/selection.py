@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_u
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft_trl.selection.importance import Squares
+    from hft_trl.selection.importance import Calibrate
     from hft_trl.selection.masks import Masks
 
 SELECTION_FILE = "hft_selection.json"
@@ -158,7 +158,7 @@ def select(
     model: "PreTrainedModel",
     config: HFTConfig,
     previous: Selection | None = None,
-    calibrate: "Callable[[list[str]], Squares] | None" = None,
+    calibrate: "Calibrate | None" = None,
 ) -> Selection:
     """
     Draw the parameters of a model that learn in a stage.
