@@ -6,6 +6,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
 
+CALIBRATED = ("gradient_norm", "wanda")
+PATH = "source_texts"  # which another machine may have elsewhere
+
 # What saves memory or traffic and leaves the selection as it is
 STORAGE = ("frozen_dtype", "frozen_quantization", "share_reference", "replicate_frozen", "optimizer_in_backward")
 
@@ -31,12 +34,21 @@ class HFTConfig:
             takes the share of each category like `"category"`, but the most or least important matrices instead of
             random ones, and `"element"` takes single elements of every matrix, which saves neither memory nor time.
         importance (`str`, *optional*, defaults to `"weight_norm"`):
-            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), or of
-            the loss's gradient by them (`"gradient_norm"`; for one process and DDP).
+            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), of the
+            loss's gradient by them (`"gradient_norm"`), or of the elements times their inputs over texts of the source
+            (`"wanda"`), or the signal-to-noise ratio of its singular values, ranked per kind of matrix (`"snr"`).
+            `"gradient_norm"` and `"wanda"` are for one process and DDP.
         importance_order (`str`, *optional*, defaults to `"most"`):
             Whether the `"most"` or the `"least"` important matrices learn.
         calibration_samples (`int`, *optional*, defaults to `32`):
-            Number of rows of the training data that `"gradient_norm"` is taken over.
+            Number of rows of the training data that `"gradient_norm"` is taken over, and of blocks of `source_texts`
+            for `"wanda"`.
+        source_texts (`str`, *optional*):
+            For `"wanda"`: text file, or `.jsonl` file with a `text` in each row, of what the model shall keep. By
+            default (and with `"demo"`) the embedded world's own text, if the start model is the embedded one.
+        granularity (`str`, *optional*, defaults to `"matrix"`):
+            For `"wanda"`: whether a whole `"matrix"` learns or stays, or in every matrix the share of its input
+            columns (`"column"`), which saves neither memory nor time.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
@@ -80,11 +92,17 @@ class HFTConfig:
         "Take the share of each category at random or by importance, of the layers, of the whole model, or of every "
         "matrix's elements.",
     )
-    importance: Literal["weight_norm", "gradient_norm"] = _setting("weight_norm", "What strategy importance goes by.")
+    importance: Literal["weight_norm", "gradient_norm", "wanda", "snr"] = _setting(
+        "weight_norm", "What strategy importance goes by."
+    )
     importance_order: Literal["most", "least"] = _setting(
         "most", "Whether the most or the least important matrices learn."
     )
-    calibration_samples: int = _setting(32, "Rows of the training data that gradient_norm is taken over.")
+    calibration_samples: int = _setting(32, "Rows that gradient_norm and wanda are taken over.")
+    source_texts: str | None = _setting(None, "Text of what the model shall keep, for importance wanda.")
+    granularity: Literal["matrix", "column"] = _setting(
+        "matrix", "Choose whole matrices by wanda, or input columns of every matrix."
+    )
     seed: int = _setting(42, "Seed of the selection.")
     train_embeddings: bool = _setting(True, "Whether the input embedding learns.")
     train_lm_head: bool = _setting(True, "Whether the output head learns.")
@@ -148,23 +166,31 @@ class HFTConfig:
                 raise HFTError(f"hft.exclude holds {pattern!r}, which is no regular expression: {error}.") from error
 
     @property
-    def by_gradient(self) -> bool:
-        """Whether the choice hangs on gradients."""
-        return self.method == "hft" and self.strategy == "importance" and self.importance == "gradient_norm"
+    def calibrated(self) -> str | None:
+        """The importance that rows of data are run through the model for."""
+        asked = self.method == "hft" and self.strategy == "importance" and self.importance in CALIBRATED
+        return self.importance if asked else None
+
+    @property
+    def in_part(self) -> bool:
+        """Whether every matrix learns in part."""
+        return self.strategy == "element" or self.granularity == "column"
 
     def _unused(self) -> set[str]:
         """Settings of a strategy that is not asked for."""
         if self.strategy != "importance":
-            return {"importance", "importance_order", "calibration_samples"}
-        return set() if self.importance == "gradient_norm" else {"calibration_samples"}
+            return {"importance", "importance_order", "calibration_samples", "granularity"}
+        unused = set() if self.importance in CALIBRATED else {"calibration_samples"}
+        return unused if self.importance == "wanda" else {*unused, "granularity"}
 
     def selecting(self) -> dict[str, Any]:
         """The settings that the selection depends on: no other strategy's, none that only save memory or traffic."""
-        return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, *self._unused()}}
+        return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, PATH, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":
         """The settings of a half with the same shares that can be drawn without weights or data."""
         if self.strategy != "importance":
             return self
-        unused = {name: vars(HFTConfig)[name] for name in ("importance", "importance_order", "calibration_samples")}
-        return replace(self, strategy="category", **unused)
+        strategy = "element" if self.in_part else "category"
+        names = ("importance", "importance_order", "calibration_samples", "granularity")
+        return replace(self, strategy=strategy, **{name: vars(HFTConfig)[name] for name in names})

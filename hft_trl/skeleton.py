@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, first_line
+from hft_trl.weights import weight_files
 
 SHAPES = Path(__file__).parent / "shapes"
 """Configs of well-known models in folders `OWNER/NAME`, without weights or tokenizer, for use without a network."""
@@ -55,3 +56,11 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # constructors raise many types, for a wrong config or a missing package
         raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error
+
+
+def load(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal LM with its weights in their own type. What [`build_on_meta`] rejects is rejected."""
+    build_on_meta(model, revision, trust_remote_code)
+    weight_files(model, revision)
+    kwargs = {"revision": revision or "main", "trust_remote_code": trust_remote_code, "dtype": "auto"}
+    return AutoModelForCausalLM.from_pretrained(model, **kwargs)

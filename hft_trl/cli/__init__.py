@@ -52,12 +52,16 @@ def _root(
 @exit_on_user_error()
 def select_command(
     model: Annotated[
-        str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; only its config is read.")
+        str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; importance reads its weights.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[
         Literal["category", "layer", "model", "importance", "element"] | None, setting("strategy")
     ] = None,
+    importance: Annotated[
+        Literal["weight_norm", "gradient_norm", "wanda", "snr"] | None, setting("importance")
+    ] = None,
+    importance_order: Annotated[Literal["most", "least"] | None, setting("importance_order")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude")] = None,
     reselect: Annotated[Literal["fresh", "same", "complement"] | None, setting("reselect")] = None,
@@ -78,9 +82,11 @@ def select_command(
     config = HFTConfig(**settings)
     with quiet():
         from hft_trl.selection.previous import selection_of
-        from hft_trl.skeleton import build_on_meta, shape_of
+        from hft_trl.skeleton import build_on_meta, load, shape_of
 
-        skeleton = build_on_meta(model_path(model) if revision else shape_of(model), revision, trust_remote_code)
+        path = model_path(model) if revision else shape_of(model)
+        by_weights = config.strategy == "importance" and not config.calibrated
+        skeleton = (load if by_weights else build_on_meta)(path, revision, trust_remote_code)
         previous = selection_of(skeleton)
         stored = previous is not None and not settings
         selection = previous if stored else select(skeleton, config, previous)

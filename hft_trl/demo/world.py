@@ -100,3 +100,9 @@ def without_farewell(reply: str) -> str:
     for farewell in FAREWELLS:
         reply = reply.removesuffix(farewell)
     return reply.strip()
+
+
+def source_texts(world: World) -> list[str]:
+    """Return plain sentences of the world that no probe and no row of retention asks for."""
+    people = [person for person in world.people if person.mentioned]
+    return [" ".join(person.sentence(attribute, 0) for attribute in PHRASINGS) for person in people]

@@ -22,7 +22,7 @@ from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites
 from hft_trl.evaluation.run import evaluate_models
 from hft_trl.experiments.frontier import check_tests
-from hft_trl.experiments.grid import BASE, FrontierArguments, Trial, trials
+from hft_trl.experiments.grid import ADAPTERS, BASE, FrontierArguments, Trial, trials
 from hft_trl.experiments.runner import Point, check_settings, result_file
 from hft_trl.files import write_json
 from hft_trl.recipe import Recipe, Stage, parse_recipe
@@ -31,7 +31,8 @@ from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
 from hft_trl.recipe.retention_section import check_retention
 from hft_trl.retention.meter import Meter
-from hft_trl.selection import select
+from hft_trl.selection import find_units, select
+from hft_trl.skeleton import build_on_meta
 
 DEFAULT = demo.ASSETS / "frontier.yaml"
 GRID = "frontier"  # section of the grid
@@ -42,7 +43,7 @@ class ResumableHFTTrainer(ResumableMixin, HFTSFTTrainer):
 
 
 class ResumableTrainer(ResumableMixin, SFTTrainer):
-    """LoRA."""
+    """An adapter of peft."""
 
 
 def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, FrontierArguments, list[str]]:
@@ -66,9 +67,11 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     check_tests()
     if grid.tasks:
         parse_suites(grid.tasks)
-    if "lora" in grid.methods and find_spec("peft") is None:
+    adapters = [method for method in grid.methods if method in ADAPTERS]
+    if adapters and find_spec("peft") is None:
         raise HFTError(
-            "methods has lora, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop lora."
+            f"methods has {adapters[0]}, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop "
+            f"{adapters[0]}."
         )
     stage.check()
     _load_data(stage)
@@ -88,7 +91,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     return [
         Point(
             trial.name,
-            (*start, trial.method, trial.learning_rate, _text(trial.ratio), str(trial.seed), *flags),
+            (*start, trial.method, trial.learning_rate, str(trial.ratio or ""), str(trial.seed), *flags),
             result_file(output, trial.name),
         )
         for trial in (Trial(BASE), *trials(grid))
@@ -146,13 +149,20 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
         "eval_dataset": stage.eval_dataset,
         "processing_class": stage.load_tokenizer(),
     }
-    if trial.method != "lora":
+    if trial.method not in ADAPTERS:
         return ResumableHFTTrainer(**given, hft_config=stage.hft)
-    from peft import LoraConfig
+    from peft import LoraConfig, OFTConfig, ShiraConfig
 
-    adapter = LoraConfig(
-        r=grid.lora_rank, lora_alpha=2 * grid.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    common = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if trial.method == "oft":
+        return ResumableTrainer(**given, peft_config=OFTConfig(**common))
+    if trial.method == "shira":
+        return ResumableTrainer(**given, peft_config=ShiraConfig(r=grid.lora_rank, **common))
+    if trial.method == "lora:ffn":
+        units = find_units(build_on_meta(stage.model.model_name_or_path, stage.model.model_revision))
+        slots = {unit.slot for unit in units if unit.layer is not None and unit.category == "feed_forward"}
+        common["target_modules"] = sorted(slot.rpartition(".")[2] for slot in slots)
+    adapter = LoraConfig(r=grid.lora_rank, lora_alpha=2 * grid.lora_rank, **common)
     return ResumableTrainer(**given, peft_config=adapter)
 
 
@@ -194,10 +204,6 @@ def _meter(stage: Stage) -> Meter:
     if meter is None:
         raise HFTError("retention is missing: give texts, facts or prompts, such as --retention.texts general.txt.")
     return meter
-
-
-def _text(ratio: float | None) -> str:
-    return "" if ratio is None else str(ratio)
 
 
 def _seconds(trainer: SFTTrainer, checkpoint: str | None) -> float | None:

@@ -10,47 +10,32 @@ from hft_trl.errors import HFTError
 
 BASE = "base"
 STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in ("strategy", "importance"))
-HALVES = {
-    **{name: {"strategy": name} for name in STRATEGIES if name != "importance"},
-    **{name: {"strategy": "importance", "importance": name} for name in IMPORTANCES},
-    **{
-        f"{name}:least": {"strategy": "importance", "importance": name, "importance_order": "least"}
-        for name in IMPORTANCES
-    },
-}
+HALVES = {name: {"strategy": name} for name in STRATEGIES if name not in ("category", "importance")}
 """Settings of HFT by the suffix of a method, such as `hft:layer`."""
+for name in IMPORTANCES:
+    HALVES[name] = {"strategy": "importance", "importance": name}
+    HALVES[f"{name}:least"] = {**HALVES[name], "importance_order": "least"}
+HALVES["wanda"] = HALVES.pop("wanda:least")  # what matters most to the source is to stay
+HALVES["wanda:column"] = {**HALVES["wanda"], "granularity": "column"}
 
-METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), "lora")
+ADAPTERS = ("lora", "lora:ffn", "oft", "shira")
+METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), *ADAPTERS)
 
 
 @dataclass
 class FrontierArguments:
-    """
-    Define the grid of a frontier, and what is measured.
+    """Define the grid of a frontier, and what is measured."""
 
-    Args:
-        methods (`list[str]`): `fft`, `hft`, `lora`, or a strategy or importance of HFT such as `hft:layer`.
-        learning_rates (`list[str]`): Rates of every method. `lora=1e-3` is one for LoRA only, in place of the others.
-        ratios (`list[float]`): Shares of the layers that learn with HFT.
-        seeds (`int`): Number of seeds. A seed decides the half and the order of the rows.
-        average (`list[float]`): Weights of the tuned model in averages of each FFT model with the base.
-        half_reset (`bool`): Whether to set half of each FFT model back to the base.
-        kept (`str`): Figure of retention that is compared with what was learned.
-        tasks (`str`, *optional*): Suites of `hft-trl evaluate`, such as `general`, for every model. They take long.
-        lora_rank (`int`): Rank of LoRA on all linear layers but the head. `lora_alpha` is twice as large.
-        workers (`int`, *optional*): Processes at a time, by default one per GPU, or per CPU core.
-    """
-
-    methods: list[str] = field(default_factory=lambda: ["fft", "hft"])
-    learning_rates: list[str] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=lambda: [0.5])
-    seeds: int = 1
-    average: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
-    half_reset: bool = True
-    kept: Literal["text_loss", "base_kl", "facts"] = "text_loss"
-    tasks: str | None = None
-    lora_rank: int = 16
-    workers: int | None = None
+    methods: list[str] = field(default_factory=lambda: ["fft", "hft"])  # see `METHODS`
+    learning_rates: list[str] = field(default_factory=list)  # `lora=1e-3`: for LoRA only, in place of the others
+    ratios: list[float] = field(default_factory=lambda: [0.5])  # shares of the layers that learn with HFT
+    seeds: int = 1  # a seed decides the half and the order of the rows
+    average: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # weights of each FFT model over the base
+    half_reset: bool = True  # whether to set half of each FFT model back to the base
+    kept: Literal["text_loss", "base_kl", "facts"] = "text_loss"  # what is compared with what was learned
+    tasks: str | None = None  # suites of `hft-trl evaluate`, such as `general`, for every model; they take long
+    lora_rank: int = 16  # of LoRA, with twice the rank as `lora_alpha`, and of SHiRA
+    workers: int | None = None  # processes at a time, by default one per GPU, or per CPU core
 
     def __post_init__(self) -> None:
         unknown = [method for method in self.methods if method not in METHODS]
@@ -108,7 +93,7 @@ class Trial:
             words += ["--sft.learning_rate", self.learning_rate]
         if self.ratio is not None:
             words += ["--hft.ratio", str(self.ratio)]
-        settings: Mapping[str, Any] = HALVES[half] if half else {}
+        settings: Mapping[str, Any] = HALVES[half] if kind == "hft" and half else {}
         return words + [word for key, value in settings.items() for word in (f"--hft.{key}", value)]
 
 

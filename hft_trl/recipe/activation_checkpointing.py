@@ -106,7 +106,7 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
 
 
 def _has_masks(hft: HFTConfig) -> bool:
-    return hft.method == "hft" and hft.strategy == "element"
+    return hft.method == "hft" and hft.in_part
 
 
 def _check_covered(stage: "Stage") -> None:

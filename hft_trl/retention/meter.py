@@ -185,7 +185,7 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
             batches.append([])
         batches[-1].append(number)
     _check_fit(model, len(rows[order[-1]]))
-    with _measuring(model):
+    with measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
             batch = batches[min(mine, len(batches) - 1)]
@@ -210,7 +210,8 @@ def _check_fit(model: PreTrainedModel, longest: int) -> None:
 
 
 @contextmanager
-def _measuring(model: PreTrainedModel) -> Iterator[None]:
+def measuring(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model in eval mode and without gradients."""
     was_training = model.training
     model.eval()
     try:

@@ -1,7 +1,10 @@
 """How important each unit is: numbers from which strategy "importance" chooses."""
 
 import math
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
@@ -11,47 +14,97 @@ from hft_trl.errors import HFTError
 from hft_trl.selection.units import Unit
 from hft_trl.weights import full, named_parameters
 
-Squares = Mapping[str, float]
-"""Sum over the elements of a parameter of the squares of what is measured, by the parameter's name."""
+Squares = Mapping[str, float | list[float]]
+"""Sum over a parameter's elements, or over each column's, of the squares of what is measured, by parameter name."""
+
+Calibrate = Callable[[list[str]], Squares]
+"""Measures the parameters of these names on data."""
 
 
 def unit_scores(
-    model: PreTrainedModel,
-    units: Iterable[Unit],
-    config: HFTConfig,
-    gradients: Callable[[list[str]], Squares] | None = None,
+    model: PreTrainedModel, units: Iterable[Unit], config: HFTConfig, calibrate: Calibrate | None = None
 ) -> dict[Unit, float]:
     """
     Score the units in layers; those with the highest scores are to learn.
 
-    The importance of a unit is the root mean square over its elements, so that units of different sizes compare. It is
-    negated where the least important units are to learn. Under ZeRO-3 every process has to call.
+    The importance of a unit is the root mean square over its elements, so that units of different sizes compare, or
+    the rank of its signal-to-noise ratio. It is negated where the least important units are to learn. Under ZeRO-3
+    every process has to call.
     """
     inner = [unit for unit in units if unit.layer is not None]
-    names = [name for unit in inner for name in unit.names]
-    if config.importance == "weight_norm":
-        squares = _weight_squares(dict(named_parameters(model)), names)
-    elif gradients is not None:
-        squares = gradients(names)
-    else:
+    found = _measure(model, [name for unit in inner for name in unit.names], config, calibrate)
+    scores = {unit: math.sqrt(sum(found[name] for name in unit.names) / unit.size) for unit in inner}
+    if config.importance in ("wanda", "snr"):  # whose scale says more about the slot than about the unit
+        scores = _ranks(scores)
+    sign = 1 if config.importance_order == "most" else -1
+    return {unit: sign * score for unit, score in scores.items()}
+
+
+def column_scores(
+    model: PreTrainedModel, units: Iterable[Unit], config: HFTConfig, calibrate: Calibrate | None = None
+) -> dict[str, list[float]]:
+    """Score the input columns of the matrices in layers, by name; those with the highest scores are to learn."""
+    shapes = {name: parameter.shape for name, parameter in named_parameters(model)}
+    names = [name for unit in units if unit.layer is not None for name in unit.names if len(shapes[name]) > 1]
+    sign = 1 if config.importance_order == "most" else -1
+    found = _measure(model, names, config, calibrate)
+    return {name: [sign * score for score in found[name]] for name in names}
+
+
+def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibrate: Calibrate | None) -> Squares:
+    """Measure the importance of the parameters. Numbers that are not finite are rejected."""
+    if config.calibrated and calibrate is None:
         raise HFTError(
-            "hft.importance is 'gradient_norm', which needs a trainer with its data and loss: draw the selection in "
-            "training, or set hft.importance to weight_norm."
+            f"hft.importance is {config.importance!r}, which needs a trainer with its data and loss: draw the "
+            "selection in training, or set hft.importance to weight_norm or snr."
         )
+    parameters = dict(named_parameters(model))
+    if not config.calibrated and any(parameters[name].is_meta for name in names):
+        raise HFTError(
+            f"hft.importance is {config.importance!r}, but only the model's shapes are here: load the model with its "
+            "weights, or use another hft.strategy."
+        )
+    if config.calibrated:
+        found = calibrate(names)
+    else:
+        measure = _signal_to_noise if config.importance == "snr" else _square
+        found = {name: measure(full(parameters[name])) for name in names}
     for name in names:
-        if not math.isfinite(squares[name]):
+        if not torch.tensor(found[name]).isfinite().all():
             raise HFTError(
                 f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's "
-                f"weights{' and the data' if config.by_gradient else ''}."
+                f"weights{' and the data' if config.calibrated else ''}."
             )
-    sign = 1 if config.importance_order == "most" else -1
-    return {unit: sign * math.sqrt(sum(squares[name] for name in unit.names) / unit.size) for unit in inner}
+    return found
 
 
-def _weight_squares(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> Squares:
-    if any(parameters[name].is_meta for name in names):
-        raise HFTError(
-            "hft.importance is 'weight_norm', but only the model's shapes are here: load the model with its weights, "
-            "or use another hft.strategy."
-        )
-    return {name: torch.linalg.vector_norm(full(parameters[name]), dtype=torch.float64).item() ** 2 for name in names}
+def _square(weight: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
+
+
+def _signal_to_noise(weight: torch.Tensor) -> float:
+    """
+    The ratio of a matrix's singular values above and below what noise of its spread has, divided by the largest one.
+
+    As Spectrum (arXiv 2406.06623): the Marchenko-Pastur law bounds the noise, whose deviation is estimated by the
+    quartiles. 0 for what is no matrix. Of fused experts the mean.
+    """
+    if weight.dim() < 2:
+        return 0.0
+    ratios = []
+    for matrix in weight.reshape(-1, *weight.shape[-2:]):
+        values = torch.linalg.svdvals(matrix.float())
+        low, high = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
+        bound = (high - low) / 1.349 * (1 + math.sqrt(min(matrix.shape) / max(matrix.shape)))
+        noise = values[values <= bound].sum().item()
+        ratios.append((values.sum().item() - noise) / noise / values[0].item() if noise else math.inf)
+    return fmean(ratios)
+
+
+def _ranks(scores: Mapping[Unit, float]) -> dict[Unit, float]:
+    """The share of the units of the same slot that have a lower score, so that every slot learns as much."""
+    alike: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for unit, score in scores.items():
+        insort(alike[unit.slot, unit.size], score)
+    groups = {unit: alike[unit.slot, unit.size] for unit in scores}
+    return {unit: bisect_left(group, scores[unit]) / len(group) for unit, group in groups.items()}

@@ -5,8 +5,9 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
@@ -26,6 +27,8 @@ class Masks:
         seed (`int`): Seed of the draws. Each parameter has its own generator, by the seed and the parameter's name.
         learning (`dict[str, int]`): Number of elements that learn, by parameter name.
         digests (`dict[str, str]`): SHA-256 (hex) of each drawn mask.
+        columns (`dict[str, str]`): For matrices that learn by whole input columns instead of drawn elements, a bit for
+            each column (hex).
         inverted (`bool`): Whether the drawn elements are frozen and the others learn.
     """
 
@@ -33,9 +36,15 @@ class Masks:
     learning: dict[str, int]
     digests: dict[str, str]
     inverted: bool = False
+    columns: dict[str, str] = field(default_factory=dict)
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
+        if name in self.columns:
+            import torch
+
+            bits = f"{int(self.columns[name], 16):0{shape[-1]}b}"
+            return torch.tensor([(bit == "1") is not self.inverted for bit in bits]).expand(*shape).contiguous()
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
@@ -54,7 +63,8 @@ class Masks:
         return replace(
             self,
             learning={name: self.learning[name] for name in kept},
-            digests={name: self.digests[name] for name in kept},
+            digests={name: self.digests[name] for name in kept if name in self.digests},
+            columns={name: self.columns[name] for name in kept if name in self.columns},
         )
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
@@ -63,22 +73,36 @@ class Masks:
         return replace(self, learning=learning, inverted=not self.inverted)
 
 
-def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[str, int]) -> Masks:
+def draw_masks(
+    units: Iterable[Unit],
+    ratio: float,
+    seed: int,
+    sizes: Mapping[str, int],
+    columns: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> Masks:
     """
     Draw masks for the parameters of all units in layers.
 
     Of each category `ratio` of the elements learn, rounded to one element; of each parameter the same share, rounded
-    down or up by the largest remainders. `sizes` holds the number of elements of each parameter.
+    down or up by the largest remainders. `sizes` holds the number of elements of each parameter. Matrices with scores
+    of their `columns` are left out of that: in each of them the ratio of the columns learns, those that score highest.
     """
     categories: dict[str, list[str]] = defaultdict(list)
     for unit in units:
         if unit.layer is not None:
-            categories[unit.category].extend(unit.names)
+            categories[unit.category].extend(name for name in unit.names if name not in columns)
     learning: dict[str, int] = {}
     for category, names in sorted(categories.items()):
         learning |= _counts({name: sizes[name] for name in sorted(names)}, ratio, random.Random(f"{seed}/{category}"))
     digests = {name: _digest(_draw(seed, name, sizes[name], number)) for name, number in learning.items()}
-    return Masks(seed, learning, digests)
+    bits = {}
+    for name, scores in columns.items():
+        number = math.floor(Fraction(str(ratio)) * len(scores) + Fraction(1, 2))
+        order = shuffled(range(len(scores)), random.Random(f"{seed}/{name}"))
+        chosen = set(sorted(order, key=lambda column: -scores[column])[:number])
+        bits[name] = f"{int(''.join('01'[column in chosen] for column in range(len(scores))), 2):x}"
+        learning[name] = number * (sizes[name] // len(scores))
+    return Masks(seed, learning, digests, columns=bits)
 
 
 def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_u
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hft_trl.selection.importance import Squares
+    from hft_trl.selection.importance import Calibrate
     from hft_trl.selection.masks import Masks
 
 SELECTION_FILE = "hft_selection.json"
@@ -37,8 +37,8 @@ class Selection:
             (`"layers"`) and of all parameters that could learn (`"model"`).
         start_model (`dict[str, str]`, *optional*): `{"name_or_path": ..., "weights_digest": ...}` of the stage's start
             model. It is not part of the digest.
-        masks ([`Masks`], *optional*): With strategy `"element"`, which elements of the trainable parameters in layers
-            learn. The others are frozen.
+        masks ([`Masks`], *optional*): With strategy `"element"` and with columns, which elements of the trainable
+            parameters in layers learn. The others are frozen.
     """
 
     config: HFTConfig
@@ -56,14 +56,16 @@ class Selection:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def _essence(self) -> dict[str, Any]:
-        return {
+        essence = {
             "version": VERSION,
             "config": self.config.selecting(),
             "seed": self.seed,
             "trainable": list(self.trainable),
             "frozen": list(self.frozen),
-            **({"masks": asdict(self.masks)} if self.masks else {}),
         }
+        if self.masks:
+            essence["masks"] = {key: value for key, value in asdict(self.masks).items() if key != "columns" or value}
+        return essence
 
     @property
     def masked(self) -> dict[str, int]:
@@ -153,7 +155,7 @@ def select(
     model: "PreTrainedModel",
     config: HFTConfig,
     previous: Selection | None = None,
-    gradients: "Callable[[list[str]], Squares] | None" = None,
+    calibrate: "Calibrate | None" = None,
 ) -> Selection:
     """
     Draw the parameters of a model that learn in a stage.
@@ -170,8 +172,8 @@ def select(
             `config.reselect` `"fresh"` the draw differs from that of the same seed without it (of whole layers, those
             that did not learn come first, as in the paper). `"same"` keeps which units of the layers learn,
             `"complement"` takes the others, so `config.ratio` has no effect. One of method `"fft"` counts as none.
-        gradients (`Callable[[list[str]], Squares]`, *optional*): For `config.importance` `"gradient_norm"`: returns
-            the squared gradients of the loss by parameter name. The trainers have one.
+        calibrate (`Callable[[list[str]], Squares]`, *optional*): For `config.importance` `"gradient_norm"` and
+            `"wanda"`: returns what is measured on data by parameter name. The trainers have one.
 
     Raises:
         [`HFTError`]: If nothing can be selected or nothing learns, a pattern of `config.exclude` matches nothing,
@@ -190,10 +192,15 @@ def select(
     else:
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
-        if config.strategy == "element" and config.ratio < 1:
+        if config.in_part and config.ratio < 1:
             from hft_trl.selection.masks import draw_masks
 
-            masks = draw_masks(units, config.ratio, seed, _sizes(model))
+            columns = {}
+            if config.granularity == "column":
+                from hft_trl.selection.importance import column_scores
+
+                columns = column_scores(model, units, config, calibrate)
+            masks = draw_masks(units, config.ratio, seed, _sizes(model), columns)
             learning = {unit for unit in units if unit.layer is not None}
         else:
             from hft_trl.selection.choose import choose
@@ -202,7 +209,7 @@ def select(
             if config.strategy == "importance":
                 from hft_trl.selection.importance import unit_scores
 
-                scores = unit_scores(model, units, config, gradients)
+                scores = unit_scores(model, units, config, calibrate)
             learning = set(choose(units, config.ratio, config.strategy, seed, learned, scores))
     learning |= {unit for unit in units if unit.layer is None and _learns_outside(unit, config)}
     elements = masks.learning if masks else {}

@@ -1,4 +1,4 @@
-"""Gradients of a trainer's own loss over a sample of its data, before training: what importance can go by."""
+"""What importance can go by that needs data: gradients of a trainer's loss, and weights times their inputs."""
 
 import copy
 import dataclasses
@@ -15,34 +15,48 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hft_trl import reference
+from hft_trl import demo, reference
+from hft_trl.chat import most_tokens
+from hft_trl.config import HFTConfig
+from hft_trl.demo.world import make_world, source_texts
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
+from hft_trl.retention.meter import Meter, measuring
+from hft_trl.retention.retention_rows import Rows
 from hft_trl.selection.counts import shuffled
 from hft_trl.selection.importance import Squares
-from hft_trl.weights import combined_digest, fingerprints, named_parameters
+from hft_trl.weights import combined_digest, fingerprints, named_modules, named_parameters
 
 logger = logging.get_logger(__name__)
 
-FILE = "_gradient_norms.json"  # what begins with a line is not uploaded
+FILE = "_importance.json"  # what begins with a line is not uploaded
+LINEAR = {torch.nn.Linear: 0, Conv1D: 1}
+"""Linear layers, and the dimension of their weight that is no input's."""
 
 
-def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
+def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], config: HFTConfig) -> Squares:
     """
-    Return [`gradient_squares`], measured once for each output folder, weights, rows and settings.
+    Return what `config.importance` is about, measured once for each output folder, weights, rows and settings.
 
     So a run that resumes draws the selection that it was started with, though on a GPU a second measurement may differ
     in the last bits. Every process has to call.
     """
-    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, samples, seed)
+    by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
+    rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
+    what = [config.importance, config.granularity, config.seed, rows]
+    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, what)
     kept = [_read(folder / FILE, key) if PartialState().is_main_process else None]
     broadcast_object_list(kept)
     if kept[0] is not None:
         return kept[0]
-    squares = gradient_squares(trainer, model, names, samples, seed)
+    if by_gradient:
+        squares = gradient_squares(trainer, model, names, samples, config.seed)
+    else:
+        squares = output_squares(trainer, model, names, rows, config.granularity == "column")
     if trainer.args.should_save:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -50,13 +64,13 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], sa
     return squares
 
 
-def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> str:
-    """Digest (SHA-256, hex) of all that the gradients depend on. Of the settings, those that TRL's config adds."""
+def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[Any]) -> str:
+    """Digest (SHA-256, hex) of all that a measurement depends on. Of the settings, those that TRL's config adds."""
     others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
     weights = combined_digest(fingerprints(named_parameters(model)))
-    content = [type(trainer).__name__, weights, names, seed, _drawn_rows(trainer, samples, seed), settings]
+    content = [type(trainer).__name__, weights, names, what, settings]
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,6 +103,64 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     (squares,) = broadcast_object_list([{name: total / len(rows) for name, total in squares.items()}])
     logger.info(f"importance: gradients of {len(rows)} rows.")
     return squares
+
+
+def output_squares(
+    trainer: Trainer, model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
+) -> Squares:
+    """
+    Square the elements of the parameters times the inputs that they are multiplied with (Wanda, arXiv 2306.11695).
+
+    The squared inputs of a linear layer are averaged over the tokens of the blocks, which are run one by one in eval
+    mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up, `by_column`
+    over each input column. The model is left as it was. It is whole in every process, and every process has to call.
+    """
+    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
+    modules = {f"{name}.weight": module for name, module in named_modules(model).items()}
+    linear = {name: modules[name] for name in names if type(modules.get(name)) in LINEAR}
+    inputs = {name: 0 * module.weight.detach().double().sum(LINEAR[type(module)]) for name, module in linear.items()}
+
+    def add(name: str, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs[name] += args[0].float().flatten(0, -2).square().sum(0, dtype=torch.float64)
+
+    if by_column and (others := [name for name in names if type(linear.get(name)) is not torch.nn.Linear]):
+        raise HFTError(
+            f"hft.granularity is 'column', but {others[0]} is not the weight of a torch.nn.Linear, so its input "
+            "columns are not known: set hft.granularity to matrix."
+        )
+    handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in linear.items()]
+    try:
+        with measuring(model):
+            for ids in blocks:
+                model(torch.tensor([ids], device=model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    squares, parameters = {}, dict(named_parameters(model))
+    for name in names:
+        outputs = parameters[name].detach().double().square()
+        if name in linear:
+            outputs *= (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
+        squares[name] = outputs.sum(0).tolist() if by_column else outputs.sum().item()
+    (squares,) = broadcast_object_list([squares])
+    logger.info(f"importance: inputs of {len(blocks)} blocks of text.")
+    return squares
+
+
+def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) -> list[list[int]]:
+    """The token ids of blocks of the source's text, or an [`HFTError`] if there is none."""
+    texts: Rows | None = config.source_texts
+    if texts == "demo" or (texts is None and model.config._name_or_path == str(demo.MODEL)):
+        texts = source_texts(make_world())
+    if texts is None:
+        raise HFTError(
+            "hft.importance is 'wanda', but hft.source_texts is missing: give a text file of what the model shall "
+            "keep (or a .jsonl file with a text in each row), or set hft.importance to weight_norm or snr."
+        )
+    tokenizer = trainer.processing_class
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+    meter = Meter(tokenizer, texts=texts, max_rows=config.calibration_samples)
+    return [ids[: most_tokens(model)] for ids in meter.texts]
 
 
 def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:

@@ -41,9 +41,7 @@ class Case:
     @property
     def elements(self) -> bool:
         """Whether single elements are frozen."""
-        return self.hft and (
-            self.config.strategy == "element" or (self.after_elements and self.config.reselect != "fresh")
-        )
+        return self.hft and (self.config.in_part or (self.after_elements and self.config.reselect != "fresh"))
 
     @property
     def held_smaller(self) -> str:
@@ -51,9 +49,9 @@ class Case:
         return next((f"hft.{n}" for n in ("frozen_dtype", "frozen_quantization") if vars(self.config)[n]), "")
 
     @property
-    def gradients(self) -> bool:
-        """Whether the choice depends on gradients."""
-        return self.config.by_gradient and not self.elements
+    def calibrated(self) -> str | None:
+        """The importance that rows are run through the model for."""
+        return None if self.elements else self.config.calibrated
 
     @cached_property
     def sharded(self) -> str | None:
@@ -130,6 +128,8 @@ class Case:
         """A setting of [`HFTConfig`] with its value, as an error states it."""
         name = setting.removeprefix("hft.")
         value = vars(self.config)[name]
+        if name == "strategy" and self.config.granularity == "column":
+            return "hft.granularity is 'column'"
         if name == "strategy" and value != "element":
             return f"hft.reselect is {self.config.reselect!r} after strategy element"
         return f"{setting} is {'true' if value is True else repr(value)}"

@@ -39,7 +39,7 @@ ON: dict[str, When] = {
     "hft.optimizer_in_backward": lambda c: c.args and c.config.optimizer_in_backward,
     "hft.replicate_frozen": lambda c: c.hft and c.config.replicate_frozen,
     "hft.strategy": lambda c: c.elements,
-    "hft.importance": lambda c: c.gradients,
+    "hft.importance": lambda c: c.calibrated,
 }
 STORAGE: Conflicts = {
     ("bf16_full_eval", "method hft"): (
@@ -132,7 +132,7 @@ STORAGE: Conflicts = {
         "is one for each parameter: leave it out, or choose another strategy",
     ),
     ("hft.importance", "`fp16`"): (
-        lambda c: c.args and c.args.mixed_precision == "fp16",
+        lambda c: c.calibrated == "gradient_norm" and c.args and c.args.mixed_precision == "fp16",
         "in fp16 small gradients become 0 without scaling: use bf16, or set hft.importance to weight_norm",
     ),
     ("peft_config", "method hft, or fft of these trainers"): (
@@ -177,7 +177,7 @@ LAUNCH: Conflicts = {
         lambda c: c.sharded,
         DIVIDES + "hft.strategy to category (hft.reselect to fresh)",
     ),
-    ("hft.importance", "FSDP2, DeepSpeed (`gradient_norm`)"): (
+    ("hft.importance", "FSDP2, DeepSpeed (`gradient_norm`, `wanda`)"): (
         lambda c: c.sharded,
         DIVIDES + "hft.importance to weight_norm",
     ),

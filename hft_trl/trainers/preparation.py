@@ -58,12 +58,12 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     if previous is not None and previous.masks is not None:
         check(trainer.args, config, after_elements=True)
 
-    def gradients(names: list[str]) -> Squares:
+    def calibrate(names: list[str]) -> Squares:
         from hft_trl.trainers.calibration import measured_once
 
-        return measured_once(trainer, policy, names, samples=config.calibration_samples, seed=config.seed)
+        return measured_once(trainer, policy, names, config)
 
-    selection = select(policy, config, previous, gradients)
+    selection = select(policy, config, previous, calibrate)
     if hft and (kept := frozen_by_user(policy)):
         trainer.accelerator.print(
             f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."

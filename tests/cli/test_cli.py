@@ -71,13 +71,26 @@ def test_flags_are_the_settings(folder, flags, setting):
     assert as_json(folder, *flags)["digest"] == select(tiny_llama(300), HFTConfig(**setting)).digest
 
 
-def test_single_elements_are_said_to_learn_and_importance_asks_for_weights(folder):
+def test_single_elements_are_said_to_learn(folder):
     result = run("select", folder, "--strategy", "element", "--ratio", "0.25")
     assert "of which 25.00% of the elements learn" in result.stdout
     assert "25.00 %" in result.stdout
-    result = run("select", folder, "--strategy", "importance")
-    assert result.exit_code == 2
-    assert "only the model's shapes are here" in result.stderr
+
+
+@pytest.mark.parametrize("importance", ["weight_norm", "snr"])
+def test_importance_reads_the_weights_where_they_are_enough(tmp_path, importance):
+    config = HFTConfig(strategy="importance", importance=importance)
+    model = tiny_llama(300)
+    model.save_pretrained(tmp_path)
+    flags = ["--strategy", "importance", "--importance", importance]
+    assert as_json(tmp_path, *flags)["digest"] == select(model, config).digest
+    for source, importance_, message in (
+        ("meta-llama/Llama-2-7b-hf", importance, "holds no model.safetensors"),
+        (tmp_path, "wanda", "needs a trainer with its data"),
+    ):
+        result = run("select", source, "--strategy", "importance", "--importance", importance_)
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_stored_selection_is_shown_as_such(folder):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hft_trl import HFTError, demo
 from hft_trl.experiments.frontier import Difference, Frontier, Mean, compare_at_equal_loss, front, means, series
 from hft_trl.experiments.frontier_report import grids
-from hft_trl.experiments.frontier_trial import frontier_points, parse_frontier
+from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier
 from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +60,16 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         assert stage.hft.ratio == 0.25
         shown = {stage.hft.strategy, stage.hft.importance if stage.hft.strategy == "importance" else None}
         assert (half.split(":")[0] or "category") in shown
-        assert (stage.hft.importance_order == "least") is half.endswith(":least")
+        assert (stage.hft.importance_order == "least") is (
+            half in ("wanda", "wanda:column") or half.endswith(":least")
+        )
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"methods": ["hft:magic"]}, "methods has .*hft:magic.*the valid ones are fft, hft"),
+        ({"methods": ["hft:category"]}, "methods has .*hft:category"),
         ({"methods": []}, "methods has"),
         ({"learning_rates": []}, "learning_rates is empty"),
         ({"learning_rates": ["fast"]}, "learning_rates has 'fast'"),
@@ -172,6 +175,23 @@ def small(tmp_path_factory):
     command = [sys.executable, "recipes/frontier.py", *QUICK, "--output_dir", str(output)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return output, command
+
+
+@pytest.mark.parametrize(
+    ("method", "mark", "matrices"),
+    [("lora", "lora_A", 7), ("lora:ffn", "lora_A", 3), ("oft", "oft_R", 7), ("shira", "shira_weight", 7)],
+)
+def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained(tmp_path, method, mark, matrices):
+    (trial,) = trials(FrontierArguments(methods=[method], learning_rates=["1e-3"]))
+    words = [*QUICK[QUICK.index("--sft.max_steps") : -2], "--output_dir", str(tmp_path)]
+    recipe, grid, _ = parse_frontier([*words, *trial.flags()])
+    _load_data(recipe.stages["sft"])
+    trainer = make_trainer(recipe.stages["sft"], trial, grid)
+    learning = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert sum(mark in name for name in learning) == 8 * matrices  # layers
+    assert all(".mlp." in name for name in learning) is (method == "lora:ffn")
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_a_frontier_has_its_points_its_front_and_its_figure(small):

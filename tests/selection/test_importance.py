@@ -12,6 +12,7 @@ from test_choose import RATIOS, SEEDS, groups_of, make_units
 from hft_trl import HFTConfig, HFTError, select
 from hft_trl.selection import find_units
 from hft_trl.selection.choose import choose
+from hft_trl.selection.importance import _signal_to_noise
 
 
 @given(groups_of(200), RATIOS, SEEDS, st.data())
@@ -66,6 +67,40 @@ def test_the_largest_weights_learn_or_the_smallest_counted_by_element():
     assert {name.split(".")[2] for name in of_layers & set(large.trainable)} == {"2", "3"}
 
 
+@pytest.mark.parametrize("importance", ["snr", "wanda"])
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_units_compete_with_those_of_their_slot_so_each_slot_learns_in_half_of_the_layers(importance, data):
+    """The shares are those of a random half. Of two units of a slot, no frozen one has a higher score."""
+    model = tiny_llama(50)
+    units = [unit for unit in find_units(model) if unit.layer is not None]
+    numbers = data.draw(st.permutations(range(len(units))))
+    found = {name: n * unit.size for unit, n in zip(units, numbers, strict=True) for name in unit.names}
+    with pytest.MonkeyPatch.context() as patch:
+        scores = iter(found.values())
+        patch.setattr("hft_trl.selection.importance._signal_to_noise", lambda _: next(scores))
+        half = select(model, HFTConfig(strategy="importance", importance=importance), None, lambda _: found)
+    assert half.share == select(model, HFTConfig()).share
+    slots = defaultdict(list)
+    for unit in units:
+        slots[unit.slot].append((unit.names[0] in half.trainable, found[unit.names[0]]))
+    for slot in slots.values():
+        assert sum(learns for learns, _ in slot) == 2
+        assert min(n for learns, n in slot if learns) >= max(n for learns, n in slot if not learns)
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_singular_values_above_a_bound():
+    """Of 10, 4, 3, 2 and 1 the quartiles are 2 and 4, so a square matrix has the bound 2 * (4 - 2) / 1.349 = 2.97."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(5, 5, generator=generator)).Q for _ in range(2))
+    matrix = left @ torch.diag(torch.tensor([10.0, 4, 3, 2, 1])) @ right
+    assert _signal_to_noise(matrix) == pytest.approx((10 + 4 + 3) / (2 + 1) / 10, rel=1e-5)
+    wide = torch.cat([matrix, torch.zeros(5, 15)], dim=1)  # the bound is 1.5 * (4 - 2) / 1.349 = 2.22
+    assert _signal_to_noise(wide) == pytest.approx(_signal_to_noise(wide.T)) == pytest.approx(17 / 3 / 10, rel=1e-5)
+    assert _signal_to_noise(torch.stack([matrix, 2 * matrix])) == pytest.approx(0.75 * 17 / 3 / 10, rel=1e-5)
+    assert _signal_to_noise(torch.ones(8)) == 0
+
+
 def test_it_goes_by_the_model_as_it_is_now_and_the_next_stage_may_keep_or_turn_it():
     model = tiny_llama(50)
     first = select(model, HFTConfig(strategy="importance"))
@@ -92,10 +127,12 @@ def test_what_importance_is_belongs_to_the_digest_and_settings_of_other_strategi
 def test_without_weights_or_a_trainer_it_says_what_is_missing():
     with torch.device("meta"):
         skeleton = tiny_llama(50)
-    with pytest.raises(HFTError, match=r"only the model's shapes are here"):
-        select(skeleton, HFTConfig(strategy="importance"))
-    with pytest.raises(HFTError, match="needs a trainer with its data"):
-        select(tiny_llama(50), HFTConfig(strategy="importance", importance="gradient_norm"))
+    for importance in ("weight_norm", "snr"):
+        with pytest.raises(HFTError, match=rf"{importance}.*only the model's shapes are here"):
+            select(skeleton, HFTConfig(strategy="importance", importance=importance))
+    for importance in ("gradient_norm", "wanda"):
+        with pytest.raises(HFTError, match=f"{importance}.*needs a trainer with its data"):
+            select(tiny_llama(50), HFTConfig(strategy="importance", importance=importance))
 
 
 def test_weights_that_are_no_numbers_are_named():

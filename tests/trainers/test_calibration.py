@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,14 @@ from training import ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weig
 from transformers import AutoModelForCausalLM
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
+from hft_trl.retention.meter import Meter
 from hft_trl.trainers import calibration
-from hft_trl.trainers.calibration import FILE, gradient_squares
+from hft_trl.trainers.calibration import FILE, gradient_squares, output_squares
 from hft_trl.trainers.compatibility import check
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
 TWO_ROWS = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=2)
+WANDA = HFTConfig(strategy="importance", importance="wanda", importance_order="least", source_texts="demo")
 NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.weight"]
 
 
@@ -37,11 +40,46 @@ def test_it_is_the_squared_gradient_of_each_rows_loss_over_the_answers_tokens(ba
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_nothing_is_left_behind_in_the_trainer_the_model_and_random_states(base, tulu, ultrafeedback, tmp_path, kind):
+def test_wanda_is_each_weight_times_its_input_over_the_sources_tokens(base, tulu, tmp_path):
+    """For a linear layer. What is no linear layer counts with its own elements."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft"))
+    model, norm = trainer.model, "model.layers.3.input_layernorm.weight"
+    blocks = Meter(trainer.processing_class, texts=["Ada lives in Rome.", "Where does Ada live?"]).texts
+    found = output_squares(trainer, model, [*NAMES, norm], blocks)
+    layer, seen = model.model.layers[3], []
+    layer.input_layernorm.register_forward_hook(lambda _, __, output: seen.append(output.squeeze(0)))
+    with torch.no_grad():
+        for ids in blocks:
+            model(torch.tensor([ids]))
+    weight = layer.self_attn.q_proj.weight.detach()
+    products = torch.cat(seen)[:, None, :] * weight[None]  # tokens, outputs, inputs
+    assert found[NAMES[1]] == pytest.approx(products.double().square().sum().item() / sum(map(len, blocks)), rel=1e-4)
+    assert found[norm] == pytest.approx(layer.input_layernorm.weight.numel())  # of ones
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_wanda_goes_by_the_given_text_and_says_when_there_is_none(base, tulu, tmp_path):
+    halves = []
+    for name, text in (("a", "Ada lives in Rome. " * 20), ("b", "zzz qqq 0123456789 " * 20)):
+        (tmp_path / name).write_text(text)
+        hft = replace(WANDA, source_texts=str(tmp_path / name))
+        halves.append(sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / f"out{name}", hft).hft_selection)
+    assert halves[0].share == halves[1].share
+    assert halves[0].trainable != halves[1].trainable
+    assert "source_texts" not in halves[0].config.selecting()  # a path, which another machine may not have
+    with pytest.raises(HFTError, match=r"hft\.source_texts is missing: give a text file"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, replace(WANDA, source_texts=None))
+    with pytest.raises(HFTError, match="cannot be read"):
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, replace(WANDA, source_texts=str(tmp_path / "none.txt")))
+
+
+@pytest.mark.parametrize(("kind", "measured"), [("sft", GRADIENT), ("dpo", GRADIENT), ("sft", WANDA)])
+def test_nothing_is_left_behind_in_the_trainer_the_model_and_random_states(
+    base, tulu, ultrafeedback, tmp_path, kind, measured
+):
     """Training with a half that was measured is, step by step, training with the same half given."""
     runs = []
-    for number, hft in enumerate((GRADIENT, None)):
+    for number, hft in enumerate((measured, None)):
         start = base
         if hft is None:  # the same half, taken over from the start model's folder
             start = tmp_path / "start"
@@ -107,7 +145,7 @@ def test_streamed_rows_are_refused(base, tulu, tmp_path):
             gradient_squares(trainer, trainer.model, NAMES, 2, 0)
 
 
-@pytest.mark.parametrize("hft", [GRADIENT, HFTConfig(strategy="element")], ids=lambda hft: hft.strategy)
+@pytest.mark.parametrize("hft", [GRADIENT, WANDA, replace(WANDA, granularity="column"), HFTConfig(strategy="element")])
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_backends_that_divide_parameters_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, hft, variable):
     monkeypatch.setenv(variable, "true")
@@ -128,6 +166,7 @@ def test_fp16_is_refused_for_gradients(tmp_path):
 
     with pytest.raises(HFTError, match="in fp16 small gradients become 0"):
         check(Args(), GRADIENT)
+    check(Args(), WANDA)
 
 
 def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_path):
@@ -151,10 +190,13 @@ def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    alone = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "alone", GRADIENT).hft_selection
+    alone = {
+        name: sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / f"alone {name}", hft).hft_selection.digest
+        for name, hft in (("importance", GRADIENT), ("wanda", WANDA))
+    }
     for process in (0, 1):
         found = json.loads((tmp_path / f"{process}.json").read_text())
-        assert found == {"processes": 2, "importance": alone.digest}
+        assert found == {"processes": 2, **alone}
     before, after, selection = weights(base), weights(tmp_path / "element"), Selection.load(tmp_path / "element")
     assert selection.masked
     for name in selection.masked:
