@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,14 +30,30 @@ BOUNDS = {
 }
 
 
+def key(text: str, default: Any = MISSING) -> Any:
+    """Return a field with its text for `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
+METHOD = "Train half of the layers (hft) or all of them (fft)"
+EQUAL_PAIRS = "Drop pairs with equal sides instead of rejecting them."
+QUANTIZATION = "Hold the reference in 8 or 4 bits, which rounds the log-probabilities."
+TEMPLATE = "tulu or a .jinja file, by default the tokenizer's own, or Tülu's if it has none."
+TEXTS = "Text file, or .jsonl file with a text in each row."
+FACTS = "File of .jsonl rows with text, answer and others."
+PROMPTS = "File of .jsonl rows with messages or a prompt."
+EVERY = "Steps between measurements, by default only the start, evaluations and the end."
+MAX_ROWS = "Largest number of texts, facts and prompts; 0 measures nothing."
+
+
 @dataclass
 class RunArguments:
     """Define the settings of the whole run, which are the keys outside the sections."""
 
-    output_dir: str  # each stage gets a subfolder
-    method: Literal["hft", "fft"] = "hft"  # of every stage
-    overwrite: bool = False  # whether to replace the results of earlier runs
-    evaluate: str | None = None  # suites, such as "general,knowledge"; by default the embedded model's probes
+    output_dir: str = key("Folder of the run; each stage gets a subfolder.")
+    method: Literal["hft", "fft"] = key(f"{METHOD} in every stage.", "hft")
+    overwrite: bool = key("Replace the results of earlier runs.", False)
+    evaluate: str | None = key("Suites to run at the end, such as general,knowledge.", None)
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -49,12 +65,14 @@ class RunArguments:
 class ModelArguments:
     """Define the start model of the first stage, with the names of TRL's `ModelConfig`."""
 
-    model_name_or_path: str  # hub id, folder, "demo" for the embedded model, or "smollm2"
-    model_revision: str = "main"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"  # HFT rejects one that rounds the weights
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    chat_template: str | None = None  # "tulu" or a .jinja file; by default the tokenizer's, else Tülu's
+    model_name_or_path: str = key("Hub id, folder, demo (the embedded model) or smollm2.")
+    model_revision: str = key("Branch, tag or commit on the hub.", "main")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
+        "HFT rejects one that rounds the weights.", "float32"
+    )
+    attn_implementation: str | None = key("Such as sdpa or flash_attention_2.", None)
+    trust_remote_code: bool = key("Run code of the model's repository.", False)
+    chat_template: str | None = key(TEMPLATE, None)
 
     def __post_init__(self) -> None:
         self.model_name_or_path = at_home(self.model_name_or_path)
@@ -65,13 +83,13 @@ class ModelArguments:
 class DataArguments:
     """Define the keys of a stage's section in addition to those of its TRL config."""
 
-    dataset: str | None = None  # hub id, folder, file or "demo"; without it, TRL's mixture `datasets` is used
-    dataset_config: str | None = None  # on the hub
-    split: str = "train"  # or a part, such as "train[:1000]"
-    eval_split: str | None = None  # used when `eval_strategy` is set
-    method: Literal["hft", "fft"] | None = None  # if it differs from the run's
-    drop_equal_pairs: bool = False  # instead of rejecting them
-    reference_quantization: Literal["8bit", "4bit"] | None = None  # rounds the log-probabilities
+    dataset: str | None = key("Hub id, folder, file or demo; or set datasets, TRL's mixture.", None)
+    dataset_config: str | None = key("Name of its configuration on the hub.", None)
+    split: str = key("Split to train on, or a part such as train[:1000].", "train")
+    eval_split: str | None = key("Split to evaluate on if eval_strategy is set.", None)
+    method: Literal["hft", "fft"] | None = key("If it differs from the run's.", None)
+    drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
+    reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
 
     def __post_init__(self) -> None:
         self.dataset = at_home(self.dataset) if self.dataset else None
@@ -81,11 +99,11 @@ class DataArguments:
 class RetentionArguments:
     """Define the section `retention`: what is measured in every stage, see [`RetentionCallback`]."""
 
-    texts: str | None = None  # text file, or `.jsonl` file with a `text` in each row
-    facts: str | None = None  # `.jsonl` file with `text`, `answer` and `others` in each row
-    prompts: str | None = None  # `.jsonl` file with `messages` or a `prompt` in each row
-    every: int | None = None  # steps between measurements, by default only the start, evaluations and the end
-    max_rows: int = 128  # largest number of texts, facts and prompts; 0 measures nothing
+    texts: str | None = key(TEXTS, None)
+    facts: str | None = key(FACTS, None)
+    prompts: str | None = key(PROMPTS, None)
+    every: int | None = key(EVERY, None)
+    max_rows: int = key(MAX_ROWS, 128)
 
     def __post_init__(self) -> None:
         self.texts, self.facts, self.prompts = (path and at_home(path) for path in self.files())
@@ -100,16 +118,16 @@ class StageArguments(HFTConfig):
     """Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts."""
 
     seed: int = field(init=False, default=42)
-    hft_seed: int | None = None  # of the selection; by default the trainer's seed
-    chat_template: str | None = None
-    drop_equal_pairs: bool = False
-    reference_quantization: Literal["8bit", "4bit"] | None = None
-    overwrite: bool = False
-    retention_texts: str | None = None
-    retention_facts: str | None = None
-    retention_prompts: str | None = None
-    retention_every: int | None = None
-    retention_max_rows: int = 128
+    hft_seed: int | None = key("Seed of the selection, by default that of the trainer.", None)
+    chat_template: str | None = key(TEMPLATE, None)
+    drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
+    reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
+    overwrite: bool = key("Replace the results of an earlier run.", False)
+    retention_texts: str | None = key(TEXTS, None)
+    retention_facts: str | None = key(FACTS, None)
+    retention_prompts: str | None = key(PROMPTS, None)
+    retention_every: int | None = key(EVERY, None)
+    retention_max_rows: int = key(MAX_ROWS, 128)
 
     def retention(self) -> RetentionArguments:
         """Return the settings that begin with `retention_`."""
@@ -126,6 +144,13 @@ class StageArguments(HFTConfig):
 def at_home(path: str) -> str:
     """Expand a leading `~`. Hub ids and other paths are returned unchanged."""
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def is_missing(source: str) -> bool:
+    """Return whether a name is a path that does not exist, and cannot be a hub id."""
+    path = Path(source)
+    longer = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    return not path.exists() and (longer or ("/" in source and path.parent.is_dir()))
 
 
 def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:

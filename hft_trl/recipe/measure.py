@@ -51,6 +51,17 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+def parameter_counts(trainer: ResumableMixin) -> tuple[int, int]:
+    """Return how many parameters of a trainer's model learn, and how many there are."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, learns in sizes if learns)
+    if isinstance(trainer, HFTMixin):
+        masked = trainer.hft_selection.masked
+        trained += sum(masked.values()) - sum(numel(p) for name, p in named_parameters(model) if name in masked)
+    return trained, sum(size for size, _ in sizes) + packed_away(model)
+
+
 def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """Return the record of a trained stage. Time and speed are of the part after `resumed_from`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -69,14 +80,9 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         beside, shared = reference.memory(model, trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.is_deepspeed_enabled:  # each process holds a part, as flat tensors
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
-    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, learns in sizes if learns)
-    total = sum(size for size, _ in sizes) + packed_away(model)
+    trained, total = parameter_counts(trainer)
     method = stage.hft.method if stage.hft is not None else None
     selection = trainer.hft_selection if isinstance(trainer, HFTMixin) else None
-    if selection is not None and selection.masks is not None:
-        masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
-        trained -= sum(masked.values()) - sum(selection.masked.values())
     return StageRecord(
         name=stage.name,
         method=method,

@@ -1,6 +1,7 @@
 """Parse the command line of a recipe, prepare its stages, and report their results."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,21 @@ from hft_trl.recipe.arguments import (
 )
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
-from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.parsing import (
+    Keys,
+    answer_help,
+    keys,
+    leaves_checkpointing,
+    names_config,
+    parse_section,
+    read_sections,
+)
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.report.record import retention_of
+from hft_trl.report.views import PAGE_FILE
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
@@ -63,8 +73,8 @@ def parse_recipe(
         help_text (`str`, *optional*): Text of `--help`.
         sections (`Mapping[str, type]`, *optional*): Dataclasses of the recipe's own sections by name.
     """
-    answer_help(argv, help_text)
     known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
+    answer_help(argv, help_text, known)
     values, flags = read_sections(argv, default_config, known)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
@@ -75,7 +85,7 @@ def parse_recipe(
         )
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
     retention = retention_section(retention, model)
     parsed: dict[str, Stage] = {}
@@ -88,11 +98,10 @@ def parse_recipe(
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without=_without(config),
         )
         general = {key: value for key, value in dataclasses.asdict(hft).items() if key not in RUN_LEVEL}
         own = f"{name}.hft"
-        (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
+        (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own])
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
         parsed[name] = Stage(
@@ -116,10 +125,10 @@ def parse_recipe(
     )
 
 
-def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, list[str]]:
+def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Keys]:
     """List the keys of each section of a recipe's file. Those of `""` are outside the sections."""
     hft = keys((HFTConfig,), RUN_LEVEL)
-    known = {"": keys((RunArguments,)), "model": keys((ModelArguments,)), "hft": hft}
+    known = {"": keys((RunArguments,)), "hft": hft, "model": keys((ModelArguments,))}
     known["retention"] = keys((RetentionArguments,))
     for name, config in stages.items():
         known[name] = keys((DatasetMixtureConfig, DataArguments, config), _without(config))
@@ -156,12 +165,12 @@ def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
     """Parse flags as those of TRL's scripts. Return the stage `name`, and whether to overwrite its folder."""
-    answer_help(argv, help_text)
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
-    without = ("reference_quantization",) if name == "sft" else ()
-    values, flags = read_sections(argv, None, {"": keys(types, without)})
+    known = {"": keys(types, ("reference_quantization",) if name == "sft" else ())}
+    answer_help(argv, help_text, known)
+    values, flags = read_sections(argv, None, known)
     auto_checkpointing = leaves_checkpointing(values[""], flags[""])
-    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""], without=without)
+    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""])
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -219,16 +228,14 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     """
-    Write `report.json`, its views and plots, and print the tables. All processes must call it.
+    Evaluate the models, write `report.json`, its views and plots, and print the tables. All processes must call it.
 
-    With the settings of a `run`, its models are evaluated.
+    Without the settings of a `run`, it goes into the folder of the first stage.
     """
-    start = stages[0].model
-    folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}
-    if run is not None:
-        models = {stage.name: str(stage.folder) for stage in stages}
-        suites = parse_suites(run.evaluate) if run.evaluate else []
-        folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
+    start, folder = stages[0].model, run.output_dir if run is not None else str(stages[0].folder)
+    models = {stage.name: str(stage.folder) for stage in stages}
+    suites = parse_suites(run.evaluate) if run is not None and run.evaluate else []
+    scores, errors, shown = evaluate_stages(start, models, suites)
     if not PartialState().is_main_process:
         return
     records = [finished(stage) for stage in stages]
@@ -247,3 +254,5 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     read = Report.load(folder)  # all views show the file's content
     write_views(read, folder)
     print_report(read)
+    models = demo.shown(start.model_name_or_path), str(stages[-1].folder)
+    sys.stdout.write(f"report: {Path(folder) / PAGE_FILE}\nnext: hft-trl diff {shlex.join(models)}\n")

@@ -29,9 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import align_special_tokens
-from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -134,9 +132,6 @@ def _rehearse(
     with _naming(stage, "trackers can be set up", "report_to"):
         for kind in get_reporting_integration_callbacks(args.report_to):
             kind()
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        with _naming(stage, "kernels can be set up", "use_liger_kernel"):
-            apply_liger_kernel(None, None)
     if type(args) not in TRAINERS:  # a recipe of the user's own
         return
     config = AutoConfig.from_pretrained(name, revision=start.model_revision, trust_remote_code=start.trust_remote_code)

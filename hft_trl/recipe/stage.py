@@ -24,7 +24,7 @@ from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.loading import check_apart, load_mixture, load_split
-from hft_trl.recipe.measure import measure, movements, reset_peak_memory
+from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
 from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
 from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
@@ -58,10 +58,6 @@ class Stage:
 
     def __post_init__(self) -> None:
         args = self.args
-        if (
-            self.hft is not None
-        ):  # checked here so that a mistake in a later stage is found before the first one trains
-            check(args, self.hft)
         moving_reference.check(args)
         if args.resume_from_checkpoint is not None:
             raise HFTError(
@@ -87,6 +83,8 @@ class Stage:
             "attn_implementation": self.model.attn_implementation,
             **(args.model_init_kwargs or {}),
         }
+        # Here, so that a mistake in a later stage is found before the first one trains
+        check(args, self.hft or HFTConfig(method="fft"))
         # The trainer counts these itself and restores the count on resume
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "non_padding"
@@ -202,6 +200,12 @@ class Stage:
         resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         reset_peak_memory()
         chat.check_ids(trainer.train_dataset, trainer.processing_class, model.config, self.model.model_name_or_path)
+        trained, total = parameter_counts(trainer)
+        trainer.accelerator.print(
+            f"\n== {self.name}: {'an adapter' if self.hft is None else self.hft.method.upper()}, {trained:,} of "
+            f"{total:,} parameters learn ({trained / total:.1%}), "
+            f"{f'resumes at step {resumed_from.global_step}' if resumed_from else 'starts at step 0'} =="
+        )
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
