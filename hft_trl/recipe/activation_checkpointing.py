@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
-
-# Memory limits of a container on Linux, control groups of version 2 and 1
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 # Arguments with which a step holds another reference or the full logits
 UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
@@ -141,11 +137,9 @@ def _layout(stage: "Stage") -> str:
 
 
 def _memory() -> int:
-    """Return the least memory of a process in bytes: its GPU's, or its share of the machine or container."""
+    """Return the least memory of a process in bytes: its GPU's, or its share of the machine."""
     if PartialState().device.type == "cpu":
-        limits = [path.read_text().strip() for path in LIMITS if path.is_file()]
-        total = min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit != "max")])
-        own = total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        own = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         own = torch.accelerator.get_memory_info(PartialState().device)[1]
     return min(gather_object([own]))

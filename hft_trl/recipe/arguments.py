@@ -13,21 +13,15 @@ from hft_trl.errors import HFTError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Smallest and largest value of settings that transformers does not check
-BOUNDS = {
-    **dict.fromkeys(("seed", "data_seed", "hft_seed"), (0, 2**32 - 1)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**20)),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "dataset_num_proc"), (1, 2**31)),
-    "max_steps": (-1, 2**31),
-    "dataloader_num_workers": (0, 2**16),
-    "num_train_epochs": (0, 2**31),
-    "learning_rate": (0, 1e6),
-    "weight_decay": (0, 1e6),
-    "max_grad_norm": (0, 1e12),
-    "save_total_limit": (1, 2**31),
-    **dict.fromkeys(("every", "retention_every"), (1, 2**31)),
-    **dict.fromkeys(("max_rows", "retention_max_rows"), (0, 2**31)),
+# Smallest value of settings that transformers does not check. The largest is that of a seed.
+LEAST = {
+    **dict.fromkeys(("seed", "data_seed", "hft_seed", "dataloader_num_workers", "num_train_epochs"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "max_rows", "retention_max_rows"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_length", "dataset_num_proc", "save_total_limit", "every", "retention_every"), 1),
+    "max_steps": -1,
 }
+LARGEST = 2**32 - 1
 
 
 def key(text: str, default: Any = MISSING) -> Any:
@@ -158,9 +152,8 @@ def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise HFTError(f"{prefix}{name} is {value}: it must be a finite number.")
-        low, high = BOUNDS.get(name, (None, None))
-        if isinstance(value, int | float) and low is not None and not low <= value <= high:
-            raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {low} to {high:.6g}.")
+        if name in LEAST and isinstance(value, int | float) and not LEAST[name] <= value <= LARGEST:
+            raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {LEAST[name]} to {LARGEST}.")
 
 
 def tokens_to_environment(args: "TrainingArguments") -> None:

@@ -134,9 +134,7 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                raise HFTError(
-                    f"--{name} is a section: set one of its keys, such as --{name}.{next(iter(known[name]))}."
-                )
+                raise HFTError(f"--{name} is a section: set a key of it, such as --{name}.{next(iter(known[name]))}.")
         elif not dot:
             current, key = "", name
         elif not sections:
@@ -225,11 +223,9 @@ def parse_section(
         elif isinstance(value, str | int | float):
             argv.append(f"--{key}={value}")  # argparse converts and checks it like a flag
         else:
-            expected = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            raise HFTError(f"{prefix}{key} is {value!r}: it takes {expected}.")
+            raise HFTError(f"{prefix}{key} is {value!r}: it takes {_shown(hints[key])}.")
     for field in (field for kind in types for field in dataclasses.fields(kind)):
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if not optional and field.name not in {*given, *(fixed or ())}:
+        if field.default is field.default_factory is MISSING and field.name not in {*given, *(fixed or ())}:
             raise HFTError(f"{prefix}{field.name} is missing: set it in the file, or with --{prefix}{field.name}.")
     if "bf16" in hints and not {"bf16", "fp16", "no_bf16"} & given:
         raw["bf16"] = is_torch_bf16_gpu_available()

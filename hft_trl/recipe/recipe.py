@@ -17,13 +17,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    ModelArguments,
-    RetentionArguments,
-    RunArguments,
-    StageArguments,
-)
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, StageArguments
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import (
@@ -66,23 +60,16 @@ def parse_recipe(
     """
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
 
-    Args:
-        argv (`list[str]`): Command line without the program's name.
-        stages (`Mapping[str, type[TrainingArguments]]`): Config of each stage's TRL trainer by name, in order.
-        default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
-        help_text (`str`, *optional*): Text of `--help`.
-        sections (`Mapping[str, type]`, *optional*): Dataclasses of the recipe's own sections by name.
+    `stages` has the config of each stage's TRL trainer by name, in order, and `sections` the dataclasses of the
+    recipe's own sections. `default_config` is used without `--config`.
     """
     known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
     answer_help(argv, help_text, known)
     values, flags = read_sections(argv, default_config, known)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
-        check_defaults_model(
-            values["model"],
-            model,
-            "recipes/configs/qwen3-4b.yaml" if "dpo" in stages else "recipes/configs/frontier-smollm2.yaml",
-        )
+        example = "qwen3-4b" if "dpo" in stages else "frontier-smollm2"
+        check_defaults_model(values["model"], model, f"recipes/configs/{example}.yaml")
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
@@ -100,29 +87,17 @@ def parse_recipe(
             fixed={"output_dir": str(Path(run.output_dir) / name)},
         )
         general = {key: value for key, value in dataclasses.asdict(hft).items() if key not in RUN_LEVEL}
-        own = f"{name}.hft"
-        (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own])
+        place = f"{name}.hft"
+        (stage_hft,) = parse_section(place, (HFTConfig,), {**general, **values[place]}, flags[place])
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
-        parsed[name] = Stage(
-            name,
-            model,
-            data,
-            args,
-            stage_hft,
-            mixture if mixture.datasets else None,
-            base,
-            auto_checkpointing,
-            retention=retention,
-            first_folder=Path(run.output_dir) / next(iter(stages)),
-        )
+        mixture = mixture if mixture.datasets else None
+        parsed[name] = Stage(name, model, data, args, stage_hft, mixture, base, auto_checkpointing, retention)
+        parsed[name].first_folder = Path(run.output_dir) / next(iter(stages))
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
-    return Recipe(
-        run,
-        parsed,
-        {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()},
-    )
+    own = {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()}
+    return Recipe(run, parsed, own)
 
 
 def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Keys]:
@@ -195,17 +170,9 @@ def parse_stage(
         trust_remote_code=args.trust_remote_code,
         chat_template=extra.chat_template,
     )
-    stage = Stage(
-        name,
-        start,
-        data,
-        args,
-        extra.config(args.seed),
-        mixture if mixture.datasets else None,
-        auto_checkpointing=auto_checkpointing,
-        retention=retention_section(extra.retention(), start),
-    )
-    return stage, extra.overwrite
+    hft, mixture = extra.config(args.seed), mixture if mixture.datasets else None
+    retention = retention_section(extra.retention(), start)
+    return Stage(name, start, data, args, hft, mixture, None, auto_checkpointing, retention), extra.overwrite
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:

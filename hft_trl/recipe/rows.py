@@ -1,7 +1,7 @@
 """Check the rows of a data set and how a chat template renders them, and convert them to TRL's form."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
         wanted = [text_field]
     elif "input_ids" in columns:
         _name_unused(dataset, TOKENIZED, name)
-        return _select_columns(dataset, TOKENIZED)
+        return _kept(dataset, TOKENIZED)
     else:
         raise HFTError(
             f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, "
@@ -64,8 +64,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
             empty.add(row)
 
     for_each_row(check, dataset, *wanted)
-    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text_field}")
-    return _select_columns(dataset, wanted)
+    return _kept(dataset, wanted, empty, name, "only empty answers" if parts else f"an empty {text_field}")
 
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
@@ -102,8 +101,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
     wanted = [*explicit, "chosen", "rejected"]
     for_each_row(check_pair, dataset, *wanted)
-    dataset = _without(dataset, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
-    return _select_columns(dataset, wanted)
+    return _kept(dataset, wanted, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
@@ -112,8 +110,11 @@ def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
         logger.warning(f"{name}: the columns {', '.join(unused)} are not used.")
 
 
-def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Dataset:
-    """Drop rows with a warning."""
+def _kept(
+    dataset: Dataset, wanted: Iterable[str], dropped: Collection[int] = (), name: str = "", what: str = ""
+) -> Dataset:
+    """Return the columns that TRL reads, without the `dropped` rows, which a warning counts."""
+    dataset = dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
     if not dropped:
         return dataset
     if len(dropped) == len(dataset):
@@ -121,10 +122,6 @@ def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Datas
     if speaks():
         logger.warning(f"{len(dropped):,} of {len(dataset):,} rows of {name} have {what}: left out.")
     return dataset.select([row for row in range(len(dataset)) if row not in dropped])
-
-
-def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
-    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
 
 
 def _is_empty(answer: str | list[Message]) -> bool:
@@ -175,10 +172,11 @@ def untrained_rows(
     rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
 ) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    lost = rows - len(prepared)
-    if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted
+    if packing:  # TRL keeps such rows inside packs, where they are not counted
         batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
         lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
+    else:  # it drops them. KTO splits each pair into two rows.
+        lost = max(0, rows - len(prepared))
     if lost >= rows:
         raise HFTError(
             f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
@@ -200,10 +198,8 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: s
 
     def check(number: int, *values: Any) -> None:
         row = dict(zip(columns, values, strict=True))
-        chats = (
-            [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in ANSWERS if side in row]
-        )
-        for messages in chats:
+        sides = ["messages"] if "messages" in row else [side for side in ANSWERS if side in row]
+        for messages in (row.get("prompt", []) + row[side] for side in sides):
             turns = ((m["role"], bool(m["content"]), len(m.get("tool_calls") or [])) for m in messages)
             pattern = bool(row.get("tools")), *turns
             if pattern not in seen:

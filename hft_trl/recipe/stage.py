@@ -25,10 +25,9 @@ from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArg
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
-from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
 from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
-from hft_trl.recipe.start_model import check_model
+from hft_trl.recipe.start_model import check_model, check_quantizable, load_quantized
 from hft_trl.report import StageRecord
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
@@ -189,8 +188,7 @@ class Stage:
         model, rows = trainer.accelerator.unwrap_model(trainer.model), rows or len(self.train_dataset)
         # Neither is in the arguments of every trainer
         longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
-        # KTO splits each pair into two rows
-        dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
+        dropped = untrained_rows(rows, trainer.train_dataset, self.source, longest, packing)
         if dropped:
             logger.warning(f"{dropped} of {rows} rows have no token to train on within max_length {longest}.")
         folder.mark_started(self)
