@@ -59,11 +59,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenize a one-turn prompt in the tokenizer's chat template, or in Tülu's if it has none."""
     template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
     try:
+        asked = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
+            asked, chat_template=template, add_generation_prompt=True, return_dict=False
         )
     except Exception as error:  # a template can raise any exception
         raise HFTError(
@@ -170,8 +168,7 @@ def complete(
     """
     Generate greedy continuations of rows of token ids, as text without special tokens, stripped.
 
-    Only end-of-sequence tokens of the model's generation config are used. The tokenizer needs a padding token. A row
-    that fills all positions raises an [`HFTError`]. `progress` shows a bar on standard error.
+    Of the model's generation config only the end-of-sequence tokens are used. The tokenizer needs a padding token.
     """
     positions, longest = most_tokens(model), max(map(len, rows), default=0)
     if positions is not None and longest >= positions:

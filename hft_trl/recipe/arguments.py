@@ -52,7 +52,6 @@ class RunArguments:
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise HFTError("output_dir is empty: give the folder of the run, such as runs/mine.")
-        self.output_dir = str(Path(self.output_dir).expanduser())  # as the trainer's arguments do with theirs
 
 
 @dataclass
@@ -68,10 +67,6 @@ class ModelArguments:
     trust_remote_code: bool = key("Run code of the model's repository.", False)
     chat_template: str | None = key(TEMPLATE, None)
 
-    def __post_init__(self) -> None:
-        self.model_name_or_path = at_home(self.model_name_or_path)
-        self.chat_template = at_home(self.chat_template) if self.chat_template else None
-
 
 @dataclass
 class DataArguments:
@@ -85,9 +80,6 @@ class DataArguments:
     drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
     reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
 
-    def __post_init__(self) -> None:
-        self.dataset = at_home(self.dataset) if self.dataset else None
-
 
 @dataclass
 class RetentionArguments:
@@ -98,9 +90,6 @@ class RetentionArguments:
     prompts: str | None = key(PROMPTS, None)
     every: int | None = key(EVERY, None)
     max_rows: int = key(MAX_ROWS, 128)
-
-    def __post_init__(self) -> None:
-        self.texts, self.facts, self.prompts = (path and at_home(path) for path in self.files())
 
     def files(self) -> tuple[str | None, str | None, str | None]:
         """Return the files of texts, facts and prompts."""
@@ -123,16 +112,10 @@ class StageArguments(HFTConfig):
     retention_every: int | None = key(EVERY, None)
     retention_max_rows: int = key(MAX_ROWS, 128)
 
-    def retention(self) -> RetentionArguments:
-        """Return the settings that begin with `retention_`."""
-        return RetentionArguments(
-            **{entry.name: vars(self)[f"retention_{entry.name}"] for entry in fields(RetentionArguments)}
-        )
 
-    def config(self, seed: int) -> HFTConfig:
-        """Return the settings of HFT, with the trainer's `seed` unless `hft_seed` is set."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(HFTConfig)}
-        return HFTConfig(**{**values, "seed": seed if self.hft_seed is None else self.hft_seed})
+def taken(kind: type[Any], flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass of the flags of its names, after a prefix."""
+    return kind(**{entry.name: flat[prefix + entry.name] for entry in fields(kind)})
 
 
 def at_home(path: str) -> str:

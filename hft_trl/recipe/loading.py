@@ -26,7 +26,15 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     with as_user_error(f"dataset {source!r}, split {split!r}"):
         try:
             if path.is_file():
-                dataset = _load_file(path, split)
+                if path.suffix not in FILE_FORMATS:
+                    raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
+                if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
+                    raise HFTError(
+                        f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
+                        "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
+                        "file for each split."
+                    )
+                dataset = load_dataset(FILE_FORMATS[path.suffix], data_files=source, split=split)
             elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 dataset = _select(load_from_disk(source), split)
             elif path.is_dir():
@@ -44,29 +52,6 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     if len(dataset) == 0:
         raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.")
     return dataset
-
-
-def _load_file(path: Path, split: str) -> Dataset:
-    if path.suffix not in FILE_FORMATS:
-        raise HFTError(f"dataset {str(path)!r} is a {path.suffix or 'nameless'} file: give .jsonl, .json or .parquet.")
-    if path.stat().st_size == 0:
-        raise HFTError(f"dataset {str(path)!r} is empty: give one with rows.")
-    if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
-        raise HFTError(
-            f"dataset {str(path)!r} is one file, whose only split is train, but the split is {split!r}: set it to "
-            "train, or to a part such as train[:95%]."
-        )
-    return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
-
-
-def check_apart(source: str, split: str, eval_split: str) -> None:
-    """Reject evaluation on the training rows: a single file is one split, so both must be parts of it."""
-    if Path(source).is_file() and not ("[" in split and "[" in eval_split):
-        raise HFTError(
-            f"dataset {source!r} is one file, whose only split is train, but split is {split!r} and eval_split "
-            f"{eval_split!r}, so no rows are kept apart for evaluation: give parts, such as split 'train[:95%]' and "
-            "eval_split 'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
-        )
 
 
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:

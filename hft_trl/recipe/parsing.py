@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.arguments import check_numbers
+from hft_trl.recipe.arguments import at_home, check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
@@ -239,7 +239,7 @@ def parse_section(
         raise HFTError(f"{prefix}{name}: {error.message}.") from error
     if rest:
         raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
-    found = vars(namespace)
+    found = {name: at_home(value) if isinstance(value, str) else value for name, value in vars(namespace).items()}
     check_numbers(prefix, {name: found[name] for name in found if name in given})
     if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
         # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.

@@ -17,10 +17,18 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, StageArguments
+from hft_trl.recipe.arguments import (
+    DataArguments,
+    ModelArguments,
+    RetentionArguments,
+    RunArguments,
+    StageArguments,
+    taken,
+)
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import (
+    OTHER_NAMES,
     Keys,
     answer_help,
     keys,
@@ -154,24 +162,15 @@ def parse_stage(
     for required, given in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data_given)):
         if not given:
             raise HFTError(f"{required} is missing: set it, such as --{required} demo.")
-    data = DataArguments(
-        dataset=script.dataset_name,
-        dataset_config=script.dataset_config,
-        split=script.dataset_train_split,
-        eval_split=script.dataset_test_split if args.eval_strategy != "no" else None,
-        drop_equal_pairs=extra.drop_equal_pairs,
-        reference_quantization=extra.reference_quantization,
+    flat = {**vars(script), **vars(model), **vars(extra), **vars(args), "method": None}
+    flat |= {OTHER_NAMES[name]: flat[name] for name in ("dataset_name", "dataset_train_split", "dataset_test_split")}
+    flat |= {} if args.eval_strategy != "no" else {"eval_split": None}
+    start, data = taken(ModelArguments, flat), taken(DataArguments, flat)
+    hft = taken(
+        HFTConfig, flat | {"method": extra.method, "seed": args.seed if extra.hft_seed is None else extra.hft_seed}
     )
-    start = ModelArguments(
-        model_name_or_path=model.model_name_or_path,
-        model_revision=model.model_revision,
-        dtype=model.dtype or "float32",
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-        chat_template=extra.chat_template,
-    )
-    hft, mixture = extra.config(args.seed), mixture if mixture.datasets else None
-    retention = retention_section(extra.retention(), start)
+    retention = retention_section(taken(RetentionArguments, flat, "retention_"), start)
+    mixture = mixture if mixture.datasets else None
     return Stage(name, start, data, args, hft, mixture, None, auto_checkpointing, retention), extra.overwrite
 
 
