@@ -28,7 +28,7 @@ from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.folder import open_stages
 from hft_trl.recipe.locks import lock
-from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.skeleton import build_on_meta
@@ -176,8 +176,7 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
     """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
-    answer_help(argv, help_text, KEYS)
-    values, flags = read_sections(argv, default_config, KEYS)
+    values, flags = read_sections(argv, default_config, KEYS, help_text)
     given = [
         f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
         for section, tokens in flags.items()

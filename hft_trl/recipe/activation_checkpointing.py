@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Arguments with which a step holds another reference or the full logits
-UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
-
 
 def settle_checkpointing(*stages: "Stage") -> None:
     """
@@ -109,12 +106,14 @@ def _check_covered(stage: "Stage") -> None:
     """Reject a stage that a plan does not cover."""
     args, section, layout = stage.args, stage.section, _layout(stage)
     longest = vars(args).get("max_length")
+    # With these a step holds another reference or the full logits
+    unplanned = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
     reasons = {
         "covers only the stages sft and dpo": section not in CHECKPOINTING,
         "does not cover adapters": stage.hft is None,
         "does not cover the masks of strategy element": stage.hft is not None and _has_masks(stage.hft),
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
-        **{f"does not cover {section}.{name}": vars(args).get(name) for name in UNPLANNED},
+        **{f"does not cover {section}.{name}": vars(args).get(name) for name in unplanned},
         f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,
         f"needs the tokens of a row, but {section}.max_length is {longest}": longest is None or longest < 2,
         f"covers {layout} only with bf16, but mixed_precision is {args.mixed_precision!r}": (

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,6 @@ def key(text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-METHOD = "Train half of the layers (hft) or all of them (fft)"
 EQUAL_PAIRS = "Drop pairs with equal sides instead of rejecting them."
 QUANTIZATION = "Hold the reference in 8 or 4 bits, which rounds the log-probabilities."
 TEMPLATE = "tulu or a .jinja file, by default the tokenizer's own, or Tülu's if it has none."
@@ -45,7 +44,7 @@ class RunArguments:
     """Define the settings of the whole run, which are the keys outside the sections."""
 
     output_dir: str = key("Folder of the run; each stage gets a subfolder.")
-    method: Literal["hft", "fft"] = key(f"{METHOD} in every stage.", "hft")
+    method: Literal["hft", "fft"] = key("Train half of the layers (hft) or all (fft) in every stage.", "hft")
     overwrite: bool = key("Replace the results of earlier runs.", False)
     evaluate: str | None = key("Suites to run at the end, such as general,knowledge.", None)
 
@@ -111,11 +110,6 @@ class StageArguments(HFTConfig):
     retention_prompts: str | None = key(PROMPTS, None)
     retention_every: int | None = key(EVERY, None)
     retention_max_rows: int = key(MAX_ROWS, 128)
-
-
-def taken(kind: type[Any], flat: Mapping[str, Any], prefix: str = "") -> Any:
-    """Build a dataclass of the flags of its names, after a prefix."""
-    return kind(**{entry.name: flat[prefix + entry.name] for entry in fields(kind)})
 
 
 def at_home(path: str) -> str:

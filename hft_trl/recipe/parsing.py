@@ -13,14 +13,14 @@ from enum import Enum
 from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, as_user_error
 from hft_trl.recipe.arguments import at_home, check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
@@ -50,8 +50,9 @@ OTHER_NAMES |= {
     "template": "chat_template",
 }
 NO_NAMES = {
+    "resume_from_checkpoint": "a recipe resumes from the newest whole checkpoint of its output_dir, so drop it.",
     "stage": "the recipe and its sections say which stages are trained, so drop it.",
-    **dict.fromkeys(("adapter", "lora_r", "lora_rank"), "HFT trains the model's own weights, so drop it."),
+    "adapter": "HFT trains the model's own weights, so drop it.",
 }
 
 Keys = dict[str, tuple[type, dataclasses.Field]]  # of a section, with the dataclass of each
@@ -59,10 +60,8 @@ ON_BY_DEFAULT = ("assistant_only_loss", "logging_first_step", "enable_jit_checkp
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and its deprecated alias
 
 
-def answer_help(argv: list[str], text: str, known: Mapping[str, Keys]) -> None:
-    """Print the text, the flags and their defaults, and exit, if the command line has `--help`."""
-    if not {"-h", "--help"} & set(argv):
-        return
+def _print_help(text: str, known: Mapping[str, Keys]) -> NoReturn:
+    """Print the text, the flags and their defaults, and exit."""
     layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=text.strip(), formatter_class=layout, add_help=False
@@ -92,6 +91,11 @@ def _shown(hint: Any) -> str:
     return "|".join(_shown(part) for part in parts) if kind in (Union, UnionType) else (kind or hint).__name__
 
 
+def taken(kind: type[Any], flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass of the flags of its names, after a prefix."""
+    return kind(**{field.name: flat[prefix + field.name] for field in dataclasses.fields(kind) if field.init})
+
+
 def names_config(argv: list[str]) -> bool:
     """Return whether the command line has `--config`."""
     return any(token.partition("=")[0] == "--config" for token in argv)
@@ -104,18 +108,20 @@ def keys(types: Iterable[type], without: Collection[str] = ()) -> Keys:
         field.name: (kind, field)
         for kind in ours_first
         for field in dataclasses.fields(kind)
-        if field.init and field.name not in without
+        if field.init and field.name not in {*without, *NO_NAMES}
     }
 
 
 def read_sections(
-    argv: list[str], default_config: str | Path | None, known: Mapping[str, Keys]
+    argv: list[str], default_config: str | Path | None, known: Mapping[str, Keys], help_text: str = ""
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """
     Read the values of the YAML file and the tokens of the command line, both by section.
 
     `known` has the keys of each section, and under `""` those outside the sections. `env` sets environment variables.
     """
+    if {"-h", "--help"} & set(argv):
+        _print_help(help_text, known)
     path, sections = default_config, [name for name in known if name]
     flags: dict[str, list[str]] = {name: [] for name in known}
     current = ""
@@ -244,18 +250,10 @@ def parse_section(
     if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
         # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.
         found["use_cpu"] = True
-    try:
-        with warnings.catch_warnings():
-            # TRL still sets the deprecated name
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            return tuple(
-                kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
-                for kind in types
-            )
-    except HFTError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise HFTError(f"{section or 'settings'}: {' '.join(str(error).split())}") from error
+    with as_user_error(section or "the arguments"), warnings.catch_warnings():
+        # TRL still sets the deprecated name
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+        return tuple(taken(kind, found) for kind in types)
 
 
 def _names(flags: list[str]) -> list[str]:

@@ -17,26 +17,10 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    ModelArguments,
-    RetentionArguments,
-    RunArguments,
-    StageArguments,
-    taken,
-)
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, StageArguments
 from hft_trl.recipe.evaluation import evaluate_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
-from hft_trl.recipe.parsing import (
-    OTHER_NAMES,
-    Keys,
-    answer_help,
-    keys,
-    leaves_checkpointing,
-    names_config,
-    parse_section,
-    read_sections,
-)
+from hft_trl.recipe.parsing import Keys, keys, leaves_checkpointing, names_config, parse_section, read_sections, taken
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage
@@ -72,8 +56,7 @@ def parse_recipe(
     recipe's own sections. `default_config` is used without `--config`.
     """
     known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
-    answer_help(argv, help_text, known)
-    values, flags = read_sections(argv, default_config, known)
+    values, flags = read_sections(argv, default_config, known, help_text)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         example = "qwen3-4b" if "dpo" in stages else "frontier-smollm2"
@@ -114,13 +97,10 @@ def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Key
     known = {"": keys((RunArguments,)), "hft": hft, "model": keys((ModelArguments,))}
     known["retention"] = keys((RetentionArguments,))
     for name, config in stages.items():
-        known[name] = keys((DatasetMixtureConfig, DataArguments, config), _without(config))
+        without = (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
+        known[name] = keys((DatasetMixtureConfig, DataArguments, config), without)
         known[f"{name}.hft"] = hft
     return known
-
-
-def _without(config: type[TrainingArguments]) -> tuple[str, ...]:
-    return (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
 
 
 def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
@@ -134,10 +114,7 @@ def check_defaults_model(default: dict[str, Any], model: ModelArguments, example
 
 def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
     """Check that the suites of `run.evaluate` exist, are installed, and can be run on the model."""
-    if not run.evaluate:
-        return
-    parse_suites(run.evaluate)
-    if model.trust_remote_code:
+    if run.evaluate and parse_suites(run.evaluate) and model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a "
             "model's repository: leave one of them out."
@@ -150,8 +127,7 @@ def parse_stage(
     """Parse flags as those of TRL's scripts. Return the stage `name`, and whether to overwrite its folder."""
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
     known = {"": keys(types, ("reference_quantization",) if name == "sft" else ())}
-    answer_help(argv, help_text, known)
-    values, flags = read_sections(argv, None, known)
+    values, flags = read_sections(argv, None, known, help_text)
     auto_checkpointing = leaves_checkpointing(values[""], flags[""])
     script, args, model, mixture, extra = parse_section("", types, values[""], flags[""])
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
@@ -163,8 +139,8 @@ def parse_stage(
         if not given:
             raise HFTError(f"{required} is missing: set it, such as --{required} demo.")
     flat = {**vars(script), **vars(model), **vars(extra), **vars(args), "method": None}
-    flat |= {OTHER_NAMES[name]: flat[name] for name in ("dataset_name", "dataset_train_split", "dataset_test_split")}
-    flat |= {} if args.eval_strategy != "no" else {"eval_split": None}
+    flat |= {"dataset": script.dataset_name, "split": script.dataset_train_split}
+    flat["eval_split"] = script.dataset_test_split if args.eval_strategy != "no" else None
     start, data = taken(ModelArguments, flat), taken(DataArguments, flat)
     hft = taken(
         HFTConfig, flat | {"method": extra.method, "seed": args.seed if extra.hft_seed is None else extra.hft_seed}

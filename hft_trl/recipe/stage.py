@@ -58,12 +58,6 @@ class Stage:
     def __post_init__(self) -> None:
         args = self.args
         moving_reference.check(args)
-        if args.resume_from_checkpoint is not None:
-            raise HFTError(
-                f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest "
-                "whole checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer "
-                "ones away."
-            )
         if not self.data.dataset and self.mixture is None:
             raise HFTError(f"{self.name}.dataset is missing: set it in the file, or with --{self.name}.dataset.")
         if self.data.dataset and self.mixture is not None:
