@@ -30,11 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 def settle_checkpointing(*stages: "Stage") -> None:
-    """
-    Choose the activation checkpointing of all stages that set it to `auto`, in place.
-
-    All processes must call it. Settings that `hft-trl plan` does not cover are rejected.
-    """
+    """Choose the activation checkpointing of all stages that set it to `auto`. All processes must call it."""
     undecided = [stage for stage in stages if stage.auto_checkpointing]
     if not undecided:
         return

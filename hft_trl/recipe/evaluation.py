@@ -21,7 +21,7 @@ def evaluate_stages(
     start: ModelArguments, stages: dict[str, str], suites: Sequence[str] = ()
 ) -> tuple[Figures, Figures, dict[str, list[str]]]:
     """
-    Return scores of the start model, `"base"`, and of stages' folders, their errors, and the headings of each suite.
+    Return scores of the start model, `"base"`, and of stages, their errors, and headings by suite.
 
     Without suites, the embedded model is scored by its probes. All processes must call it.
     """

@@ -89,7 +89,7 @@ def place(source: str, folder: Path) -> str:
 
 
 def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
-    """Lock and check all stages' folders before anything in them is removed or written. All processes must call it."""
+    """Lock and check all stages' folders before one is changed. All processes must call it."""
     stages = list(stages)
     by_first_process(partial(_open, stages, overwrite))
     for stage in stages:

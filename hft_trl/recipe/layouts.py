@@ -51,7 +51,7 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
-    """Convert rows with the columns `parts` to TRL's form, unless they are in it. Errors name the data set."""
+    """Convert rows with the columns `parts` to TRL's form. Errors name the data set."""
     if _is_in_form(dataset, parts):
         return dataset
     wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
@@ -123,7 +123,7 @@ def _after_system(system: list[Message], turns: list[Message]) -> list[Message]:
 
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
-    """Return a text of `role`, a message or a list of them, ShareGPT's too, with the fields that templates read."""
+    """Return a text of `role`, a message or messages, ShareGPT's too, with the fields of templates."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, Mapping):

@@ -109,7 +109,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 
 def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
-    """Return how far each unit moved from the stage's start model and from `base_model`. All processes share this."""
+    """Return how far each unit moved from its start and from `base_model`. All processes share it."""
     start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
     trainable, found, problem = set(selection.trainable), [], None
     try:

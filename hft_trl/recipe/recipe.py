@@ -151,11 +151,7 @@ def parse_stage(
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
-    """
-    Check and rehearse all stages in order, load their data, and open their folders. All processes must call it.
-
-    `overwrite` removes the results of earlier runs.
-    """
+    """Check and rehearse all stages, load their data, and open their folders. All processes must call it."""
     for stage in stages:
         stage.check()
     for stage in stages:
@@ -169,11 +165,7 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
 
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
-    """
-    Evaluate the models, write `report.json`, its views and plots, and print the tables. All processes must call it.
-
-    Without the settings of a `run`, it goes into the folder of the first stage.
-    """
+    """Evaluate the models, and write and print the report. All processes must call it."""
     start, folder = stages[0].model, run.output_dir if run is not None else str(stages[0].folder)
     models = {stage.name: str(stage.folder) for stage in stages}
     suites = parse_suites(run.evaluate) if run is not None and run.evaluate else []

@@ -66,11 +66,7 @@ WITHOUT: dict[str, Any] = {
 
 
 def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """
-    Try TRL's trainer of each stage on a tiny model, or for other configs than `TRAINERS` has, its rows and trackers.
-
-    All processes must call it.
-    """
+    """Try the trainers of all stages, if `TRAINERS` has them, on a tiny model. All processes must call it."""
     check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
 

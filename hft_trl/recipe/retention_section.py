@@ -49,7 +49,7 @@ def check_retention(first: "Stage") -> Meter | None:
 
 
 def settle_base(stages: Sequence["Stage"], meter: Meter) -> None:
-    """Compute the base's predictions for a run that began without them or with other prompts, in all processes."""
+    """Compute the base's predictions for a run that began without them or with other prompts."""
     first, start = stages[0], stages[0].model
     begun = first.finished() or last_whole_checkpoint(first.folder) is not None
     if not begun or not meter.prompts or all(stage.finished() for stage in stages):

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Value
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +20,7 @@ TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
-    """
-    Return a data set for supervised fine-tuning in TRL's form. Reject missing columns and invalid rows.
-
-    `name` is the data set's in messages. Rows that have only empty answers are dropped with a warning.
-    """
+    """Return rows for SFT in TRL's form, without those of empty answers. Errors name the data set."""
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
     if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
@@ -68,11 +63,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
-    """
-    Return preference pairs in TRL's form: conversations with a prompt, or plain text.
-
-    Rows with an empty chosen side are dropped. Equal sides are rejected, or dropped with `drop_equal_pairs`.
-    """
+    """Return preference pairs in TRL's form, without those whose chosen side is empty."""
     parts = find_parts(dataset.column_names, preference=True)
     if not parts:
         raise HFTError(
@@ -172,11 +163,8 @@ def untrained_rows(
     rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
 ) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    if packing:  # TRL keeps such rows inside packs, where they are not counted
-        batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
-        lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
-    else:  # it drops them. KTO splits each pair into two rows.
-        lost = max(0, rows - len(prepared))
+    # TRL drops such rows, but keeps them inside packs. KTO splits each pair into two rows.
+    lost = 0 if packing else max(0, rows - len(prepared))
     if lost >= rows:
         raise HFTError(
             f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
@@ -186,11 +174,7 @@ def untrained_rows(
 
 
 def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: str) -> None:
-    """
-    Check that a chat template renders the conversations of a data set and leaves nothing out.
-
-    Only one row of each pattern of roles, contents, tool calls and tools is rendered.
-    """
+    """Check that a chat template renders a row of each pattern of turns, and leaves nothing out."""
     if not is_conversational(dataset[0]):
         return
     columns = [column for column in ("messages", "prompt", *ANSWERS, *OPTIONAL) if column in dataset.column_names]

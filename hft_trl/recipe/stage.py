@@ -166,11 +166,7 @@ class Stage:
     def train(
         self, trainer: ResumableMixin, rows: int | None = None, truncated_rows: int | None = None
     ) -> StageRecord:
-        """
-        Train or resume, save the model, mark the folder as finished, and return the measurements.
-
-        `rows` is the size of the trainer's data set, by default of `train_dataset`.
-        """
+        """Train or resume, save the model, mark the folder as finished, and return the measurements."""
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
             raise HFTError(

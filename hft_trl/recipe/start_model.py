@@ -1,4 +1,4 @@
-"""Check the start model of a run before anything is downloaded or trained, and load quantized references."""
+"""Check the start model of a run before anything is downloaded, and load quantized references."""
 
 from pathlib import Path
 

@@ -209,7 +209,7 @@ def check(
     after_elements: bool = False,
     state: AcceleratorState | None = None,
 ) -> None:
-    """Reject settings that cannot be combined or need a missing package, with an [`HFTError`]. See [`Case`]."""
+    """Reject settings that cannot be combined or need a missing package. See [`Case`]."""
     case = Case(args, config, given or {}, after_elements, state)
     for stated, (when, modules, package) in PACKAGES.items():
         if when(case) and not any(map(find_spec, modules)):
