@@ -113,8 +113,8 @@ class StageArguments(HFTConfig):
 
 
 def at_home(path: str) -> str:
-    """Expand a leading `~`. Hub ids and other paths are returned unchanged."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """Expand a leading `~/`. Hub ids and other paths are returned unchanged."""
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def is_missing(source: str) -> bool:

@@ -188,6 +188,15 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
     assert recipe.stages["sft"].model.model_name_or_path == "org/other"
 
 
+def test_a_home_folder_is_expanded_in_flags_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, model="~/m", output_dir="~/o", sft={"dataset": "~/s.jsonl"}, dpo={"dataset": "demo"})
+    recipe = parse_recipe(["--config", file, "--retention.texts=~/t.txt"])
+    sft = recipe.stages["sft"]
+    found = sft.model.model_name_or_path, recipe.run.output_dir, sft.data.dataset, sft.retention.texts
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("m", "o", "s.jsonl", "t.txt"))
+
+
 def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):
     with pytest.raises(HFTError, match="resumes from the newest whole checkpoint"):
         parse_recipe(["--output_dir", str(tmp_path), "--sft.resume_from_checkpoint", "x"], default_config=demo.RECIPE)
