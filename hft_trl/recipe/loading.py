@@ -28,6 +28,8 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
             if path.is_file():
                 if path.suffix not in FILE_FORMATS:
                     raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
+                if path.stat().st_size == 0:
+                    raise HFTError(f"dataset {source!r} is empty: give one with rows.")
                 if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
                     raise HFTError(
                         f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
