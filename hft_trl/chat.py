@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -34,8 +35,7 @@ def load_tokenizer(
     """
     Load a tokenizer that has a chat template.
 
-    `template` is `"tulu"` or a `.jinja` file, by default the tokenizer's own, and Tülu's if it has none. Tülu's
-    template writes the BOS token if the tokenizer puts one before plain text.
+    `template` is `"tulu"` or a `.jinja` file, by default the tokenizer's own, and Tülu's if it has none.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -59,11 +59,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenize a one-turn prompt in the tokenizer's chat template, or in Tülu's if it has none."""
     template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
     try:
+        asked = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
+            asked, chat_template=template, add_generation_prompt=True, return_dict=False
         )
     except Exception as error:  # a template can raise any exception
         raise HFTError(
@@ -145,17 +143,6 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-@contextmanager
-def _generation_config(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own settings, such as a repetition penalty, which `generate` merges."""
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,8 +152,9 @@ def chat(
     progress: bool = False,
 ) -> list[str]:
     """Generate greedy replies to one-turn prompts in the form of [`prompt_ids`], as [`complete`] does."""
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    return complete(model, tokenizer, rows, max_new_tokens, batch_size, progress)
+    return complete(
+        model, tokenizer, [prompt_ids(tokenizer, p) for p in prompts], max_new_tokens, batch_size, progress
+    )
 
 
 def complete(
@@ -180,8 +168,7 @@ def complete(
     """
     Generate greedy continuations of rows of token ids, as text without special tokens, stripped.
 
-    Only end-of-sequence tokens of the model's generation config are used. The tokenizer needs a padding token. A row
-    that fills all positions raises an [`HFTError`]. `progress` shows a bar on standard error.
+    Of the model's generation config only the end-of-sequence tokens are used. The tokenizer needs a padding token.
     """
     positions, longest = most_tokens(model), max(map(len, rows), default=0)
     if positions is not None and longest >= positions:
@@ -197,7 +184,8 @@ def complete(
         pad_token_id=tokenizer.pad_token_id,
     )
     replies = [""] * len(rows)
-    with evaluating(model), _generation_config(model, settings):
+    # `generate` would merge the model's own settings, such as a repetition penalty
+    with evaluating(model), patch.object(model, "generation_config", settings):
         for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
             chosen = order[i : i + batch_size]
             width = max(len(rows[j]) for j in chosen)

@@ -4,7 +4,7 @@ and HFT's.
 
 ```bash
 accelerate launch recipes/dpo.py --model_name_or_path runs/sft --dataset_name demo --dataset_train_split train_prefs \
-    --output_dir runs/dpo
+    --learning_rate 3e-5 --max_steps 60 --max_length 96 --per_device_train_batch_size 32 --output_dir runs/dpo
 accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --method hft --ratio 0.5
 ```
 

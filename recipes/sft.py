@@ -2,7 +2,8 @@
 Supervised fine-tuning with half of the model learning, in TRL's own flat style: TRL's flags and YAML files, and HFT's.
 
 ```bash
-accelerate launch recipes/sft.py --model_name_or_path demo --dataset_name demo --output_dir runs/sft
+accelerate launch recipes/sft.py --model_name_or_path demo --dataset_name demo --learning_rate 1e-3 \
+    --max_steps 300 --max_length 96 --per_device_train_batch_size 32 --output_dir runs/sft
 accelerate launch recipes/sft.py --config my_trl.yaml --learning_rate 1e-5 --method hft --ratio 0.5
 ```
 

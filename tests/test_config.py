@@ -1,11 +1,37 @@
 """Settings: what can't be right is refused when it is written, and TrlParser takes the dataclass as it is."""
 
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import TrlParser
 
 from hft_trl import HFTConfig, HFTError
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+HEAD = """# Settings: `HFTConfig`
+
+Written from the docstring of [`HFTConfig`](../hft_trl/config.py) by `python tests/test_config.py`. In Python they are
+arguments of `HFTConfig`. In `sft.py` and `dpo.py` they are flags (`--ratio 0.3`; the seed is `--hft_seed`), in recipes
+with sections keys of `hft` (`--hft.ratio 0.3`), where `method` is outside the sections.
+"""
+
+
+def written_page() -> str:
+    """The page of the settings, a section for each entry of the docstring."""
+    entries = inspect.getdoc(HFTConfig).partition("Args:\n")[2]
+    found = re.findall(r"^ {4}(\w+) \((.*)\):\n((?: {8}.*\n?)+)", entries, re.MULTILINE)
+    sections = [f"## {name}\n\n*{kind.replace('*', '')}*\n\n{inspect.cleandoc(text)}\n" for name, kind, text in found]
+    assert [name for name, _, _ in found] == [field.name for field in dataclasses.fields(HFTConfig)]
+    return "\n".join([HEAD, *sections])
+
+
+def test_the_page_of_settings_is_the_docstring():
+    assert PAGE.read_text(encoding="utf-8") == written_page()
 
 
 @given(st.floats(0, 1, exclude_min=True))
@@ -63,3 +89,7 @@ def test_trl_parser_takes_it():
         ["--method", "fft", "--ratio", "0.3", "--exclude", "a", "b.*", "--no_train_embeddings", "--reselect", "same"]
     )
     assert config == HFTConfig("fft", 0.3, exclude=["a", "b.*"], train_embeddings=False, reselect="same")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written_page(), encoding="utf-8")

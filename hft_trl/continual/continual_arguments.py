@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.arguments import RunArguments, at_home
+from hft_trl.recipe.arguments import RunArguments
 from hft_trl.recipe.folder import place
 from hft_trl.saved_models.digests import content_digest
 
@@ -38,7 +38,6 @@ class ContinualArguments(RunArguments):
         super().__post_init__()
         if self.benchmark == "none":
             self.benchmark = None
-        self.benchmark, self.tasks = (path and at_home(path) for path in (self.benchmark, self.tasks))
         if self.benchmark is None and self.tasks is None:
             raise HFTError("there is no task: give a benchmark (such as demo), or a YAML file with tasks of your own.")
         if not 0 <= self.replay_share <= 1:

@@ -26,7 +26,7 @@ from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
 from hft_trl.recipe.folder import open_stages
 from hft_trl.recipe.locks import lock
-from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.skeleton import build_on_meta
@@ -64,7 +64,7 @@ class ContinualRecipe:
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
         """Build the trainer's arguments of a round. Epochs or `max_steps` in the settings override `epochs`."""
         fixed = {"output_dir": str(folder), "num_train_epochs": epochs, "assistant_only_loss": False}
-        (args,) = parse_section("sft", (SFTConfig,), self.sft, self.sft_flags, fixed=fixed, without=OF_THE_RUN)
+        (args,) = parse_section("sft", (SFTConfig,), self.sft, self.sft_flags, fixed=fixed)
         if args.packing:
             raise HFTError("sft.packing is true, but rows of a task are not packed: drop it.")
         if args.assistant_only_loss:
@@ -182,8 +182,7 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
     """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
-    answer_help(argv, help_text)
-    values, flags = read_sections(argv, default_config, KEYS)
+    values, flags = read_sections(argv, default_config, KEYS, help_text)
     given = [
         f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
         for section, tokens in flags.items()
@@ -197,7 +196,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     unused = "hft." if run.approach in ADAPTERS else "lora."
     if run.approach in ADAPTERS and run.method == "hft" and "method" in (*values[""], *given):

@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -29,19 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Memory limits of a container on Linux, control groups of version 2 and 1
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-
-# Arguments with which a step holds another reference or the full logits
-UNPLANNED = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
-
 
 def settle_checkpointing(*stages: "Stage") -> None:
-    """
-    Choose the activation checkpointing of all stages that set it to `auto`, in place.
-
-    All processes must call it. Settings that `hft-trl plan` does not cover are rejected.
-    """
+    """Choose the activation checkpointing of all stages that set it to `auto`. All processes must call it."""
     undecided = [stage for stage in stages if stage.auto_checkpointing]
     if not undecided:
         return
@@ -113,12 +102,14 @@ def _check_covered(stage: "Stage") -> None:
     """Reject a stage that a plan does not cover."""
     args, section, layout = stage.args, stage.section, _layout(stage)
     longest = vars(args).get("max_length")
+    # With these a step holds another reference or the full logits
+    unplanned = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
     reasons = {
         "covers only the stages sft and dpo": section not in CHECKPOINTING,
         "does not cover adapters": stage.hft is None,
         "does not cover the masks of strategy element": stage.hft is not None and _has_masks(stage.hft),
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
-        **{f"does not cover {section}.{name}": vars(args).get(name) for name in UNPLANNED},
+        **{f"does not cover {section}.{name}": vars(args).get(name) for name in unplanned},
         f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,
         f"needs the tokens of a row, but {section}.max_length is {longest}": longest is None or longest < 2,
         f"covers {layout} only with bf16, but mixed_precision is {args.mixed_precision!r}": (
@@ -141,11 +132,9 @@ def _layout(stage: "Stage") -> str:
 
 
 def _memory() -> int:
-    """Return the least memory of a process in bytes: its GPU's, or its share of the machine or container."""
+    """Return the least memory of a process in bytes: its GPU's, or its share of the machine."""
     if PartialState().device.type == "cpu":
-        limits = [path.read_text().strip() for path in LIMITS if path.is_file()]
-        total = min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit != "max")])
-        own = total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        own = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         own = torch.accelerator.get_memory_info(PartialState().device)[1]
     return min(gather_object([own]))

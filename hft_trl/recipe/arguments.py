@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,82 +13,82 @@ from hft_trl.errors import HFTError
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# Smallest and largest value of settings that transformers does not check
-BOUNDS = {
-    **dict.fromkeys(("seed", "data_seed", "hft_seed"), (0, 2**32 - 1)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**20)),
-    **dict.fromkeys(("gradient_accumulation_steps", "max_length", "dataset_num_proc"), (1, 2**31)),
-    "max_steps": (-1, 2**31),
-    "dataloader_num_workers": (0, 2**16),
-    "num_train_epochs": (0, 2**31),
-    "learning_rate": (0, 1e6),
-    "weight_decay": (0, 1e6),
-    "max_grad_norm": (0, 1e12),
-    "save_total_limit": (1, 2**31),
-    **dict.fromkeys(("every", "retention_every"), (1, 2**31)),
-    **dict.fromkeys(("max_rows", "retention_max_rows"), (0, 2**31)),
+# Smallest value of settings that transformers does not check. The largest is that of a seed.
+LEAST = {
+    **dict.fromkeys(("seed", "data_seed", "hft_seed", "dataloader_num_workers", "num_train_epochs"), 0),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "max_rows", "retention_max_rows"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_length", "dataset_num_proc", "save_total_limit", "every", "retention_every"), 1),
+    "max_steps": -1,
 }
+LARGEST = 2**32 - 1
+
+
+def key(text: str, default: Any = MISSING) -> Any:
+    """Return a field with its text for `--help`."""
+    return field(default=default, metadata={"help": text})
+
+
+EQUAL_PAIRS = "Drop pairs with equal sides instead of rejecting them."
+QUANTIZATION = "Hold the reference in 8 or 4 bits, which rounds the log-probabilities."
+TEMPLATE = "tulu or a .jinja file, by default the tokenizer's own, or Tülu's if it has none."
+TEXTS = "Text file, or .jsonl file with a text in each row."
+FACTS = "File of .jsonl rows with text, answer and others."
+PROMPTS = "File of .jsonl rows with messages or a prompt."
+EVERY = "Steps between measurements, by default only the start, evaluations and the end."
+MAX_ROWS = "Largest number of texts, facts and prompts; 0 measures nothing."
 
 
 @dataclass
 class RunArguments:
     """Define the settings of the whole run, which are the keys outside the sections."""
 
-    output_dir: str  # each stage gets a subfolder
-    method: Literal["hft", "fft"] = "hft"  # of every stage
-    overwrite: bool = False  # whether to replace the results of earlier runs
-    evaluate: str | None = None  # suites, such as "general,knowledge"; by default the embedded model's probes
+    output_dir: str = key("Folder of the run; each stage gets a subfolder.")
+    method: Literal["hft", "fft"] = key("Train half of the layers (hft) or all (fft) in every stage.", "hft")
+    overwrite: bool = key("Replace the results of earlier runs.", False)
+    evaluate: str | None = key("Suites to run at the end, such as general,knowledge.", None)
 
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise HFTError("output_dir is empty: give the folder of the run, such as runs/mine.")
-        self.output_dir = str(Path(self.output_dir).expanduser())  # as the trainer's arguments do with theirs
 
 
 @dataclass
 class ModelArguments:
     """Define the start model of the first stage, with the names of TRL's `ModelConfig`."""
 
-    model_name_or_path: str  # hub id, folder, "demo" for the embedded model, or "smollm2"
-    model_revision: str = "main"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "float32"  # HFT rejects one that rounds the weights
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    chat_template: str | None = None  # "tulu" or a .jinja file; by default the tokenizer's, else Tülu's
-
-    def __post_init__(self) -> None:
-        self.model_name_or_path = at_home(self.model_name_or_path)
-        self.chat_template = at_home(self.chat_template) if self.chat_template else None
+    model_name_or_path: str = key("Hub id, folder, demo (the embedded model) or smollm2.")
+    model_revision: str = key("Branch, tag or commit on the hub.", "main")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
+        "HFT rejects one that rounds the weights.", "float32"
+    )
+    attn_implementation: str | None = key("Such as sdpa or flash_attention_2.", None)
+    trust_remote_code: bool = key("Run code of the model's repository.", False)
+    chat_template: str | None = key(TEMPLATE, None)
 
 
 @dataclass
 class DataArguments:
     """Define the keys of a stage's section in addition to those of its TRL config."""
 
-    dataset: str | None = None  # hub id, folder, file or "demo"; without it, TRL's mixture `datasets` is used
-    dataset_config: str | None = None  # on the hub
-    split: str = "train"  # or a part, such as "train[:1000]"
-    eval_split: str | None = None  # used when `eval_strategy` is set
-    method: Literal["hft", "fft"] | None = None  # if it differs from the run's
-    drop_equal_pairs: bool = False  # instead of rejecting them
-    reference_quantization: Literal["8bit", "4bit"] | None = None  # rounds the log-probabilities
-
-    def __post_init__(self) -> None:
-        self.dataset = at_home(self.dataset) if self.dataset else None
+    dataset: str | None = key("Hub id, folder, file or demo; or set datasets, TRL's mixture.", None)
+    dataset_config: str | None = key("Name of its configuration on the hub.", None)
+    split: str = key("Split to train on, or a part such as train[:1000].", "train")
+    eval_split: str | None = key("Split to evaluate on if eval_strategy is set.", None)
+    method: Literal["hft", "fft"] | None = key("If it differs from the run's.", None)
+    drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
+    reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
 
 
 @dataclass
 class RetentionArguments:
     """Define the section `retention`: what is measured in every stage, see [`RetentionCallback`]."""
 
-    texts: str | None = None  # text file, or `.jsonl` file with a `text` in each row
-    facts: str | None = None  # `.jsonl` file with `text`, `answer` and `others` in each row
-    prompts: str | None = None  # `.jsonl` file with `messages` or a `prompt` in each row
-    every: int | None = None  # steps between measurements, by default only the start, evaluations and the end
-    max_rows: int = 128  # largest number of texts, facts and prompts; 0 measures nothing
-
-    def __post_init__(self) -> None:
-        self.texts, self.facts, self.prompts = (path and at_home(path) for path in self.files())
+    texts: str | None = key(TEXTS, None)
+    facts: str | None = key(FACTS, None)
+    prompts: str | None = key(PROMPTS, None)
+    every: int | None = key(EVERY, None)
+    max_rows: int = key(MAX_ROWS, 128)
 
     def files(self) -> tuple[str | None, str | None, str | None]:
         """Return the files of texts, facts and prompts."""
@@ -100,32 +100,28 @@ class StageArguments(HFTConfig):
     """Extend [`HFTConfig`] with the flags that single-stage recipes add to those of TRL's scripts."""
 
     seed: int = field(init=False, default=42)
-    hft_seed: int | None = None  # of the selection; by default the trainer's seed
-    chat_template: str | None = None
-    drop_equal_pairs: bool = False
-    reference_quantization: Literal["8bit", "4bit"] | None = None
-    overwrite: bool = False
-    retention_texts: str | None = None
-    retention_facts: str | None = None
-    retention_prompts: str | None = None
-    retention_every: int | None = None
-    retention_max_rows: int = 128
-
-    def retention(self) -> RetentionArguments:
-        """Return the settings that begin with `retention_`."""
-        return RetentionArguments(
-            **{entry.name: vars(self)[f"retention_{entry.name}"] for entry in fields(RetentionArguments)}
-        )
-
-    def config(self, seed: int) -> HFTConfig:
-        """Return the settings of HFT, with the trainer's `seed` unless `hft_seed` is set."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(HFTConfig)}
-        return HFTConfig(**{**values, "seed": seed if self.hft_seed is None else self.hft_seed})
+    hft_seed: int | None = key("Seed of the selection, by default that of the trainer.", None)
+    chat_template: str | None = key(TEMPLATE, None)
+    drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
+    reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
+    overwrite: bool = key("Replace the results of an earlier run.", False)
+    retention_texts: str | None = key(TEXTS, None)
+    retention_facts: str | None = key(FACTS, None)
+    retention_prompts: str | None = key(PROMPTS, None)
+    retention_every: int | None = key(EVERY, None)
+    retention_max_rows: int = key(MAX_ROWS, 128)
 
 
 def at_home(path: str) -> str:
-    """Expand a leading `~`. Hub ids and other paths are returned unchanged."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
+    """Expand a leading `~/`. Hub ids and other paths are returned unchanged."""
+    return str(Path(path).expanduser()) if path.startswith("~/") else path
+
+
+def is_missing(source: str) -> bool:
+    """Return whether a name is a path that does not exist, and cannot be a hub id."""
+    path = Path(source)
+    longer = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    return not path.exists() and (longer or ("/" in source and path.parent.is_dir()))
 
 
 def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
@@ -133,9 +129,8 @@ def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise HFTError(f"{prefix}{name} is {value}: it must be a finite number.")
-        low, high = BOUNDS.get(name, (None, None))
-        if isinstance(value, int | float) and low is not None and not low <= value <= high:
-            raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {low} to {high:.6g}.")
+        if name in LEAST and isinstance(value, int | float) and not LEAST[name] <= value <= LARGEST:
+            raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {LEAST[name]} to {LARGEST}.")
 
 
 def tokens_to_environment(args: "TrainingArguments") -> None:

@@ -21,11 +21,7 @@ OFTEN = 0.05  # share of the trained spans; fewer may end with a token by chance
 
 
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
-    """
-    Adjust a model's generation config before training, so that every save of the model contains it.
-
-    It also stops at the tokens that end the turns of `dataset`, which are a trainer's prepared rows.
-    """
+    """Let a model stop at the tokens that end the turns of a trainer's rows, in every save from now on."""
     settle_sampling(model.generation_config)
     with as_user_error("generation_config.json"):
         model.generation_config.validate(strict=True)

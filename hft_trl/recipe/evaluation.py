@@ -31,10 +31,9 @@ def evaluate_stages(
     start: ModelArguments, stages: dict[str, str], suites: Sequence[str] = ()
 ) -> tuple[Figures, Figures, dict[str, list[str]]]:
     """
-    Evaluate the start model, as `"base"`, and the model folders of `stages`. All processes must call it.
+    Return scores of the start model, `"base"`, and of stages, their errors, and headings by suite.
 
-    Return scores in percent and standard errors by model and heading, and headings by suite. Without suites, the
-    embedded model is scored by its probes.
+    Without suites, the embedded model is scored by its probes. All processes must call it.
     """
     base = _base(start)
     models = {"base": base, **stages}
@@ -45,9 +44,7 @@ def evaluate_stages(
     folders = find_models(models.values())
     folders = {name: folders[model] for name, model in models.items()}
     evaluation = evaluate_models(folders, suites, chat_template=start.chat_template)
-    scores: Figures = {model: {} for model in models}
-    errors: Figures = {model: {} for model in models}
-    shown = {}
+    scores, errors, shown = {model: {} for model in models}, {model: {} for model in models}, {}
     for suite, found in evaluation.scores.items():
         skipped = [name for name in evaluation.skipped if name in headings(suite)]
         average = f"{suite} {AVERAGE}" + (f" without {', '.join(skipped)}" if skipped else "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, read_object, resolved, write_json, writing
+from hft_trl.files import flush, read_object, resolved, write_json, write_json_once, writing
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe.locks import LOCK_FILE, lock
 from hft_trl.recipe.parsing import CHECKPOINTING
@@ -89,11 +89,7 @@ def place(source: str, folder: Path) -> str:
 
 
 def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
-    """
-    Lock all stages' folders, and check that each can be written and belongs to the same settings.
-
-    Nothing is removed or written before all folders are locked and checked. All processes must call it.
-    """
+    """Lock and check all stages' folders before one is changed. All processes must call it."""
     stages = list(stages)
     by_first_process(partial(_open, stages, overwrite))
     for stage in stages:
@@ -119,9 +115,7 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
             if overwrite:
                 _clear(stage.folder)
             if stage.folder in unfinished:
-                content = {"settings": settings(stage), "record": None}
-                if overwrite or not (stage.folder / STAGE_FILE).exists() or _read(stage.folder) != content:
-                    write_json(stage.folder / STAGE_FILE, content)
+                write_json_once(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
 
 
 def _take(folder: Path) -> None:
@@ -199,8 +193,7 @@ def mark_started(stage: "Stage") -> None:
         before, now = _read(stage.folder)["settings"], settings(stage)
         # Only these: the trainer may have changed its arguments
         content = {**before, **{section: now[section] for section in ("model", *stage.own_settings())}}
-        if content != before:
-            write_json(stage.folder / STAGE_FILE, {"settings": content, "record": None})
+        write_json_once(stage.folder / STAGE_FILE, {"settings": content, "record": None})
 
     by_first_process(note_start)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Json, List, Value
-from trl import extract_prompt
+from trl import extract_prompt, maybe_convert_to_chatml
 from trl.trainer.utils import remove_none_values
 
 from hft_trl.errors import HFTError
@@ -16,7 +16,6 @@ from hft_trl.errors import HFTError
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_FIELDS = {"from": "role", "value": "content"}
 SHAREGPT_ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")}
 # Fields that chat templates read. Others (ids, scores, models) would only make equal messages differ.
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
@@ -52,11 +51,7 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
-    """
-    Convert rows with the columns `parts` from [`find_parts`] to TRL's form. Errors name the data set.
-
-    The prompt contains all turns before the answers once. Texts under TRL's names stay plain text.
-    """
+    """Convert rows with the columns `parts` to TRL's form. Errors name the data set."""
     if _is_in_form(dataset, parts):
         return dataset
     wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
@@ -128,11 +123,7 @@ def _after_system(system: list[Message], turns: list[Message]) -> list[Message]:
 
 
 def conversation(value: Any, role: str, where: str) -> list[Message]:
-    """
-    Return a text of `role`, one message or a list of them as messages.
-
-    Messages may have ShareGPT's fields and roles. Only the fields that chat templates read are kept.
-    """
+    """Return a text of `role`, a message or messages, ShareGPT's too, with the fields of templates."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if isinstance(value, Mapping):
@@ -165,7 +156,7 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def _message(message: Mapping[str, Any]) -> Message:
-    named = {SHAREGPT_FIELDS.get(field, field): value for field, value in message.items()}
+    (named,) = maybe_convert_to_chatml({"messages": [dict(message)]})["messages"]  # from and value
     turn = {field: named[field] for field in FIELDS if named.get(field) is not None}
     if "content" in named:
         turn.setdefault("content", None)

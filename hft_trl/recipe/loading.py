@@ -1,6 +1,5 @@
 """Load data sets from the hub, a folder, a file, or TRL's mixture of several."""
 
-import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
@@ -10,6 +9,7 @@ from datasets.table import CastError
 from trl import DatasetMixtureConfig, get_dataset
 
 from hft_trl.errors import HFTError, as_user_error, first_line
+from hft_trl.recipe.arguments import is_missing
 from hft_trl.saved_models.digests import content_digest
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -19,21 +19,32 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     """
     Load one split of a data set, and reject one that does not exist or has no rows.
 
-    `source` is a hub id, a folder or a file, and `split` may be a part. A file is one split, whatever its name.
+    `source` is a hub id, a folder or a file, and `split` may be a part. A file, and a folder that holds a single
+    `Dataset`, has the split train only.
     """
-    path, name = Path(source), re.match(r"\w*", split).group()
+    path = Path(source)
     with as_user_error(f"dataset {source!r}, split {split!r}"):
         try:
             if path.is_file():
-                dataset = _load_file(path, name, split)
+                if path.suffix not in FILE_FORMATS:
+                    raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
+                if path.stat().st_size == 0:
+                    raise HFTError(f"dataset {source!r} is empty: give one with rows.")
+                if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
+                    raise HFTError(
+                        f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
+                        "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
+                        "file for each split."
+                    )
+                dataset = load_dataset(FILE_FORMATS[path.suffix], data_files=source, split=split)
             elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
                 dataset = _select(load_from_disk(source), split)
             elif path.is_dir():
                 # datasets does not notice changed files if the folder's README.md lists them
                 cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
                 dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
-            elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-                raise HFTError(f"dataset {source!r} does not exist: give a hub id, a folder or a file.")
+            elif is_missing(source) or path.suffix in FILE_FORMATS:
+                raise HFTError(f"dataset {source!r} does not exist as a file or folder: correct the path.")
             else:
                 dataset = load_dataset(source, config, split=split)
         except DatasetGenerationError as error:
@@ -45,27 +56,9 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     return dataset
 
 
-def _load_file(path: Path, name: str, split: str) -> Dataset:
-    if path.suffix not in FILE_FORMATS:
-        raise HFTError(f"dataset {str(path)!r} is a {path.suffix or 'nameless'} file: give .jsonl, .json or .parquet.")
-    if path.stat().st_size == 0:
-        raise HFTError(f"dataset {str(path)!r} is empty: give one with rows.")
-    return load_dataset(FILE_FORMATS[path.suffix], data_files={name: str(path)}, split=split)
-
-
-def check_apart(source: str, split: str, eval_split: str) -> None:
-    """Reject evaluation on the training rows: a single file is one split, so both must be parts of it."""
-    if Path(source).is_file() and not ("[" in split and "[" in eval_split):
-        raise HFTError(
-            f"dataset {source!r} is one file, so eval_split {eval_split!r} has the rows of split {split!r}, and the "
-            "model would be evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split "
-            "'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
-        )
-
-
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
     """Apply `split` to a data set from `load_from_disk`, as `load_dataset` does."""
-    named = dataset if isinstance(dataset, DatasetDict) else DatasetDict({re.match(r"\w*", split).group(): dataset})
+    named = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
     lengths = {name: len(part) for name, part in named.items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)

@@ -51,16 +51,27 @@ def peak_memory() -> int:
     return usage if sys.platform == "darwin" else usage * 1024
 
 
+def parameter_counts(trainer: ResumableMixin) -> tuple[int, int]:
+    """Return how many parameters of a trainer's model learn, and how many there are."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, learns in sizes if learns)
+    if isinstance(trainer, HFTMixin):
+        masked = trainer.hft_selection.masked
+        trained += sum(masked.values()) - sum(numel(p) for name, p in named_parameters(model) if name in masked)
+    return trained, sum(size for size, _ in sizes) + packed_away(model)
+
+
 def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState | None) -> StageRecord:
     """Return the record of a trained stage. Time and speed are of the part after `resumed_from`."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     log = trainer.state.log_history
     losses = [row["loss"] for row in log if "loss" in row]
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
-    if resumed_from and resumed_from.global_step == trainer.state.global_step:
+    before = resumed_from or TrainerState(global_step=-1)
+    if before.global_step == trainer.state.global_step:
         runtime = None  # the checkpoint was of the last step, so nothing was trained
     tokens = int(trainer.state.num_input_tokens_seen)
-    earlier_tokens = int(resumed_from.num_input_tokens_seen) if resumed_from else 0
     states = trainer.optimizer.state.values() if trainer.optimizer else ()
     tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
     optimizer_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -69,14 +80,9 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         beside, shared = reference.memory(model, trainer.accelerator.unwrap_model(trainer.ref_model))
     if trainer.is_deepspeed_enabled:  # each process holds a part, as flat tensors
         optimizer_bytes = sum(gather_object([optimizer_bytes]))
-    sizes = [(numel(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, learns in sizes if learns)
-    total = sum(size for size, _ in sizes) + packed_away(model)
+    trained, total = parameter_counts(trainer)
     method = stage.hft.method if stage.hft is not None else None
     selection = trainer.hft_selection if isinstance(trainer, HFTMixin) else None
-    if selection is not None and selection.masks is not None:
-        masked = {name: numel(p) for name, p in named_parameters(model) if name in selection.masked}
-        trained -= sum(masked.values()) - sum(selection.masked.values())
     return StageRecord(
         name=stage.name,
         method=method,
@@ -86,7 +92,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         total_params=total,
         steps=trainer.state.global_step,
         tokens=tokens,
-        tokens_per_second=(tokens - earlier_tokens) / runtime if runtime else None,
+        tokens_per_second=(tokens - int(before.num_input_tokens_seen)) / runtime if runtime else None,
         runtime_seconds=runtime,
         peak_memory_bytes=peak_memory(),
         optimizer_state_bytes=optimizer_bytes or None,
@@ -105,11 +111,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 
 def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
-    """
-    Return how far each unit of a stage's saved model moved from its start model and from `base_model`.
-
-    All processes must call it and share the work. A change is `None` if the tensors' names or shapes differ.
-    """
+    """Return how far each unit moved from its start and from `base_model`. All processes share it."""
     start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
     trainable, found, problem = set(selection.trainable), [], None
     try:
@@ -121,9 +123,8 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
             for name in {base_model, start}
         }
         # Distributed by size, so that all processes read about the same amount
-        largest_first = sorted(range(len(units)), key=lambda number: -units[number].size)
-        for number in largest_first[state.process_index :: state.num_processes]:
-            unit = units[number]
+        largest_first = sorted(enumerate(units), key=lambda pair: -pair[1].size)
+        for number, unit in largest_first[state.process_index :: state.num_processes]:
             learns = unit.names[0] in trainable
             # The frozen half has the start model's bits, which was checked when it was saved
             known = {
@@ -134,9 +135,8 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
             found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
     except (HFTError, OSError, SafetensorError) as error:
         problem = first_line(error)
-    found = gather_object(found)
-    problem = next((problem for problem in gather_object([problem]) if problem is not None), None)
-    if problem is not None:
-        logger.warning(f"Movements are left out of the report: {problem}")
+    found, problems = gather_object(found), list(filter(None, gather_object([problem])))
+    if problems:
+        logger.warning(f"Movements are left out of the report: {problems[0]}")
         return []
     return [moved for _, moved in sorted(found, key=lambda pair: pair[0])]

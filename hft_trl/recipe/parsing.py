@@ -8,16 +8,20 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import MISSING
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
-from hft_trl.errors import HFTError
-from hft_trl.recipe.arguments import check_numbers
+from hft_trl.errors import HFTError, as_user_error
+from hft_trl.recipe.arguments import at_home, check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
@@ -27,16 +31,69 @@ OTHER_NAMES = {
     "eval_split": "dataset_test_split",
 }
 OTHER_NAMES |= {flat: name for name, flat in OTHER_NAMES.items()}
-OTHER_NAMES["torch_dtype"] = "dtype"  # transformers' older name
+# Names in older versions of transformers and TRL, alignment-handbook, open-instruct, axolotl and LLaMA-Factory
+OTHER_NAMES |= {
+    **dict.fromkeys(("model_name", "base_model"), "model_name_or_path"),
+    **dict.fromkeys(("torch_dtype", "model_dtype"), "dtype"),
+    **dict.fromkeys(("flash_attention", "flash_attn", "use_flash_attn"), "attn_implementation"),
+    **dict.fromkeys(("dataset_mixture", "dataset_mixer", "dataset_mixer_list"), "datasets"),
+    **dict.fromkeys(("val_size", "val_set_size"), "test_split_size"),
+    **dict.fromkeys(("cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"), "max_length"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    "evaluation_strategy": "eval_strategy",
+    "finetuning_type": "method",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "sample_packing": "packing",
+    "template": "chat_template",
+}
+NO_NAMES = {
+    "resume_from_checkpoint": "a recipe resumes from the newest whole checkpoint of its output_dir, so drop it.",
+    "stage": "the recipe and its sections say which stages are trained, so drop it.",
+    "adapter": "HFT trains the model's own weights, so drop it.",
+}
 
+Keys = dict[str, tuple[type, dataclasses.Field]]  # of a section, with the dataclass of each
+ON_BY_DEFAULT = ("assistant_only_loss", "logging_first_step", "enable_jit_checkpoint")  # in recipes, unlike in TRL
 CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # transformers' name, and its deprecated alias
 
 
-def answer_help(argv: list[str], text: str) -> None:
-    """Print the text and exit if the command line has `--help`."""
-    if {"-h", "--help"} & set(argv):
-        sys.stdout.write(text.strip() + "\n")
-        sys.exit(0)
+def _print_help(text: str, known: Mapping[str, Keys]) -> NoReturn:
+    """Print the text, the flags and their defaults, and exit."""
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=text.strip(), formatter_class=layout, add_help=False
+    )
+    groups: dict[str, Any] = {}
+    for section, found in known.items():
+        for name, (kind, field) in found.items() if "." not in section else ():
+            title = f"{section or 'flags'} ({kind.__name__})"
+            groups[title] = groups.get(title) or parser.add_argument_group(title)
+            default = field.default_factory() if field.default_factory is not MISSING else field.default
+            default = name in ON_BY_DEFAULT or (default.value if isinstance(default, Enum) else default)
+            stated = "required" if default is MISSING else f"default: {default}"
+            groups[title].add_argument(
+                f"--{_dotted(section, name)}",
+                metavar=_shown(field.type),
+                help=f"{field.metadata.get('help', '').partition('. ')[0]} ({stated})".replace("%", "%%"),
+            )
+    sys.stdout.write(parser.format_help())
+    sys.exit(0)
+
+
+def _shown(hint: Any) -> str:
+    """Return a type as `--help` shows it."""
+    kind, parts = get_origin(hint), [part for part in get_args(hint) if part is not NoneType]
+    if kind is Literal:
+        return f"{{{','.join(map(str, parts))}}}"
+    return "|".join(_shown(part) for part in parts) if kind in (Union, UnionType) else (kind or hint).__name__
+
+
+def taken(kind: type[Any], flat: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass of the flags of its names, after a prefix."""
+    return kind(**{field.name: flat[prefix + field.name] for field in dataclasses.fields(kind) if field.init})
 
 
 def names_config(argv: list[str]) -> bool:
@@ -44,21 +101,27 @@ def names_config(argv: list[str]) -> bool:
     return any(token.partition("=")[0] == "--config" for token in argv)
 
 
-def keys(types: Iterable[type], without: Collection[str] = ()) -> list[str]:
-    """List the keys of a section that is parsed into the given dataclasses."""
-    return [
-        field.name for kind in types for field in dataclasses.fields(kind) if field.init and field.name not in without
-    ]
+def keys(types: Iterable[type], without: Collection[str] = ()) -> Keys:
+    """Return the keys of a section that is parsed into the given dataclasses, those of this package first."""
+    ours_first = sorted(types, key=lambda kind: not kind.__module__.startswith("hft_trl"))
+    return {
+        field.name: (kind, field)
+        for kind in ours_first
+        for field in dataclasses.fields(kind)
+        if field.init and field.name not in {*without, *NO_NAMES}
+    }
 
 
 def read_sections(
-    argv: list[str], default_config: str | Path | None, known: Mapping[str, Collection[str]]
+    argv: list[str], default_config: str | Path | None, known: Mapping[str, Keys], help_text: str = ""
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """
     Read the values of the YAML file and the tokens of the command line, both by section.
 
     `known` has the keys of each section, and under `""` those outside the sections. `env` sets environment variables.
     """
+    if {"-h", "--help"} & set(argv):
+        _print_help(help_text, known)
     path, sections = default_config, [name for name in known if name]
     flags: dict[str, list[str]] = {name: [] for name in known}
     current = ""
@@ -77,13 +140,15 @@ def read_sections(
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
-                raise HFTError(f"--{name} is a section: set one of its keys, such as --{name}.{known[name][0]}.")
+                raise HFTError(f"--{name} is a section: set a key of it, such as --{name}.{next(iter(known[name]))}.")
         elif not dot:
             current, key = "", name
         elif not sections:
             raise HFTError(f"--{name} names a section, but the flags of this recipe have none: write --{key}.")
         elif current not in sections:
-            raise HFTError(f"unknown section {current!r} in {token}: {_nearest(current, sections)}")
+            near = difflib.get_close_matches(current, sections, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"the valid ones are {', '.join(sections)}."
+            raise HFTError(f"unknown section {current!r} in {token}: {hint}")
         flags[current].append(f"--{key}{equals}{value}")
 
     values = load_yaml(path) if path is not None else {}
@@ -91,7 +156,8 @@ def read_sections(
     if not isinstance(variables, dict):
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
     os.environ.update({str(key): str(value) for key, value in variables.items()})
-    foreign = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
+    dicts = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
+    foreign = [key for key in dicts if OTHER_NAMES.get(key) != "datasets"]
     if foreign:
         raise HFTError(
             f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: run the "
@@ -107,7 +173,7 @@ def read_sections(
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
         nested[name] = dict(section)
     values = {"": values, **nested}
-    _check_places({name: [*values[name], *_names(flags[name])] for name in known}, known)
+    _check_known({name: [*values[name], *_names(flags[name])] for name in known}, known)
     return values, flags
 
 
@@ -144,23 +210,15 @@ def parse_section(
     values: dict[str, Any],
     flags: list[str],
     fixed: dict[str, Any] | None = None,
-    without: Iterable[str] = (),
 ) -> tuple[Any, ...]:
     """
     Build the dataclasses of a section from the YAML's `values` and the `flags`, which take precedence.
 
-    `fixed` are values that the recipe sets. Keys in `without` are unknown to the user.
+    Their keys were checked by [`read_sections`]. `fixed` are values that the recipe sets.
     """
     prefix = f"{section}." if section else ""
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
-    known = keys(types, without)
-    switches = [f"no_{name}" for name in known if hints[name] in (bool, bool | None)]
-    given = _names(flags)
-    for key in (*values, *given):
-        if key not in known and not (key in given and key in switches):
-            where = f" in section {section}" if section else ""
-            raise HFTError(f"unknown key {prefix}{key}{where}: {_nearest(str(key), known, prefix)}")
-
+    given = {*values, *_names(flags)}
     parser = TrlParser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
@@ -171,16 +229,13 @@ def parse_section(
         elif isinstance(value, str | int | float):
             argv.append(f"--{key}={value}")  # argparse converts and checks it like a flag
         else:
-            expected = str(hints[key]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            raise HFTError(f"{prefix}{key} is {value!r}: it takes {expected}.")
+            raise HFTError(f"{prefix}{key} is {value!r}: it takes {_shown(hints[key])}.")
     for field in (field for kind in types for field in dataclasses.fields(kind)):
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if not optional and field.name not in {*values, *given, *(fixed or ())}:
+        if field.default is field.default_factory is MISSING and field.name not in {*given, *(fixed or ())}:
             raise HFTError(f"{prefix}{field.name} is missing: set it in the file, or with --{prefix}{field.name}.")
-    if "bf16" in known and not {"bf16", "fp16", "no_bf16"} & {*values, *given}:
+    if "bf16" in hints and not {"bf16", "fp16", "no_bf16"} & given:
         raw["bf16"] = is_torch_bf16_gpu_available()
-    # Defaults of the recipes, which files and flags override
-    for key in {"assistant_only_loss", "logging_first_step", "enable_jit_checkpoint"} & {*known}:
+    for key in {*ON_BY_DEFAULT} & hints.keys():
         raw.setdefault(key, True)
     parser.set_defaults_with_config(**raw)
     try:
@@ -190,23 +245,15 @@ def parse_section(
         raise HFTError(f"{prefix}{name}: {error.message}.") from error
     if rest:
         raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
-    found = vars(namespace)
-    check_numbers(prefix, {name: found[name] for name in known if name in found and name in {*values, *given}})
+    found = {name: at_home(value) if isinstance(value, str) else value for name, value in vars(namespace).items()}
+    check_numbers(prefix, {name: found[name] for name in found if name in given})
     if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
         # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.
         found["use_cpu"] = True
-    try:
-        with warnings.catch_warnings():
-            # TRL still sets the deprecated name
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            return tuple(
-                kind(**{field.name: found[field.name] for field in dataclasses.fields(kind) if field.init})
-                for kind in types
-            )
-    except HFTError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise HFTError(f"{section or 'settings'}: {' '.join(str(error).split())}") from error
+    with as_user_error(section or "the arguments"), warnings.catch_warnings():
+        # TRL still sets the deprecated name
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+        return tuple(taken(kind, found) for kind in types)
 
 
 def _names(flags: list[str]) -> list[str]:
@@ -214,15 +261,21 @@ def _names(flags: list[str]) -> list[str]:
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
-def _check_places(given: Mapping[str, Iterable[str]], known: Mapping[str, Collection[str]]) -> None:
-    """Reject a key that belongs to another section or has another name here, and name the right one."""
+def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) -> None:
+    """Reject keys that their sections do not have, all at once, with the place or the name that was meant."""
+    problems = []
+    every = list(dict.fromkeys(name for names in known.values() for name in names))
     for section, key in ((section, str(key)) for section, found in given.items() for key in found):
-        other = OTHER_NAMES.get(key)
-        places = [_dotted(section, other)] if other in known[section] else []
-        for name in (key, other):
-            places = places or [_dotted(place, name) for place in known if name in known[place] and "." not in place]
-        if key not in known[section] and places:
-            raise HFTError(f"unknown key {_dotted(section, key)}: did you mean {' or '.join(places)}?")
+        if {key, key.removeprefix("no_")} & known[section].keys():
+            continue
+        places: list[str] = []
+        for name in (key, OTHER_NAMES.get(key), *difflib.get_close_matches(key, every, n=1)):
+            found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
+            places = places or [_dotted(place, name) for place in found]
+        hint = NO_NAMES.get(key) or (f"did you mean {' or '.join(places)}?" if places else "--help lists the keys.")
+        problems.append(f"unknown key {_dotted(section, key)}: {hint}")
+    if problems:
+        raise HFTError(" ".join(problems))
 
 
 def _dotted(section: str, key: str) -> str:
@@ -231,8 +284,3 @@ def _dotted(section: str, key: str) -> str:
 
 def _accepts(hint: Any, kind: type) -> bool:
     return kind in {get_origin(part) or part for part in (hint, *get_args(hint))}
-
-
-def _nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{matches[0]}?" if matches else f"the valid ones are {', '.join(sorted(known))}."

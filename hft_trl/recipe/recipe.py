@@ -1,6 +1,7 @@
 """Parse the command line of a recipe, prepare its stages, and report their results."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,21 +17,16 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.evaluation import parse_suites
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import (
-    DataArguments,
-    ModelArguments,
-    RetentionArguments,
-    RunArguments,
-    StageArguments,
-)
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, RunArguments, StageArguments
 from hft_trl.recipe.evaluation import evaluate_stages, sample_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
-from hft_trl.recipe.parsing import answer_help, keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.parsing import Keys, keys, leaves_checkpointing, names_config, parse_section, read_sections, taken
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.report.record import retention_of
+from hft_trl.report.views import PAGE_FILE
 
 SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
@@ -56,26 +52,18 @@ def parse_recipe(
     """
     Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file.
 
-    Args:
-        argv (`list[str]`): Command line without the program's name.
-        stages (`Mapping[str, type[TrainingArguments]]`): Config of each stage's TRL trainer by name, in order.
-        default_config (`str` or `Path`, *optional*): YAML file to use without `--config`.
-        help_text (`str`, *optional*): Text of `--help`.
-        sections (`Mapping[str, type]`, *optional*): Dataclasses of the recipe's own sections by name.
+    `stages` has the config of each stage's TRL trainer by name, in order, and `sections` the dataclasses of the
+    recipe's own sections. `default_config` is used without `--config`.
     """
-    answer_help(argv, help_text)
     known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
-    values, flags = read_sections(argv, default_config, known)
+    values, flags = read_sections(argv, default_config, known, help_text)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
-        check_defaults_model(
-            values["model"],
-            model,
-            "recipes/configs/qwen3-4b.yaml" if "dpo" in stages else "recipes/configs/frontier-smollm2.yaml",
-        )
+        example = "qwen3-4b" if "dpo" in stages else "frontier-smollm2"
+        check_defaults_model(values["model"], model, f"recipes/configs/{example}.yaml")
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
     check_evaluation(run, model)
-    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"], without=RUN_LEVEL)
+    (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
     retention = retention_section(retention, model)
     parsed: dict[str, Stage] = {}
@@ -88,47 +76,31 @@ def parse_recipe(
             values[name],
             flags[name],
             fixed={"output_dir": str(Path(run.output_dir) / name)},
-            without=_without(config),
         )
         general = {key: value for key, value in dataclasses.asdict(hft).items() if key not in RUN_LEVEL}
-        own = f"{name}.hft"
-        (stage_hft,) = parse_section(own, (HFTConfig,), {**general, **values[own]}, flags[own], without=RUN_LEVEL)
+        place = f"{name}.hft"
+        (stage_hft,) = parse_section(place, (HFTConfig,), {**general, **values[place]}, flags[place])
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
-        parsed[name] = Stage(
-            name,
-            model,
-            data,
-            args,
-            stage_hft,
-            mixture if mixture.datasets else None,
-            base,
-            auto_checkpointing,
-            retention=retention,
-            first_folder=Path(run.output_dir) / next(iter(stages)),
-        )
+        mixture = mixture if mixture.datasets else None
+        parsed[name] = Stage(name, model, data, args, stage_hft, mixture, base, auto_checkpointing, retention)
+        parsed[name].first_folder = Path(run.output_dir) / next(iter(stages))
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
-    return Recipe(
-        run,
-        parsed,
-        {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()},
-    )
+    own = {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()}
+    return Recipe(run, parsed, own)
 
 
-def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, list[str]]:
+def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Keys]:
     """List the keys of each section of a recipe's file. Those of `""` are outside the sections."""
     hft = keys((HFTConfig,), RUN_LEVEL)
-    known = {"": keys((RunArguments,)), "model": keys((ModelArguments,)), "hft": hft}
+    known = {"": keys((RunArguments,)), "hft": hft, "model": keys((ModelArguments,))}
     known["retention"] = keys((RetentionArguments,))
     for name, config in stages.items():
-        known[name] = keys((DatasetMixtureConfig, DataArguments, config), _without(config))
+        without = (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
+        known[name] = keys((DatasetMixtureConfig, DataArguments, config), without)
         known[f"{name}.hft"] = hft
     return known
-
-
-def _without(config: type[TrainingArguments]) -> tuple[str, ...]:
-    return (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
 
 
 def check_defaults_model(default: dict[str, Any], model: ModelArguments, example: str) -> None:
@@ -142,10 +114,7 @@ def check_defaults_model(default: dict[str, Any], model: ModelArguments, example
 
 def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
     """Check that the suites of `run.evaluate` exist, are installed, and can be run on the model."""
-    if not run.evaluate:
-        return
-    parse_suites(run.evaluate)
-    if model.trust_remote_code:
+    if run.evaluate and parse_suites(run.evaluate) and model.trust_remote_code:
         raise HFTError(
             f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a "
             "model's repository: leave one of them out."
@@ -156,12 +125,11 @@ def parse_stage(
     name: str, config: type[SFTConfig] | type[DPOConfig], argv: list[str], help_text: str = ""
 ) -> tuple[Stage, bool]:
     """Parse flags as those of TRL's scripts. Return the stage `name`, and whether to overwrite its folder."""
-    answer_help(argv, help_text)
     types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig, StageArguments)
-    without = ("reference_quantization",) if name == "sft" else ()
-    values, flags = read_sections(argv, None, {"": keys(types, without)})
+    known = {"": keys(types, ("reference_quantization",) if name == "sft" else ())}
+    values, flags = read_sections(argv, None, known, help_text)
     auto_checkpointing = leaves_checkpointing(values[""], flags[""])
-    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""], without=without)
+    script, args, model, mixture, extra = parse_section("", types, values[""], flags[""])
     if model.use_peft or model.load_in_4bit or model.load_in_8bit:
         raise HFTError("use_peft, load_in_4bit and load_in_8bit train adapters: drop them, or use TRL's own script.")
     if script.dataset_streaming or mixture.streaming:
@@ -170,41 +138,20 @@ def parse_stage(
     for required, given in (("model_name_or_path", model.model_name_or_path), ("dataset_name", data_given)):
         if not given:
             raise HFTError(f"{required} is missing: set it, such as --{required} demo.")
-    data = DataArguments(
-        dataset=script.dataset_name,
-        dataset_config=script.dataset_config,
-        split=script.dataset_train_split,
-        eval_split=script.dataset_test_split if args.eval_strategy != "no" else None,
-        drop_equal_pairs=extra.drop_equal_pairs,
-        reference_quantization=extra.reference_quantization,
+    flat = {**vars(script), **vars(model), **vars(extra), **vars(args), "method": None}
+    flat |= {"dataset": script.dataset_name, "split": script.dataset_train_split}
+    flat["eval_split"] = script.dataset_test_split if args.eval_strategy != "no" else None
+    start, data = taken(ModelArguments, flat), taken(DataArguments, flat)
+    hft = taken(
+        HFTConfig, flat | {"method": extra.method, "seed": args.seed if extra.hft_seed is None else extra.hft_seed}
     )
-    start = ModelArguments(
-        model_name_or_path=model.model_name_or_path,
-        model_revision=model.model_revision,
-        dtype=model.dtype or "float32",
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=args.trust_remote_code,
-        chat_template=extra.chat_template,
-    )
-    stage = Stage(
-        name,
-        start,
-        data,
-        args,
-        extra.config(args.seed),
-        mixture if mixture.datasets else None,
-        auto_checkpointing=auto_checkpointing,
-        retention=retention_section(extra.retention(), start),
-    )
-    return stage, extra.overwrite
+    retention = retention_section(taken(RetentionArguments, flat, "retention_"), start)
+    mixture = mixture if mixture.datasets else None
+    return Stage(name, start, data, args, hft, mixture, None, auto_checkpointing, retention), extra.overwrite
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
-    """
-    Check and rehearse all stages in order, load their data, and open their folders. All processes must call it.
-
-    `overwrite` removes the results of earlier runs.
-    """
+    """Check and rehearse all stages, load their data, and open their folders. All processes must call it."""
     for stage in stages:
         stage.check()
     for stage in stages:
@@ -218,17 +165,11 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
 
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
-    """
-    Write `report.json`, its views and plots, and print the tables. All processes must call it.
-
-    With the settings of a `run`, its models are evaluated.
-    """
-    start = stages[0].model
-    folder, scores, errors, shown = str(stages[0].folder), {}, {}, {}
+    """Evaluate the models, and write and print the report. All processes must call it."""
+    start, folder = stages[0].model, run.output_dir if run is not None else str(stages[0].folder)
     models = {stage.name: str(stage.folder) for stage in stages}
-    if run is not None:
-        suites = parse_suites(run.evaluate) if run.evaluate else []
-        folder, (scores, errors, shown) = run.output_dir, evaluate_stages(start, models, suites)
+    suites = parse_suites(run.evaluate) if run is not None and run.evaluate else []
+    scores, errors, shown = evaluate_stages(start, models, suites)
     if not PartialState().is_main_process:
         return
     records = [finished(stage) for stage in stages]
@@ -248,3 +189,5 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     read = Report.load(folder)  # all views show the file's content
     write_views(read, folder)
     print_report(read)
+    compared = shlex.join([demo.shown(start.model_name_or_path), str(stages[-1].folder)])
+    sys.stdout.write(f"report: {Path(folder) / PAGE_FILE}\nnext: hft-trl diff {compared}\n")

@@ -29,9 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_utils import align_special_tokens
-from transformers.utils import is_liger_kernel_available
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
@@ -56,32 +54,19 @@ LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_W
 
 # Arguments that a rehearsal does without: of backends, of other programs, and of the real model
 WITHOUT: dict[str, Any] = {
-    "deepspeed": None,
-    "deepspeed_plugin": None,
-    "fsdp": None,
-    "fsdp_plugin_args": None,
-    "parallelism_config": None,
-    "ddp_backend": None,
-    "torch_compile": False,
-    "torch_compile_backend": None,
-    "torch_compile_mode": None,
-    "push_to_hub": False,
-    "full_determinism": False,
-    "enable_jit_checkpoint": False,
+    **dict.fromkeys(
+        ("deepspeed", "deepspeed_plugin", "fsdp", "fsdp_plugin_args", "parallelism_config", "ddp_backend")
+    ),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode", "dataset_num_proc", "model_init_kwargs")),
+    **dict.fromkeys(("torch_compile", "push_to_hub", "full_determinism", "enable_jit_checkpoint"), False),
+    "router_aux_loss_coef": None,
     "report_to": [],
     "skip_memory_metrics": True,
-    "dataset_num_proc": None,
-    "model_init_kwargs": None,
-    "router_aux_loss_coef": None,
 }
 
 
 def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """
-    Build TRL's trainer of each stage on a tiny model, compute a loss, make the optimizer, and save.
-
-    All processes must call it. For configs other than those of SFT, DPO and KTO, only rows and trackers are checked.
-    """
+    """Try the trainers of all stages, if `TRAINERS` has them, on a tiny model. All processes must call it."""
     check_chain(stages)
     by_first_process(partial(_rehearse_all, stages, tokenizer))
 
@@ -115,28 +100,18 @@ def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase 
                 "or reduce the batch."
             )
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
-            train = _sample(stage.train_dataset, f"{stage.source}, split {stage.data.split}", own)
-            evaluation = stage.eval_dataset and _sample(
-                stage.eval_dataset, f"{stage.source}, split {stage.data.eval_split}", own
-            )
-            _rehearse(stage, stages[0].model, own, folder, train, evaluation)
+            _rehearse(stage, stages[0].model, own, folder)
 
 
-def _rehearse(
-    stage: "Stage",
-    start: ModelArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str,
-    train: Dataset,
-    evaluation: Dataset | None,
-) -> None:
+def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     args, name = stage.args, start.model_name_or_path
+    rows = {"train_dataset": (stage.train_dataset, stage.data.split)}
+    if stage.eval_dataset is not None:
+        rows["eval_dataset"] = stage.eval_dataset, stage.data.eval_split
+    rows = {key: _sample(rows, f"{stage.source}, split {split}", tokenizer) for key, (rows, split) in rows.items()}
     with _naming(stage, "trackers can be set up", "report_to"):
         for kind in get_reporting_integration_callbacks(args.report_to):
             kind()
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        with _naming(stage, "kernels can be set up", "use_liger_kernel"):
-            apply_liger_kernel(None, None)
     if type(args) not in TRAINERS:  # a recipe of the user's own
         return
     config = AutoConfig.from_pretrained(name, revision=start.model_revision, trust_remote_code=start.trust_remote_code)
@@ -147,15 +122,14 @@ def _rehearse(
         trainer = TRAINERS[type(args)](
             model,
             args=_tried(args, folder),
-            train_dataset=train,
-            eval_dataset=evaluation,
             processing_class=tokenizer,
+            **rows,
             **({} if isinstance(args, SFTConfig) else {"ref_model": copy.deepcopy(model)}),
         )
     check_ids(trainer.train_dataset, tokenizer, config, name)
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
-        if rows := trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list():
-            batch = send_to_device(trainer.data_collator(rows), trainer.args.device)
+        if first := trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list():
+            batch = send_to_device(trainer.data_collator(first), trainer.args.device)
             trainer.compute_loss(trainer.model.train(), batch)
     with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
         trainer.create_optimizer()

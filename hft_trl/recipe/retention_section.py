@@ -47,11 +47,7 @@ def check_retention(first: "Stage") -> Meter | None:
 
 
 def settle_base(stages: Sequence["Stage"], meter: Meter) -> None:
-    """
-    Compute the base's predictions if the run began without them or with other prompts. All processes must call it.
-
-    Otherwise the first stage computes them before its first step, with the model that it trains.
-    """
+    """Compute the base's predictions for a run that began without them or with other prompts."""
     first, start = stages[0], stages[0].model
     begun = first.finished() or last_whole_checkpoint(first.folder) is not None
     if not begun or not meter.prompts or all(stage.finished() for stage in stages):
@@ -62,13 +58,8 @@ def settle_base(stages: Sequence["Stage"], meter: Meter) -> None:
     if found[0]:
         return
     with whole_models():
-        model = AutoModelForCausalLM.from_pretrained(
-            start.model_name_or_path,
-            revision=start.model_revision,
-            dtype=start.dtype,
-            attn_implementation=start.attn_implementation,
-            trust_remote_code=start.trust_remote_code,
-        )
+        loading = {**first.args.model_init_kwargs, "trust_remote_code": start.trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(start.model_name_or_path, **loading)
     write_base(file, meter.base(model.to(PartialState().device)), meter)
 
 

@@ -1,10 +1,9 @@
 """Check the rows of a data set and how a chat template renders them, and convert them to TRL's form."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, Value
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +20,7 @@ TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
 
 
 def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Dataset:
-    """
-    Return a data set for supervised fine-tuning in TRL's form. Reject missing columns and invalid rows.
-
-    `name` is the data set's in messages. Rows that have only empty answers are dropped with a warning.
-    """
+    """Return rows for SFT in TRL's form, without those of empty answers. Errors name the data set."""
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
     if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
@@ -41,7 +36,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
         wanted = [text_field]
     elif "input_ids" in columns:
         _name_unused(dataset, TOKENIZED, name)
-        return _select_columns(dataset, TOKENIZED)
+        return _kept(dataset, TOKENIZED)
     else:
         raise HFTError(
             f"{name} has the columns {sorted(columns)}: supervised fine-tuning takes messages, prompt and completion, "
@@ -64,16 +59,11 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
             empty.add(row)
 
     for_each_row(check, dataset, *wanted)
-    dataset = _without(dataset, empty, name, "only empty answers" if parts else f"an empty {text_field}")
-    return _select_columns(dataset, wanted)
+    return _kept(dataset, wanted, empty, name, "only empty answers" if parts else f"an empty {text_field}")
 
 
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
-    """
-    Return preference pairs in TRL's form: conversations with a prompt, or plain text.
-
-    Rows with an empty chosen side are dropped. Equal sides are rejected, or dropped with `drop_equal_pairs`.
-    """
+    """Return preference pairs in TRL's form, without those whose chosen side is empty."""
     parts = find_parts(dataset.column_names, preference=True)
     if not parts:
         raise HFTError(
@@ -102,8 +92,7 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
 
     wanted = [*explicit, "chosen", "rejected"]
     for_each_row(check_pair, dataset, *wanted)
-    dataset = _without(dataset, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
-    return _select_columns(dataset, wanted)
+    return _kept(dataset, wanted, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
@@ -112,8 +101,11 @@ def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:
         logger.warning(f"{name}: the columns {', '.join(unused)} are not used.")
 
 
-def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Dataset:
-    """Drop rows with a warning."""
+def _kept(
+    dataset: Dataset, wanted: Iterable[str], dropped: Collection[int] = (), name: str = "", what: str = ""
+) -> Dataset:
+    """Return the columns that TRL reads, without the `dropped` rows, which a warning counts."""
+    dataset = dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
     if not dropped:
         return dataset
     if len(dropped) == len(dataset):
@@ -121,10 +113,6 @@ def _without(dataset: Dataset, dropped: set[int], name: str, what: str) -> Datas
     if speaks():
         logger.warning(f"{len(dropped):,} of {len(dataset):,} rows of {name} have {what}: left out.")
     return dataset.select([row for row in range(len(dataset)) if row not in dropped])
-
-
-def _select_columns(dataset: Dataset, wanted: Iterable[str]) -> Dataset:
-    return dataset.select_columns([column for column in dataset.column_names if column in {*wanted, *OPTIONAL}])
 
 
 def _is_empty(answer: str | list[Message]) -> bool:
@@ -175,10 +163,8 @@ def untrained_rows(
     rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
 ) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    lost = rows - len(prepared)
-    if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted
-        batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
-        lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
+    # TRL drops such rows, but keeps them inside packs. KTO splits each pair into two rows.
+    lost = 0 if packing else max(0, rows - len(prepared))
     if lost >= rows:
         raise HFTError(
             f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "
@@ -188,11 +174,7 @@ def untrained_rows(
 
 
 def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: str) -> None:
-    """
-    Check that a chat template renders the conversations of a data set and leaves nothing out.
-
-    Only one row of each pattern of roles, contents, tool calls and tools is rendered.
-    """
+    """Check that a chat template renders a row of each pattern of turns, and leaves nothing out."""
     if not is_conversational(dataset[0]):
         return
     columns = [column for column in ("messages", "prompt", *ANSWERS, *OPTIONAL) if column in dataset.column_names]
@@ -200,10 +182,8 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: s
 
     def check(number: int, *values: Any) -> None:
         row = dict(zip(columns, values, strict=True))
-        chats = (
-            [row["messages"]] if "messages" in row else [row["prompt"] + row[side] for side in ANSWERS if side in row]
-        )
-        for messages in chats:
+        sides = ["messages"] if "messages" in row else [side for side in ANSWERS if side in row]
+        for messages in (row.get("prompt", []) + row[side] for side in sides):
             turns = ((m["role"], bool(m["content"]), len(m.get("tool_calls") or [])) for m in messages)
             pattern = bool(row.get("tools")), *turns
             if pattern not in seen:
@@ -228,7 +208,6 @@ def _check_chat(
             if not calls:  # some templates write no content beside a call (Llama 3.1)
                 expected[mark] = f"message {turn}, of role {message['role']!r}"
     try:
-        tokenizer.apply_chat_template(messages, tools=tools, **settings)
         text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
         without = tokenizer.apply_chat_template(marked, **settings) if tools else None
     except Exception as error:  # a template is a program, which can fail in any way

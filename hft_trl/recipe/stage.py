@@ -23,12 +23,11 @@ from hft_trl.files import writing
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.loading import check_apart, load_mixture, load_split
-from hft_trl.recipe.measure import measure, movements, reset_peak_memory
-from hft_trl.recipe.quantized_reference import check_quantizable, load_quantized
+from hft_trl.recipe.loading import load_mixture, load_split
+from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
 from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
-from hft_trl.recipe.start_model import check_model
+from hft_trl.recipe.start_model import check_model, check_quantizable, load_quantized
 from hft_trl.report import StageRecord
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
@@ -58,20 +57,10 @@ class Stage:
 
     def __post_init__(self) -> None:
         args = self.args
-        if (
-            self.hft is not None
-        ):  # checked here so that a mistake in a later stage is found before the first one trains
-            check(args, self.hft)
         moving_reference.check(args)
-        if args.resume_from_checkpoint is not None:
-            raise HFTError(
-                f"resume_from_checkpoint is {args.resume_from_checkpoint!r}, but a recipe resumes from the newest "
-                "whole checkpoint of its output_dir by itself: drop it. To resume from an older one, move the newer "
-                "ones away."
-            )
-        if self.data.dataset is None and self.mixture is None:
+        if not self.data.dataset and self.mixture is None:
             raise HFTError(f"{self.name}.dataset is missing: set it in the file, or with --{self.name}.dataset.")
-        if self.data.dataset is not None and self.mixture is not None:
+        if self.data.dataset and self.mixture is not None:
             raise HFTError(
                 f"{self.name} has a dataset, {self.data.dataset!r}, and datasets, a mixture: leave one of them out."
             )
@@ -87,6 +76,8 @@ class Stage:
             "attn_implementation": self.model.attn_implementation,
             **(args.model_init_kwargs or {}),
         }
+        # Here, so that a mistake in a later stage is found before the first one trains
+        check(args, self.hft or HFTConfig(method="fft"))
         # The trainer counts these itself and restores the count on resume
         if args.include_num_input_tokens_seen == "no":
             args.include_num_input_tokens_seen = "non_padding"
@@ -121,8 +112,6 @@ class Stage:
                 f"{self.name}: eval_strategy is {str(args.eval_strategy.value)!r} but there is no eval_split to "
                 "evaluate on: set eval_split, or eval_strategy to 'no'."
             )
-        if evaluates and self.mixture is None:
-            check_apart(self.data.dataset, self.data.split, self.data.eval_split)
         self.train_dataset = self._load_split(self.data.split)
         self.eval_dataset = self._load_split(self.data.eval_split) if evaluates else None
         if isinstance(args, SFTConfig):
@@ -177,11 +166,7 @@ class Stage:
     def train(
         self, trainer: ResumableMixin, rows: int | None = None, truncated_rows: int | None = None
     ) -> StageRecord:
-        """
-        Train or resume, save the model, mark the folder as finished, and return the measurements.
-
-        `rows` is the size of the trainer's data set, by default of `train_dataset`.
-        """
+        """Train or resume, save the model, mark the folder as finished, and return the measurements."""
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
             raise HFTError(
@@ -191,8 +176,7 @@ class Stage:
         model, rows = trainer.accelerator.unwrap_model(trainer.model), rows or len(self.train_dataset)
         # Neither is in the arguments of every trainer
         longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
-        # KTO splits each pair into two rows
-        dropped = max(0, untrained_rows(rows, trainer.train_dataset, self.source, longest, packing))
+        dropped = untrained_rows(rows, trainer.train_dataset, self.source, longest, packing)
         if dropped:
             logger.warning(f"{dropped} of {rows} rows have no token to train on within max_length {longest}.")
         folder.mark_started(self)
@@ -202,6 +186,12 @@ class Stage:
         resumed_from = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)) if checkpoint else None
         reset_peak_memory()
         chat.check_ids(trainer.train_dataset, trainer.processing_class, model.config, self.model.model_name_or_path)
+        trained, total = parameter_counts(trainer)
+        trainer.accelerator.print(
+            f"\n== {self.name}: {'an adapter' if self.hft is None else self.hft.method.upper()}, {trained:,} of "
+            f"{total:,} parameters learn ({trained / total:.1%}), "
+            f"{f'resumes at step {resumed_from.global_step}' if resumed_from else 'starts at step 0'} =="
+        )
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows

@@ -94,6 +94,11 @@ class Case:
         return init if isinstance(init, dict) else {}
 
     @property
+    def attention(self) -> str:
+        """The attention implementation that the model is loaded with; empty for the model's default."""
+        return self.init.get("attn_implementation") or ""
+
+    @property
     def parallel(self) -> str:
         """The first size of a parallelism that is above 1, such as `"tp_size 2"`; empty if none is."""
         asked = (self.state or self.args).parallelism_config if self.state or self.args else None

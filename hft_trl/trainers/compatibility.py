@@ -1,6 +1,7 @@
 """Settings that cannot be combined. Each combination is rejected before a model is loaded, where possible."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -189,6 +190,18 @@ LAUNCH: Conflicts = {
 }
 
 
+# Settings that need a package that is not installed with this one: how an error states it -> (whether a case has it,
+# the modules of which one is needed, what pip installs)
+PACKAGES: dict[str, tuple[When, tuple[str, ...], str]] = {
+    "use_liger_kernel is true": (lambda c: c.asks("use_liger_kernel"), ("liger_kernel",), "liger-kernel"),
+    "attn_implementation is {case.attention!r}": (
+        lambda c: c.attention.startswith("flash_attention") or "/" in c.attention,
+        ("kernels", "flash_attn", "flash_attn_interface"),
+        "kernels",
+    ),
+}
+
+
 def check(
     args: TrainingArguments | None,
     config: HFTConfig,
@@ -196,8 +209,14 @@ def check(
     after_elements: bool = False,
     state: AcceleratorState | None = None,
 ) -> None:
-    """Reject settings that cannot be combined, with an [`HFTError`]. See [`Case`] for the arguments."""
+    """Reject settings that cannot be combined or need a missing package. See [`Case`]."""
     case = Case(args, config, given or {}, after_elements, state)
+    for stated, (when, modules, package) in PACKAGES.items():
+        if when(case) and not any(map(find_spec, modules)):
+            raise HFTError(
+                f"{stated.format(case=case)}, which needs the package {package}: run pip install {package}, or leave "
+                "the setting out."
+            )
     for (setting, _), (when, message) in (LAUNCH | STORAGE).items():
         if (setting not in ON or ON[setting](case)) and when(case):
             subject = f"{case.stated(setting)}, but " if setting in ON else ""

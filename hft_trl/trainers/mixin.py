@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from hft_trl import reference
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+
+logger = logging.get_logger(__name__)
 
 
 class HFTMixin:
@@ -56,6 +59,12 @@ class HFTMixin:
         self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
         preparation.finish(self, policy)
+        if self.hft_config.method == "hft" and self.is_world_process_zero():
+            share, config = self.hft_selection.share["layers"], self.hft_config
+            logger.warning(
+                f"HFT is active: {share:.1%} of the layers learn (strategy {config.strategy}, seed {config.seed}), "
+                "and the rest keeps its bits."
+            )
         if self.hft_config.method == "hft" or self._storages:
             self.add_callback(_Begins(self))
 

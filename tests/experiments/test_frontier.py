@@ -92,6 +92,8 @@ def test_keys_of_the_grid_are_flags_with_and_without_their_section():
     recipe, grid, _ = parse_frontier(words)
     assert (grid.methods, grid.seeds, grid.learning_rates) == (["hft", "lora"], 3, ["1e-4"])
     assert recipe.stages["sft"].args.max_steps == 2
+    with pytest.raises(HFTError, match=r"^unknown key lerning_rates: did you mean frontier.learning_rates[?]$"):
+        parse_frontier(["--lerning_rates", "1e-4"])
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12), st.booleans())

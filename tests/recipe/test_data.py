@@ -10,15 +10,22 @@ from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.loading import check_apart, load_mixture, load_split
+from hft_trl.recipe.loading import load_mixture, load_split
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-def test_a_file_gives_its_rows_under_any_split_name(tmp_path, tulu, suffix):
+def test_a_file_gives_its_rows_and_has_no_split_but_train(tmp_path, tulu, suffix):
     path = tmp_path / f"chats.{suffix}"
     tulu.to_parquet(path) if suffix == "parquet" else tulu.to_json(path)
     assert load_split(str(path)).to_list() == tulu.to_list()
-    assert load_split(str(path), "train_prefs[:3]").to_list() == tulu.to_list()[:3]
+    assert load_split(str(path), "train[:2]+train[2:3]").to_list() == tulu.to_list()[:3]
+    for split in ("test", "train_prefs[:3]", "train+test"):
+        with pytest.raises(HFTError) as error:
+            load_split(str(path), split)
+        assert (
+            f"is one file, whose only split is train, but the split is {split!r}: give parts, such as train[:95%]"
+            in one_line(error)
+        )
 
 
 def test_a_json_file_may_hold_one_list(tmp_path, tulu):
@@ -60,8 +67,9 @@ def test_files_that_changed_are_read_again_also_where_a_card_names_them(tmp_path
 @pytest.mark.parametrize(
     ("source", "split", "words"),
     [
-        ("missing.jsonl", "train", ["missing.jsonl"]),
-        ("./missing", "train", ["./missing", "does not exist"]),
+        ("missing.jsonl", "train", ["missing.jsonl", "does not exist as a file or folder"]),
+        ("./missing", "train", ["./missing", "does not exist as a file or folder"]),
+        ("tests/missing", "train", ["tests/missing", "does not exist as a file or folder"]),
         ("nobody/nothing", "train", ["nobody/nothing"]),
     ],
 )
@@ -77,11 +85,14 @@ def test_a_missing_split_names_those_there_are(tmp_path, tulu):
         load_split(str(tmp_path / "saved"), "validation")
     assert "validation" in one_line(error)
     assert "'test', 'train'" in one_line(error)
+    tulu.save_to_disk(tmp_path / "one")
+    with pytest.raises(HFTError, match=r"split 'test'.*the splits are \['train'\]"):
+        load_split(str(tmp_path / "one"), "test")
 
 
 def test_a_file_of_another_kind_and_an_empty_one_are_refused(tmp_path):
     (tmp_path / "chats.txt").write_text("hello")
-    with pytest.raises(HFTError, match=r"\.txt file"):
+    with pytest.raises(HFTError, match=r"chats\.txt' is no \.jsonl, \.json or \.parquet file"):
         load_split(str(tmp_path / "chats.txt"))
     Dataset.from_list([tulu_row(0)]).select([]).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(HFTError, match=r"empty\.parquet.* corresponds to no data"):
@@ -109,20 +120,6 @@ def test_a_mixture_gives_its_splits_and_names_what_is_missing(tmp_path, tulu):
         load_mixture(DatasetMixtureConfig(datasets=[part]), "test")
     with pytest.raises(HFTError, match="mixture"):
         load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path="nobody/nothing")]), "train")
-
-
-@pytest.mark.parametrize(
-    ("split", "eval_split"), [("train", "test"), ("train", "train"), ("train[:9]", "test"), ("train", "test[9:]")]
-)
-def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu, split, eval_split):
-    path = tmp_path / "chats.jsonl"
-    tulu.to_json(path)
-    with pytest.raises(HFTError) as error:
-        check_apart(str(path), split, eval_split)
-    assert f"eval_split {eval_split!r} has the rows of split {split!r}" in one_line(error)
-    check_apart(str(path), "train[:95%]", "train[95%:]")
-    check_apart(str(tmp_path), split, eval_split)
-    check_apart("org/hub", split, eval_split)
 
 
 def parts(flags):

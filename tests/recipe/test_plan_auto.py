@@ -202,7 +202,6 @@ def test_adapters_and_gem_are_refused(stage_of, tmp_path):
 
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(activation_checkpointing, "LIMITS", ())
     alone = activation_checkpointing._memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert activation_checkpointing._memory() == alone // 4
@@ -224,19 +223,3 @@ def test_recomputing_changes_no_bit(base, tulu, tmp_path):
         trainer.save_model()
         saved.append((tmp_path / str(way) / "model.safetensors").read_bytes())
     assert saved[0] == saved[1] == saved[2]
-
-
-def test_a_container_s_limit_counts_where_it_is_below_the_machine_s_memory(monkeypatch, tmp_path):
-    """Control groups of version 2 say `max` where there is none, those of version 1 a number beyond all memory."""
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    files = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
-    monkeypatch.setattr(activation_checkpointing, "LIMITS", files)
-    machine = activation_checkpointing._memory()
-    for file, content, expected in (
-        (files[0], "max\n", machine),
-        (files[1], f"{2**63 - 4096}\n", machine),
-        (files[0], "1073741824\n", 2**30),
-        (files[1], "536870912\n", 2**29),
-    ):
-        file.write_text(content)
-        assert activation_checkpointing._memory() == expected

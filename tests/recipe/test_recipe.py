@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--sft.lerning_rate 1", ["sft.lerning_rate", "section sft", "did you mean sft.learning_rate?"]),
+        ("--sft.lerning_rate 1", ["unknown key sft.lerning_rate: did you mean sft.learning_rate?"]),
         ("--dpo.betta 1", ["dpo.betta", "did you mean dpo.beta?"]),
         ("--metod fft", ["metod", "did you mean method?"]),
         ("--stf.learning_rate 1", ["'stf'", "did you mean sft?"]),
@@ -111,10 +112,12 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
         ("--sft.dataset_name x", ["did you mean sft.dataset?"]),
         ("--sft.beta 1", ["did you mean dpo.beta?"]),
         ("--sft.evaluate x", ["did you mean evaluate?"]),
+        ("--lerning_rate 1", ["did you mean sft.learning_rate or dpo.learning_rate?"]),
+        ("--sft.no_learning_rate", ["'--no_learning_rate' belongs to no flag"]),
         ("--method_ fft", ["unknown key method_: did you mean method?"]),
         (f"--config {SMALL}", ["unknown key", "did you mean model.model_name_or_path?"]),
         (f"--config {TRACE}", ["has the sections lora, which this recipe does not have", "run the recipe that"]),
-        ("--sft.bf16 true", ["sft: Your setup doesn't support bf16/gpu", "use_cpu"]),
+        ("--sft.bf16 true", ["sft can't be set up: Your setup doesn't support bf16/gpu", "use_cpu"]),
         ("--sft.eval_strategy sometimes", ["sft", "sometimes"]),
         ("--config nowhere.yaml", ["nowhere.yaml"]),
         ("--config", ["--config"]),
@@ -183,6 +186,15 @@ def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_
     sections = {"model": "org/mine", "output_dir": "o", "sft": {"dataset": "demo"}, "dpo": {"dataset": "demo"}}
     recipe = parse_recipe(["--model", "org/other"], default_config=write(tmp_path, **sections))
     assert recipe.stages["sft"].model.model_name_or_path == "org/other"
+
+
+def test_a_home_folder_is_expanded_in_flags_and_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write(tmp_path, model="~/m", output_dir="~/o", sft={"dataset": "~/s.jsonl"}, dpo={"dataset": "demo"})
+    recipe = parse_recipe(["--config", file, "--retention.texts=~/t.txt"])
+    sft = recipe.stages["sft"]
+    found = sft.model.model_name_or_path, recipe.run.output_dir, sft.data.dataset, sft.retention.texts
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("m", "o", "s.jsonl", "t.txt"))
 
 
 def test_a_recipe_takes_no_checkpoint_to_resume_from(tmp_path):
@@ -342,15 +354,64 @@ def test_the_flat_style_says_what_is_missing():
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_is_printed_and_nothing_else_happens(flag, capsys):
-    for parse in (
-        lambda: parse_recipe([flag], help_text="How to run it."),
-        lambda: parse_stage("sft", SFTConfig, [flag], "How to run it."),
+def test_help_lists_every_flag_with_its_default_hft_s_first_and_nothing_else_happens(flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for parse, first, then in (
+        (lambda: parse_recipe([flag], help_text="How to run it."), "--hft.ratio float", "--sft.learning_rate float"),
+        (lambda: parse_stage("sft", SFTConfig, [flag], "How to run it."), "--ratio float", "--learning_rate float"),
     ):
         with pytest.raises(SystemExit) as stop:
             parse()
         assert stop.value.code == 0
-        assert capsys.readouterr().out == "How to run it.\n"
+        text = capsys.readouterr().out
+        assert text.startswith("How to run it.\n")
+        assert max(map(len, text.splitlines())) <= 100
+        assert 0 < text.index(f"  {first}") < text.index(f"  {then}")
+        text = " ".join(text.split())
+        assert "ratio float Share of the layers' parameters that learn, in (0, 1]. (default: 0.5)" in text
+        assert re.search(r"assistant_only_loss bool [^-]*\(default: True\)", text)  # the recipe's, not TRL's
+        assert re.search(r"output_dir str [A-Z]", text)
+    known = {field.name for field in fields(DPOConfig)} - {"output_dir", "trust_remote_code", "resume_from_checkpoint"}
+    with pytest.raises(SystemExit):
+        parse_recipe([flag])
+    assert set(re.findall(r"--dpo\.(\w+)", capsys.readouterr().out)) >= known
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("torch_dtype", "model.dtype"),
+        ("model_name", "model.model_name_or_path"),
+        ("base_model", "model.model_name_or_path"),
+        ("dataset_mixture", "sft.datasets or dpo.datasets"),
+        ("max_seq_length", "sft.max_length or dpo.max_length"),
+        ("sequence_len", "sft.max_length or dpo.max_length"),
+        ("cutoff_len", "sft.max_length or dpo.max_length"),
+        ("micro_batch_size", "sft.per_device_train_batch_size or dpo.per_device_train_batch_size"),
+        ("num_epochs", "sft.num_train_epochs or dpo.num_train_epochs"),
+        ("finetuning_type", "method"),
+    ],
+)
+def test_a_name_of_another_trainer_s_files_is_answered_with_ours(tmp_path, key, meant):
+    """In files with sections and in flat ones."""
+    value = {"datasets": []} if key == "dataset_mixture" else "x"
+    with pytest.raises(HFTError) as error:
+        parse_recipe(["--config", write(tmp_path, model="demo", output_dir="o", **{key: value})])
+    assert one_line(error) == f"unknown key {key}: did you mean {meant}?"
+    flat = meant.partition(" or ")[0].rpartition(".")[2]
+    with pytest.raises(HFTError, match=f"^unknown key {key}: did you mean {flat}[?]$"):
+        parse_stage("sft", SFTConfig, ["--config", write(tmp_path, output_dir="o", **{key: value})])
+
+
+def test_all_unknown_keys_of_a_file_are_named_at_once(tmp_path):
+    file = write(tmp_path, base_model="m", stage="sft", output_dir="o", sft={"lerning_rate": 1, "qqq": 2})
+    with pytest.raises(HFTError) as error:
+        parse_recipe(["--config", file, "--dpo.betta", "1"])
+    assert one_line(error) == (
+        "unknown key base_model: did you mean model.model_name_or_path? unknown key stage: the recipe and its "
+        "sections say which stages are trained, so drop it. unknown key sft.lerning_rate: did you mean "
+        "sft.learning_rate? unknown key sft.qqq: --help lists the keys. unknown key dpo.betta: did you mean dpo.beta?"
+    )
 
 
 def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_its_own(tmp_path):
@@ -380,7 +441,7 @@ def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_it
     assert all(stage.hft.exclude == ["norm"] for stage in (first, second, third))
     assert second.mixture.datasets[0].path == "demo"
     assert (second.args.beta, third.args.loss_type) == (0.2, "kto")
-    with pytest.raises(HFTError, match=r"unknown key second\.hft\.ratoi .*did you mean second\.hft\.ratio"):
+    with pytest.raises(HFTError, match=r"unknown key second\.hft\.ratoi: did you mean second\.hft\.ratio[?]"):
         trl_recipe.parse_recipe([*flags, "--second.hft.ratoi", "0.1"], stages)
     with pytest.raises(HFTError, match=r"first has a dataset, .*, and datasets, a mixture"):
         trl_recipe.parse_recipe(["--config", write(tmp_path, model="demo", output_dir="o", first={"dataset": "demo", "datasets": [{"path": "x"}]})], {"first": SFTConfig})  # fmt: skip

@@ -83,7 +83,6 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
         ("--dpo.optim galore_adamw", "dpo: no optimizer .* optim 'galore_adamw'.*pip install"),
         ("--dpo.report_to wandb", "dpo: no trackers .* report_to .*pip install wandb"),
         ("--dpo.pad_token [NOPE]", r"dpo: .*`pad_token` \('\[NOPE\]'\)"),
-        ("--dpo.use_liger_kernel true", "dpo: .* use_liger_kernel True: .*pip install liger-kernel"),
         ("--sft.eos_token [NOPE]", r"sft: .*`eos_token` \('\[NOPE\]'\)"),
         (
             "--sft.dataloader_drop_last true --sft.split train[:3]",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,21 @@ def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):
     with pytest.raises(HFTError, match=r"is an adapter.*merge_and_unload") as error:
         stage_of(adapter).check()
     one_line(error)
+
+
+def test_a_run_folder_is_answered_with_its_models_and_a_missing_folder_is_called_that(stage_of, tmp_path):
+    for name in ("sft", "dpo"):
+        shutil.copytree(demo.MODEL, tmp_path / "run" / name)
+    with pytest.raises(HFTError) as error:
+        stage_of(tmp_path / "run").check()
+    assert one_line(error).endswith(
+        f"run' is a run: give one of its models, {tmp_path}/run/dpo or {tmp_path}/run/sft."
+    )
+    for name in (tmp_path / "none", "tests/none", "./none"):
+        with pytest.raises(HFTError, match=rf"model folder '{Path(name)}' does not exist: correct the path"):
+            stage_of(name).check()
+    with pytest.raises(HFTError, match="'nobody/none' has no readable config"):
+        stage_of("nobody/none").check()
 
 
 def test_a_folder_without_a_tokenizer_says_so(stage_of, base, tmp_path):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import runpy
 import shutil
 import signal
@@ -117,6 +118,11 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
     ):
         assert (output / name).stat().st_size > 500, name
     assert "knowledge" in result.stdout
+    for name, counts in (("sft", sft), ("dpo", dpo)):
+        learn = f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters learn"
+        assert result.stdout.count(f"== {name}: HFT, {learn} (") == 1
+    assert result.stdout.count("starts at step 0 ==") == 2
+    assert result.stdout.endswith(f"report: {output}/report.html\nnext: hft-trl diff demo {output}/dpo\n")
 
 
 def test_the_frozen_half_is_the_bases_byte_for_byte(finished_run):
@@ -182,6 +188,7 @@ def test_a_killed_run_continues_to_the_same_bytes(finished_run, tmp_path):
     assert not (output / "dpo" / "model.safetensors").exists()
     result = run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"== sft: HFT, .* parameters learn \(.*%\), resumes at step [246] ==", result.stdout)
     for stage in ("sft", "dpo"):
         assert (output / stage / "model.safetensors").read_bytes() == (
             whole / stage / "model.safetensors"
@@ -228,7 +235,7 @@ def test_single_stages_chain_like_the_whole_recipe(recipe, tmp_path, finished_ru
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--sft.lerning_rate", "1"], ["sft.lerning_rate", "section sft", "sft.learning_rate"]),
+        (["--sft.lerning_rate", "1"], ["sft.lerning_rate", "sft.learning_rate"]),
         (["--method", "half"], ["method", "half"]),
         (["--hft.ratio", "0"], ["hft.ratio", "0.0"]),
         (["--evaluate", "generally"], ["generally", "knowledge"]),

@@ -49,6 +49,19 @@ def test_hft_is_the_default_as_one_changed_line_says(base, tulu, tmp_path):
     assert len(trainer.hft_selection.frozen) > 0
 
 
+def test_one_line_says_that_hft_is_active_on_the_main_process_only(base, tulu, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("hft_trl.trainers.mixin.logger.warning", lines.append)
+    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft"))
+    assert lines == []
+    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(seed=3)).train()
+    (line,) = lines
+    assert line.startswith("HFT is active: 50.0% of the layers learn (strategy category, seed 3)")
+    monkeypatch.setattr(HFTSFTTrainer, "is_world_process_zero", lambda _: False)
+    sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
+    assert len(lines) == 1
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fft_is_bit_identical_to_trls_sft_trainer(base, tulu, tmp_path, checkpointing):
     ours = sft_trainer(
