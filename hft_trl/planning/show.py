@@ -18,6 +18,7 @@ PARTS = {
     "logits": "tiles of logits",
     "communication": "communication buffers",
 }
+OPTIONAL = ("reference", "weight_copies", "communication")
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
@@ -25,7 +26,7 @@ def memory_grid(plans: list[Plan]) -> Grid:
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
-        if any(plan.memory[part] for plan in plans)
+        if part not in OPTIONAL or any(plan.memory[part] for plan in plans)
     ]
     total = len(rows)
     rows += [
