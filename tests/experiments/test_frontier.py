@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hft_trl import HFTError, demo
 from hft_trl.experiments.frontier import Mean, compare_at_equal_loss, front, means, series
 from hft_trl.experiments.frontier_report import Frontier, grids
-from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier
-from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
+from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier, run_trial
+from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
 from hft_trl.experiments.paired_tests import Difference
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,9 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         assert stage.hft.ratio == 0.25
         shown = {stage.hft.strategy, stage.hft.importance if stage.hft.strategy == "importance" else None}
         assert (half.split(":")[0] or "category") in shown
-        assert (stage.hft.importance_order == "least") is (half in ("wanda", "wanda:column") or half.endswith(":least"))
+        assert (stage.hft.importance_order == "least") is (
+            half in ("wanda", "wanda:column") or half.endswith(":least")
+        )
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,15 @@ def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained
     assert all(".mlp." in name for name in learning) is (method == "lora:ffn")
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_texts_alone_are_enough_to_measure(tmp_path):
+    (tmp_path / "general.txt").write_text("Ada lives in Rome. " * 9)
+    (tmp_path / "scores").mkdir()
+    words = ["--retention.texts", str(tmp_path / "general.txt"), "--output_dir", str(tmp_path)]
+    run_trial(Trial(BASE), tmp_path, [*QUICK[QUICK.index("--sft.max_steps") : -2], *words])
+    (found,) = json.loads((tmp_path / "scores" / "base.json").read_text())["points"]
+    assert set(found["kept"]) == {"text_loss"}
 
 
 def test_a_frontier_has_its_points_its_front_and_its_figure(small):
