@@ -108,7 +108,7 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     meter = _meter(stage)
     points, seconds, peak = [], None, None
     with trainer.accelerator.autocast():  # in the type of all later measurements
-        base = meter.base(trainer.model)  # nothing is trained yet
+        base = meter.base(trainer.model) if meter.prompts else None  # nothing is trained yet
     if trial.method != BASE:
         reset_peak_memory()
         checkpoint = last_whole_checkpoint(stage.folder)

@@ -14,7 +14,7 @@ from hft_trl import HFTError, demo
 from hft_trl.experiments.frontier import Difference, Frontier, Mean, compare_at_equal_loss, front, means, series
 from hft_trl.experiments.frontier_report import grids
 from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier
-from hft_trl.experiments.grid import METHODS, FrontierArguments, trials
+from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,6 +194,15 @@ def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained
     assert all(".mlp." in name for name in learning) is (method == "lora:ffn")
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_texts_alone_are_enough_to_measure(tmp_path):
+    (tmp_path / "general.txt").write_text("Ada lives in Rome. " * 9)
+    (tmp_path / "scores").mkdir()
+    words = ["--retention.texts", str(tmp_path / "general.txt"), "--output_dir", str(tmp_path)]
+    run_trial(Trial(BASE), tmp_path, [*QUICK[QUICK.index("--sft.max_steps") : -2], *words])
+    (found,) = json.loads((tmp_path / "scores" / "base.json").read_text())["points"]
+    assert set(found["kept"]) == {"text_loss"}
 
 
 def test_a_frontier_has_its_points_its_front_and_its_figure(small):
