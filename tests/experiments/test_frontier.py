@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hft_trl import HFTError, demo
 from hft_trl.experiments.frontier import Difference, Frontier, Mean, compare_at_equal_loss, front, means, series
 from hft_trl.experiments.frontier_report import grids
-from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier
+from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier, run_trial
 from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
 
 ROOT = Path(__file__).parents[2]
