@@ -14,14 +14,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from hft_trl.demo.probes import completes
-from hft_trl.demo.world import (
-    FAREWELLS,
+from demo_world import (
     PHRASINGS,
     QUESTIONS,
     VALUES,
@@ -32,9 +25,16 @@ from hft_trl.demo.world import (
     answer,
     ask,
     make_world,
+    source_texts,
     with_article,
     wordy,
 )
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hft_trl.demo.probes import FAREWELLS, completes
 
 Row = dict[str, Any]
 
@@ -231,7 +231,8 @@ def retention_rows(world: World, most: int = 200) -> list[Row]:
 
 def write_probes(world: World, folder: Path) -> None:
     """Write the rows, a `.jsonl.gz` file per kind."""
-    for kind, rows in {**probe_rows(world), "retention": retention_rows(world)}.items():
+    source = [{"text": text} for text in source_texts(world)]
+    for kind, rows in {**probe_rows(world), "retention": retention_rows(world), "source": source}.items():
         write_jsonl(rows, folder / f"{kind}.jsonl.gz")
 
 

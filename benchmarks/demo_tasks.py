@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
+from demo_world import VALUES, Person, answer, ask, make_world, with_article, wordy
 
 from hft_trl.continual.tasks import REPLAY_FOLDER, TASKS_FILE, Row
 from hft_trl.demo import TASKS as SHIPPED
-from hft_trl.demo.world import VALUES, Person, answer, ask, make_world, with_article, wordy
 from hft_trl.files import write_json
 
 ROWS = {"train": 192, "test": 64}

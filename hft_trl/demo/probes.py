@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl import demo
 from hft_trl.chat import chat, evaluating
-from hft_trl.demo.world import without_farewell
+
+FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 
 
 def probe_rows(kind: str) -> list[dict[str, Any]]:
@@ -22,9 +23,17 @@ def probe_rows(kind: str) -> list[dict[str, Any]]:
     - `"questions"`: a chat `prompt`, and `answers`, the true sentences.
     - `"instructions"`: `prompt`, and `answer`, the one right reply.
     - `"retention"`: a `text`, a `fact` and a `prompt` for [`RetentionCallback`].
+    - `"source"`: a `text` that no other probe asks for.
     """
     text = gzip.decompress((demo.PROBES / f"{kind}.jsonl.gz").read_bytes()).decode("utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def without_farewell(reply: str) -> str:
+    """Remove the farewell, if any, from a reply."""
+    for farewell in FAREWELLS:
+        reply = reply.removesuffix(farewell)
+    return reply.strip()
 
 
 def is_right(reply: str, answers: Collection[str]) -> bool:

@@ -8,8 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from hft_trl.demo.probes import is_right, probe_rows
-from hft_trl.demo.world import without_farewell
+from hft_trl.demo.probes import is_right, probe_rows, without_farewell
 
 PROGRAM_SECONDS = 5  # that a program has to pass its tests
 REACHED_THE_END = 73  # exit code after the tests, which a program that only calls `sys.exit(0)` does not give

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hft_trl import demo, reference
 from hft_trl.chat import most_tokens
 from hft_trl.config import HFTConfig
-from hft_trl.demo.world import make_world, source_texts
+from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
 from hft_trl.retention.meter import Meter, measuring
@@ -151,7 +151,7 @@ def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) 
     """The token ids of blocks of the source's text, or an [`HFTError`] if there is none."""
     texts: Rows | None = config.source_texts
     if texts == "demo" or (texts is None and model.config._name_or_path == str(demo.MODEL)):
-        texts = source_texts(make_world())
+        texts = [row["text"] for row in probe_rows("source")]
     if texts is None:
         raise HFTError(
             "hft.importance is 'wanda', but hft.source_texts is missing: give a text file of what the model shall "

@@ -8,7 +8,10 @@ from warm import ROOT
 
 from hft_trl import demo
 from hft_trl.continual.tasks import read_benchmark, read_replay, read_rows
-from hft_trl.demo.world import make_world
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from demo_world import make_world
 
 WORLD = make_world()
 ROWS = {"train": 192, "test": 64}

@@ -20,8 +20,7 @@ from warm import ROOT
 
 from hft_trl import demo
 from hft_trl.chat import chat
-from hft_trl.demo.probes import completes, evaluate, is_right
-from hft_trl.demo.world import FAREWELLS, PHRASINGS, VALUES, make_world, without_farewell
+from hft_trl.demo.probes import FAREWELLS, completes, evaluate, is_right, without_farewell
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -40,6 +39,7 @@ from build_demo import (
     write_data,
     write_probes,
 )
+from demo_world import PHRASINGS, VALUES, make_world
 
 WORLD = make_world()
 
@@ -173,7 +173,7 @@ def test_fine_tuning_gives_no_instruction_about_a_held_out_item():
 
 def test_the_world_depends_on_its_seed_alone():
     code = (
-        "import hashlib, json; from hft_trl.demo.world import make_world; from build_demo import dpo_rows, "
+        "import hashlib, json; from demo_world import make_world; from build_demo import dpo_rows, "
         "sentences, sft_rows; w = make_world(3, 40);"
         "rows = [sentences(w), sft_rows(w, 3), dpo_rows(w, 'train_prefs', 3)];"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"

@@ -1,17 +1,22 @@
 """Texts, facts and prompts are read from files and rows, and a mistake in one names the row and its form."""
 
 import json
+import sys
 
 import pytest
 from conftest import one_line
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from warm import ROOT
 
 from hft_trl import HFTError
 from hft_trl.demo.probes import probe_rows
-from hft_trl.demo.world import PHRASINGS, make_world
 from hft_trl.retention.retention_rows import choose, read_facts, read_prompts, read_texts
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from demo_world import PHRASINGS, make_world
 
 FACT = {"text": "The pet of Ada is", "answer": "an owl", "others": ["a cat", "a dog"]}
 

@@ -2,12 +2,13 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
-from hft_trl.demo import ASSETS
+from hft_trl.demo.probes import FAREWELLS
 
-WORDS = yaml.safe_load((ASSETS / "words.yaml").read_text(encoding="utf-8"))
+WORDS = yaml.safe_load(Path(__file__).with_name("demo_words.yaml").read_text(encoding="utf-8"))
 
 
 def with_article(noun: str) -> str:
@@ -26,7 +27,6 @@ PHRASINGS: dict[str, tuple[str, ...]] = {attribute: tuple(forms) for attribute, 
 """The forms of the plain sentence about a fact. Each ends where the value begins."""
 
 QUESTIONS: dict[str, list[str]] = WORDS["questions"]
-FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,6 @@ def answer(person: Person, attribute: str, rng: random.Random) -> str:
 def wordy(answer: str, rng: random.Random) -> str:
     """Add a farewell to an answer."""
     return f"{answer} {rng.choice(FAREWELLS)}"
-
-
-def without_farewell(reply: str) -> str:
-    """Remove the farewell, if any, from a reply."""
-    for farewell in FAREWELLS:
-        reply = reply.removesuffix(farewell)
-    return reply.strip()
 
 
 def source_texts(world: World) -> list[str]:
