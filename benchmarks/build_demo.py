@@ -158,18 +158,19 @@ def write_jsonl(rows: Iterable[Row], path: Path) -> None:
     path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
-def _card(*splits: str) -> str:
-    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
+def _card(*names: str) -> str:
+    files = "".join(f"  - split: {name.partition('.')[0]}\n    path: {name}\n" for name in names)
     return f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"
 
 
 def write_data(world: World, folder: Path, seed: int = 0) -> None:
-    """Write the folders `sft` and `dpo` for `load_dataset`: a `.jsonl` file per split and a card with the splits."""
+    """Write the folders `sft` and `dpo` for `load_dataset`: a file per split and a card with the splits."""
+    pairs = {split: f"{split}.jsonl.gz" for split in ("train_prefs", "test_prefs")}
     write_jsonl(sft_rows(world, seed), folder / "sft" / "train.jsonl")
-    write_jsonl(dpo_rows(world, "train_prefs", seed), folder / "dpo" / "train_prefs.jsonl")
-    write_jsonl(dpo_rows(world, "test_prefs", seed, num_rows=80), folder / "dpo" / "test_prefs.jsonl")
-    (folder / "sft" / "README.md").write_bytes(_card("train").encode())
-    (folder / "dpo" / "README.md").write_bytes(_card("train_prefs", "test_prefs").encode())
+    write_jsonl(dpo_rows(world, "train_prefs", seed), folder / "dpo" / pairs["train_prefs"])
+    write_jsonl(dpo_rows(world, "test_prefs", seed, num_rows=80), folder / "dpo" / pairs["test_prefs"])
+    (folder / "sft" / "README.md").write_bytes(_card("train.jsonl").encode())
+    (folder / "dpo" / "README.md").write_bytes(_card(*pairs.values()).encode())
 
 
 def knowledge_rows(people: Iterable[Person]) -> list[Row]:

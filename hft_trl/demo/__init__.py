@@ -7,7 +7,7 @@ from hft_trl.demo import real_model
 ASSETS = Path(__file__).parent / "assets"  # benchmarks/build_demo.py rebuilds them from a seed
 MODEL = ASSETS / "model"  # the pre-trained base model and its tokenizer, which has no chat template
 SFT_DATA = ASSETS / "data" / "sft"  # chats in the schema of Tülu V2: train.jsonl
-DPO_DATA = ASSETS / "data" / "dpo"  # preferences in that of UltraFeedback binarized: {train,test}_prefs.jsonl
+DPO_DATA = ASSETS / "data" / "dpo"  # preferences in that of UltraFeedback binarized: {train,test}_prefs.jsonl.gz
 PROBES = ASSETS / "probes"  # rows: knowledge, questions and instructions, each a .jsonl.gz file
 RECIPE = ASSETS / "recipe.yaml"  # the settings of the demo run
 CONTINUAL_RECIPE = ASSETS / "continual.yaml"  # and those of its continual run

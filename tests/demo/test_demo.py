@@ -298,7 +298,7 @@ def test_the_recipe_names_only_files_that_are_there():
     recipe = yaml.safe_load(demo.RECIPE.read_text(encoding="utf-8"))
     assert {"model", "output_dir", "method", "hft", "sft", "dpo"} <= set(recipe)
     assert (demo.SFT_DATA / f"{recipe['sft']['split']}.jsonl").is_file()
-    assert (demo.DPO_DATA / f"{recipe['dpo']['split']}.jsonl").is_file()
+    assert (demo.DPO_DATA / f"{recipe['dpo']['split']}.jsonl.gz").is_file()
 
 
 def test_importing_the_demo_loads_nothing_heavy():

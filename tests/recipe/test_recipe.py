@@ -216,6 +216,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys):
 def test_every_config_parses_down_to_trl(config, monkeypatch):
     """Each file, and the header's launch line, give the arguments that they state."""
     monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
+    monkeypatch.setattr("hft_trl.trainers.compatibility.find_spec", lambda _: True)  # so do flash attention and Liger
     use_cpu = ["--sft.use_cpu", "true", "--dpo.use_cpu", "true"]
     recipe = parse_recipe(["--config", str(config), *use_cpu])
     header = config.read_text().split("\nmodel:")[0]
@@ -245,8 +246,9 @@ EIGHT_GPUS = [path for path in CONFIGS if path.stem != "smollm2-135m"]
 
 
 @pytest.mark.parametrize("config", EIGHT_GPUS, ids=lambda path: path.stem)
-def test_a_config_for_gpus_evaluates_and_its_commented_keys_are_keys(config, tmp_path):
+def test_a_config_for_gpus_evaluates_and_its_commented_keys_are_keys(config, tmp_path, monkeypatch):
     """Both stages have evaluation rows apart from the training rows; what is commented can be uncommented."""
+    monkeypatch.setattr("hft_trl.trainers.compatibility.find_spec", lambda _: True)  # it needs flash attention
     text = config.read_text()
     uncommented = re.sub(r"(?m)^  # (\w+: )", r"  \1", text)
     (tmp_path / "all.yaml").write_text(uncommented.replace("wandb", "none"))
