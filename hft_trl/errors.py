@@ -94,7 +94,7 @@ def as_user_error(what: str) -> Iterator[None]:
     except HFTError:
         raise
     except MISTAKES as error:
-        raise HFTError(f"{what} can't be set up: {explained(error)}") from error
+        raise HFTError(f"{what} cannot be set up: {explained(error)}") from error
 
 
 def explained(error: BaseException) -> str:

@@ -170,7 +170,7 @@ def _refused(folder: str | Path, reason: str, resumes: bool) -> HFTError:
     # For a name that is too long, os.path.exists returns False, but Path.exists raises
     here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
     return HFTError(
-        f"{folder} can't be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make "
+        f"{folder} cannot be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make "
         "room, or change the folder's permissions, and run the same command again"
         f"{'; it resumes from the last complete checkpoint' if resumes else ''}."
     )

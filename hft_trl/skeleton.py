@@ -55,7 +55,7 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
         with torch.device("meta"), whole_models():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # constructors raise many types, for a wrong config or a missing package
-        raise HFTError(f"model {model!r} can't be built from its config: {first_line(error)}") from error
+        raise HFTError(f"model {model!r} cannot be built from its config: {first_line(error)}") from error
 
 
 def load(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:

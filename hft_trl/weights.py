@@ -157,7 +157,7 @@ def _listed(index: Path) -> dict[str, Path]:
     try:
         names = read_object(index, weight_map=dict)["weight_map"]
     except (OSError, ValueError) as error:
-        raise HFTError(f"the index {index} can't be read ({error}): save or download the model again.") from error
+        raise HFTError(f"the index {index} cannot be read ({error}): save or download the model again.") from error
     for name, file in names.items():
         if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
             raise HFTError(

@@ -1,4 +1,4 @@
-"""Settings: what can't be right is refused when it is written, and TrlParser takes the dataclass as it is."""
+"""Settings: what cannot be right is refused when it is written, and TrlParser takes the dataclass as it is."""
 
 import dataclasses
 import inspect

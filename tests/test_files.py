@@ -80,7 +80,7 @@ def small_files():
 def test_a_file_that_is_cut_short_is_one_error_whoever_writes(save, tmp_path, small_files):
     with pytest.raises(HFTError) as error, writing(tmp_path / "run" / "checkpoint-3"):
         save(tmp_path / "file")
-    assert f"{tmp_path / 'run' / 'checkpoint-3'} can't be written (" in str(error.value)
+    assert f"{tmp_path / 'run' / 'checkpoint-3'} cannot be written (" in str(error.value)
     assert "MB are free there): make room" in str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Building from a config alone: no weights are read, and what can't be trained is refused."""
+"""Building from a config alone: no weights are read, and what cannot be trained is refused."""
 
 import json
 

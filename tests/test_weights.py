@@ -154,10 +154,10 @@ def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
         ('{"weight_map": {"a": "/etc/passwd"}}', "says that a is in '/etc/passwd', which is no file beside it"),
         ('{"weight_map": {"a": ".."}}', r"says that a is in '\.\.', which is no file beside it"),
         ('{"weight_map": {"a": 7}}', "says that a is in 7, which is no file beside it"),
-        ('{"weight_map": ["a"]}', "can't be read .its 'weight_map' is"),
-        ("[]", "can't be read .it holds list instead of an object"),
-        ("{", "can't be read"),
-        ("[" * 100_000, "can't be read .it is nested too deeply"),
+        ('{"weight_map": ["a"]}', "cannot be read .its 'weight_map' is"),
+        ("[]", "cannot be read .it holds list instead of an object"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read .it is nested too deeply"),
     ],
 )
 def test_an_index_that_is_broken_or_leads_out_of_the_folder_is_refused(tmp_path, content, said):

@@ -53,7 +53,7 @@ def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool 
         if selection.config.method == "fft":
             return True
         raise HFTError(
-            f"{checkpoint} has no {SELECTION_FILE}: it was not trained with HFT, so HFT can't resume from it."
+            f"{checkpoint} has no {SELECTION_FILE}: it was not trained with HFT, so HFT cannot resume from it."
         )
     saved = Selection.load(checkpoint)
     if saved.digest != selection.digest:

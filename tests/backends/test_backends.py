@@ -1,4 +1,4 @@
-"""Backends: what can't keep a half frozen is refused before anything is loaded."""
+"""Backends: what cannot keep a half frozen is refused before anything is loaded."""
 
 from types import SimpleNamespace
 

@@ -70,7 +70,7 @@ def test_where_no_checkpoint_can_hold_it_it_is_rejected_at_start(tmp_path, monke
 def test_an_average_that_is_in_no_checkpoint_is_not_resumed(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2}
     for resumes in (False, True):
-        hft = HFTConfig(method="fft")  # TRL's callback can't do with frozen parameters
+        hft = HFTConfig(method="fft")  # TRL's callback cannot do with frozen parameters
         trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, hft, **settings)
         trainer.add_callback(BEMACallback(update_freq=1))
         if not resumes:

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it says when it can't, and what it doesn't load."""
+"""The command line: what it prints, what it says when it cannot, and what it doesn't load."""
 
 import json
 import subprocess
@@ -146,7 +146,7 @@ def test_bad_model_is_one_line_and_exit_code_2(tmp_path, prepare):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "./nowhere", "a/b/c", "no such name"])
 def test_model_that_cannot_be_found_is_one_line(name):
-    """A hub that can't be reached and a path that leads nowhere: one line with the name."""
+    """A hub that cannot be reached and a path that leads nowhere: one line with the name."""
     result = run("select", name)
     assert_one_line(result)
     assert name in result.stderr

@@ -279,7 +279,7 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
         with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
             checked(stage(target_modules=names))
     for wrong in ({"r": 0}, {"lora_dropout": 1.5}):
-        with pytest.raises(HFTError, match="the adapter of section lora can't be set up: "):
+        with pytest.raises(HFTError, match="the adapter of section lora cannot be set up: "):
             checked(stage(**wrong))
     with pytest.raises(
         HFTError, match=r"\['lm_head'\] reaches the output head or a tied embedding, which cannot be merged"

@@ -1,4 +1,4 @@
-"""Evaluation in the harness: it agrees with the probes' own loop, asks nothing twice, and says what can't be had."""
+"""Evaluation in the harness: it agrees with the probes' own loop, asks nothing twice, and says what cannot be had."""
 
 import json
 import os

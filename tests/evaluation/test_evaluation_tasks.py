@@ -168,7 +168,7 @@ def test_code_runs_only_where_it_was_asked_for(local, monkeypatch):
 def test_data_that_can_not_be_had_is_one_line(monkeypatch, manager):
     """The tests have no network."""
     monkeypatch.setattr(harness, "TaskManager", lambda **_: manager)
-    with pytest.raises(HFTError, match="the task nq_open can't be set up"):
+    with pytest.raises(HFTError, match="the task nq_open cannot be set up"):
         harness.load_tasks([task("nq_open")])
 
 

@@ -158,13 +158,13 @@ def test_fsdp2_and_ddp_refuse_each_others_checkpoints(together, base, tmp_path):
             "fsdp2",
             "sft",
             "cpu2.yaml",
-            "was saved by FSDP with FULL_STATE_DICT, whose files one process or DDP can't read",
+            "was saved by FSDP with FULL_STATE_DICT, whose files one process or DDP cannot read",
         ),
         (
             "ddp",
             "sft",
             "fsdp2.yaml",
-            "was saved by one process or DDP, whose files FSDP with FULL_STATE_DICT can't read",
+            "was saved by one process or DDP, whose files FSDP with FULL_STATE_DICT cannot read",
         ),
     ):
         output = tmp_path / f"from-{there}"

@@ -290,7 +290,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_pa
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("hft_trl.recipe.locks.os.open", refuse)
-    with pytest.raises(HFTError, match=r"sft can't be written \(Read-only file system; "):
+    with pytest.raises(HFTError, match=r"sft cannot be written \(Read-only file system; "):
         open_stages([stage(tmp_path)])
 
 

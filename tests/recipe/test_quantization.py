@@ -66,7 +66,7 @@ def test_the_recipe_trains_against_a_quantised_reference(recipe, blocks, tmp_pat
     [
         ({"sync_ref_model": True}, "sync_ref_model"),
         ({"precompute_ref_log_probs": True}, "precompute_ref_log_probs"),
-        ({"fsdp": "full_shard"}, "FSDP can't shard"),
+        ({"fsdp": "full_shard"}, "FSDP cannot shard"),
     ],
 )
 def test_what_a_quantised_reference_can_not_be_with_is_refused_before_anything(tmp_path, settings, words):

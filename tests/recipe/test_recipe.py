@@ -117,7 +117,7 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
         ("--method_ fft", ["unknown key method_: did you mean method?"]),
         (f"--config {SMALL}", ["unknown key", "did you mean model.model_name_or_path?"]),
         (f"--config {TRACE}", ["has the sections lora, which this recipe does not have", "run the recipe that"]),
-        ("--sft.bf16 true", ["sft can't be set up: Your setup doesn't support bf16/gpu", "use_cpu"]),
+        ("--sft.bf16 true", ["sft cannot be set up: Your setup doesn't support bf16/gpu", "use_cpu"]),
         ("--sft.eval_strategy sometimes", ["sft", "sometimes"]),
         ("--config nowhere.yaml", ["nowhere.yaml"]),
         ("--config", ["--config"]),
@@ -265,7 +265,7 @@ def test_a_config_for_gpus_evaluates_and_its_commented_keys_are_keys(config, tmp
 
 
 def test_the_flat_config_for_one_small_gpu_parses_down_to_trl():
-    """Every key is where it belongs, and what its settings can't be with is left out."""
+    """Every key is where it belongs, and what its settings cannot be with is left out."""
     raw = yaml.safe_load(SMALL.read_text())
     assert all(f"\n# {word}" in SMALL.read_text() for word in ("Machine:", "Memory:", "Launch:"))
     stage, _ = parse_stage("sft", SFTConfig, ["--config", str(SMALL), "--use_cpu", "true"])

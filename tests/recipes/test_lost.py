@@ -250,7 +250,7 @@ def test_files_that_can_not_be_written_in_full_stop_the_run_in_one_line(launch, 
     sft = tmp_path / "run" / "sft"
     run = launch(tmp_path / "run", before=faults.full_from_step, given=("sft", 3, largest))
     error = one_error(run)
-    assert f"{sft / 'checkpoint-3'} can't be written" in error
+    assert f"{sft / 'checkpoint-3'} cannot be written" in error
     assert "run the same command again" in error
     assert last_whole_checkpoint(sft) == str(sft / "checkpoint-2")
     launch(tmp_path / "run").finish()

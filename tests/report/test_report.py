@@ -86,7 +86,7 @@ def test_figures_that_are_not_finite_become_null(tmp_path):
 
 
 def test_failed_write_leaves_the_old_report(tmp_path):
-    """A report that can't be written as JSON doesn't touch the one that is there."""
+    """A report that cannot be written as JSON doesn't touch the one that is there."""
     report().save(tmp_path)
     with pytest.raises(TypeError):
         report(settings={"x": object()}).save(tmp_path)
@@ -132,7 +132,7 @@ def test_missing_stage_field_is_named(tmp_path, field):
     ],
 )
 def test_foreign_content_is_refused(tmp_path, change, message):
-    """What this version doesn't know or can't use is refused in one line."""
+    """What this version doesn't know or cannot use is refused in one line."""
     path = report().save(tmp_path)
     content = json.loads(path.read_text())
     change(content)
@@ -233,7 +233,7 @@ def test_views_of_an_earlier_run_do_not_stay(tmp_path):
 
 
 def test_text_keeps_command_settings_and_cells_apart():
-    """What a user typed can't break the Markdown around it."""
+    """What a user typed cannot break the Markdown around it."""
     text = report_markdown(
         report(command=["run", "a b"], settings={"x": "```"}, environment={"device": "a|b"}, base_model="m"), []
     )

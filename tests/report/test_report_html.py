@@ -309,7 +309,7 @@ def test_files_that_the_package_reads_are_shipped():
 
 
 def missing(what):
-    """Skip where a browser can't be expected; fail where the machine was set up for one."""
+    """Skip where a browser cannot be expected; fail where the machine was set up for one."""
     if os.environ.get("HFT_TRL_BROWSER") == "required":
         pytest.fail(f"HFT_TRL_BROWSER=required, but {what}")
     pytest.skip(what)

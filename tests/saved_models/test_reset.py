@@ -332,7 +332,7 @@ def test_a_folder_that_holds_anything_is_refused_and_an_empty_one_is_taken(pair,
     half_reset(*pair, out)
     AutoModelForCausalLM.from_pretrained(out)
     (tmp_path / "file").write_text("")
-    with pytest.raises(HFTError, match="can't be written"):
+    with pytest.raises(HFTError, match="cannot be written"):
         half_reset(*pair, tmp_path / "file" / "out")
 
 

@@ -225,7 +225,7 @@ def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_e
 
 
 def test_a_dtype_that_rounds_the_start_model_is_refused(base, tulu, tmp_path):
-    """The frozen half can't keep bits that loading has rounded away; a wider type keeps every value."""
+    """The frozen half cannot keep bits that loading has rounded away; a wider type keeps every value."""
     narrow = {"model_init_kwargs": {"dtype": "bfloat16"}}
     with pytest.raises(HFTError, match=r"dtype bfloat16 rounds .* which is F32"):
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **narrow)

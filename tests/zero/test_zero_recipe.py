@@ -154,12 +154,12 @@ def test_another_number_of_processes_or_backend_is_refused_before_a_step(run, tm
     command = (*command, "--output_dir", tmp_path / "run")
     one = launch(run.zero_stage, "watched.py", *command, num_processes=1, WATCH=tmp_path, check=False)
     assert one.returncode != 0
-    assert f"was saved by 2 processes, which DeepSpeed ZeRO-{run.zero_stage} can't divide into 1" in one.stderr
+    assert f"was saved by 2 processes, which DeepSpeed ZeRO-{run.zero_stage} cannot divide into 1" in one.stderr
     plain = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert plain.returncode == 2
-    assert f"was saved by DeepSpeed ZeRO-{run.zero_stage}, whose files one process or DDP can't read" in plain.stderr
+    assert f"was saved by DeepSpeed ZeRO-{run.zero_stage}, whose files one process or DDP cannot read" in plain.stderr
     assert (tmp_path / "run" / "sft" / "checkpoint-4" / "hft_checkpoint.json").is_file()
 
 
