@@ -19,6 +19,7 @@ WRITERS = ("PytorchStreamWriter", "inline_container", "Error while serializing",
 DISK = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE, errno.ENXIO),
+    errno.ELOOP,
 }
 
 

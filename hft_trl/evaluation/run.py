@@ -181,9 +181,10 @@ def _digest(content: dict[str, Any]) -> str:
 
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        return read_object(cache / f"{_digest(key)}.json", results=dict)["results"]
+        entry = read_object(cache / f"{_digest(key)}.json", results=dict, digest=str)
     except (OSError, ValueError):  # missing or torn
         return None
+    return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
@@ -193,4 +194,4 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
     }
     with writing(cache, resumes=False):
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers})
+        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})

@@ -369,7 +369,10 @@ def test_the_papers_hyper_parameters():
     assert sft.num_train_epochs == 5
     header = config.read_text().split("\nmodel:")[0]
     assert all(word in header for word in ("Machine:", "Memory:", "Needs:", "Launch:"))
+    assert recipe.auto_checkpointing
     for key, value in yaml.safe_load(config.read_text())["sft"].items():
+        if key == "activation_checkpointing":  # a key of recipes, whose value is chosen on the machine
+            continue
         found = getattr(sft, key)
         assert found == value or str(getattr(found, "value", found)) == str(value), key
 
