@@ -48,6 +48,17 @@ def _switches_of_the_process():
     assert switches() == before
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """A failure whose text no encoding can hold is shown, and does not end the run."""
+    report = yield
+    if report.longrepr is not None and not isinstance(report.longrepr, tuple):
+        text = str(report.longrepr)
+        if text != (shown := text.encode(errors="replace").decode()):
+            report.longrepr = shown
+    return report
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer without a chat template."""
