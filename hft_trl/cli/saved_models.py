@@ -5,11 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from hft_trl.cli.evaluate import ChatTemplate
 from hft_trl.cli.shared import AsJson, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import rich_table
+from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
 app = typer.Typer()
 
@@ -73,7 +72,6 @@ def repair_command(
         float, typer.Option(min=0, help="Share by which the task loss may be above that of TUNED.")
     ] = 0.02,
     max_rows: Annotated[int, typer.Option(min=1, help="Largest number of texts, facts and rows of the task.")] = 128,
-    chat_template: ChatTemplate = None,
     weight: Annotated[
         float | None, typer.Option(help="Write the average with this weight of TUNED, without measuring.")
     ] = None,
@@ -95,28 +93,22 @@ def repair_command(
             average(base, tuned, out, weight)
             typer.echo(f"{out}: {1 - weight:g} times {base} plus {weight:g} times {tuned}")
             return
-        from hft_trl.experiments.repair import WEIGHTS, repair, repair_grid
+        from hft_trl.experiments.repair import WEIGHTS, repair
 
-        record = repair(
-            base,
-            tuned,
-            out,
-            texts=texts,
-            task=task,
-            facts=facts,
-            weights=weights or WEIGHTS,
-            groups=groups,
-            config=config,
-            tolerance=tolerance,
-            max_rows=max_rows,
-            chat_template=chat_template,
-        )
+        rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
+        tried = {"weights": weights or WEIGHTS, "groups": groups, "tolerance": tolerance}
+        record = repair(base, tuned, out, config, **rows, **tried)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
     from rich.console import Console
 
-    Console(highlight=False).print(rich_table(repair_grid(record)))
+    measures = {"task_loss": "task loss", **MEASURES}
+    shown = [name for name in measures if name in record["candidates"][0]]
+    cells = [[each["name"], *(loss(each[name]) for name in shown)] for each in record["candidates"]]
+    chosen = next(number for number, row in enumerate(cells) if row[0] == record["chosen"])
+    grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown)], cells, frozenset([chosen]))
+    Console(highlight=False).print(rich_table(grid))
     why = f"the lowest loss on general text with a task loss at most {tolerance:.1%} above that of {tuned}"
     typer.echo(f"{out}: {record['chosen']}, {why}")
 

@@ -2,8 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import check_output
 from hft_trl.recipe.loading import load_split
 from hft_trl.recipe.rows import check_rendered, sft_dataset, untrained_rows
-from hft_trl.report.tables import MEASURES, Grid, loss
 from hft_trl.retention.meter import Meter
 from hft_trl.retention.retention_rows import choose
 from hft_trl.saved_models.half_reset import average_text, check_weight, draw, mixed, open_models, write, write_half
@@ -33,61 +31,19 @@ WEIGHTS = (0.25, 0.5, 0.75)
 LONGEST = 1024  # tokens of a row of the task
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """Store the weights of the tuned model in a mixture, and what was measured of it."""
-
-    name: str
-    outside: float  # outside of the layers
-    groups: tuple[float, ...]  # in each group of layers; empty for a Half-Reset
-    task_loss: float
-    kept: dict[str, float]  # `text_loss`, and `facts` if there are any
-
-
-@dataclass
-class _Bench:
-    """Hold one model in memory, put mixtures of the two saved models into it, and measure them."""
-
-    before: SavedModel
-    after: SavedModel
-    trainer: SFTTrainer
-    meter: Meter
-    tolerance: float
-    found: list[Candidate] = field(default_factory=list)
-
-    @torch.no_grad()
-    def measure(self, name: str, shares: dict[str, float], outside: float, groups: Sequence[float]) -> None:
-        for key, parameter in self.trainer.model.named_parameters():
-            parameter.copy_(mixed(self.before.parameter(key), self.after.parameter(key), shares[key]))
-        task_loss = self.trainer.evaluate()["eval_loss"]
-        kept = self.meter.measure(self.trainer.model)
-        if not math.isfinite(task_loss + kept["text_loss"]):
-            losses = f"the task loss {task_loss} and the text loss {kept['text_loss']}"
-            raise HFTError(f"{name} has {losses}, which cannot be compared: check the models, or give other rows.")
-        self.found.append(Candidate(name, outside, tuple(groups), task_loss, kept))
-
-    def best(self) -> Candidate:
-        """Return the candidate with the least text loss among those that do the task nearly as the tuned model."""
-        tuned = next(candidate for candidate in self.found if candidate.name == "tuned")
-        most = (1 + self.tolerance) * tuned.task_loss
-        able = [candidate for candidate in self.found if candidate.task_loss <= most]
-        return min(able, key=lambda candidate: (candidate.kept["text_loss"], candidate.task_loss))
-
-
 def repair(
     base: str,
     tuned: str,
     out: str | Path,
+    config: HFTConfig,
     *,
     texts: str | None = None,
     task: str | None = None,
     facts: str | None = None,
     weights: Sequence[float] = WEIGHTS,
     groups: int = 1,
-    config: HFTConfig | None = None,
     tolerance: float = 0.02,
     max_rows: int = 128,
-    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """
     Write the mixture with the least loss on general text among those that do the task nearly as the tuned model.
@@ -98,9 +54,6 @@ def repair(
     """
     for weight in weights:
         check_weight(weight)
-    for name, value, least in (("tolerance", tolerance, 0), ("max_rows", max_rows, 1), ("groups", groups, 1)):
-        if not least <= value < math.inf:
-            raise HFTError(f"{name} is {value}: it must be a number from {least}.")
     if base != "demo" and (texts is None or task is None):
         missing = "--texts" if texts is None else "--task"
         raise HFTError(f"{missing} is missing, so no model can be chosen: add it, or give the average with --weight.")
@@ -110,14 +63,8 @@ def repair(
     number = max(layers.values()) + 1
     if groups > number:
         raise HFTError(f"groups is {groups}, but the model has {number} layers: give at most {number}.")
-
-    def shares(outside: float, each: Sequence[float]) -> dict[str, float]:
-        inside = {name: each[layer * groups // number] for name, layer in layers.items()}
-        return dict.fromkeys(after.parameters, outside) | inside
-
-    half, options = draw(after, config or HFTConfig()), sorted({0.0, *map(float, weights), 1.0})
-    tokenizer = chat.load_tokenizer(str(after.path), chat_template)
-    embedded = probe_rows("retention")
+    half, options = draw(after, config), sorted({0.0, *map(float, weights), 1.0})
+    tokenizer, embedded = chat.load_tokenizer(str(after.path)), probe_rows("retention")
     meter = Meter(
         tokenizer,
         texts if texts is not None else [row["text"] for row in embedded],
@@ -125,52 +72,57 @@ def repair(
         max_rows=max_rows,
     )
     meter.check(after.skeleton)
+    found: list[dict[str, Any]] = []
+
+    def shares(outside: float, each: Sequence[float]) -> dict[str, float]:
+        if not each:
+            return dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(half.trainable, 1.0)
+        inside = {name: each[layer * groups // number] for name, layer in layers.items()}
+        return dict.fromkeys(after.parameters, outside) | inside
+
+    def measure(name: str, outside: float, each: Sequence[float]) -> None:
+        mix(trainer.model, before, after, shares(outside, each))
+        losses = {"task_loss": trainer.evaluate()["eval_loss"], **meter.measure(trainer.model)}
+        if not all(map(math.isfinite, losses.values())):
+            raise HFTError(f"{name} has {losses}, which cannot be compared: check the models, or give other rows.")
+        found.append({"name": name, "outside": outside, "groups": list(each), **losses})
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(after, tokenizer, _task_rows(task, max_rows), folder)
-        bench = _Bench(before, after, trainer, meter, tolerance)
         for weight in logging.tqdm(options, desc="Averages", disable=None):
             name = {0: "base", 1: "tuned"}.get(weight, f"average {weight:g}")
-            bench.measure(name, shares(weight, [weight] * groups), weight, [weight] * groups)
+            measure(name, weight, [weight] * groups)
         for group in logging.tqdm(range(groups) if groups > 1 else (), desc="Groups", disable=None):
-            best = bench.best()
+            chosen = best(found, tolerance)
             for weight in options:
-                each = (*best.groups[:group], weight, *best.groups[group + 1 :])
-                if each != best.groups:
-                    name = f"groups {' '.join(f'{share:g}' for share in each)}"
-                    bench.measure(name, shares(best.outside, each), best.outside, each)
-        types = after.dtypes()
-        if not any(rounds(dtype, types[name]) for name, dtype in before.dtypes().items()):
-            mixture = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(half.trainable, 1.0)
-            bench.measure(f"half-reset {half.config.ratio:g}", mixture, 1.0, ())
-    best = bench.best()
-    record = {
-        **{"base": base, "tuned": tuned, "tolerance": tolerance, "chosen": best.name},
-        "candidates": [asdict(candidate) for candidate in bench.found],
-    }
-    if best.groups:
-        text = average_text(before, after, best.outside, best.groups)
-        write(before, after, out, shares(best.outside, best.groups), "Average", text, record=record)
-    else:
+                each = [*chosen["groups"][:group], weight, *chosen["groups"][group + 1 :]]
+                if each != chosen["groups"]:
+                    measure(f"groups {' '.join(f'{share:g}' for share in each)}", chosen["outside"], each)
+        if not any(rounds(before.dtypes()[name], dtype) for name, dtype in after.dtypes().items()):
+            measure(f"half-reset {half.config.ratio:g}", 1.0, [])
+    chosen = best(found, tolerance)
+    names = {"base": base, "tuned": tuned, "tolerance": tolerance, "chosen": chosen["name"]}
+    record = {**names, "candidates": found}
+    if not chosen["groups"]:
         write_half(before, after, out, half, record)
+        return record
+    text = average_text(before, after, chosen["outside"], chosen["groups"])
+    write(before, after, out, shares(chosen["outside"], chosen["groups"]), "Average", text, record=record)
     return record
 
 
-def repair_grid(record: dict[str, Any]) -> Grid:
-    """Return a table of the content of `repair.json`."""
-    candidates = record["candidates"]
-    measures = list(candidates[0]["kept"])
-    rows = [
-        [
-            candidate["name"],
-            loss(candidate["task_loss"]),
-            *(loss(candidate["kept"][name]) for name in measures),
-            "yes" if candidate["name"] == record["chosen"] else "",
-        ]
-        for candidate in candidates
-    ]
-    chosen = frozenset(number for number, row in enumerate(rows) if row[-1])
-    title = f"{record['tuned']} mixed with {record['base']}"
-    return Grid(title, ["model", "task loss", *map(MEASURES.get, measures), "chosen"], rows, chosen)
+def best(found: Sequence[dict[str, Any]], tolerance: float) -> dict[str, Any]:
+    """Return the candidate with the least text loss among those that do the task nearly as the tuned model."""
+    tuned = next(candidate for candidate in found if candidate["name"] == "tuned")
+    able = [each for each in found if each["task_loss"] <= (1 + tolerance) * tuned["task_loss"]]
+    return min(able, key=lambda candidate: (candidate["text_loss"], candidate["task_loss"]))
+
+
+@torch.no_grad()
+def mix(model: torch.nn.Module, before: SavedModel, after: SavedModel, shares: Mapping[str, float]) -> None:
+    """Put a mixture of two saved models into one in memory, parameter by parameter."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(mixed(before.parameter(name), after.parameter(name), shares[name]))
 
 
 def _task_rows(task: str | None, most: int) -> Dataset:
@@ -178,25 +130,24 @@ def _task_rows(task: str | None, most: int) -> Dataset:
     if task is not None:
         rows = sft_dataset(load_split(task), f"task {task!r}")
         return rows.select(choose(range(len(rows)), most))
-    probes = [*probe_rows("questions"), *probe_rows("instructions")]
-    pairs = [(row["prompt"], row.get("answer") or row["answers"][0]) for row in choose(probes, most)]
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "completion": [{"role": "assistant", "content": answer}],
-            }
-            for prompt, answer in pairs
-        ]
-    )
+    pairs = [(row["prompt"], row["answers"][0]) for row in probe_rows("questions")]
+    pairs += [(row["prompt"], row["answer"]) for row in probe_rows("instructions")]
+    turns = [zip(("user", "assistant"), pair, strict=True) for pair in choose(pairs, most)]
+    return Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns])
 
 
 def _trainer(after: SavedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, folder: str) -> SFTTrainer:
     """Load the tuned model into a trainer that measures the loss on the answers of rows, in the model's own type."""
     model, marked = load(str(after.path)), "messages" in rows.column_names
-    if marked:
-        chat.mark_answers(tokenizer)
     check_rendered(tokenizer, rows, "the task")
+    if marked:
+        try:
+            chat.mark_answers(tokenizer)
+        except HFTError as error:
+            raise HFTError(
+                f"the chat template of {after.name!r} has no {{% generation %}} markers, so it does not "
+                "tell what an answer is: give the rows of the task as prompt and completion."
+            ) from error
     args = SFTConfig(
         output_dir=folder,
         assistant_only_loss=marked,
