@@ -107,7 +107,7 @@ def repair(
         write_half(before, after, out, half, record)
         return record
     text = average_text(before, after, chosen["outside"], chosen["groups"])
-    write(before, after, out, shares(chosen["outside"], chosen["groups"]), "Average", text, record=record)
+    write(before, after, out, shares(chosen["outside"], chosen["groups"]), text, record=record)
     return record
 
 

@@ -111,7 +111,7 @@ def write_half(
         f"{described(selection, 'stayed tuned')}"
     )
     shares = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(selection.trainable, 1.0)
-    return selection, write(before, after, out, shares, "Half-Reset", text, selection, record)
+    return selection, write(before, after, out, shares, text, selection, record)
 
 
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
@@ -124,7 +124,7 @@ def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float)
     check_weight(weight)
     before, after, out = open_models(base, tuned, out)
     shares = dict.fromkeys(after.parameters, float(weight))
-    write(before, after, out, shares, "Average", average_text(before, after, weight))
+    write(before, after, out, shares, average_text(before, after, weight))
 
 
 def check_weight(weight: float) -> None:
@@ -165,7 +165,6 @@ def write(
     after: SavedModel,
     out: Path,
     shares: Mapping[str, float],
-    title: str,
     text: str,
     selection: Selection | None = None,
     record: Any = None,
@@ -173,9 +172,10 @@ def write(
     """
     Write a mixture of two models completely or not at all, and return the number of changed bytes.
 
-    `shares` are those of the tuned values, by parameter. `title` and `text` are the card's, and `record` the content
-    of `repair.json`, if any.
+    `shares` are those of the tuned values, by parameter, `text` is the card's, `selection` that of a Half-Reset, and
+    `record` the content of `repair.json`, if any.
     """
+    title = "Average" if selection is None else "Half-Reset"
     with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:

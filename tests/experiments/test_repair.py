@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import one_line, tiny_llama
 from safetensors.torch import load_file
+from test_saved import tiny_moe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hft_trl import HFTConfig, HFTError, demo, half_reset, select
 from hft_trl.demo.probes import probe_rows
 from hft_trl.experiments import repair as module
 from hft_trl.retention.meter import Meter
+from hft_trl.saved_models.half_reset import average
+from hft_trl.saved_models.saved_model import SavedModel
 
 ROWS = 8
 CONFIG = HFTConfig(ratio=0.5, seed=3)
@@ -184,6 +187,34 @@ def test_a_type_that_rounds_the_base_has_no_half_reset(rows, tmp_path):
     record = module.repair("demo", str(tmp_path / "tuned"), tmp_path / "out", CONFIG, **rows, weights=[])
     assert [candidate["name"] for candidate in record["candidates"]] == ["base", "tuned"]
     assert tensors(tmp_path / "out")["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["tied", "fused"])
+def test_a_mixture_in_memory_is_the_one_in_files(tmp_path, kind):
+    """With one tensor for two modules, and with experts that are one parameter in memory and several in the files."""
+    made = partial(tiny_llama, 40, num_hidden_layers=1, tie_word_embeddings=True) if kind == "tied" else tiny_moe
+    made().save_pretrained(tmp_path / "base")
+    model = made()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    model.save_pretrained(tmp_path / "tuned")
+    average(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", 0.3)
+    before, after = (SavedModel(str(tmp_path / name)) for name in ("base", "tuned"))
+    module.mix(model, before, after, dict.fromkeys(after.parameters, 0.3))
+    written = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(parameter.equal(written[name]) for name, parameter in model.named_parameters())
+
+
+def test_rows_of_messages_need_a_template_that_marks_the_answers(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(demo.MODEL).save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(HFTError, match=r"markers.*prompt and completion") as error:
+        module.repair("demo", str(tmp_path / "tuned"), tmp_path / "out", CONFIG, max_rows=4)
+    one_line(error)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
