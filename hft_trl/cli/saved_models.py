@@ -69,7 +69,7 @@ def repair_command(
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Share by which the task loss may be above that of TUNED.")
+        float, typer.Option(min=0, max=100, help="Share by which the task loss may be above that of TUNED.")
     ] = 0.02,
     max_rows: Annotated[int, typer.Option(min=1, help="Largest number of texts, facts and rows of the task.")] = 128,
     weight: Annotated[
@@ -84,15 +84,18 @@ def repair_command(
     With the base demo, texts and task are by default the embedded world's.
     """
     config = HFTConfig(**given(ratio=ratio, seed=seed))
-    if weight is not None and (texts or task or facts or weights or as_json):
-        raise HFTError("--weight writes one average without measuring: drop the options on what is measured.")
-    with quiet():
-        from hft_trl.saved_models.half_reset import average
+    if weight is not None:
+        if any((texts, task, facts, weights, ratio, seed, as_json)):
+            raise HFTError(
+                f"--weight {weight:g} writes this average without measuring: drop the options on the choice."
+            )
+        with quiet():
+            from hft_trl.saved_models.half_reset import average
 
-        if weight is not None:
             average(base, tuned, out, weight)
-            typer.echo(f"{out}: {1 - weight:g} times {base} plus {weight:g} times {tuned}")
-            return
+        typer.echo(f"{out}: {1 - weight:g} times {base} plus {weight:g} times {tuned}")
+        return
+    with quiet():
         from hft_trl.experiments.repair import WEIGHTS, repair
 
         rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
@@ -105,9 +108,12 @@ def repair_command(
 
     measures = {"task_loss": "task loss", **MEASURES}
     shown = [name for name in measures if name in record["candidates"][0]]
-    cells = [[each["name"], *(loss(each[name]) for name in shown)] for each in record["candidates"]]
-    chosen = next(number for number, row in enumerate(cells) if row[0] == record["chosen"])
-    grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown)], cells, frozenset([chosen]))
+    marks = {record["chosen"]: "yes"}
+    cells = [
+        [each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")]
+        for each in record["candidates"]
+    ]
+    grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown), "chosen"], cells)
     Console(highlight=False).print(rich_table(grid))
     why = f"the lowest loss on general text with a task loss at most {tolerance:.1%} above that of {tuned}"
     typer.echo(f"{out}: {record['chosen']}, {why}")

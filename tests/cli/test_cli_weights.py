@@ -115,6 +115,7 @@ def test_flags_are_the_settings(runs, tmp_path, flags, setting):
 def test_repair_writes_the_average_of_a_weight(runs, tmp_path):
     result = run("repair", "demo", runs / "fft", "--out", tmp_path / "b", "--weight", "0")
     assert result.exit_code == 0, result.output
+    assert "1 times demo plus 0 times" in result.stdout
     base, out = load_file(demo.MODEL / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
     assert all(out[name].equal(base[name]) for name in base)
     assert "no hft_selection.json" in run("diff", "demo", tmp_path / "b").stdout
@@ -133,6 +134,8 @@ def test_repair_shows_what_it_measured_and_writes_what_it_chose(runs, tmp_path):
     assert result.exit_code == 0, result.output
     for name in ("base", "average 0.25", "average 0.5", "average 0.75", "tuned", "half-reset 0.3", "general text"):
         assert name in result.stdout
+    chosen = json.loads((tmp_path / "b" / "repair.json").read_text())["chosen"]
+    assert [line.split("  ")[0].strip() for line in result.stdout.splitlines() if line.endswith(" yes ")] == [chosen]
 
 
 @pytest.mark.parametrize(
