@@ -1,4 +1,4 @@
-"""`hft-trl half-reset` and `diff`: commands for the files of saved models."""
+"""`hft-trl half-reset`, `repair` and `diff`: commands for the files of saved models."""
 
 import json
 from typing import Annotated, Literal
@@ -8,7 +8,7 @@ import typer
 from hft_trl.cli.shared import AsJson, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import rich_table
+from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
 app = typer.Typer()
 
@@ -31,33 +31,92 @@ def half_reset_command(
     train_embeddings: Annotated[bool | None, setting("train_embeddings", "Keep the input embedding tuned.")] = None,
     train_lm_head: Annotated[bool | None, setting("train_lm_head", "Keep the output head tuned.")] = None,
     train_final_norm: Annotated[bool | None, setting("train_final_norm", "Keep the last norm tuned.")] = None,
-    blend: Annotated[
-        float | None, typer.Option(help="Average all parameters instead: weight of the tuned model, in [0, 1].")
-    ] = None,
 ) -> None:
     """
-    Reset half of a tuned model's layers to its base, bit for bit, or average the two.
+    Reset half of a tuned model's layers to its base, bit for bit.
 
     Files are read and written tensor by tensor; no model is loaded.
     """
-    settings = given(**locals())
-    if blend is not None and settings:
-        raise HFTError(f"--blend averages all parameters: drop --{next(iter(settings)).replace('_', '-')}.")
-    config = HFTConfig(**settings)
+    config = HFTConfig(**given(**locals()))
     with quiet():
         from hft_trl.saved_models import half_reset
 
-        if blend is not None:
-            half_reset.blend(base, tuned, out, blend)
-            text = f"{out}: {1 - blend:g} times {base} plus {blend:g} times {tuned}"
-        else:
-            selection, changed = half_reset.reset(base, tuned, out, config)
-            stays, seed = selection.share, selection.config.seed
-            text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
-            text += f"; {changed:,} bytes changed"
-            if seed != config.seed:
-                text += f" (seed {seed}, since {tuned} was trained with the half of seed {config.seed})"
+        selection, changed = half_reset.reset(base, tuned, out, config)
+    stays, seed = selection.share, selection.config.seed
+    text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
+    text += f"; {changed:,} bytes changed"
+    if seed != config.seed:
+        text += f" (seed {seed}, since {tuned} was trained with the half of seed {config.seed})"
     typer.echo(text)
+
+
+@app.command("repair")
+@exit_on_user_error()
+def repair_command(
+    base: Annotated[str, typer.Argument(help=BASE)],
+    tuned: Annotated[str, typer.Argument(help="The tuned model.")],
+    out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
+    texts: Annotated[str | None, typer.Option(help="General text: a text file, or .jsonl rows with a text.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Rows of the task: a file or data set with messages, prompt and completion.")
+    ] = None,
+    facts: Annotated[str | None, typer.Option(help="Facts to report: .jsonl, text, answer and others.")] = None,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]"),
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of layers with a weight of their own.")] = 1,
+    ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
+    seed: Annotated[int | None, setting("seed")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=100, help="Share by which the task loss may be above that of TUNED.")
+    ] = 0.02,
+    max_rows: Annotated[int, typer.Option(min=1, help="Largest number of texts, facts and rows of the task.")] = 128,
+    weight: Annotated[
+        float | None, typer.Option(help="Write the average with this weight of TUNED, without measuring.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """
+    Average a tuned model with its base, or reset half of it: what forgets least and still does the task.
+
+    Chosen is the least loss on --texts among the models whose loss on --task is at most --tolerance above TUNED's.
+    With the base demo, texts and task are by default the embedded world's.
+    """
+    config = HFTConfig(**given(ratio=ratio, seed=seed))
+    if weight is not None:
+        if any((texts, task, facts, weights, ratio, seed, as_json)):
+            raise HFTError(
+                f"--weight {weight:g} writes this average without measuring: drop the options on the choice."
+            )
+        with quiet():
+            from hft_trl.saved_models.half_reset import average
+
+            average(base, tuned, out, weight)
+        typer.echo(f"{out}: {1 - weight:g} times {base} plus {weight:g} times {tuned}")
+        return
+    with quiet():
+        from hft_trl.experiments.repair import WEIGHTS, repair
+
+        rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
+        tried = {"weights": weights or WEIGHTS, "groups": groups, "tolerance": tolerance}
+        record = repair(base, tuned, out, config, **rows, **tried)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    from rich.console import Console
+
+    measures = {"task_loss": "task loss", **MEASURES}
+    shown = [name for name in measures if name in record["candidates"][0]]
+    marks = {record["chosen"]: "yes"}
+    cells = [
+        [each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")]
+        for each in record["candidates"]
+    ]
+    grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown), "chosen"], cells)
+    Console(highlight=False).print(rich_table(grid))
+    why = f"the lowest loss on general text with a task loss at most {tolerance:.1%} above that of {tuned}"
+    typer.echo(f"{out}: {record['chosen']}, {why}")
 
 
 @app.command("diff")

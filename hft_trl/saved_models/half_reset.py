@@ -3,9 +3,9 @@
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -23,15 +23,17 @@ from transformers.utils import (
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.files import flush, resolved, sync, writing
+from hft_trl.files import flush, resolved, sync, write_json, writing
 from hft_trl.saved_models.comparison import change, check_alike
 from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
-from hft_trl.weights import CHUNK
+from hft_trl.weights import CHUNK, rounds
 
 # Copied with the weights
 COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
+
+RECORD = "repair.json"
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
@@ -67,7 +69,6 @@ def reset(
     base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None
 ) -> tuple[Selection, int]:
     """Do what [`half_reset`] does, and return also the number of changed bytes."""
-    base, tuned = str(base), str(tuned)
     config = config if config is not None else HFTConfig()
     chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
     if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
@@ -75,57 +76,76 @@ def reset(
             f"hft.method, hft.reselect and hft.strategy are {chosen}, but half-reset selects whole matrices by their "
             f"shapes: use 'hft', 'fresh', and one of {', '.join(possible)}."
         )
-    before, after, out = _open(base, tuned, out)
+    before, after, out = open_models(base, tuned, out)
+    selection = draw(after, config)
+    stays, old, new = set(selection.trainable), before.dtypes(), after.dtypes()
+    for name in after.parameters:
+        if name not in stays and rounds(old[name], new[name]):
+            raise HFTError(
+                f"{name} is {short(old[name])} in {before.name!r} and {short(new[name])} in {after.name!r}, which "
+                f"cannot hold all its values: save {after.name!r} in {short(old[name])} first."
+            )
+    return write_half(before, after, out, selection)
+
+
+def draw(after: SavedModel, config: HFTConfig) -> Selection:
+    """Select what stays tuned: with the next seed if the model was trained with the same half."""
     selection, root = select(after.skeleton, config), next(iter(after.files.values())).parent
     trained = Selection.load(root) if (root / SELECTION_FILE).is_file() else None
     while trained is not None and trained.trainable == selection.trainable and selection.frozen and config.ratio < 1:
         # What would be set back was frozen in training, and nothing would change
         config = dataclasses.replace(config, seed=config.seed + 1)
         selection = select(after.skeleton, config)
-    stays = set(selection.trainable)
-    shares = {key: float(place.parameter in stays) for key, place in after.places.items()}
-    for key, place in after.places.items():
-        old, new = after.counterpart(key, before).dtype, after.tensor(key).dtype
-        if not shares[key] and torch.promote_types(old, new) != new:
-            raise HFTError(
-                f"{place.parameter} is {short(old)} in {base!r} and {short(new)} in {tuned!r}, which cannot hold all "
-                f"its values: save {tuned!r} in {short(old)} first."
-            )
-    start = {"name_or_path": base, "weights_digest": before.digest(after.dtypes())}
+    return selection
+
+
+def write_half(
+    before: SavedModel, after: SavedModel, out: Path, selection: Selection, record: Any = None
+) -> tuple[Selection, int]:
+    """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
+    start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(selection, start_model=start)
-    with _new_folder(out) as folder:
-        changed = _write_weights(before, after, shares, folder)
-        selection.save(folder)
-        text = (
-            f"A random part of the parameters of `{tuned}` was set back to `{base}`, bit for bit; the rest is "
-            f"unchanged. Nothing was trained; {changed:,} bytes changed. Half-Reset is the pilot experiment of "
-            f"[HFT](https://arxiv.org/abs/2404.18466).\n\n{described(selection, 'stayed tuned')}"
-        )
-        _write_card(folder, before, after, "Half-Reset", text)
-    return selection, changed
+    text = (
+        f"A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is "
+        "unchanged. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).\n\n"
+        f"{described(selection, 'stayed tuned')}"
+    )
+    shares = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(selection.trainable, 1.0)
+    return selection, write(before, after, out, shares, text, selection, record)
 
 
-def blend(base: str | Path, tuned: str | Path, out: str | Path, share: float) -> None:
+def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
     """
-    Average all parameters of a tuned model and its base, as a baseline for Half-Reset.
+    Average all parameters of a tuned model and its base.
 
-    Values are `(1 - share) * base + share * tuned` with `share` in [0, 1], computed in float64 and rounded to the
+    Values are `(1 - weight) * base + weight * tuned` with `weight` in [0, 1], computed in float64 and rounded to the
     tuned model's type. Arguments and errors are those of [`half_reset`], except that types may differ.
     """
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise HFTError(f"blend is {share!r}: it must be a number in [0, 1], such as 0.5.")
-    base, tuned = str(base), str(tuned)
-    before, after, out = _open(base, tuned, out)
-    text = (
-        f"Every parameter is {1 - share:g} times that of `{base}` plus {share:g} times that of `{tuned}`. Nothing was "
-        "trained."
+    check_weight(weight)
+    before, after, out = open_models(base, tuned, out)
+    shares = dict.fromkeys(after.parameters, float(weight))
+    write(before, after, out, shares, average_text(before, after, weight))
+
+
+def check_weight(weight: float) -> None:
+    """Reject what is no weight of the tuned model in an average."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
+        raise HFTError(f"weight is {weight!r}: it must be a number in [0, 1], such as 0.5.")
+
+
+def average_text(before: SavedModel, after: SavedModel, weight: float, groups: Sequence[float] = ()) -> str:
+    """Return the text of an average's card. `groups` are the weights in groups of layers."""
+    text = f"{1 - weight:g} times that of `{before.name}` plus {weight:g} times that of `{after.name}`."
+    if {*groups} <= {weight}:
+        return f"Every parameter is {text}"
+    each = ", ".join(f"{share:g}" for share in groups)
+    return (
+        f"The layers are divided into {len(groups)} groups, from the first to the last, in which the weight of "
+        f"`{after.name}` is {each}. Every parameter outside of the layers is {text}"
     )
-    with _new_folder(out) as folder:
-        _write_weights(before, after, dict.fromkeys(after.places, float(share)), folder)
-        _write_card(folder, before, after, "Blend", text)
 
 
-def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
+def open_models(base: str | Path, tuned: str | Path, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:
     """Return both models and the resolved folder, after all checks that need no writing."""
     out = Path(out)
     with writing(out, resumes=False):
@@ -135,31 +155,50 @@ def _open(base: str, tuned: str, out: str | Path) -> tuple[SavedModel, SavedMode
         raise HFTError(f"out {str(out)!r} exists already: choose a new folder.")
     if out.is_mount():
         raise HFTError(f"out {str(out)!r} is a mount point, which cannot be replaced: choose a new folder in it.")
-    before, after = SavedModel(base), SavedModel(tuned)
+    before, after = SavedModel(str(base)), SavedModel(str(tuned))
     check_alike(before, after)
     return before, after, resolved(out)  # a link to an empty folder cannot be replaced by a folder
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `out` at the end, or is removed after an error."""
+def write(
+    before: SavedModel,
+    after: SavedModel,
+    out: Path,
+    shares: Mapping[str, float],
+    text: str,
+    selection: Selection | None = None,
+    record: Any = None,
+) -> int:
+    """
+    Write a mixture of two models completely or not at all, and return the number of changed bytes.
+
+    `shares` are those of the tuned values, by parameter, `text` is the card's, `selection` that of a Half-Reset, and
+    `record` the content of `repair.json`, if any.
+    """
+    title = "Average" if selection is None else "Half-Reset"
     with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             folder = Path(temporary, out.name)  # the temporary folder itself is accessible only to its owner
             folder.mkdir()
-            yield folder
+            changed = _write_weights(before, after, shares, folder)
+            if selection is not None:
+                selection.save(folder)
+            if record is not None:
+                write_json(folder / RECORD, record)
+            # A card's base models are hub ids, so folders are named only in the text
+            models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
+            data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
+            nothing = f"Nothing was trained; {changed:,} bytes changed."
+            ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{nothing} {text}\n").save(folder / "README.md")
             flush(folder)
             folder.replace(out)
             sync(out.parent)
+    return changed
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> int:
-    """
-    Write the tuned model's files with mixed values, and return the number of changed bytes.
-
-    `shares` are those of the tuned values.
-    """
+    """Write the tuned model's files with mixed values, and return the number of changed bytes."""
     changed = 0
     paths = sorted(set(after.files.values()))
     root = paths[0].parent
@@ -173,24 +212,19 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
             keys, metadata = opened.keys(), opened.metadata()
         tensors: dict[str, torch.Tensor] = {}
         for key in keys:
-            new, share = after.tensor(key), shares.get(key, 1.0)
-            if share != 1:
-                old = after.counterpart(key, before)
-                tuned, new = new, _mixed(old, new, share) if share else old.to(new.dtype, copy=after.is_repeated(key))
+            tensors[key] = tuned = after.tensor(key)
+            if key in after.places and (share := shares[after.places[key].parameter]) != 1:
+                new = mixed(after.counterpart(key, before), tuned, share)
                 changed += change(tuned, new).moved * new.element_size()
-            tensors[key] = new
+                # Of a tied parameter, the base's file may hold one tensor where this one holds two
+                tensors[key] = new.clone() if after.is_repeated(key) else new
         save_file(tensors, folder / path.name, metadata)
     return changed
 
 
-def _mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
+def mixed(old: torch.Tensor, new: torch.Tensor, share: float) -> torch.Tensor:
     """Return `(1 - share) * old + share * new` in the type of `new`, computed in float64 piece by piece."""
+    if share in (0, 1):
+        return new if share else old.to(new.dtype)
     pieces = zip(old.reshape(-1).split(CHUNK), new.reshape(-1).split(CHUNK), strict=True)
     return torch.cat([torch.lerp(a.double(), b.double(), share).to(new.dtype) for a, b in pieces]).view(new.shape)
-
-
-def _write_card(folder: Path, before: SavedModel, after: SavedModel, title: str, text: str) -> None:
-    # A card's base models are hub ids, so folders are named only in the text
-    models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
-    data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(folder / "README.md")

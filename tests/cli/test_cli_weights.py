@@ -1,4 +1,4 @@
-"""`hft-trl half-reset` and `hft-trl diff` on models that the recipe trained: what they print, write and exit with."""
+"""`hft-trl half-reset`, `repair` and `diff` on models that the recipe trained: what they print, write and exit with."""
 
 import contextlib
 import fcntl
@@ -112,19 +112,55 @@ def test_flags_are_the_settings(runs, tmp_path, flags, setting):
     assert all(out[name].equal((tuned if name in stays else base)[name]) for name in out)
 
 
-def test_blend_averages(runs, tmp_path):
-    result = run("half-reset", "--base", "demo", "--tuned", runs / "fft", "--out", tmp_path / "b", "--blend", "0")
+def test_repair_writes_the_average_of_a_weight(runs, tmp_path):
+    result = run("repair", "demo", runs / "fft", "--out", tmp_path / "b", "--weight", "0")
     assert result.exit_code == 0, result.output
+    assert "1 times demo plus 0 times" in result.stdout
     base, out = load_file(demo.MODEL / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
     assert all(out[name].equal(base[name]) for name in base)
     assert "no hft_selection.json" in run("diff", "demo", tmp_path / "b").stdout
 
 
+def test_repair_shows_what_it_measured_and_writes_what_it_chose(runs, tmp_path):
+    """The embedded world has rows of its own; standard output is one JSON object, or the table."""
+    flags = ("--max-rows", "4", "--weights", "0.5", "--groups", "2", "--tolerance", "9")
+    result = run("repair", "demo", runs / "fft", *flags, "--out", tmp_path / "a", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record == json.loads((tmp_path / "a" / "repair.json").read_text())
+    (tmp_path / "texts.txt").write_text("A text of any kind. " * 20)
+    flags = ("--max-rows", "4", "--texts", tmp_path / "texts.txt", "--ratio", "0.3")
+    result = run("repair", "demo", runs / "fft", *flags, "--out", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    for name in ("base", "average 0.25", "average 0.5", "average 0.75", "tuned", "half-reset 0.3", "general text"):
+        assert name in result.stdout
+    chosen = json.loads((tmp_path / "b" / "repair.json").read_text())["chosen"]
+    assert [line.split("  ")[0].strip() for line in result.stdout.splitlines() if line.endswith(" yes ")] == [chosen]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--blend", "0.5", "--seed", "3"], "drop --seed"),
-        (["--blend", "2"], "blend is 2.0"),
+        (["--weight", "2"], "weight is 2.0"),
+        (["--weight", "0.5", "--texts", "t.txt"], "drop the options"),
+        (["--weights", "nan"], "weight is nan"),
+        (["--groups", "9"], "8 layers"),
+        (["--texts", "./nowhere"], "nowhere"),
+        (["--task", "./nowhere.jsonl"], "nowhere.jsonl"),
+        (["--ratio", "0"], "hft.ratio"),
+    ],
+)
+def test_a_mistake_in_repair_is_one_line_and_exit_code_2(runs, tmp_path, flags, words):
+    result = run("repair", "demo", runs / "fft", "--out", tmp_path / "r", *flags)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert words in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         (["--ratio", "0"], "hft.ratio"),
         (["--tuned", "./nowhere"], "nowhere"),
         (["--base", "./nowhere"], "nowhere"),

@@ -1,5 +1,5 @@
 """
-Half-Reset and blend:
+Half-Reset and average:
 
 every tensor is bit for bit one model's or the other's, and the output is whole or not there.
 """
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hft_trl import HFTConfig, half_reset, select
 from hft_trl.errors import HFTError
 from hft_trl.saved_models import half_reset as reset
-from hft_trl.saved_models.half_reset import blend
+from hft_trl.saved_models.half_reset import average
 from hft_trl.selection import Selection
 from hft_trl.weights import combined_digest, fingerprint, fingerprints
 
@@ -103,7 +103,7 @@ DTYPES = st.sampled_from(
 @settings(max_examples=15, deadline=None)
 @given(config=SETTINGS, model=MODELS, dtypes=DTYPES, shards=st.sampled_from(["4KB", "20KB", "1GB"]))
 def test_every_tensor_is_bit_for_bit_one_models_or_the_others(config, model, dtypes, shards):
-    """Which one is what `select` says; the layout is the tuned model's; and the two identities of the blend hold."""
+    """Which one is what `select` says; the layout is the tuned model's; and the two identities of the average hold."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         before = tiny_llama(40, **model).to(dtypes[0])
@@ -120,9 +120,9 @@ def test_every_tensor_is_bit_for_bit_one_models_or_the_others(config, model, dty
         assert layout(root / "out") == layout(root / "tuned")
 
         for share, whole in ((0, base), (1, tuned)):
-            blend(str(root / "base"), str(root / "tuned"), root / f"blend{share}", share)
-            assert digests(root / f"blend{share}") == whole
-            assert layout(root / f"blend{share}") == layout(root / "tuned")
+            average(str(root / "base"), str(root / "tuned"), root / f"average{share}", share)
+            assert digests(root / f"average{share}") == whole
+            assert layout(root / f"average{share}") == layout(root / "tuned")
         if config["ratio"] == 1 and not config["exclude"]:
             layers = [key for key in tuned if ".layers." in key]
             assert [out[key] for key in layers] == [tuned[key] for key in layers]
@@ -130,7 +130,7 @@ def test_every_tensor_is_bit_for_bit_one_models_or_the_others(config, model, dty
 
 @settings(max_examples=10, deadline=None)
 @given(share=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_a_blend_is_the_average_of_every_parameter(share, dtype):
+def test_an_average_is_that_of_every_parameter(share, dtype):
     """Computed in float64 and rounded once; what is equal in both models keeps its bits."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -140,12 +140,12 @@ def test_a_blend_is_the_average_of_every_parameter(share, dtype):
         kept = model.get_parameter(same).detach().clone()
         moved(model).get_parameter(same).data = kept
         model.save_pretrained(root / "tuned")
-        blend(str(root / "base"), str(root / "tuned"), root / "out", share)
+        average(str(root / "base"), str(root / "tuned"), root / "out", share)
         base, tuned, out = tensors(root / "base"), tensors(root / "tuned"), tensors(root / "out")
         for key, value in out.items():
-            average = (1 - share) * base[key].double() + share * tuned[key].double()
+            expected = (1 - share) * base[key].double() + share * tuned[key].double()
             error = torch.finfo(dtype).eps * (base[key].abs() + tuned[key].abs()).double()
-            assert ((value.double() - average).abs() <= error).all(), key
+            assert ((value.double() - expected).abs() <= error).all(), key
         assert torch.equal(out[same], kept)
 
 
@@ -183,12 +183,12 @@ def test_the_output_is_a_model_with_tokenizer_card_and_selection(pair, tmp_path)
 def test_paths_are_taken_like_names(pair, tmp_path):
     base, tuned = map(Path, pair[:2])
     assert half_reset(base, tuned, tmp_path / "r").start_model["name_or_path"] == str(base)
-    blend(base, tuned, tmp_path / "b", 0.5)
+    average(base, tuned, tmp_path / "b", 0.5)
 
 
-def test_a_blend_has_a_card_and_no_selection(pair, tmp_path):
+def test_an_average_has_a_card_and_no_selection(pair, tmp_path):
     """The tuned model's own selection and card would be untrue of it."""
-    blend(*pair, tmp_path / "out", 0.25)
+    average(*pair, tmp_path / "out", 0.25)
     assert not (tmp_path / "out" / "hft_selection.json").exists()
     assert "0.75" in (tmp_path / "out" / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -313,9 +313,9 @@ def test_settings_that_say_nothing_here_are_refused(pair, tmp_path, setting):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "0.5", float("nan")])
-def test_a_blend_out_of_range_is_refused(pair, tmp_path, share):
-    with pytest.raises(HFTError, match="blend is"):
-        blend(*pair, tmp_path / "out", share)
+def test_a_weight_out_of_range_is_rejected(pair, tmp_path, share):
+    with pytest.raises(HFTError, match="weight is"):
+        average(*pair, tmp_path / "out", share)
     assert not list(tmp_path.iterdir())
 
 
