@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_ends_the_round(make):
         (["--hft.reselect=same"], "hft.reselect is given"),
         (["--lora.rank", "4"], "unknown key lora.rank"),
         (["--approach", "sequential", "--lora.r", "4"], "lora.r is given, but sequential does not use it"),
-        (["--lora", "4"], "--lora is a section: set one of its keys, such as --lora.r"),
+        (["--lora", "4"], "--lora is a section: set a key of it, such as --lora.r"),
     ],
 )
 def test_what_does_not_go_together_is_said_in_one_line(words, complaint):
