@@ -208,6 +208,7 @@ def _check_chat(
             if not calls:  # some templates write no content beside a call (Llama 3.1)
                 expected[mark] = f"message {turn}, of role {message['role']!r}"
     try:
+        tokenizer.apply_chat_template(messages, tools=tools, **settings)
         text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
         without = tokenizer.apply_chat_template(marked, **settings) if tools else None
     except Exception as error:  # a template is a program, which can fail in any way
