@@ -1,7 +1,5 @@
 """Evaluate the models of a recipe for its report."""
 
-import gzip
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +11,7 @@ from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
-from hft_trl.demo.probes import evaluate
+from hft_trl.demo.probes import evaluate, probe_rows
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.run import evaluate_models, find_models
 from hft_trl.evaluation.samples import sample_answers
@@ -65,8 +63,7 @@ def sample_stages(
     empty: a report is worth more than its samples.
     """
     if start.model_name_or_path == str(demo.MODEL):
-        kinds = (demo.PROBES / f"{kind}.jsonl.gz" for kind in ("questions", "instructions"))
-        prompts = [json.loads(gzip.decompress(path.read_bytes()).splitlines()[0])["prompt"] for path in kinds]
+        prompts = [probe_rows(kind)[0]["prompt"] for kind in ("questions", "instructions")]
     else:
         found = (_question(row) for row in islice(rows or [], LOOKED_AT))
         prompts = list(islice((prompt for prompt in found if prompt and len(prompt) <= LONGEST), SAMPLES))

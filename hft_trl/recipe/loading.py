@@ -56,6 +56,16 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     return dataset
 
 
+def check_apart(source: str, split: str, eval_split: str) -> None:
+    """Reject evaluation on the training rows of a file: both splits must be parts of it."""
+    if Path(source).is_file() and "train" in (split, eval_split) and eval_split.startswith("train"):
+        raise HFTError(
+            f"dataset {source!r} is one file, so eval_split {eval_split!r} has rows of split {split!r}, and the model "
+            "would be evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split "
+            "'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
+        )
+
+
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
     """Apply `split` to a data set from `load_from_disk`, as `load_dataset` does."""
     named = dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})

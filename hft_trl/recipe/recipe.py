@@ -83,8 +83,12 @@ def parse_recipe(
         stage_hft = dataclasses.replace(stage_hft, method=data.method or run.method)
         base = first if model is not first else None
         mixture = mixture if mixture.datasets else None
-        parsed[name] = Stage(name, model, data, args, stage_hft, mixture, base, auto_checkpointing, retention)
-        parsed[name].first_folder = Path(run.output_dir) / next(iter(stages))
+        parsed[name] = Stage(
+            name, model, data, args, stage_hft, mixture, base,
+            auto_checkpointing=auto_checkpointing,
+            retention=retention,
+            first_folder=Path(run.output_dir) / next(iter(stages)),
+        )  # fmt: skip
         # The next stage starts from a folder, which has no revision
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     own = {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()}
@@ -147,7 +151,8 @@ def parse_stage(
     )
     retention = retention_section(taken(RetentionArguments, flat, "retention_"), start)
     mixture = mixture if mixture.datasets else None
-    return Stage(name, start, data, args, hft, mixture, None, auto_checkpointing, retention), extra.overwrite
+    stage = Stage(name, start, data, args, hft, mixture, auto_checkpointing=auto_checkpointing, retention=retention)
+    return stage, extra.overwrite
 
 
 def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:

@@ -105,10 +105,10 @@ def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase 
 
 def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     args, name = stage.args, start.model_name_or_path
-    rows = {"train_dataset": (stage.train_dataset, stage.data.split)}
+    given = {"train_dataset": (stage.train_dataset, stage.data.split)}
     if stage.eval_dataset is not None:
-        rows["eval_dataset"] = stage.eval_dataset, stage.data.eval_split
-    rows = {key: _sample(rows, f"{stage.source}, split {split}", tokenizer) for key, (rows, split) in rows.items()}
+        given["eval_dataset"] = stage.eval_dataset, stage.data.eval_split
+    samples = {key: _sample(rows, f"{stage.source}, split {split}", tokenizer) for key, (rows, split) in given.items()}
     with _naming(stage, "trackers can be set up", "report_to"):
         for kind in get_reporting_integration_callbacks(args.report_to):
             kind()
@@ -123,7 +123,7 @@ def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokeni
             model,
             args=_tried(args, folder),
             processing_class=tokenizer,
-            **rows,
+            **samples,
             **({} if isinstance(args, SFTConfig) else {"ref_model": copy.deepcopy(model)}),
         )
     check_ids(trainer.train_dataset, tokenizer, config, name)

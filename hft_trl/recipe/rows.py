@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Value
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -163,8 +164,10 @@ def untrained_rows(
     rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
 ) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    # TRL drops such rows, but keeps them inside packs. KTO splits each pair into two rows.
-    lost = 0 if packing else max(0, rows - len(prepared))
+    lost = max(0, rows - len(prepared))  # KTO splits each pair into two rows
+    if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted
+        batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
+        lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)
     if lost >= rows:
         raise HFTError(
             f"none of the {rows} rows of {name} has a token to train on within max_length {max_length}: raise "

@@ -23,7 +23,7 @@ from hft_trl.files import writing
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.loading import load_mixture, load_split
+from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
 from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
@@ -112,6 +112,8 @@ class Stage:
                 f"{self.name}: eval_strategy is {str(args.eval_strategy.value)!r} but there is no eval_split to "
                 "evaluate on: set eval_split, or eval_strategy to 'no'."
             )
+        if evaluates and self.mixture is None:
+            check_apart(self.data.dataset, self.data.split, self.data.eval_split)
         self.train_dataset = self._load_split(self.data.split)
         self.eval_dataset = self._load_split(self.data.eval_split) if evaluates else None
         if isinstance(args, SFTConfig):

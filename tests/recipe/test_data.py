@@ -10,7 +10,7 @@ from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.loading import load_mixture, load_split
+from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -145,3 +145,15 @@ def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_h
     (tmp_path / "b.jsonl").write_text('{"chosen": "x", "rejected": "y"}\n')
     with pytest.raises(HFTError, match=r"its files differ, there are 2 new columns .*chosen"):
         load_split(str(tmp_path))
+
+
+@pytest.mark.parametrize(("split", "eval_split"), [("train", "train"), ("train", "train[9:]"), ("train[:9]", "train")])
+def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu, split, eval_split):
+    path = tmp_path / "chats.jsonl"
+    tulu.to_json(path)
+    with pytest.raises(HFTError) as error:
+        check_apart(str(path), split, eval_split)
+    assert f"eval_split {eval_split!r} has rows of split {split!r}" in one_line(error)
+    check_apart(str(path), "train[:95%]", "train[95%:]")
+    check_apart(str(tmp_path), split, eval_split)
+    check_apart("org/hub", split, eval_split)

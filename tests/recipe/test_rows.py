@@ -79,7 +79,11 @@ def test_a_side_that_does_not_end_with_the_assistant_is_refused():
 def test_rows_without_a_trained_token_are_counted_and_all_of_them_refused():
     kept = Dataset.from_dict({"input_ids": [[1, 2]] * 3, "labels": [[-100, 2]] * 3})
     assert untrained_rows(5, kept, "chats", 2) == 2
-    assert untrained_rows(5, kept, "chats", 2, packing=True) == 0  # packs are fewer than rows
+    packed = Dataset.from_dict({"labels": [[-100, -100, 3, 4], [-100, 2]], "seq_lengths": [[2, 2], [2]]})
+    assert untrained_rows(3, packed, "chats", 4, packing=True) == 0
+    untrained = Dataset.from_dict({"labels": [[-100, -100], [-100]]})
+    with pytest.raises(HFTError, match="none of the 3 rows"):
+        untrained_rows(3, untrained, "chats", 2, packing=True)
     with pytest.raises(HFTError, match="none of the 5 rows of chats has a token to train on within max_length 2"):
         untrained_rows(5, kept.select([]), "chats", 2)
 
