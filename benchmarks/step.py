@@ -1,4 +1,4 @@
-"""
+r"""
 Time and memory of a training step: full fine-tuning, HFT, and what to hold them against.
 
 ```bash

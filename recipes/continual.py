@@ -1,4 +1,4 @@
-"""
+r"""
 Continual learning: task after task, a fresh half of the model in every round, and a measure of forgetting.
 
 Without arguments it learns eight small tasks with a small embedded model, in a few minutes on a CPU:

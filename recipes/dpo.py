@@ -1,4 +1,4 @@
-"""
+r"""
 Direct preference optimisation with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files,
 and HFT's.
 

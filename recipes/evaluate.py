@@ -1,4 +1,4 @@
-"""
+r"""
 Evaluate models in lm-evaluation-harness, side by side with the base that they were trained from.
 
 ```bash

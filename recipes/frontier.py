@@ -1,4 +1,4 @@
-"""
+r"""
 What a model learns against what it keeps, for several methods and learning rates, on your own model and data.
 
 Without arguments it runs on the embedded model and data, in a few minutes on two CPU cores:

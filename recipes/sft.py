@@ -1,4 +1,4 @@
-"""
+r"""
 Supervised fine-tuning with half of the model learning, in TRL's own flat style: TRL's flags and YAML files, and HFT's.
 
 ```bash

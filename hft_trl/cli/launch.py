@@ -1,8 +1,9 @@
 """`hft-trl sft`, `dpo` and `chain` launch the recipes, and `hft-trl recipe copy` copies one out."""
 
-import ast
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,8 +62,8 @@ def launch_recipe(ctx: typer.Context) -> None:
     """Run the recipe of a command with `accelerate launch`, and exit with its code."""
     script = shipped("recipes") / f"{COMMANDS[ctx.info_name or '']}.py"
     if {"-h", "--help"} & {*ctx.args}:
-        typer.echo(ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))))
-        return
+        sys.argv = [str(script), "--help"]
+        runpy.run_path(str(script), run_name="__main__")
     from subprocess import CalledProcessError
 
     from accelerate.commands.launch import launch_command, launch_command_parser

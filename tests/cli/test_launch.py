@@ -77,11 +77,17 @@ def test_the_exit_code_is_the_recipe_s(tmp_path, monkeypatch, config, ending):
     assert result.exit_code == ENDINGS[ending], result.output
 
 
-def test_help_is_the_recipe_s():
-    for command, recipe in (("sft", "sft"), ("dpo", "dpo"), ("chain", "sft_then_dpo")):
+def test_help_is_the_recipe_s_with_its_flags(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["hft-trl"])  # which the recipe reads, and the command replaces
+    for command, recipe, flag in (
+        ("sft", "sft", "--ratio"),
+        ("dpo", "dpo", "--beta"),
+        ("chain", "sft_then_dpo", "--hft.ratio"),
+    ):
         result = run(command, "--help")
         assert result.exit_code == 0
         assert f"accelerate launch recipes/{recipe}.py" in result.stdout
+        assert f"{flag} float" in result.stdout
 
 
 @pytest.mark.parametrize(
