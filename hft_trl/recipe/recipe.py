@@ -194,5 +194,6 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     read = Report.load(folder)  # all views show the file's content
     write_views(read, folder)
     print_report(read)
-    compared = shlex.join([demo.shown(start.model_name_or_path), str(stages[-1].folder)])
+    # The last stage's own start: one earlier would differ where earlier stages learned
+    compared = shlex.join([demo.shown(stages[-1].model.model_name_or_path), str(stages[-1].folder)])
     sys.stdout.write(f"report: {Path(folder) / PAGE_FILE}\nnext: hft-trl diff {compared}\n")

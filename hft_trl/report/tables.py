@@ -157,7 +157,7 @@ def _least(columns: Iterable[str]) -> int:
 def table(grid: Grid) -> str:
     """Format a table in Markdown."""
     head = f"| {' | '.join(map(_cell, grid.columns))} |"
-    rule = f"|:---|{'---:|' * (len(grid.columns) - 1)}"
+    rule = f"|:---|{(':---|' if grid.prose else '---:|') * (len(grid.columns) - 1)}"
     body = []
     for number, row in enumerate(grid.rows):
         bold = "**" if number in grid.closing else ""

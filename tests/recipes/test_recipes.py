@@ -122,7 +122,7 @@ def test_a_run_leaves_models_selections_and_a_report(finished_run):
         learn = f"{counts['trainable_params']:,} of {counts['total_params']:,} parameters learn"
         assert result.stdout.count(f"== {name}: HFT, {learn} (") == 1
     assert result.stdout.count("starts at step 0 ==") == 2
-    assert result.stdout.endswith(f"report: {output}/report.html\nnext: hft-trl diff demo {output}/dpo\n")
+    assert result.stdout.endswith(f"report: {output}/report.html\nnext: hft-trl diff {output}/sft {output}/dpo\n")
 
 
 def test_the_frozen_half_is_the_bases_byte_for_byte(finished_run):
