@@ -124,6 +124,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_missing(source: str) -> bool:
+    """Return whether a name is a path that does not exist, and cannot be a hub id."""
+    path = Path(source)
+    longer = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    return not path.exists() and (longer or ("/" in source and path.parent.is_dir()))
+
+
 def check_output(flag: str, path: str | Path, is_file: bool = False) -> None:
     """Reject an output that cannot be written before the work for it begins. Nothing is left behind."""
     path = Path(path)

@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, first_line
+from hft_trl.files import is_missing
 from hft_trl.weights import weight_files
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -26,6 +27,16 @@ def shape_of(model: str) -> str:
     return demo.model_path(model)
 
 
+def check_folder(model: str) -> None:
+    """Reject the path of a model that does not exist, and the folder of a run, which holds several models."""
+    folder = Path(model)
+    if is_missing(model):
+        raise HFTError(f"model folder {model!r} does not exist: correct the path, or give a hub id.")
+    stages = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    if stages and not (folder / "config.json").is_file():
+        raise HFTError(f"model folder {model!r} is a run: give one of its models, {' or '.join(stages)}.")
+
+
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """
     Build a causal LM on the meta device, without reading weights. Other models are rejected.
@@ -33,6 +44,7 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
     `revision` is a branch, tag or commit on the hub. A model that is missing, quantised or no causal LM raises an
     [`HFTError`].
     """
+    check_folder(model)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING

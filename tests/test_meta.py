@@ -5,8 +5,10 @@ import json
 import pytest
 from conftest import tiny_llama
 from transformers import BertConfig, GPT2Config, T5Config, WhisperConfig
+from typer.testing import CliRunner
 
 from hft_trl import HFTError
+from hft_trl.cli import app
 from hft_trl.skeleton import build_on_meta
 
 
@@ -59,3 +61,30 @@ def test_code_from_the_repository_does_not_run_unless_it_is_trusted(tmp_path):
     (tmp_path / "own.py").write_text("raise SystemExit('code ran')")
     with pytest.raises(HFTError, match="trust_remote_code"):
         build_on_meta(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["diff", "demo"],
+        ["repair", "demo"],
+        ["half-reset", "--base", "demo", "--tuned"],
+        ["select"],
+        ["plan"],
+        ["generate"],
+    ],
+)
+def test_every_command_names_a_missing_folder_and_the_models_of_a_run(command, tmp_path):
+    """The hub is not asked for them, nor is a model built."""
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "config.json").write_text("{}")
+    more = {"generate": ["--prompts", "hi"], "repair": ["--out", "new"], "half-reset": ["--out", "new"]}.get(
+        command[0], []
+    )
+    for name, words in (
+        ("none", "does not exist: correct the path"),
+        ("run", f"is a run: give one of its models, {tmp_path}/run/sft"),
+    ):
+        found = CliRunner().invoke(app, [*command, str(tmp_path / name), *more])
+        assert found.exit_code == 2
+        assert f"model folder '{tmp_path}/{name}' {words}" in " ".join(found.stderr.split())

@@ -24,6 +24,7 @@ from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import check_output, read_object, write_json, writing
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
+from hft_trl.skeleton import check_folder
 from hft_trl.trainers.compatibility import check
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
@@ -44,6 +45,7 @@ def find_models(names: Iterable[str], base: str | None = None) -> dict[str, Path
 
 def find_model(name: str) -> Path:
     """Return the folder of one model of [`find_models`], without waiting for other processes."""
+    check_folder(demo.model_path(name))
     folder = Path(demo.model_path(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -117,13 +117,6 @@ def at_home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
-def is_missing(source: str) -> bool:
-    """Return whether a name is a path that does not exist, and cannot be a hub id."""
-    path = Path(source)
-    longer = path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    return not path.exists() and (longer or ("/" in source and path.parent.is_dir()))
-
-
 def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
     """Reject numbers with which training would fail late or never end, in a section such as `"sft."`."""
     for name, value in given.items():

@@ -9,7 +9,7 @@ from datasets.table import CastError
 from trl import DatasetMixtureConfig, get_dataset
 
 from hft_trl.errors import HFTError, as_user_error, first_line
-from hft_trl.recipe.arguments import is_missing
+from hft_trl.files import is_missing
 from hft_trl.saved_models.digests import content_digest
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

@@ -14,9 +14,9 @@ from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.memory import DTYPES
-from hft_trl.recipe.arguments import ModelArguments, is_missing
+from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.selection import find_units
-from hft_trl.skeleton import build_on_meta
+from hft_trl.skeleton import build_on_meta, check_folder
 from hft_trl.weights import check_not_rounded, check_readable, rounds, weight_files
 
 
@@ -24,12 +24,8 @@ def check_model(model: ModelArguments, args: TrainingArguments, hft: HFTConfig |
     """Check that a whole causal LM can be trained as launched. `hft` is `None` for an adapter."""
     trains_half = hft is not None and hft.method == "hft"
     folder = Path(model.model_name_or_path)
-    if is_missing(model.model_name_or_path):
-        raise HFTError(f"model folder {str(folder)!r} does not exist: correct the path, or give a hub id.")
+    check_folder(model.model_name_or_path)
     if folder.is_dir():
-        stages = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
-        if stages and not (folder / "config.json").is_file():
-            raise HFTError(f"model folder {str(folder)!r} is a run: give one of its models, {' or '.join(stages)}.")
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
                 f"model folder {str(folder)!r} is an adapter, no whole model: merge it into the model that it was "

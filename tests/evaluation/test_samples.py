@@ -60,7 +60,7 @@ def test_sample_answers_are_the_models_own_and_need_no_padding_token(base, tmp_p
     tokenizer.save_pretrained("saved")
     assert sample_answers("saved", prompts, 8) == expected
     assert any(expected)
-    with pytest.raises(HFTError, match=r"'\./gone' is neither a folder nor"):
+    with pytest.raises(HFTError, match=r"model folder '\./gone' does not exist"):
         sample_answers("./gone", prompts)
 
 
