@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-deepspeed test-gpu lint clean
+.PHONY: demo test test-long test-deepspeed test-gpu lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml recipes/sft_then_dpo.py
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes minutes each: many kills, thousands of rows, whole recipes in two processes, benchmarks.
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 test-deepspeed: $(VENV)/.installed-deepspeed
 	PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest -m deepspeed tests/zero

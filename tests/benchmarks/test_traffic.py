@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,6 +14,8 @@ from hft_trl.continual.continual_arguments import ContinualArguments
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.experiments.runner import run_points
 
+pytestmark = pytest.mark.long
+
 GRID = runpy.run_path(str(ROOT / "benchmarks" / "continual.py"))
 
 

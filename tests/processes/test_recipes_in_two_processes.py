@@ -8,6 +8,8 @@ from launch import RECIPES, ROOT, finish, free_port, on_cpu, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.long
+
 QUICK = ["--sft.max_steps", 2, "--dpo.max_steps", 2]
 
 

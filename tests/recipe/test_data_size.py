@@ -18,6 +18,8 @@ from hft_trl import HFTConfig, HFTSFTTrainer, exit_on_user_error
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.rows import sft_dataset
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 TRAINERS_PASSES = {"Tokenizing train dataset", "Building labels for train dataset", "Truncating train dataset"}
 

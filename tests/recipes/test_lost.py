@@ -17,6 +17,8 @@ from warm import ROOT, Run
 from hft_trl import demo
 from hft_trl.checkpoints.whole import last_whole_checkpoint, torn_because
 
+pytestmark = pytest.mark.long
+
 QUICK = [
     "--sft.split", "train[:64]", "--sft.per_device_train_batch_size", 8, "--sft.max_steps", 6, "--sft.save_steps", 1,
     "--dpo.split", "train_prefs[:32]", "--dpo.per_device_train_batch_size", 4, "--dpo.max_steps", 4,
