@@ -54,7 +54,9 @@ def exit_on_user_error() -> Iterator[None]:
             time.sleep(LATER)
         from hft_trl.redact import redact_text
 
-        sys.stderr.write(f"error: {redact_text(' '.join(str(error).split()))}\n")
+        line = redact_text(" ".join(str(error).split()))
+        # A damaged file can hold half of a surrogate pair, which a captured stream cannot encode
+        sys.stderr.write(f"error: {line.encode('utf-8', 'backslashreplace').decode()}\n")
         sys.exit(2)
     except Stopped as stop:
         if stop.message:

@@ -12,7 +12,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 
 from hft_trl import HFTError
-from hft_trl.files import check_output, replacing, write_json, writing
+from hft_trl.errors import exit_on_user_error
+from hft_trl.files import check_output, replacing, write_json, write_text, writing
 
 
 @pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.replace"])
@@ -109,3 +110,14 @@ def test_an_output_is_checked_before_the_work_and_nothing_is_left_behind(tmp_pat
             check_output("--flag", tmp_path / path, is_file)
     assert (tmp_path / "file").read_text() == "kept"
     assert {path.name for path in tmp_path.rglob("*")} == {"new", "file"}
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape(tmp_path, capsys):
+    """JSON may hold one, in a damaged config for example: a report or an error that quotes it is still written."""
+    write_text(tmp_path / "report.md", "a \ud800 b")
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "a \\ud800 b"
+    write_json(tmp_path / "rows.json", {"a": "\ud800"}, ensure_ascii=False)
+    assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8")) == {"a": "\ud800"}
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise HFTError("model 'x' is a \ud800, which is no causal LM.")
+    assert capsys.readouterr().err == "error: model 'x' is a \\ud800, which is no causal LM.\n"

@@ -80,7 +80,7 @@ def test_a_run_folder_is_answered_with_its_models_and_a_missing_folder_is_called
         f"run' is a run: give one of its models, {tmp_path}/run/dpo or {tmp_path}/run/sft."
     )
     for name in (tmp_path / "none", "tests/none", "./none"):
-        with pytest.raises(HFTError, match=rf"model folder '{Path(name)}' does not exist: correct the path"):
+        with pytest.raises(HFTError, match=rf"model folder '{name}' does not exist: correct the path"):
             stage_of(name).check()
     with pytest.raises(HFTError, match="'nobody/none' has no readable config"):
         stage_of("nobody/none").check()
