@@ -1,5 +1,6 @@
 """Which points of a frontier no other dominates, and what methods keep at an equal task loss, with paired tests."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -155,17 +156,18 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
     """
     Compare what two series keep at an equal task loss, seed by seed.
 
-    In each seed, the best that a series keeps at a task loss is interpolated between its own points. The difference
-    (ours minus theirs, in the unit of `kept`) is the mean over the losses that both reach. `None` if they have no
-    such loss in common in at least two seeds.
+    In each seed, the best that a series keeps at a task loss is interpolated between its own points. One that is
+    better than all others stands alone. The difference (ours minus theirs, in the unit of `kept`) is the mean over the
+    losses that both reach. Seeds that lack models are left out. `None` if fewer than two seeds remain.
     """
-    differences = []
+    differences, counts = [], Counter((series(point), point["seed"]) for point in points)
+    complete = {s: max(count for (name, _), count in counts.items() if name == s) for s in (ours, theirs)}
     for seed in sorted({point["seed"] for point in points if point["method"] != BASE}):
-        curves = [_curve([p for p in points if p["seed"] == seed and series(p) == s], kept) for s in (ours, theirs)]
-        if min(len(losses) for losses, _ in curves) < 2:
+        if any(counts[s, seed] < count for s, count in complete.items()):
             continue
+        curves = [_curve([p for p in points if p["seed"] == seed and series(p) == s], kept) for s in complete]
         low, high = max(losses.min() for losses, _ in curves), min(losses.max() for losses, _ in curves)
-        if low >= high:
+        if low > high:
             continue
         losses = np.linspace(low, high, 101)
         ours_kept, theirs_kept = (np.interp(losses, *curve) for curve in curves)

@@ -115,6 +115,7 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         peak = peak_memory()
         seconds = _seconds(trainer, checkpoint)
+    trainer.args.loss_type = "nll"  # the task loss is one figure, whatever loss was trained
     for post_hoc in versions(trainer.model, stage, trial, grid):
         learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in LEARNED}
         kept = meter.measure(trainer.model, base)

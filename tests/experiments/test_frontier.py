@@ -136,8 +136,18 @@ def test_a_seed_in_which_a_method_is_not_finished_is_left_out():
     """The results are written after each model."""
     points = [point("fft", loss, 4 - loss, rate=loss, seed=s) for loss in (0.5, 0.7) for s in (1, 2, 3)]
     points += [point("hft", loss, 5 - loss, rate=loss, seed=s, ratio=0.5) for loss in (0.5, 0.7) for s in (1, 2)]
+    points.append(point("hft", 0.5, 9.0, rate=0.5, seed=3, ratio=0.5))  # one of two
     found = compare_at_equal_loss(points, "hft", "fft", "text_loss")
     assert (found.seeds, found.mean) == (2, pytest.approx(1))
+
+
+def test_a_seed_in_which_one_model_is_the_best_of_its_method_in_both_figures_counts():
+    """Left out, it would count only where a method's rates trade one figure for the other."""
+    points = [point("fft", loss, 3 - loss, rate=loss, seed=1) for loss in (0.5, 0.7)]
+    points += [point("fft", 0.6, 2.4, rate=0.5, seed=2), point("fft", 0.8, 2.9, rate=0.7, seed=2)]
+    points += [point("hft", loss, 4 - loss, rate=loss, seed=s, ratio=0.5) for loss in (0.5, 0.7) for s in (1, 2)]
+    found = compare_at_equal_loss(points, "hft", "fft", "text_loss")
+    assert (found.seeds, found.mean, found.ahead) == (2, pytest.approx(1), 0)
 
 
 def test_means_are_over_the_seeds_of_the_same_method_rate_and_treatment():
@@ -203,6 +213,19 @@ def test_texts_alone_are_enough_to_measure(tmp_path):
     run_trial(Trial(BASE), tmp_path, [*QUICK[QUICK.index("--sft.max_steps") : -2], *words])
     (found,) = json.loads((tmp_path / "scores" / "base.json").read_text())["points"]
     assert set(found["kept"]) == {"text_loss"}
+
+
+def test_the_task_loss_is_one_figure_whatever_loss_was_trained(tmp_path):
+    """TRL's own `eval_loss` is that of `loss_type`."""
+    losses = set()
+    for loss_type in ("nll", "dft"):
+        output = tmp_path / loss_type
+        (output / "scores").mkdir(parents=True)
+        words = ["--sft.loss_type", loss_type, "--output_dir", str(output)]
+        run_trial(Trial(BASE), output, [*QUICK[QUICK.index("--sft.max_steps") : -2], *words])
+        (found,) = json.loads((output / "scores" / "base.json").read_text())["points"]
+        losses.add(found["learned"]["loss"])
+    assert len(losses) == 1
 
 
 def test_a_frontier_has_its_points_its_front_and_its_figure(small):
