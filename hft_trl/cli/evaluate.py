@@ -119,7 +119,7 @@ def generate_command(
         prompts = [row["instruction"] for row in rows]
     length = max_new_tokens or (2048 if alpaca_eval else 256)
     with quiet():
-        from hft_trl.evaluation.samples import sample_answers
+        from hft_trl.evaluation.run import sample_answers
 
         options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "progress": alpaca_eval}
         answers = {model: sample_answers(model, prompts, length, **options) for model in models}

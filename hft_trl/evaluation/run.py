@@ -1,9 +1,9 @@
-"""Evaluation of models on suites, with a cache of finished tasks."""
+"""Evaluation of models on suites, with a cache of finished tasks, and greedy answers to prompts."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
 
 from hft_trl import demo
-from hft_trl.chat import load_tokenizer, prompt_ids
+from hft_trl.backends.zero import whole_models
+from hft_trl.chat import chat, load_tokenizer, prompt_ids
 from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
-from hft_trl.errors import HFTError, first_line
+from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import check_output, read_object, write_json, writing
@@ -148,6 +150,32 @@ def evaluate_models(
         limit=limit,
         versions=versions,
     )
+
+
+def sample_answers(
+    model: str,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[str]:
+    """
+    Return a model's greedy answers to one-turn prompts in its chat template (Tülu's if it has none).
+
+    `model` is a folder, a hub id, `"demo"` or `"smollm2"`. Each process that calls this loads a whole model. An
+    unknown model or a prompt that is too long for it raises an [`HFTError`].
+    """
+    folder = find_model(model)
+    tokenizer = load_tokenizer(str(folder), chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    with as_user_error(f"the model {model!r}"), whole_models():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return chat(loaded, tokenizer, prompts, max_new_tokens, batch_size, progress)
 
 
 def _task_digest() -> str:
