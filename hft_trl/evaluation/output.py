@@ -41,15 +41,16 @@ def score_grids(evaluation: Evaluation) -> list[Grid]:
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
     grids = {suite: evaluation_grid(_report(evaluation, [suite])) for suite in evaluation.scores}
     return [
-        replace(grid, title=f"{suite}{grid.title.removeprefix('Evaluation').removesuffix(')')}{limit})")
+        replace(grid, title=f"{suite}{grid.title.removeprefix('Evaluation').removesuffix(')')}{limit})", note="")
         for suite, grid in grids.items()
     ]
 
 
 def _notes(evaluation: Evaluation) -> list[str]:
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in evaluation.meanings.items())
     names = ", ".join(evaluation.skipped)
     note = f"{names} was skipped and is not part of the average: it runs code that the model wrote."
-    return [f"{note} Allow this with --run-code."] if names else []
+    return [*([f"{meanings}."] if meanings else []), *([f"{note} Allow this with --run-code."] if names else [])]
 
 
 def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
@@ -58,7 +59,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
     parts, figure = ["# Evaluation"], score_figure(evaluation)
     for grid in score_grids(evaluation):
-        parts += [f"## {grid.title}", table(grid), *([f"{grid.note}."] if grid.note else [])]
+        parts += [f"## {grid.title}", table(grid)]
     parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
     parts += [f"![scores]({picture.name})"] if figure is not None else []
     parts.append(f"Every figure comes from `{data.name}`, {evaluation.created}.")
