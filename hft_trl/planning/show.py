@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from hft_trl.planning.fit import RESERVED, Plan, Planner
-from hft_trl.planning.task import Task
+from hft_trl.planning.memory import Task
 from hft_trl.report.tables import Grid
 
 PARTS = {

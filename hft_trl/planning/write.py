@@ -10,7 +10,7 @@ from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import check_output, replacing, resolved, write_text, writing
 from hft_trl.planning.fit import Plan
-from hft_trl.planning.task import Task
+from hft_trl.planning.memory import Task
 
 OPTIONS = ("train_embeddings", "frozen_dtype", "frozen_quantization", "optimizer_in_backward", "replicate_frozen")
 OF_FROZEN_HALF = ("frozen_dtype", "frozen_quantization", "replicate_frozen")
