@@ -1,10 +1,7 @@
 """Parse the command line of a continual run, and plan and prepare its rounds."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, par
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.skeleton import build_on_meta
+from hft_trl.weights import combined_digest
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +117,15 @@ class ContinualRecipe:
             data, memory_file = DataArguments(str(files[0])), files[1] if memory else None
             planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
             rounds.append(Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **planned))
-        by_first_process(partial(_write_rows, output, contents))
+
+        def write() -> None:
+            with writing(output):
+                lock(output)
+                for path, content in contents.items():
+                    if content:
+                        write_json_once(path, content)
+
+        by_first_process(write)
         return rounds
 
     def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -132,8 +138,8 @@ class ContinualRecipe:
             "dtype": self.model.dtype,
             "revision": self.model.model_revision,
             "max_new_tokens": run.max_new_tokens,
-            "train_sets": _digest([task.train for task in tasks]),
-            "test_sets": _digest([task.test for task in tasks]),
+            "train_sets": combined_digest([task.train for task in tasks])[:16],
+            "test_sets": combined_digest([task.test for task in tasks])[:16],
         }
         if run.approach in ADAPTERS:
             settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
@@ -153,14 +159,13 @@ class ContinualRecipe:
 def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
     """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
     for name, limit in limits.items():
-        if max_new_tokens >= limit:
+        if limit is not None and max_new_tokens >= limit:
             raise HFTError(
                 f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
                 "prompts."
             )
-    return min(limits.values(), default=None)
+    return min(filter(None, limits.values()), default=None)
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
@@ -183,12 +188,8 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
     """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
     values, flags = read_sections(argv, default_config, KEYS, help_text)
-    given = [
-        f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
-        for section, tokens in flags.items()
-        for flag in tokens
-        if flag.startswith("--")
-    ]
+    names = ((section, flag[2:].partition("=")[0]) for section in flags for flag in flags[section] if flag[:2] == "--")
+    given = [f"{section}.{name.replace('-', '_')}".removeprefix(".") for section, name in names]
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
@@ -214,15 +215,3 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
     recipe.arguments(run.output_dir, 1)  # rejects mistakes in them now
     return recipe
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
-    with writing(output):
-        lock(output)
-        for path, rows in files.items():
-            if rows:
-                write_json_once(path, rows)

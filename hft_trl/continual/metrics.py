@@ -4,12 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import Any
 
 import regex
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 Metric = Callable[[str, str], float]
 """Takes a prediction and the answer."""
@@ -44,7 +41,7 @@ def rouge_l(prediction: str, answer: str) -> float:
 
 
 @cache
-def _scorer() -> "RougeScorer":
+def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Words())

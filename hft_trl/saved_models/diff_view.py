@@ -12,7 +12,7 @@ from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
 from hft_trl.report.tables import Grid, change, count, percent
-from hft_trl.saved_models.comparison import Change
+from hft_trl.saved_models.diff import Change
 from hft_trl.selection import LAYER_CATEGORIES
 
 if TYPE_CHECKING:

@@ -24,16 +24,13 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, resolved, sync, write_json, writing
-from hft_trl.saved_models.comparison import change, check_alike
+from hft_trl.saved_models.diff import change, check_alike
 from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK, rounds
 
-# Copied with the weights
-COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
-
-RECORD = "repair.json"
+COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)  # copied with the weights
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
@@ -62,13 +59,6 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type cannot
             hold the base's values, or if `out` is not empty or cannot be written.
     """
-    return reset(base, tuned, out, config)[0]
-
-
-def reset(
-    base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None
-) -> tuple[Selection, int]:
-    """Do what [`half_reset`] does, and return also the number of changed bytes."""
     config = config if config is not None else HFTConfig()
     chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
     if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
@@ -101,8 +91,8 @@ def draw(after: SavedModel, config: HFTConfig) -> Selection:
 
 def write_half(
     before: SavedModel, after: SavedModel, out: Path, selection: Selection, record: Any = None
-) -> tuple[Selection, int]:
-    """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
+) -> Selection:
+    """Write a Half-Reset, and return its selection. `record` is as in [`write`]."""
     start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(selection, start_model=start)
     text = (
@@ -111,7 +101,8 @@ def write_half(
         f"{described(selection, 'stayed tuned')}"
     )
     shares = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(selection.trainable, 1.0)
-    return selection, write(before, after, out, shares, text, selection, record)
+    write(before, after, out, shares, text, selection, record)
+    return selection
 
 
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
@@ -168,9 +159,9 @@ def write(
     text: str,
     selection: Selection | None = None,
     record: Any = None,
-) -> int:
+) -> None:
     """
-    Write a mixture of two models completely or not at all, and return the number of changed bytes.
+    Write a mixture of two models completely or not at all.
 
     `shares` are those of the tuned values, by parameter, `text` is the card's, `selection` that of a Half-Reset, and
     `record` the content of `repair.json`, if any.
@@ -185,7 +176,7 @@ def write(
             if selection is not None:
                 selection.save(folder)
             if record is not None:
-                write_json(folder / RECORD, record)
+                write_json(folder / "repair.json", record)
             # A card's base models are hub ids, so folders are named only in the text
             models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
             data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
@@ -194,7 +185,6 @@ def write(
             flush(folder)
             folder.replace(out)
             sync(out.parent)
-    return changed
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> int:
