@@ -142,18 +142,16 @@ def other_settings(runs: Mapping[str, Scores]) -> list[str]:
 
 def matrix_figure(scores: Scores) -> "Figure":
     """Draw the score on each task after each round as a heat map. Tasks not seen by then are gray."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     tasks, matrix = scores["tasks"], scores["matrix"]
-    cells = np.full((len(matrix), len(tasks)), np.nan)
     figure = Figure(figsize=(1.8 + 0.72 * len(tasks), 1.6 + 0.45 * len(matrix)), layout="constrained")
     axes = figure.add_subplot(facecolor="#DDDDDD", xlabel="score on", ylabel="after", title=run_name(scores))
     text = {"ha": "center", "va": "center", "fontsize": 8}
     for number, row in enumerate(matrix):
-        cells[number, : len(row)] = row
         for task, score in enumerate(row):
             axes.text(task, number, f"{score:.0f}", color="black" if score < 60 else "white", **text)
+    cells = [row + [float("nan")] * (len(tasks) - len(row)) for row in matrix]
     image = axes.imshow(cells, cmap=PALE_TO_DARK, vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", parse_math=False)
     axes.set_yticks(range(len(matrix)), [planned["name"] for planned in scores["rounds"]])

@@ -65,7 +65,7 @@ def read_benchmark(folder: str | Path) -> list[Task]:
             f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
             f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
         )
-    return [_task(name, folder / name, metric, epochs) for name, (metric, epochs) in TRACE.items()]
+    return [_from_yaml({"name": name}, name, folder) for name in TRACE]
 
 
 def read_tasks(path: str | Path) -> list[Task]:
@@ -101,15 +101,11 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
         raise HFTError(f"{where} has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise HFTError(f"{where} has epochs {epochs!r}: it must be a whole number of at least 1.")
-    if isinstance(files, dict) and files.keys() >= {"train", "test"}:
-        return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
-    if not isinstance(files, str):
+    if isinstance(files, str):
+        files = {"train": f"{files}/train.json", "test": f"{files}/test.json"}
+    if not isinstance(files, dict) or not files.keys() >= {"train", "test"}:
         raise HFTError(f"{where} has files {files!r}: give a folder, or a file each for train and test.")
-    return _task(name, folder / files, metric, epochs)
-
-
-def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
-    return Task(name, read_rows(folder / "train.json"), read_rows(folder / "test.json"), metric, epochs)
+    return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
@@ -138,7 +134,8 @@ def encode(
         )
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
-        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), row["prompt"] + row["answer"]])
+        # Tokens begin with a space, so spaces at the end of a prompt belong to the answer
+        prompt, whole = _without_end(tokenizer, [row["prompt"].rstrip(" "), row["prompt"] + row["answer"]])
         whole = [*whole, tokenizer.eos_token_id]
         # A token that spans prompt and answer belongs to the answer
         start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
@@ -158,15 +155,10 @@ def encode_prompts(
     prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[list[list[int]], int]:
     """Encode prompts for generation. Return the token ids of each, and the number of truncated prompts."""
-    rows = _without_end(tokenizer, [_question(prompt) for prompt in prompts])
+    rows = _without_end(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
     if max_length is None:
         return rows, 0
     return [row[-max_length:] for row in rows], sum(len(row) > max_length for row in rows)
-
-
-def _question(prompt: str) -> str:
-    """Remove spaces at the end of a prompt: tokens begin with a space, so these belong to the answer."""
-    return prompt.rstrip(" ")
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,6 @@
 """Evaluation of models on suites, with a cache of finished tasks, and greedy answers to prompts."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.skeleton import check_folder
 from hft_trl.trainers.compatibility import check
+from hft_trl.weights import combined_digest
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
@@ -205,16 +205,12 @@ def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
     )
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        entry = read_object(cache / f"{_digest(key)}.json", results=dict, digest=str)
+        entry = read_object(cache / f"{combined_digest(key)}.json", results=dict, digest=str)
     except (OSError, ValueError):  # missing or torn
         return None
-    return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
+    return entry["results"] if combined_digest(entry["results"]) == entry["digest"] else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
@@ -224,4 +220,5 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
     }
     with writing(cache, resumes=False):
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})
+        entry = {"key": key, "results": numbers, "digest": combined_digest(numbers)}
+        write_json(cache / f"{combined_digest(key)}.json", entry)

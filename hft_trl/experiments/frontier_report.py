@@ -13,7 +13,7 @@ from hft_trl.experiments.grid import BASE, FrontierArguments
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.figures import GREY, plain, save_figure, stage_colours
+from hft_trl.report.figures import GREY, panels, plain, save_figure, stage_colours
 from hft_trl.report.tables import Grid, rich_table, table
 
 if TYPE_CHECKING:
@@ -89,10 +89,8 @@ def grids(found: Frontier) -> list[Grid]:
 
 def frontier_figure(found: Frontier) -> "Figure":
     """Draw the task loss against what is kept, a curve per method, with the front marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = panels(1)
+    figure.set_size_inches(8, 5.5)
     names = [name for name in dict.fromkeys(model.series for model in found.models) if name != BASE]
     colours = dict(zip([BASE, *names], [GREY, *stage_colours(len(names) + 1)[1:]], strict=True))
     for name, colour in colours.items():
@@ -125,9 +123,6 @@ def frontier_figure(found: Frontier) -> "Figure":
         axes.invert_yaxis()  # kept more: upwards
     axes.set_xlabel("task loss on the evaluation split (learned more to the right)")
     axes.set_ylabel(f"{KEPT[found.kept]}, kept more upwards")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
     if found.models:
         axes.legend(frameon=False, fontsize=9)
     return figure

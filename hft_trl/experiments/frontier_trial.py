@@ -112,9 +112,10 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     if trial.method != BASE:
         reset_peak_memory()
         checkpoint = last_whole_checkpoint(stage.folder)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
         peak = peak_memory()
-        seconds = _seconds(trainer, checkpoint)
+        if checkpoint is None:  # else the seconds before it are unknown
+            seconds = trained.metrics["train_runtime"]
     for post_hoc in versions(trainer.model, stage, trial, grid):
         learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in LEARNED}
         kept = meter.measure(trainer.model, base)
@@ -204,13 +205,6 @@ def _meter(stage: Stage) -> Meter:
     if meter is None:
         raise HFTError("retention is missing: give texts, facts or prompts, such as --retention.texts general.txt.")
     return meter
-
-
-def _seconds(trainer: SFTTrainer, checkpoint: str | None) -> float | None:
-    """Return the seconds of training. Those of a resumed run are unknown before its checkpoint."""
-    if checkpoint is not None:
-        return None
-    return next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row)
 
 
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:

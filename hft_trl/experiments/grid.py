@@ -45,12 +45,9 @@ class FrontierArguments:
             raise HFTError("learning_rates is empty: give at least one, such as 1e-5 3e-5 lora=3e-4.")
         for method in self.methods:
             self.rates(method)
-        if self.seeds < 1:
-            raise HFTError(f"seeds is {self.seeds}: it must be at least 1.")
-        if self.workers is not None and self.workers < 1:
-            raise HFTError(f"workers is {self.workers}: it must be at least 1.")
-        if self.lora_rank < 1:
-            raise HFTError(f"lora_rank is {self.lora_rank}: it must be at least 1.")
+        for name in ("seeds", "workers", "lora_rank"):
+            if (value := vars(self)[name]) is not None and value < 1:
+                raise HFTError(f"{name} is {value}: it must be at least 1.")
         for name, values in (("ratios", self.ratios), ("average", self.average)):
             wrong = [value for value in values if not 0 < value <= 1]
             if wrong or (name == "ratios" and not values):
