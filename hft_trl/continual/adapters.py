@@ -85,7 +85,6 @@ class OLoRATrainer(AdapterTrainer):
 
 
 def lora_config(lora: LoRAArguments) -> LoraConfig:
-    """Build PEFT's config of an adapter."""
     settings = asdict(lora)
     del settings["o_lora_lambda"]
     if lora.target_modules == ["all-linear"]:

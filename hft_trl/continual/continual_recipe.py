@@ -49,8 +49,6 @@ KEYS = {
 
 @dataclasses.dataclass
 class ContinualRecipe:
-    """Store a parsed continual run."""
-
     run: ContinualArguments
     model: ModelArguments  # the base
     hft: HFTConfig  # settings of each round, unless it trains an adapter

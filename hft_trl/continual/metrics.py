@@ -65,5 +65,4 @@ METRICS: dict[str, Metric] = {
 
 
 def mean_score(metric: str, predictions: Sequence[str], answers: Sequence[str]) -> float:
-    """Compute the mean of a metric over a test set."""
     return fmean(map(METRICS[metric], predictions, answers))

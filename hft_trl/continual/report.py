@@ -51,7 +51,6 @@ def _markdown(scores: Scores) -> str:
 
 
 def print_scores(folder: str | Path) -> None:
-    """Print the scores of a run as a table."""
     from rich.console import Console
 
     Console().print(rich_table(score_grid(read_scores(folder))))
@@ -98,7 +97,6 @@ def run_name(scores: Scores) -> str:
 
 
 def transfer(scores: Scores, number: int = -1) -> str:
-    """Format the backward transfer after a round."""
     return NONE if scores["approach"] in WITHOUT_TRANSFER else f"{scores['bwt'][number]:+.1f}"
 
 

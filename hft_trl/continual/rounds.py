@@ -86,8 +86,6 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
 
 @dataclass(frozen=True)
 class Answered:
-    """Store the result of a round's model on a task."""
-
     score: float  # of the task's metric, from 0 to 100
     empty: int  # predictions without any text, which score 0
     truncated: int  # prompts that were truncated from the left
@@ -169,7 +167,6 @@ class Round(Stage):
     truncated_rows: int = 0
 
     def check(self) -> None:
-        """Check the start model, and the adapter if the round trains one."""
         super().check()
         if self.adapter is not None:
             from hft_trl.continual.adapters import check_adapter  # needs peft
@@ -177,11 +174,9 @@ class Round(Stage):
             check_adapter(self.model, self.args, self.adapter)
 
     def sources(self) -> set[Path]:
-        """Return the folders of the earlier rounds that it starts from."""
         return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
 
     def saved_weights(self) -> list[Path]:
-        """Return the files with the weights of the finished round."""
         adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
         return super().saved_weights() + adapter
 

@@ -20,14 +20,12 @@ def probes(kind: str, **_: Any) -> DatasetDict:
 
 
 def grade_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Grade the answer to a chat question."""
     reply = results[0].strip()
     right = is_right(reply, doc["answers"])
     return {"right": float(right), "concise": float(right and reply == without_farewell(reply))}
 
 
 def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Grade the reply to an instruction."""
     return {"right": float(results[0].strip() == doc["answer"])}
 
 

@@ -74,7 +74,6 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the tables of an evaluation on standard output."""
     console = Console(highlight=False)
     for grid in score_grids(evaluation):
         console.print(rich_table(grid))

@@ -21,8 +21,6 @@ class Score:
 
 @dataclass
 class Evaluation:
-    """Scores of models on suites."""
-
     models: dict[str, str]  # digest by name, the base first
     scores: dict[str, dict[str, dict[str, Score]]]  # by suite, model and heading
     averaged: dict[str, list[str]]  # headings whose mean is the average, by suite

@@ -101,7 +101,6 @@ class Frontier:
 
 
 def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
-    """Read the results of the finished trials."""
     points = []
     for path in files:
         try:

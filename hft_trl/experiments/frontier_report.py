@@ -56,7 +56,6 @@ Made by `python recipes/frontier.py {shlex.join(redact(list(argv)))}` on {dateti
 
 
 def print_frontier(found: Frontier, output: Path) -> None:
-    """Print the tables and the recommendation."""
     console = Console()
     for grid in grids(found):
         console.print(rich_table(grid))

@@ -142,7 +142,6 @@ LEARNED = ("eval_loss", "eval_mean_token_accuracy")
 
 
 def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrainer:
-    """Build the trainer of a trial with the settings of the stage."""
     given = {
         "model": stage.model.model_name_or_path,
         "args": stage.args,

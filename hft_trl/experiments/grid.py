@@ -54,7 +54,6 @@ class FrontierArguments:
                 raise HFTError(f"{name} is {values}: each must be above 0 and at most 1.")
 
     def rates(self, method: str) -> list[str]:
-        """Return the learning rates of a method, as they were written."""
         own = [rate.partition("=")[2] for rate in self.learning_rates if rate.partition("=")[0] == method]
         found = own or [rate for rate in self.learning_rates if "=" not in rate]
         if not found:
@@ -76,13 +75,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the name of its files."""
         ratio = "" if self.ratio is None else f"-{self.ratio:g}"
         method = self.method.replace(":", "-")
         return method if method == BASE else f"{method}{ratio}-{self.learning_rate}-{self.seed}"
 
     def flags(self) -> list[str]:
-        """Return the flags of a recipe with which it is trained."""
         kind, _, half = self.method.partition(":")
         words = ["--method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
         words += ["--hft.seed", str(self.seed)]

@@ -41,7 +41,6 @@ class Point:
 
 
 def result_file(output: Path, name: str) -> Path:
-    """Return the file of a result."""
     return output / "scores" / f"{name}.json"
 
 

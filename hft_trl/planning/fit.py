@@ -54,7 +54,6 @@ class Plan:
 
     @property
     def checkpointing(self) -> str:
-        """Return the checkpointed layers in words."""
         return {0: "none", 1: "full"}.get(self.checkpointed, f"every {self.checkpointed} layers")
 
 

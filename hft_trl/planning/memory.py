@@ -60,7 +60,6 @@ class Storage:
 
     @property
     def in_eight_bits(self) -> bool:
-        """Whether the optimizer stores its state in 8 bits."""
         return "8bit" in self.optim
 
 

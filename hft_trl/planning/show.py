@@ -44,13 +44,11 @@ def memory_grid(plans: list[Plan]) -> Grid:
 
 
 def heading(model: str, task: Task) -> str:
-    """Return the task in one line."""
     machine = f"{task.gpus} GPU{'s' if task.gpus > 1 else ''} of {task.gpu_memory / 1e9:g} GB"
     return f"{model}: {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}"
 
 
 def task_json(model: str, task: Task) -> dict[str, Any]:
-    """Return the task, with memory in bytes."""
     names = ("stage", "gpus", "gpu_memory", "sequence_length", "global_batch")
     return {
         "model": model,

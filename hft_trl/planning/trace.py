@@ -30,8 +30,6 @@ OUTPUTS = {"sft": ("log_probs", "entropy", "is_top1"), "dpo": ("log_probs", "ent
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of a traced step."""
-
     stage: Literal["sft", "dpo"]
     micro_batch: int  # rows, or pairs, per GPU
     length: int  # tokens per row

@@ -104,7 +104,6 @@ def _dump(section: dict[str, Any]) -> str:
 
 
 def _arguments(task: Task, plan: Plan) -> dict[str, Any]:
-    """Return the trainer's arguments of a plan."""
     arguments = {
         "lr_scheduler_type": "linear",
         "max_length": task.sequence_length,

@@ -115,7 +115,6 @@ class ModelDiff:
 
     @property
     def method(self) -> str | None:
-        """Return `"hft"` or `"fft"`, or `None` if the model has no selection."""
         return self.selection.config.method if self.selection else None
 
     @property

@@ -90,7 +90,6 @@ def category_grid(diff: "ModelDiff") -> Grid:
 
 
 def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
-    """Return all figures as plain JSON."""
     return {"base": diffs[0].base, "models": [_model_json(diff) for diff in diffs]}
 
 

@@ -116,7 +116,6 @@ class SavedModel:
                 yield theirs, ours
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the type of each parameter on disk."""
         return {place.parameter: self.tensor(key).dtype for key, place in self.places.items()}
 
     def digest(self, dtypes: Mapping[str, torch.dtype]) -> str:
