@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hft_trl.cli import continual, evaluate, launch, plan, saved_models
+from hft_trl.cli import evaluate, launch, plan, saved_models
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
@@ -27,7 +27,7 @@ app = typer.Typer(
 app.add_typer(evaluate.app)
 app.add_typer(saved_models.app)
 app.add_typer(plan.app)
-app.add_typer(continual.app, name="continual")
+app.add_typer(evaluate.continual_app, name="continual")
 app.add_typer(launch.app)
 app.add_typer(launch.recipe_app, name="recipe")
 main = app  # entry point of the console script

@@ -89,9 +89,8 @@ def plan_command(
         from hft_trl.chat import most_tokens
         from hft_trl.planning.fit import TIGHT, Planner, operations_ratios
         from hft_trl.planning.memory import Storage, Task
-        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
-        from hft_trl.planning.write import new_files
-        from hft_trl.planning.write import write as write_plan
+        from hft_trl.planning.show import heading, memory_grid, new_files, plan_json, task_json, what_helps
+        from hft_trl.planning.show import write as write_plan
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 

@@ -18,8 +18,7 @@ from hft_trl.backends.zero import whole_models
 from hft_trl.chat import complete
 from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, Approach
-from hft_trl.continual.metrics import mean_score
-from hft_trl.continual.tasks import Row, Task, encode, encode_prompts
+from hft_trl.continual.tasks import Row, Task, encode, encode_prompts, mean_score
 from hft_trl.files import read_object, write_json_once, writing
 from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage

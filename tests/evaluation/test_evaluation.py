@@ -33,8 +33,8 @@ from hft_trl.evaluation import (
     score_grids,
     write_evaluation,
 )
-from hft_trl.evaluation.output import score_figure
 from hft_trl.evaluation.run import _score, evaluate_models, find_models
+from hft_trl.evaluation.scores import score_figure
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.evaluation import evaluate_stages
 
