@@ -19,6 +19,7 @@ continual_app = typer.Typer(
     help="Continual learning: finished runs of recipes/continual.py.", no_args_is_help=True, rich_markup_mode=None
 )
 
+OUTPUTS = Path("runs/alpaca_eval/outputs.json")
 BatchSize = Annotated[int, typer.Option(min=1, help="Batch size of each process.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none.")
@@ -92,9 +93,7 @@ def generate_command(
         list[str], typer.Option(help="A question, as often as you like. With --alpaca-eval a file, alpaca_eval.json.")
     ],
     alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write a file in alpaca_eval's format.")] = False,
-    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = Path(
-        "runs/alpaca_eval/outputs.json"
-    ),
+    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = OUTPUTS,
     generator: Annotated[str | None, typer.Option(help="Name in that file; by default MODEL.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of its prompts; by default all.")] = None,
     max_new_tokens: Annotated[

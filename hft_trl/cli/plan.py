@@ -34,17 +34,12 @@ def plan_command(
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory per GPU, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of the longest rows. [default: 4096, or fewer if the model is limited]")
+        int | None, typer.Option(help="Longest rows in tokens. [default: at most 4096]")
     ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option(help="Rows, or pairs, per optimizer step. [default: sft 128, dpo 32]")
-    ] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Rows per step. [default: sft 128, dpo 32]")] = None,
     launch: Annotated[
         str | None,
-        typer.Option(
-            help="File of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. "
-            "[default: the first of ddp and fsdp2 that fits]"
-        ),
+        typer.Option(help="single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype in a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
@@ -52,23 +47,20 @@ def plan_command(
     frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
     optimizer_in_backward: Annotated[
         bool,
-        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
+        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation or clipping."),
     ] = False,
     replicate_frozen: Annotated[
         bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[
-        Literal["category", "layer", "model"] | None,
-        setting("strategy", "What the ratio applies to: each category, the layers, or the whole model."),
+        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio applies to.")
     ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
     ] = None,
-    write: Annotated[
-        str | None, typer.Option(help="Folder to write recipe.yaml and launch.sh for both stages to.")
-    ] = None,
+    write: Annotated[str | None, typer.Option(help="Folder for recipe.yaml and launch.sh of both stages.")] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -23,8 +23,7 @@ def half_reset_command(
     out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned, in (0, 1].")] = None,
     strategy: Annotated[
-        Literal["category", "layer", "model"] | None,
-        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio is a share of.")
     ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude", "Regular expressions on names: always reset.")] = None,
@@ -61,8 +60,7 @@ def repair_command(
     ] = None,
     facts: Annotated[str | None, typer.Option(help="Facts to report: .jsonl, text, answer and others.")] = None,
     weights: Annotated[
-        list[float] | None,
-        typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]"),
+        list[float] | None, typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]")
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Groups of layers with a weight of their own.")] = 1,
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
@@ -85,9 +83,7 @@ def repair_command(
     config = HFTConfig(**given(ratio=ratio, seed=seed))
     if weight is not None:
         if any((texts, task, facts, weights, ratio, seed, as_json)):
-            raise HFTError(
-                f"--weight {weight:g} writes this average without measuring: drop the options on the choice."
-            )
+            raise HFTError(f"--weight {weight:g} measures nothing: drop the options on the choice.")
         with quiet():
             from hft_trl.saved_models.half_reset import average
 
@@ -108,10 +104,8 @@ def repair_command(
     measures = {"task_loss": "task loss", **MEASURES}
     shown = [name for name in measures if name in record["candidates"][0]]
     marks = {record["chosen"]: "yes"}
-    cells = [
-        [each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")]
-        for each in record["candidates"]
-    ]
+    found = record["candidates"]
+    cells = [[each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")] for each in found]
     grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown), "chosen"], cells)
     Console(highlight=False).print(rich_table(grid))
     why = f"the lowest loss on general text with a task loss at most {tolerance:.1%} above that of {tuned}"

@@ -22,11 +22,7 @@ from hft_trl.skeleton import build_on_meta
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
-    """
-    Train a LoRA adapter for `model`, a folder or hub id, as [`~trl.SFTTrainer`] does.
-
-    At the end it saves the merged model, with the adapter alone in `adapter/`.
-    """
+    """Train a LoRA adapter as TRL does, and save the merged model, with the adapter in `adapter/`."""
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
@@ -115,10 +111,7 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
     if structure.config.get_text_config().tie_word_embeddings:
         unmerged.append(structure.get_input_embeddings())
     if any(isinstance(module, LoraLayer) for module in unmerged):
-        raise HFTError(
-            f"lora.target_modules {names} reaches the output head or a tied embedding, which cannot be merged alone: "
-            "leave them out."
-        )
+        raise HFTError(f"lora.target_modules {names} reaches the head or a tied embedding: leave them out.")
 
 
 def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:

@@ -159,10 +159,7 @@ def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | 
     limits = {"sft.max_length": max_length, "the model's positions are": positions}
     for name, limit in limits.items():
         if limit is not None and max_new_tokens >= limit:
-            raise HFTError(
-                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
-                "prompts."
-            )
+            raise HFTError(f"max_new_tokens is {max_new_tokens} and {name} {limit}: leave room for prompts.")
     return min(filter(None, limits.values()), default=None)
 
 
@@ -207,9 +204,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     hft = dataclasses.replace(hft, method=run.method)
     auto = leaves_checkpointing(values["sft"], flags["sft"])
     if auto and run.approach == "gem":
-        raise HFTError(
-            "sft.activation_checkpointing is auto, which does not count gem's gradients: set true or false."
-        )
+        raise HFTError("sft.activation_checkpointing is auto, which cannot plan gem: set it to true or false.")
     recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
     recipe.arguments(run.output_dir, 1)  # rejects mistakes in them now
     return recipe

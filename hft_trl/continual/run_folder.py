@@ -105,12 +105,7 @@ def write_scores(
     answered: Sequence[Mapping[str, Answered]],
     probes: Mapping[str, Mapping[str, float | None]],
 ) -> None:
-    """
-    Write `scores.json`, which contains no times: the same rounds give the same bytes.
-
-    `rounds` are the finished ones, `answered` the results of each round's model by task, and `probes` scores by model
-    and name.
-    """
+    """Write `scores.json`, which contains no times: the same rounds give the same bytes."""
     rows = score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
     described = []

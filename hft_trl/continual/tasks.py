@@ -84,9 +84,7 @@ def read_tasks(path: str | Path) -> list[Task]:
         raise HFTError(f"{path} has the key {unknown[0]!r}: the only one is tasks.")
     entries = content.get("tasks")
     if not isinstance(entries, list) or not entries:
-        raise HFTError(
-            f"{path} has no list of tasks: write it below the key tasks, with name, metric and epochs of each."
-        )
+        raise HFTError(f"{path} has no list of tasks: write name, metric and epochs of each below tasks.")
     return [_from_yaml(entry, f"task {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)]
 
 
@@ -132,10 +130,8 @@ def encode(
     Return `input_ids` and `labels` (-100 without a loss), and the number of truncated rows.
     """
     if tokenizer.eos_token_id is None:
-        raise HFTError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
-            "set its eos_token and save it."
-        )
+        name = tokenizer.name_or_path
+        raise HFTError(f"the tokenizer of {name!r} has no end-of-sequence token: set its eos_token, and save it.")
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
         # Tokens begin with a space, so spaces at the end of a prompt belong to the answer

@@ -72,12 +72,7 @@ def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
 
 
 def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> Results | None:
-    """
-    Evaluate a model on a task that [`load_tasks`] loaded. Every process has to call.
-
-    Returns the harness's results by task and group in the first process, `None` in the others. A prompt and reply that
-    do not fit into the model's positions raise an [`HFTError`].
-    """
+    """Evaluate a model on a task of [`load_tasks`]. Only the first process gets the results."""
     LOGGER.setLevel(logging.WARNING)
     for part in loaded["tasks"].values():
         shots = task.num_fewshot if task.num_fewshot is not None else part.get_config("num_fewshot")

@@ -90,10 +90,7 @@ def evaluate_models(
     if backend == "vllm" and state.num_processes > 1:
         raise HFTError(f"--backend is vllm in {state.num_processes} processes, but vLLM starts its own: launch one.")
     if limit is not None and limit < state.num_processes:
-        raise HFTError(
-            f"--limit {limit} leaves some of the {state.num_processes} processes without an item: "
-            "raise it, or launch fewer processes."
-        )
+        raise HFTError(f"--limit is {limit} with {state.num_processes} processes: raise it, or launch fewer.")
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
     is_main = state.is_main_process
     if is_main:

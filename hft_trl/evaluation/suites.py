@@ -63,10 +63,7 @@ def parse_suites(names: str) -> list[str]:
     if unknown or not suites:
         raise HFTError(f"unknown suite {', '.join(unknown) or repr(names)}: choose from {', '.join(SUITES)}.")
     if find_spec("lm_eval") is None:
-        raise HFTError(
-            "evaluation needs lm-evaluation-harness, which is not installed: "
-            "pip install -c constraints.txt -e '.[eval]'."
-        )
+        raise HFTError("evaluation needs lm-eval: run pip install -c constraints.txt -e '.[eval]'.")
     return suites
 
 

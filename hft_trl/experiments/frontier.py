@@ -191,9 +191,7 @@ def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, fl
 def check_tests() -> None:
     """Reject a missing scipy before hours of training."""
     if find_spec("scipy") is None:
-        raise HFTError(
-            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
-        )
+        raise HFTError("the paired tests need scipy: run pip install -c constraints.txt -e '.[eval]'.")
 
 
 def paired(differences: Sequence[float], better: int = 1) -> Difference:

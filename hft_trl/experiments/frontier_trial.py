@@ -47,11 +47,7 @@ class ResumableTrainer(ResumableMixin, SFTTrainer):
 
 
 def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, FrontierArguments, list[str]]:
-    """
-    Parse a frontier's command line. Return the recipe of all trials, the grid, and the flags of the trials.
-
-    The keys of the section `frontier` are also flags without a section, such as `--methods fft hft`.
-    """
+    """Return the recipe of all trials, the grid, whose keys are flags too, and the trials' flags."""
     grid = {f"--{key}": f"--{GRID}.{key}" for key in keys((FrontierArguments,))}
     words = []
     for word in argv:
@@ -69,10 +65,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         parse_suites(grid.tasks)
     adapters = [method for method in grid.methods if method in ADAPTERS]
     if adapters and find_spec("peft") is None:
-        raise HFTError(
-            f"methods has {adapters[0]}, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop "
-            f"{adapters[0]}."
-        )
+        raise HFTError(f"{adapters[0]} needs peft: run pip install -c constraints.txt -e '.[frontier]'.")
     stage.check()
     _load_data(stage)
     _meter(stage)
@@ -168,11 +161,7 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 
 @torch.no_grad()
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
-    """
-    Put what is made from a trained model into it, and yield each name: `None` for the model itself.
-
-    An FFT model is averaged with its base, and half of it is set back to the base (Half-Reset).
-    """
+    """Put a model and its averages and Half-Reset (of FFT) into `model`, and yield each name."""
     yield None
     if trial.method != "fft":
         return

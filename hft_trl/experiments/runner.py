@@ -1,11 +1,4 @@
-"""
-Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one.
-
-    words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
-    points = [Point("rate-1e-4", words, Path("runs/rates/1e-4/scores.json"))]
-    for point in run_points(points, Path("runs/rates")):
-        print(point.result)
-"""
+"""Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one."""
 
 import os
 import shlex

@@ -102,29 +102,22 @@ class Task:
                 "remove one of the two, or use fsdp2 on 2 or more GPUs."
             )
         if storage.replicate_frozen and "bfloat16" not in (storage.dtype, storage.frozen_dtype):
-            raise HFTError(
-                "--replicate-frozen needs a frozen half in the type that FSDP2 computes in: "
-                "also set frozen_dtype to bfloat16."
-            )
+            raise HFTError("--replicate-frozen needs FSDP2's type: also set frozen_dtype to bfloat16.")
         for name in self.layouts:
-            self._check_layout(name)
-
-    def _check_layout(self, name: str) -> None:
-        storage = self.storage
-        if name not in LAYOUTS:
-            raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
-        if (name == "single") != (self.gpus == 1):
-            fix = "single" if self.gpus == 1 else "ddp, fsdp2, zero2 or zero3"
-            raise HFTError(f"--launch is {name}, but --gpus is {self.gpus}: use {fix}.")
-        if LAYOUTS[name].zero and (storage.frozen_dtype or storage.dtype != "float32" or self.gpus > 8):
-            raise HFTError(
-                f"--launch is {name}, which stores a model in one type and is configured for one machine: "
-                "remove --frozen-dtype and --dtype, use at most 8 GPUs, or use fsdp2."
-            )
-        if storage.frozen_quantization and LAYOUTS[name].shards_state:
-            raise HFTError(f"--launch is {name}, which cannot shard quantised matrices: use single or ddp.")
-        if storage.in_eight_bits and LAYOUTS[name].shards_state:
-            raise HFTError(f"--optim is {storage.optim}, which is not tested with {name}: use single or ddp.")
+            if name not in LAYOUTS:
+                raise HFTError(f"--launch is {name!r}: it must be one of {', '.join(LAYOUTS)}.")
+            if (name == "single") != (self.gpus == 1):
+                fix = "single" if self.gpus == 1 else "ddp, fsdp2, zero2 or zero3"
+                raise HFTError(f"--launch is {name}, but --gpus is {self.gpus}: use {fix}.")
+            if LAYOUTS[name].zero and (storage.frozen_dtype or storage.dtype != "float32" or self.gpus > 8):
+                raise HFTError(
+                    f"--launch is {name}, which stores a model in one type and is configured for one machine: "
+                    "remove --frozen-dtype and --dtype, use at most 8 GPUs, or use fsdp2."
+                )
+            if storage.frozen_quantization and LAYOUTS[name].shards_state:
+                raise HFTError(f"--launch is {name}, which cannot shard quantised matrices: use single or ddp.")
+            if storage.in_eight_bits and LAYOUTS[name].shards_state:
+                raise HFTError(f"--optim is {storage.optim}, which is not tested with {name}: use single or ddp.")
 
     @property
     def micro_batches(self) -> list[int]:

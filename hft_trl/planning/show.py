@@ -183,12 +183,7 @@ def write(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Path, Path]:
-    """
-    Write `recipe.yaml` for `recipes/sft_then_dpo.py` and `launch.sh` with absolute paths.
-
-    `stages` has task and plan of `"sft"` and `"dpo"`, with the same launch configuration. A stage that does not fit or
-    a file that exists raises an [`HFTError`].
-    """
+    """Write `recipe.yaml` and `launch.sh` for a task and a plan of each stage, with absolute paths."""
     for name, (_, plan) in stages.items():
         if not plan.fits:
             raise HFTError(

@@ -53,11 +53,7 @@ class Step:
 
 
 def trace_step(skeleton: PreTrainedModel, selection: Selection, settings: StepSettings) -> Step:
-    """
-    Trace a step of a model on the meta device, which stays unchanged.
-
-    Code that needs values of tensors or does not match its config raises an [`HFTError`].
-    """
+    """Trace a step of a model on the meta device, which stays unchanged."""
     model = copy.deepcopy(skeleton)
     selection.apply(model)
     reference = copy.deepcopy(model) if settings.stage == "dpo" else None
@@ -66,10 +62,8 @@ def trace_step(skeleton: PreTrainedModel, selection: Selection, settings: StepSe
             _prepare(model, reference, settings)
             return _trace(model, reference, settings)
     except Exception as error:  # any error of the model's code
-        raise HFTError(
-            f"a step of {type(model).__name__} cannot be traced without weights, so its memory cannot be planned: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise HFTError(f"a step of {type(model).__name__} cannot be traced without weights: {reason}") from error
 
 
 def _prepare(model: PreTrainedModel, reference: PreTrainedModel | None, settings: StepSettings) -> None:

@@ -160,12 +160,7 @@ def write(
     selection: Selection | None = None,
     record: Any = None,
 ) -> None:
-    """
-    Write a mixture of two models completely or not at all.
-
-    `shares` are those of the tuned values, by parameter, `text` is the card's, `selection` that of a Half-Reset, and
-    `record` the content of `repair.json`, if any.
-    """
+    """Write a mixture whole or not at all. `shares` are those of the tuned values, by parameter."""
     title = "Average" if selection is None else "Half-Reset"
     with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
