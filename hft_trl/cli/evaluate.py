@@ -64,17 +64,9 @@ def evaluate_command(
 
         if speaks():
             check_output("--output", output)
-        evaluation = evaluate_models(
-            find_models(models, base),
-            suites,
-            chat_template=chat_template,
-            dtype=dtype,
-            batch_size=batch_size,
-            limit=limit,
-            run_code=run_code,
-            cache=cache,
-            backend=backend,
-        )
+        options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "limit": limit}
+        options |= {"run_code": run_code, "cache": cache, "backend": backend}
+        evaluation = evaluate_models(find_models(models, base), suites, **options)
         if not speaks():
             return
         written = write_evaluation(evaluation, output)

@@ -23,16 +23,8 @@ if TYPE_CHECKING:
 def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
     """Write `frontier.json`, `frontier.png` and `frontier.md` from the finished trials, and return the results."""
     found, versions = read_frontier(files, grid.kept), environment()
-    write_json(
-        output / "frontier.json",
-        {
-            "points": found.points,
-            "front": found.front,
-            "recommendation": found.recommendation,
-            "command": redact(list(argv)),
-            "environment": versions,
-        },
-    )
+    content = {"points": found.points, "front": found.front, "recommendation": found.recommendation}
+    write_json(output / "frontier.json", {**content, "command": redact(list(argv)), "environment": versions})
     save_figure(frontier_figure(found), output / "frontier.png")
     tables = "\n\n".join(f"{grid.title}\n\n{table(grid)}" for grid in grids(found))
     text = f"""# What is learned against what is kept

@@ -100,6 +100,7 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     trainer = make_trainer(stage, trial, grid)
     meter = _meter(stage)
     points, seconds, peak = [], None, None
+    rate = float(trial.learning_rate) if trial.learning_rate else None
     with trainer.accelerator.autocast():  # in the type of all later measurements
         base = meter.base(trainer.model) if meter.prompts else None  # nothing is trained yet
     if trial.method != BASE:
@@ -114,19 +115,8 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         kept = meter.measure(trainer.model, base)
         if grid.tasks:
             kept |= _tasks(trainer, folder / "evaluated", grid.tasks)
-        points.append(
-            {
-                "method": trial.method,
-                "learning_rate": float(trial.learning_rate) if trial.learning_rate else None,
-                "ratio": trial.ratio,
-                "seed": trial.seed,
-                "post_hoc": post_hoc,
-                "learned": learned,
-                "kept": kept,
-                "seconds": seconds,
-                "peak_memory_bytes": peak,
-            }
-        )
+        found = {"post_hoc": post_hoc, "learned": learned, "kept": kept, "seconds": seconds, "peak_memory_bytes": peak}
+        points.append({**vars(trial), "learning_rate": rate, **found})
     write_json(result_file(output, trial.name), {"points": points})
     shutil.rmtree(folder, ignore_errors=True)
 

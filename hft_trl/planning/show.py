@@ -68,12 +68,7 @@ def heading(model: str, task: Task) -> str:
 
 def task_json(model: str, task: Task) -> dict[str, Any]:
     names = ("stage", "gpus", "gpu_memory", "sequence_length", "global_batch")
-    return {
-        "model": model,
-        **{name: getattr(task, name) for name in names},
-        "reserved": RESERVED,
-        **vars(task.storage),
-    }
+    return {"model": model, **{name: vars(task)[name] for name in names}, "reserved": RESERVED, **vars(task.storage)}
 
 
 def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
