@@ -1,6 +1,6 @@
 """Train LoRA adapters: one for all rounds (LoRASeqFT), or a new, orthogonal one in each (O-LoRA)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.recipe.arguments import ModelArguments
+from hft_trl.saved_models.model_card import complete
 from hft_trl.skeleton import build_on_meta
 
 
@@ -40,6 +41,14 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
             loading = {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
             merge(self._start, folder / ADAPTER_FOLDER, **loading).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None, tags: Any = None
+    ) -> None:
+        """Write TRL's model card with the names of the start model and the data, as HFT's trainers do."""
+        super().create_model_card(model_name or Path(self.args.output_dir).name, None, tags)
+        if self.is_world_process_zero():
+            complete(self.args.output_dir, None, dataset_name, self._start)
 
 
 class OLoRATrainer(AdapterTrainer):

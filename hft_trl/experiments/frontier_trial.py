@@ -31,6 +31,7 @@ from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
 from hft_trl.recipe.retention_section import check_retention
 from hft_trl.retention.meter import Meter
+from hft_trl.saved_models.digests import content_digest
 from hft_trl.selection import find_units, select
 from hft_trl.skeleton import build_on_meta
 
@@ -78,6 +79,9 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     # Digests of the files are compared, so that a folder can move to another machine
     same["model"]["model_name_or_path"] = demo.shown(stage.model.model_name_or_path)
     same["data"].pop("dataset", None)
+    if (texts := stage.hft.source_texts) is not None:
+        content = content_digest(Path(texts)) if texts != "demo" else None
+        same["hft"] |= {"source_texts": Path(texts).name, "source_texts_content": content}
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
     check_settings(output, flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))

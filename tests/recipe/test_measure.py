@@ -63,9 +63,7 @@ def test_only_what_learned_is_compared_and_a_first_stage_only_once(trained, monk
     _, stage, selection = trained
     names = {fingerprint(tensor): name for name, tensor in load_file(stage.folder / FILE).items()}
     change, compared = diff.change, []
-    monkeypatch.setattr(
-        diff, "change", lambda old, new: compared.append(names[fingerprint(new)]) or change(old, new)
-    )
+    monkeypatch.setattr(diff, "change", lambda old, new: compared.append(names[fingerprint(new)]) or change(old, new))
     found = movements(stage, selection, stage.model.model_name_or_path)
     assert sorted(compared) == sorted(selection.trainable)
     assert all(change.relative_change == change.relative_change_from_start for change in found)
