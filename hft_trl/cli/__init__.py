@@ -5,6 +5,8 @@ import json
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from hft_trl.cli import evaluate, launch, plan, saved_models
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
@@ -117,9 +119,6 @@ def select_command(
 
 
 def _show(heading: str, selection: Selection, units: list[Unit], shares: list[CategoryShare]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(highlight=False)
     marks = ASCII if console.options.ascii_only else SQUARES
     trainable = set(selection.trainable)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
@@ -129,10 +132,6 @@ def generate_command(
     if as_json:
         typer.echo(json.dumps({"prompts": prompts, "answers": answers}, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(highlight=False)
     for number, prompt in enumerate(prompts):
         table = Table.grid(padding=(0, 2))
@@ -161,8 +160,6 @@ def compare_command(
         keys = ("approach", "method", "settings", "op", "bwt", "bwt_t_minus_1", "matrix")
         typer.echo(json.dumps({name: {key: run[key] for key in keys} for name, run in found.items()}, indent=2))
         return
-    from rich.console import Console
-
     Console().print(rich_table(comparison_grid(found)))
     for line in other_settings(found):
         typer.echo(f"Not the same in all runs: {line}.")

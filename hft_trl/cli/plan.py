@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
@@ -75,8 +76,6 @@ def plan_command(
         raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
     settings = given(**locals() | {"method": None})
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
-    from rich.console import Console
-
     with quiet(), Console(stderr=True, quiet=as_json).status(f"Reading the config of {model}") as status:
         from hft_trl.chat import most_tokens
         from hft_trl.planning.fit import TIGHT, Planner, operations_ratios

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from hft_trl.cli.shared import AsJson, given, quiet, setting
 from hft_trl.config import HFTConfig
@@ -99,8 +100,6 @@ def repair_command(
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
-    from rich.console import Console
-
     measures = {"task_loss": "task loss", **MEASURES}
     shown = [name for name in measures if name in record["candidates"][0]]
     marks = {record["chosen"]: "yes"}
@@ -135,8 +134,6 @@ def diff_command(
     if as_json:
         typer.echo(json.dumps(diff_view.diff_json(diffs), indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
         console = Console(highlight=False)
         for diff in diffs:
             console.print(rich_table(diff_view.layer_grid(diff)))

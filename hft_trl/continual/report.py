@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
@@ -51,8 +53,6 @@ def _markdown(scores: Scores) -> str:
 
 
 def print_scores(folder: str | Path) -> None:
-    from rich.console import Console
-
     Console().print(rich_table(score_grid(read_scores(folder))))
 
 
@@ -120,7 +120,6 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
-    """Show OP and BWT after the last round, a row per run."""
     rows = [
         [name, run["approach"], (run["method"] or NONE).upper(), f"{run['op'][-1]:.1f}", transfer(run)]
         for name, run in runs.items()

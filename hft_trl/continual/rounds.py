@@ -180,7 +180,6 @@ class Round(Stage):
         return super().saved_weights() + adapter
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
-        """Return the settings of the adapter, and a digest of GEM's memories."""
         lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}
         data = {} if self.memory is None else {"data": {"memory": content_digest(self.memory)}}
         return lora | data

@@ -111,7 +111,6 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """Read a JSON list of `{"prompt": ..., "answer": ...}`."""
     return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), "prompt", "answer"))
 
 

@@ -47,12 +47,10 @@ class Evaluation:
 
     @property
     def base(self) -> str:
-        """Return the name of the first model, with which the others are compared."""
         return next(iter(self.models))
 
     @property
     def meanings(self) -> dict[str, str]:
-        """Return what the embedded world's scores are, by heading."""
         return demo.MEANINGS if "demo" in self.scores else {}
 
     def average(self, suite: str, model: str) -> Score:

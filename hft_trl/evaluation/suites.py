@@ -68,7 +68,6 @@ def parse_suites(names: str) -> list[str]:
 
 
 def headings(suite: str) -> list[str]:
-    """Return the headings of all figures of a suite, including those that run code."""
     return [heading for task in SUITES[suite] for heading in task.figures]
 
 

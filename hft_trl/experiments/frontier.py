@@ -64,8 +64,6 @@ class Mean:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
-
     points: list[Point]
     models: list[Mean]
     front: list[str]

@@ -56,7 +56,6 @@ def print_frontier(found: Frontier, output: Path) -> None:
 
 
 def grids(found: Frontier) -> list[Grid]:
-    """Return a table of the models and one of the comparisons at an equal task loss."""
     names = list(dict.fromkeys(key for point in found.points for key in point["kept"]))
     others = {kept: {m.name: m for m in means(found.points, kept)} for kept in names if kept in KEPT}
     rows = [

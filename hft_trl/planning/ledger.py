@@ -45,7 +45,6 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count all allocations in this context as one part."""
         before, self._part = self._part, name
         try:
             yield

@@ -40,7 +40,6 @@ SCHEDULE = {
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
-    """Return a table of memory by part and settings, with a column per plan."""
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()

@@ -67,7 +67,6 @@ def trace_step(skeleton: PreTrainedModel, selection: Selection, settings: StepSe
 
 
 def _prepare(model: PreTrainedModel, reference: PreTrainedModel | None, settings: StepSettings) -> None:
-    """Give both models fake weights, and configure them as the trainers do."""
     _allocate(model, settings)
     if settings.frozen_quantization:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}

@@ -46,7 +46,6 @@ class Change:
 
     @property
     def share(self) -> float:
-        """Return the share of elements that moved, in [0, 1]."""
         return self.moved / self.size if self.size else 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
 
 
 def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
-    """Return whether a model's last stage started from another one, `None` if its selection does not tell."""
+    """Return whether a model's last stage started from a model, `None` if its selection does not tell."""
     selection = selection_of(after.skeleton)
     if selection is None or not selection.start_model or not selection.start_model["weights_digest"]:
         return None

@@ -119,7 +119,6 @@ def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float)
 
 
 def check_weight(weight: float) -> None:
-    """Reject what is no weight of the tuned model in an average."""
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise HFTError(f"weight is {weight!r}: it must be a number in [0, 1], such as 0.5.")
 
