@@ -67,7 +67,6 @@ class ContinualRecipe:
             raise HFTError("sft.assistant_only_loss is true, but tasks have no chat form: drop it.")
         if args.eval_strategy != "no":
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
-        check_lengths(args.max_length, self.run.max_new_tokens)
         if self.run.approach == "gem":
             check_gem(args, self.hft)
         return args
@@ -93,7 +92,11 @@ class ContinualRecipe:
         run, output, rounds, contents = self.run, Path(self.run.output_dir), [], {}
         args, model = self.arguments(output, 1), self.model
         structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-        max_length = check_lengths(args.max_length, run.max_new_tokens, most_tokens(structure))
+        limits = {"sft.max_length": args.max_length, "the model's positions are": most_tokens(structure)}
+        for name, limit in limits.items():
+            if limit is not None and run.max_new_tokens >= limit:
+                raise HFTError(f"max_new_tokens is {run.max_new_tokens} and {name} {limit}: leave room for prompts.")
+        max_length = min(filter(None, limits.values()), default=None)
         plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
         for number, plan in enumerate(plans):
             rows = [row._asdict() for row in plan.rows]
@@ -152,15 +155,6 @@ class ContinualRecipe:
             "metrics": [task.metric for task in tasks],
             "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
-
-
-def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
-    """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
-    limits = {"sft.max_length": max_length, "the model's positions are": positions}
-    for name, limit in limits.items():
-        if limit is not None and max_new_tokens >= limit:
-            raise HFTError(f"max_new_tokens is {max_new_tokens} and {name} {limit}: leave room for prompts.")
-    return min(filter(None, limits.values()), default=None)
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:

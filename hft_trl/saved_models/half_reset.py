@@ -11,14 +11,8 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import utils
 from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR
-from transformers.utils import (
-    FEATURE_EXTRACTOR_NAME,
-    PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    logging,
-)
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
@@ -30,7 +24,7 @@ from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK, rounds
 
-COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)  # copied with the weights
+COMPANIONS = (*FILES, utils.PROCESSOR_NAME, utils.FEATURE_EXTRACTOR_NAME)  # copied with the weights
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
@@ -41,16 +35,13 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds at most one file's tensors.
 
     Args:
-        base (`str` or `Path`):
-            The model that tuning started from: folder, hub id in the local cache, `"demo"` or `"smollm2"`.
-        tuned (`str` or `Path`):
-            The tuned model, named in the same way.
-        out (`str` or `Path`):
-            New or empty folder. It is written completely or not at all, with the tuned model's shards.
-        config ([`HFTConfig`], *optional*):
-            `ratio` is the share of the layers' parameters that stays tuned. `reselect` must be `"fresh"` and `method`
-            `"hft"`. Strategies `"importance"` and `"element"` are rejected. If the tuned model was trained with the
-            same half, the next seed is taken: resetting what was frozen would change nothing.
+        base (`str` or `Path`): The model that tuning started from: folder, hub id in the local cache, `"demo"` or
+            `"smollm2"`.
+        tuned (`str` or `Path`): The tuned model, named in the same way.
+        out (`str` or `Path`): New or empty folder. It is written whole or not at all, with the tuned model's shards.
+        config ([`HFTConfig`], *optional*): `ratio` is the share of the layers' parameters that stays tuned. `reselect`
+            must be `"fresh"` and `method` `"hft"`. Strategies `"importance"` and `"element"` are rejected. If the
+            tuned model was trained with the same half, the next seed is taken: otherwise nothing would change.
 
     Returns:
         [`Selection`]: What stayed tuned (`trainable`) and what was set back (`frozen`).
@@ -186,12 +177,13 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
     changed = 0
     paths = sorted(set(after.files.values()))
     root = paths[0].parent
-    patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
+    sharded = paths != [root / utils.SAFE_WEIGHTS_NAME]
+    patterns = [*COMPANIONS, *([utils.SAFE_WEIGHTS_INDEX_NAME] if sharded else [])]
     for path in {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}:
         shutil.copyfile(path, folder / path.name)
     if (root / CHAT_TEMPLATE_DIR).is_dir():
         shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
-    for path in logging.tqdm(paths, desc="Writing", disable=None):
+    for path in utils.logging.tqdm(paths, desc="Writing", disable=None):
         with safe_open(path, framework="pt") as opened:
             keys, metadata = opened.keys(), opened.metadata()
         tensors: dict[str, torch.Tensor] = {}
