@@ -66,24 +66,16 @@ class Evaluation:
         """Return the scores of a model on a suite by heading, then their average."""
         return {**self.scores[suite][model], AVERAGE: self.average(suite, model)}
 
-    def difference(self, suite: str, model: str, heading: str) -> float | None:
-        """Return a score minus the base's in percentage points, `None` for the base or without a value."""
-        own, other = (self.columns(suite, name)[heading].value for name in (model, self.base))
-        return None if model == self.base or own is None or other is None else own - other
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the base's name, with averages and differences among the scores."""
+        """Return the fields and the base's name, with averages and differences (to the base) among the scores."""
         content = asdict(self)
-        content["scores"] = {
-            suite: {
-                model: {
-                    heading: {**asdict(score), "difference": self.difference(suite, model, heading)}
-                    for heading, score in self.columns(suite, model).items()
-                }
-                for model in models
-            }
-            for suite, models in self.scores.items()
-        }
+        for suite, models in self.scores.items():
+            base = self.columns(suite, self.base)
+            for model in models:
+                for heading, score in self.columns(suite, model).items():
+                    both = model != self.base and None not in (score.value, base[heading].value)
+                    difference = score.value - base[heading].value if both else None
+                    content["scores"][suite][model][heading] = {**asdict(score), "difference": difference}
         return {"base": self.base, **content, "meanings": self.meanings}
 
 

@@ -34,11 +34,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
     "knowledge": (
         Task("nq_open", {"NaturalQuestions": "nq_open exact_match,remove_whitespace"}, num_fewshot=5),
         Task("triviaqa", {"TriviaQA": "triviaqa exact_match,remove_whitespace"}, num_fewshot=5),
-        Task(
-            "hft_hotpotqa_closed_book",
-            {"HotpotQA": "hft_hotpotqa_closed_book exact_match,remove_whitespace"},
-            num_fewshot=5,
-        ),
+        Task("hft_hotpotqa_closed_book", {"HotpotQA": "hft_hotpotqa_closed_book exact_match,remove_whitespace"}, 5),
     ),
     "demo": (
         Task("hft_demo_knowledge", {"knowledge": "hft_demo_knowledge acc,none"}),

@@ -85,29 +85,15 @@ def frontier_figure(found: Frontier) -> "Figure":
     colours = dict(zip([BASE, *names], [GREY, *stage_colours(len(names) + 1)[1:]], strict=True))
     for name, colour in colours.items():
         models = [model for model in found.models if model.series == name]
-        axes.errorbar(
-            [model.learned for model in models],
-            [model.kept for model in models],
-            xerr=[model.learned_spread for model in models],
-            yerr=[model.kept_spread for model in models],
-            marker="s" if name == BASE else "o",
-            linestyle="none" if "," in name else "-",
-            markersize=5,
-            linewidth=1.2,
-            elinewidth=0.8,
-            color=colour,
-            label=plain(name),
-        )
+        fields = ("learned", "kept", "kept_spread", "learned_spread")
+        places = [[vars(model)[field] for model in models] for field in fields]
+        line = {"linestyle": "none" if "," in name else "-", "linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
+        marker = "s" if name == BASE else "o"
+        axes.errorbar(*places, marker=marker, color=colour, label=plain(name), **line)
     on_front = [model for model in found.models if model.name in found.front]
-    axes.plot(
-        [model.learned for model in on_front],
-        [model.kept for model in on_front],
-        "o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor="black",
-        label="on the front",
-    )
+    places = [[vars(model)[field] for model in on_front] for field in ("learned", "kept")]
+    ring = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": "black"}
+    axes.plot(*places, "o", label="on the front", **ring)
     axes.invert_xaxis()  # learned more: to the right
     if found.kept != "facts":
         axes.invert_yaxis()  # kept more: upwards

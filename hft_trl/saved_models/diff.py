@@ -182,7 +182,14 @@ def _find_start(after: SavedModel) -> SavedModel | None:
 
 def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> ModelDiff:
     selection = selection_of(after.skeleton)
-    frozen = _frozen(selection, after)
+    frozen = []
+    if selection is not None and selection.config.method != "fft":
+        if unknown := {*selection.trainable, *selection.frozen}.difference(after.parameters):
+            raise HFTError(
+                f"the selection in {after.name!r} names {min(unknown)}, which the model lacks: it is another model's."
+            )
+        learns = set(selection.trainable) - selection.masked.keys()  # elements of masked ones are frozen
+        frozen = [name for name in after.parameters if name not in learns]
     changes = {
         name: [change(old, new) for old, new in after.pairs(before, name)]
         for name in logging.tqdm(after.parameters, desc=f"Comparing {after.name}", disable=None, leave=False)
@@ -211,16 +218,3 @@ def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> Mo
         dtypes=(types(before), types(after)),
         is_start=is_start,
     )
-
-
-def _frozen(selection: Selection | None, saved: SavedModel) -> list[str]:
-    """Return the parameters that are frozen, masked or not in the selection."""
-    if selection is None or selection.config.method == "fft":
-        return []
-    unknown = {*selection.trainable, *selection.frozen}.difference(saved.parameters)
-    if unknown:
-        raise HFTError(
-            f"the selection in {saved.name!r} names {min(unknown)}, which the model lacks: it is another model's."
-        )
-    learns = set(selection.trainable) - selection.masked.keys()
-    return [name for name in saved.parameters if name not in learns]
