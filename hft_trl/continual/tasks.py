@@ -1,9 +1,4 @@
-"""
-Tasks: TRACE's folders as released or users' own from a YAML file, their metrics, and the tokens of their rows.
-
-Metrics are from 0 to 100, and 0 for an empty prediction. Rows have no template, are truncated from the left, and have
-a loss on the answer.
-"""
+"""Tasks: TRACE's folders or users' own from a YAML file, their metrics, and the tokens of their rows."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -73,11 +68,7 @@ def read_benchmark(folder: str | Path) -> list[Task]:
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """
-    Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
-
-    `files` is a folder, or a mapping of `train` and `test` to files. TRACE's tasks need neither `metric` nor `epochs`.
-    """
+    """Read users' own tasks: `name`, `files`, `metric` and `epochs` of each. TRACE's have defaults."""
     path = Path(path)
     content = load_yaml(path)
     if unknown := sorted(map(str, content.keys() - {"tasks"})):

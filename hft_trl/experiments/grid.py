@@ -93,9 +93,10 @@ class Trial:
 
 def trials(grid: FrontierArguments) -> list[Trial]:
     """Return the trials of a grid, a seed after the other, so that an early stop leaves complete seeds."""
-    found = []
-    for seed in range(1, grid.seeds + 1):
-        for method in grid.methods:
-            ratios = grid.ratios if method.startswith("hft") else [None]
-            found += [Trial(method, rate, ratio, seed) for rate in grid.rates(method) for ratio in ratios]
-    return found
+    return [
+        Trial(method, rate, ratio, seed)
+        for seed in range(1, grid.seeds + 1)
+        for method in grid.methods
+        for rate in grid.rates(method)
+        for ratio in (grid.ratios if method.startswith("hft") else [None])
+    ]

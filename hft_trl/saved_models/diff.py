@@ -137,12 +137,7 @@ class ModelDiff:
 
 
 def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
-    """
-    Compare tuned models with their base in chunks of a tensor, without loading a model.
-
-    A model is a folder, a hub id in the local cache, `"demo"` or `"smollm2"`. Models that differ in
-    architecture, vocabulary or shapes, and selections of other models, raise an [`HFTError`].
-    """
+    """Compare tuned models with their base in chunks of a tensor, without loading a model."""
     before = SavedModel(base)
     models = [SavedModel(name) for name in tuned]
     for after in models:
@@ -205,16 +200,9 @@ def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> Mo
     def types(saved: SavedModel) -> str:
         return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
 
+    units = find_units(after.skeleton)
+    totals = [Change.total(part for name in unit.names for part in changes[name]) for unit in units]
     return ModelDiff(
-        base=before.name,
-        tuned=after.name,
-        selection=selection,
-        units=[
-            (unit, Change.total(part for name in unit.names for part in changes[name]))
-            for unit in find_units(after.skeleton)
-        ],
-        frozen=frozen,
-        touched=[name for name in frozen if touched(name)],
-        dtypes=(types(before), types(after)),
-        is_start=is_start,
-    )
+        before.name, after.name, selection, list(zip(units, totals, strict=True)), frozen,
+        touched=[name for name in frozen if touched(name)], dtypes=(types(before), types(after)), is_start=is_start,
+    )  # fmt: skip

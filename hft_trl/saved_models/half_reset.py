@@ -97,12 +97,7 @@ def write_half(
 
 
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
-    """
-    Average all parameters of a tuned model and its base.
-
-    Values are `(1 - weight) * base + weight * tuned` with `weight` in [0, 1], computed in float64 and rounded to the
-    tuned model's type. Arguments and errors are those of [`half_reset`], except that types may differ.
-    """
+    """Write `(1 - weight) * base + weight * tuned`, computed in float64, in the tuned model's types."""
     check_weight(weight)
     before, after, out = open_models(base, tuned, out)
     shares = dict.fromkeys(after.parameters, float(weight))
