@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -110,7 +110,6 @@ def generate_command(
         raise HFTError(f"--prompts is the file {files[0]!r}: add --alpaca-eval, or give a question.")
     if not alpaca_eval and (generator or limit):
         raise HFTError("--generator and --limit are about the file that --alpaca-eval writes: add it, or remove them.")
-    rows: list[dict[str, Any]] = []
     if alpaca_eval:
         rows = read_texts(Path(prompts[0]), "instruction")[:limit]
         check_output("--output", output, is_file=True)

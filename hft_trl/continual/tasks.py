@@ -1,7 +1,7 @@
 """Tasks: TRACE's folders or users' own from a YAML file, their metrics, and the tokens of their rows."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -157,10 +157,6 @@ def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
 
 
-Metric = Callable[[str, str], float]
-"""Takes a prediction and the answer."""
-
-
 def accuracy(prediction: str, answer: str) -> float:
     """Compute whether the prediction equals the answer, except for surrounding white space."""
     return 100.0 * (prediction.strip() == answer.strip())
@@ -207,10 +203,8 @@ class _Words:
         return self.WORD.findall(text.lower())
 
 
-METRICS: dict[str, Metric] = {
-    metric.__name__: metric for metric in (accuracy, choice_accuracy, edit_similarity, rouge_l)
-}
-"""Metrics by the names that a tasks file uses."""
+METRICS = {metric.__name__: metric for metric in (accuracy, choice_accuracy, edit_similarity, rouge_l)}
+"""Metrics of a prediction and the answer, by the names that a tasks file uses."""
 
 
 def mean_score(metric: str, predictions: Sequence[str], answers: Sequence[str]) -> float:

@@ -19,7 +19,6 @@ from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.suites import TASKS, Task
 
-Results = dict[str, dict[str, Any]]
 LOGGER = logging.getLogger("lm_eval")  # warns of intended settings while loading, such as a model that is loaded
 
 
@@ -71,7 +70,7 @@ def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> Results | None:
+def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> dict[str, Any] | None:
     """Evaluate a model on a task of [`load_tasks`]. Only the first process gets the results."""
     LOGGER.setLevel(logging.WARNING)
     for part in loaded["tasks"].values():

@@ -115,7 +115,8 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         if checkpoint is None:  # else the seconds before it are unknown
             seconds = trained.metrics["train_runtime"]
     for post_hoc in versions(trainer.model, stage, trial, grid):
-        learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in LEARNED}
+        wanted = ("eval_loss", "eval_mean_token_accuracy")
+        learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in wanted}
         kept = meter.measure(trainer.model, base)
         if grid.tasks:
             kept |= _tasks(trainer, folder / "evaluated", grid.tasks)
@@ -123,9 +124,6 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         points.append({**vars(trial), "learning_rate": rate, **found})
     write_json(result_file(output, trial.name), {"points": points})
     shutil.rmtree(folder, ignore_errors=True)
-
-
-LEARNED = ("eval_loss", "eval_mean_token_accuracy")
 
 
 def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrainer:
