@@ -68,5 +68,4 @@ def headings(suite: str) -> list[str]:
 
 
 def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
-    """Return the tasks to run by suite, without those that run code unless `run_code` is set."""
     return {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}

@@ -129,7 +129,6 @@ def _method(point: Point) -> str:
 
 
 def means(points: Sequence[Point], kept: str) -> list[Mean]:
-    """Return the means of the models over their seeds, in the order of the points."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(name(point), []).append(point)

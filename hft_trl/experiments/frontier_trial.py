@@ -188,7 +188,6 @@ def _meter(stage: Stage) -> Meter:
 
 
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
-    """Return the scores of lm-eval's tasks in percent."""
     model = trainer.model
     if isinstance(trainer, ResumableTrainer):
         model = model.merge_and_unload()

@@ -80,12 +80,10 @@ def draw(after: SavedModel, config: HFTConfig) -> Selection:
     return selection
 
 
-def write_half(
-    before: SavedModel, after: SavedModel, out: Path, selection: Selection, record: Any = None
-) -> Selection:
+def write_half(before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None) -> Selection:
     """Write a Half-Reset, and return its selection. `record` is as in [`write`]."""
     start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
-    selection = dataclasses.replace(selection, start_model=start)
+    selection = dataclasses.replace(half, start_model=start)
     text = (
         f"A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is "
         "unchanged. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).\n\n"
