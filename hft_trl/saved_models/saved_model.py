@@ -73,8 +73,8 @@ class SavedModel:
             if name not in every_name:  # a buffer, or a tensor that the model ignores
                 continue
             if (dtype := self.tensor(key).dtype) not in FULL_PRECISION:
-                kind = f"{key} is {short(dtype)}"
-                raise HFTError(f"{self.name!r} is quantised ({kind}): give the full-precision model.")
+                kind = short(dtype)
+                raise HFTError(f"{key} is {kind}, so {self.name!r} is quantised: give the full-precision model.")
             piece = ""
             if pattern is not None:
                 if len(self._converter(pattern).target_patterns) > 1:
