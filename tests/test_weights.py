@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hft_trl.errors import HFTError
-from hft_trl.saved_models.comparison import Change, change
+from hft_trl.saved_models.diff import Change, change
 from hft_trl.weights import (
     CHUNK,
     PIECE,

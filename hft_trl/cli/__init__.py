@@ -5,8 +5,10 @@ import json
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
-from hft_trl.cli import continual, evaluate, launch, plan, saved_models
+from hft_trl.cli import evaluate, launch, plan, saved_models
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.demo import model_path
@@ -27,7 +29,7 @@ app = typer.Typer(
 app.add_typer(evaluate.app)
 app.add_typer(saved_models.app)
 app.add_typer(plan.app)
-app.add_typer(continual.app, name="continual")
+app.add_typer(evaluate.continual_app, name="continual")
 app.add_typer(launch.app)
 app.add_typer(launch.recipe_app, name="recipe")
 main = app  # entry point of the console script
@@ -117,9 +119,6 @@ def select_command(
 
 
 def _show(heading: str, selection: Selection, units: list[Unit], shares: list[CategoryShare]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
     console = Console(highlight=False)
     marks = ASCII if console.options.ascii_only else SQUARES
     trainable = set(selection.trainable)

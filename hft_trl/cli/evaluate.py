@@ -1,20 +1,28 @@
-"""`hft-trl evaluate` and `generate`."""
+"""`hft-trl evaluate`, `generate` and `continual`."""
 
 import json
 import logging
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
 from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
-from hft_trl.files import check_output, read_texts, write_json, writing
+from hft_trl.files import check_output, read_texts, resolved, write_json, writing
+from hft_trl.report.tables import rich_table
 
 app = typer.Typer()
+continual_app = typer.Typer(
+    help="Continual learning: finished runs of recipes/continual.py.", no_args_is_help=True, rich_markup_mode=None
+)
 
+OUTPUTS = Path("runs/alpaca_eval/outputs.json")
 BatchSize = Annotated[int, typer.Option(min=1, help="Batch size of each process.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="tulu or a .jinja file; by default the tokenizer's own, Tülu's if it has none.")
@@ -59,17 +67,9 @@ def evaluate_command(
 
         if speaks():
             check_output("--output", output)
-        evaluation = evaluate_models(
-            find_models(models, base),
-            suites,
-            chat_template=chat_template,
-            dtype=dtype,
-            batch_size=batch_size,
-            limit=limit,
-            run_code=run_code,
-            cache=cache,
-            backend=backend,
-        )
+        options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "limit": limit}
+        options |= {"run_code": run_code, "cache": cache, "backend": backend}
+        evaluation = evaluate_models(find_models(models, base), suites, **options)
         if not speaks():
             return
         written = write_evaluation(evaluation, output)
@@ -88,9 +88,7 @@ def generate_command(
         list[str], typer.Option(help="A question, as often as you like. With --alpaca-eval a file, alpaca_eval.json.")
     ],
     alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write a file in alpaca_eval's format.")] = False,
-    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = Path(
-        "runs/alpaca_eval/outputs.json"
-    ),
+    output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = OUTPUTS,
     generator: Annotated[str | None, typer.Option(help="Name in that file; by default MODEL.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of its prompts; by default all.")] = None,
     max_new_tokens: Annotated[
@@ -112,14 +110,13 @@ def generate_command(
         raise HFTError(f"--prompts is the file {files[0]!r}: add --alpaca-eval, or give a question.")
     if not alpaca_eval and (generator or limit):
         raise HFTError("--generator and --limit are about the file that --alpaca-eval writes: add it, or remove them.")
-    rows: list[dict[str, Any]] = []
     if alpaca_eval:
         rows = read_texts(Path(prompts[0]), "instruction")[:limit]
         check_output("--output", output, is_file=True)
         prompts = [row["instruction"] for row in rows]
     length = max_new_tokens or (2048 if alpaca_eval else 256)
     with quiet():
-        from hft_trl.evaluation.samples import sample_answers
+        from hft_trl.evaluation.run import sample_answers
 
         options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "progress": alpaca_eval}
         answers = {model: sample_answers(model, prompts, length, **options) for model in models}
@@ -134,10 +131,6 @@ def generate_command(
     if as_json:
         typer.echo(json.dumps({"prompts": prompts, "answers": answers}, indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(highlight=False)
     for number, prompt in enumerate(prompts):
         table = Table.grid(padding=(0, 2))
@@ -145,3 +138,28 @@ def generate_command(
             table.add_row(Text(model), Text(texts[number]))
         console.print(Text(prompt, "bold"))
         console.print(table)
+
+
+@continual_app.command("compare")
+@exit_on_user_error()
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(help="Folders of continual runs on the same tasks.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder for comparison.md and comparison.png, by default that of the first run.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare overall performance and backward transfer after the last round."""
+    with quiet():
+        from hft_trl.continual.report import compare, comparison_grid, other_settings, write_comparison
+
+        found = compare(runs)
+        written = write_comparison(found, out or resolved(runs[0]).parent) if out or not as_json else None
+    if as_json:
+        keys = ("approach", "method", "settings", "op", "bwt", "bwt_t_minus_1", "matrix")
+        typer.echo(json.dumps({name: {key: run[key] for key in keys} for name, run in found.items()}, indent=2))
+        return
+    Console().print(rich_table(comparison_grid(found)))
+    for line in other_settings(found):
+        typer.echo(f"Not the same in all runs: {line}.")
+    typer.echo(f"{written} has the table and the figure.")

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
@@ -34,17 +35,12 @@ def plan_command(
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory per GPU, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of the longest rows. [default: 4096, or fewer if the model is limited]")
+        int | None, typer.Option(help="Longest rows in tokens. [default: at most 4096]")
     ] = None,
-    global_batch: Annotated[
-        int | None, typer.Option(help="Rows, or pairs, per optimizer step. [default: sft 128, dpo 32]")
-    ] = None,
+    global_batch: Annotated[int | None, typer.Option(help="Rows per step. [default: sft 128, dpo 32]")] = None,
     launch: Annotated[
         str | None,
-        typer.Option(
-            help="File of accelerate_configs/: single, ddp, fsdp2, zero2 or zero3. "
-            "[default: the first of ddp and fsdp2 that fits]"
-        ),
+        typer.Option(help="single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype in a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
@@ -52,23 +48,20 @@ def plan_command(
     frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
     optimizer_in_backward: Annotated[
         bool,
-        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation, no clipping."),
+        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation or clipping."),
     ] = False,
     replicate_frozen: Annotated[
         bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[
-        Literal["category", "layer", "model"] | None,
-        setting("strategy", "What the ratio applies to: each category, the layers, or the whole model."),
+        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio applies to.")
     ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
     ] = None,
-    write: Annotated[
-        str | None, typer.Option(help="Folder to write recipe.yaml and launch.sh for both stages to.")
-    ] = None,
+    write: Annotated[str | None, typer.Option(help="Folder for recipe.yaml and launch.sh of both stages.")] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -83,16 +76,12 @@ def plan_command(
         raise HFTError(f"--gpus is {gpus}: with more than one machine of 8 GPUs, use a multiple of 8.")
     settings = given(**locals() | {"method": None})
     configs = {name: HFTConfig(method=name, **settings) for name in ("fft", "hft")}
-    from rich.console import Console
-
     with quiet(), Console(stderr=True, quiet=as_json).status(f"Reading the config of {model}") as status:
         from hft_trl.chat import most_tokens
         from hft_trl.planning.fit import TIGHT, Planner, operations_ratios
-        from hft_trl.planning.memory import Storage
-        from hft_trl.planning.show import heading, memory_grid, plan_json, task_json, what_helps
-        from hft_trl.planning.task import Task
-        from hft_trl.planning.write import new_files
-        from hft_trl.planning.write import write as write_plan
+        from hft_trl.planning.memory import Storage, Task
+        from hft_trl.planning.show import heading, memory_grid, new_files, plan_json, task_json, what_helps
+        from hft_trl.planning.show import write as write_plan
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 

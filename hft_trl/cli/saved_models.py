@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from hft_trl.cli.shared import AsJson, given, quiet, setting
 from hft_trl.config import HFTConfig
@@ -23,8 +24,7 @@ def half_reset_command(
     out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned, in (0, 1].")] = None,
     strategy: Annotated[
-        Literal["category", "layer", "model"] | None,
-        setting("strategy", "Take the share of each category, of the layers, or of the whole model."),
+        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio is a share of.")
     ] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude", "Regular expressions on names: always reset.")] = None,
@@ -39,12 +39,11 @@ def half_reset_command(
     """
     config = HFTConfig(**given(**locals()))
     with quiet():
-        from hft_trl.saved_models import half_reset
+        from hft_trl.saved_models.half_reset import half_reset
 
-        selection, changed = half_reset.reset(base, tuned, out, config)
+        selection = half_reset(base, tuned, out, config)
     stays, seed = selection.share, selection.config.seed
     text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
-    text += f"; {changed:,} bytes changed"
     if seed != config.seed:
         text += f" (seed {seed}, since {tuned} was trained with the half of seed {config.seed})"
     typer.echo(text)
@@ -62,8 +61,7 @@ def repair_command(
     ] = None,
     facts: Annotated[str | None, typer.Option(help="Facts to report: .jsonl, text, answer and others.")] = None,
     weights: Annotated[
-        list[float] | None,
-        typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]"),
+        list[float] | None, typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]")
     ] = None,
     groups: Annotated[int, typer.Option(min=1, help="Groups of layers with a weight of their own.")] = 1,
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
@@ -86,9 +84,7 @@ def repair_command(
     config = HFTConfig(**given(ratio=ratio, seed=seed))
     if weight is not None:
         if any((texts, task, facts, weights, ratio, seed, as_json)):
-            raise HFTError(
-                f"--weight {weight:g} writes this average without measuring: drop the options on the choice."
-            )
+            raise HFTError(f"--weight {weight:g} measures nothing: drop the options on the choice.")
         with quiet():
             from hft_trl.saved_models.half_reset import average
 
@@ -104,15 +100,11 @@ def repair_command(
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
-    from rich.console import Console
-
     measures = {"task_loss": "task loss", **MEASURES}
     shown = [name for name in measures if name in record["candidates"][0]]
     marks = {record["chosen"]: "yes"}
-    cells = [
-        [each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")]
-        for each in record["candidates"]
-    ]
+    found = record["candidates"]
+    cells = [[each["name"], *(loss(each[name]) for name in shown), marks.get(each["name"], "")] for each in found]
     grid = Grid(f"{tuned} mixed with {base}", ["model", *map(measures.get, shown), "chosen"], cells)
     Console(highlight=False).print(rich_table(grid))
     why = f"the lowest loss on general text with a task loss at most {tolerance:.1%} above that of {tuned}"
@@ -142,8 +134,6 @@ def diff_command(
     if as_json:
         typer.echo(json.dumps(diff_view.diff_json(diffs), indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
         console = Console(highlight=False)
         for diff in diffs:
             console.print(rich_table(diff_view.layer_grid(diff)))

@@ -1,6 +1,6 @@
 """Train LoRA adapters: one for all rounds (LoRASeqFT), or a new, orthogonal one in each (O-LoRA)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,12 @@ from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAArguments
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.recipe.arguments import ModelArguments
+from hft_trl.saved_models.model_card import complete
 from hft_trl.skeleton import build_on_meta
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
-    """
-    Train a LoRA adapter for `model`, a folder or hub id, as [`~trl.SFTTrainer`] does.
-
-    At the end it saves the merged model, with the adapter alone in `adapter/`.
-    """
+    """Train a LoRA adapter as TRL does, and save the merged model, with the adapter in `adapter/`."""
 
     def __init__(self, model: str, args: SFTConfig, adapter: Adapter, **kwargs: Any) -> None:
         super().__init__(model=model, args=args, peft_config=lora_config(adapter.lora), **kwargs)
@@ -44,6 +41,14 @@ class AdapterTrainer(ResumableMixin, SFTTrainer):
             loading = {**(self.args.model_init_kwargs or {}), "trust_remote_code": self.args.trust_remote_code}
             merge(self._start, folder / ADAPTER_FOLDER, **loading).save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | Sequence[str] | None = None, tags: Any = None
+    ) -> None:
+        """Write TRL's model card with the names of the start model and the data, as HFT's trainers do."""
+        super().create_model_card(model_name or Path(self.args.output_dir).name, None, tags)
+        if self.is_world_process_zero():
+            complete(self.args.output_dir, None, dataset_name, self._start)
 
 
 class OLoRATrainer(AdapterTrainer):
@@ -85,7 +90,6 @@ class OLoRATrainer(AdapterTrainer):
 
 
 def lora_config(lora: LoRAArguments) -> LoraConfig:
-    """Build PEFT's config of an adapter."""
     settings = asdict(lora)
     del settings["o_lora_lambda"]
     if lora.target_modules == ["all-linear"]:
@@ -116,10 +120,7 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
     if structure.config.get_text_config().tie_word_embeddings:
         unmerged.append(structure.get_input_embeddings())
     if any(isinstance(module, LoraLayer) for module in unmerged):
-        raise HFTError(
-            f"lora.target_modules {names} reaches the output head or a tied embedding, which cannot be merged alone: "
-            "leave them out."
-        )
+        raise HFTError(f"lora.target_modules {names} reaches the head or a tied embedding: leave them out.")
 
 
 def merge(model: str, adapter: str | Path, **loading: Any) -> PreTrainedModel:

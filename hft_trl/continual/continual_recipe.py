@@ -1,10 +1,7 @@
 """Parse the command line of a continual run, and plan and prepare its rounds."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, par
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.skeleton import build_on_meta
+from hft_trl.weights import combined_digest
 
 logger = logging.get_logger(__name__)
 
@@ -51,8 +49,6 @@ KEYS = {
 
 @dataclasses.dataclass
 class ContinualRecipe:
-    """Store a parsed continual run."""
-
     run: ContinualArguments
     model: ModelArguments  # the base
     hft: HFTConfig  # settings of each round, unless it trains an adapter
@@ -71,7 +67,6 @@ class ContinualRecipe:
             raise HFTError("sft.assistant_only_loss is true, but tasks have no chat form: drop it.")
         if args.eval_strategy != "no":
             raise HFTError("sft.eval_strategy is set, but tasks are scored after each round: drop it.")
-        check_lengths(args.max_length, self.run.max_new_tokens)
         if self.run.approach == "gem":
             check_gem(args, self.hft)
         return args
@@ -97,7 +92,11 @@ class ContinualRecipe:
         run, output, rounds, contents = self.run, Path(self.run.output_dir), [], {}
         args, model = self.arguments(output, 1), self.model
         structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-        max_length = check_lengths(args.max_length, run.max_new_tokens, most_tokens(structure))
+        limits = {"sft.max_length": args.max_length, "the model's positions are": most_tokens(structure)}
+        for name, limit in limits.items():
+            if limit is not None and run.max_new_tokens >= limit:
+                raise HFTError(f"max_new_tokens is {run.max_new_tokens} and {name} {limit}: leave room for prompts.")
+        max_length = min(filter(None, limits.values()), default=None)
         plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
         for number, plan in enumerate(plans):
             rows = [row._asdict() for row in plan.rows]
@@ -119,7 +118,15 @@ class ContinualRecipe:
             data, memory_file = DataArguments(str(files[0])), files[1] if memory else None
             planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
             rounds.append(Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **planned))
-        by_first_process(partial(_write_rows, output, contents))
+
+        def write() -> None:
+            with writing(output):
+                lock(output)
+                for path, content in contents.items():
+                    if content:
+                        write_json_once(path, content)
+
+        by_first_process(write)
         return rounds
 
     def plan(self, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -132,8 +139,8 @@ class ContinualRecipe:
             "dtype": self.model.dtype,
             "revision": self.model.model_revision,
             "max_new_tokens": run.max_new_tokens,
-            "train_sets": _digest([task.train for task in tasks]),
-            "test_sets": _digest([task.test for task in tasks]),
+            "train_sets": combined_digest([task.train for task in tasks])[:16],
+            "test_sets": combined_digest([task.test for task in tasks])[:16],
         }
         if run.approach in ADAPTERS:
             settings |= {f"lora.{key}": value for key, value in dataclasses.asdict(self.lora).items()}
@@ -148,19 +155,6 @@ class ContinualRecipe:
             "metrics": [task.metric for task in tasks],
             "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
-
-
-def check_lengths(max_length: int | None, max_new_tokens: int, positions: int | None = None) -> int | None:
-    """Return the maximum length of prompt and answer in tokens. Reject one without room for prompts."""
-    limits = {"sft.max_length": max_length, "the model's positions are": positions}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    for name, limit in limits.items():
-        if max_new_tokens >= limit:
-            raise HFTError(
-                f"max_new_tokens is {max_new_tokens} and {name} {limit}: it must be smaller, to leave room for "
-                "prompts."
-            )
-    return min(limits.values(), default=None)
 
 
 def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
@@ -183,12 +177,8 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
     """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
     values, flags = read_sections(argv, default_config, KEYS, help_text)
-    given = [
-        f"{section}.{flag[2:].partition('=')[0].replace('-', '_')}".removeprefix(".")
-        for section, tokens in flags.items()
-        for flag in tokens
-        if flag.startswith("--")
-    ]
+    names = ((section, flag[2:].partition("=")[0]) for section in flags for flag in flags[section] if flag[:2] == "--")
+    given = [f"{section}.{name.replace('-', '_')}".removeprefix(".") for section, name in names]
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")
@@ -208,21 +198,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     hft = dataclasses.replace(hft, method=run.method)
     auto = leaves_checkpointing(values["sft"], flags["sft"])
     if auto and run.approach == "gem":
-        raise HFTError(
-            "sft.activation_checkpointing is auto, which does not count gem's gradients: set true or false."
-        )
+        raise HFTError("sft.activation_checkpointing is auto, which cannot plan gem: set it to true or false.")
     recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
     recipe.arguments(run.output_dir, 1)  # rejects mistakes in them now
     return recipe
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def _write_rows(output: Path, files: dict[Path, list[dict[str, str]]]) -> None:
-    with writing(output):
-        lock(output)
-        for path, rows in files.items():
-            if rows:
-                write_json_once(path, rows)

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from hft_trl.continual.rounds import WITHOUT_TRANSFER
 from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
@@ -51,9 +53,6 @@ def _markdown(scores: Scores) -> str:
 
 
 def print_scores(folder: str | Path) -> None:
-    """Print the scores of a run as a table."""
-    from rich.console import Console
-
     Console().print(rich_table(score_grid(read_scores(folder))))
 
 
@@ -98,7 +97,6 @@ def run_name(scores: Scores) -> str:
 
 
 def transfer(scores: Scores, number: int = -1) -> str:
-    """Format the backward transfer after a round."""
     return NONE if scores["approach"] in WITHOUT_TRANSFER else f"{scores['bwt'][number]:+.1f}"
 
 
@@ -122,7 +120,6 @@ def forgetting_grid(scores: Scores) -> Grid:
 
 
 def comparison_grid(runs: Mapping[str, Scores]) -> Grid:
-    """Show OP and BWT after the last round, a row per run."""
     rows = [
         [name, run["approach"], (run["method"] or NONE).upper(), f"{run['op'][-1]:.1f}", transfer(run)]
         for name, run in runs.items()
@@ -142,18 +139,16 @@ def other_settings(runs: Mapping[str, Scores]) -> list[str]:
 
 def matrix_figure(scores: Scores) -> "Figure":
     """Draw the score on each task after each round as a heat map. Tasks not seen by then are gray."""
-    import numpy as np
     from matplotlib.figure import Figure
 
     tasks, matrix = scores["tasks"], scores["matrix"]
-    cells = np.full((len(matrix), len(tasks)), np.nan)
     figure = Figure(figsize=(1.8 + 0.72 * len(tasks), 1.6 + 0.45 * len(matrix)), layout="constrained")
     axes = figure.add_subplot(facecolor="#DDDDDD", xlabel="score on", ylabel="after", title=run_name(scores))
     text = {"ha": "center", "va": "center", "fontsize": 8}
     for number, row in enumerate(matrix):
-        cells[number, : len(row)] = row
         for task, score in enumerate(row):
             axes.text(task, number, f"{score:.0f}", color="black" if score < 60 else "white", **text)
+    cells = [row + [float("nan")] * (len(tasks) - len(row)) for row in matrix]
     image = axes.imshow(cells, cmap=PALE_TO_DARK, vmin=0, vmax=100, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", parse_math=False)
     axes.set_yticks(range(len(matrix)), [planned["name"] for planned in scores["rounds"]])

@@ -1,21 +1,30 @@
 """Plan, train and evaluate the rounds of each approach."""
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from hft_trl.backends.zero import whole_models
+from hft_trl.chat import complete
 from hft_trl.checkpoints.resumable import ResumableMixin
-from hft_trl.continual.answers import Answered, evaluate_tasks
 from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, Approach
-from hft_trl.continual.tasks import Row, Task, encode
+from hft_trl.continual.tasks import Row, Task, encode, encode_prompts, mean_score
+from hft_trl.files import read_object, write_json_once, writing
+from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.saved_models.digests import content_digest
+from hft_trl.weights import combined_digest
 
 WITHOUT_TRANSFER = ("multitask", "individual")
 """Approaches in which no task is learned after another one in the same model, so that none can be forgotten."""
@@ -74,6 +83,77 @@ def _draw(task: Task, rows: int, seed: str) -> tuple[Row, ...]:
     return tuple(random.Random(seed).sample(task.train, min(rows, len(task.train))))
 
 
+@dataclass(frozen=True)
+class Answered:
+    score: float  # of the task's metric, from 0 to 100
+    empty: int  # predictions without any text, which score 0
+    truncated: int  # prompts that were truncated from the left
+
+
+def evaluate_tasks(
+    folder: Path, tasks: Iterable[Task], max_new_tokens: int, max_length: int | None, batch_size: int, **loading: Any
+) -> dict[str, Answered]:
+    """
+    Generate greedy answers to test sets, and return their scores by task in the main process only.
+
+    All processes must call it and share the work. Predictions are written to `predictions/<task>.json`, and reused for
+    the same settings. In half precision, batch size and number of processes can change them. `max_length` counts the
+    tokens of prompt and answer. `batch_size` is that of each process.
+    """
+    state, results, model, tokenizer = PartialState(), {}, None, None
+    for task in tasks:
+        path = folder / "predictions" / f"{task.name}.json"
+        made_with = {
+            "test_digest": combined_digest(task.test),
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+        }
+        predictions, truncated = _read(path, made_with) if state.is_main_process else (None, 0)
+        if not any(gather_object([predictions is not None])):
+            if model is None:
+                with whole_models():
+                    model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
+                trusted = loading.get("trust_remote_code", False)
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            prompt_length = None if max_length is None else max_length - max_new_tokens
+            rows, truncated = encode_prompts([row.prompt for row in task.test], tokenizer, prompt_length)
+            with state.split_between_processes(rows) as ours:
+                found = complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
+                predictions = gather_object(found)
+        scored = by_first_process(partial(_score, path, task, made_with, predictions, truncated))
+        if scored is not None:
+            results[task.name] = scored
+    return results
+
+
+def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]:
+    """Read the predictions that [`_score`] wrote for the same test set and settings, and the truncated prompts."""
+    content: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        content = read_object(path, made_with=dict, predictions=list, result=dict)
+    if content.get("made_with") != made_with:
+        return None, 0
+    return [row["prediction"] for row in content["predictions"]], content["result"]["truncated"]
+
+
+def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Sequence[str], truncated: int) -> Answered:
+    """Score predictions, and write them with the score unless the file contains the same."""
+    answers = [row.answer for row in task.test]
+    empty = sum(not text.strip() for text in predictions)
+    result = Answered(mean_score(task.metric, predictions, answers), empty, truncated)
+    content = {
+        "task": task.name,
+        "metric": task.metric,
+        "result": asdict(result),
+        "made_with": made_with,
+        "predictions": [{"answer": a, "prediction": text} for a, text in zip(answers, predictions, strict=True)],
+    }
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json_once(path, content)
+    return result
+
+
 @dataclass
 class Round(Stage):
     """Store a round as a stage. `load_data` sets `memories` (GEM's) and `truncated_rows`."""
@@ -86,7 +166,6 @@ class Round(Stage):
     truncated_rows: int = 0
 
     def check(self) -> None:
-        """Check the start model, and the adapter if the round trains one."""
         super().check()
         if self.adapter is not None:
             from hft_trl.continual.adapters import check_adapter  # needs peft
@@ -94,16 +173,13 @@ class Round(Stage):
             check_adapter(self.model, self.args, self.adapter)
 
     def sources(self) -> set[Path]:
-        """Return the folders of the earlier rounds that it starts from."""
         return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
 
     def saved_weights(self) -> list[Path]:
-        """Return the files with the weights of the finished round."""
         adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
         return super().saved_weights() + adapter
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
-        """Return the settings of the adapter, and a digest of GEM's memories."""
         lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}
         data = {} if self.memory is None else {"data": {"memory": content_digest(self.memory)}}
         return lora | data
@@ -123,13 +199,7 @@ class Round(Stage):
 
     def evaluate(self, max_new_tokens: int, batch_size: int) -> dict[str, Answered]:
         """Score the round's model on the tasks of its plan. All processes must call it."""
-        return evaluate_tasks(
-            self.folder,
-            self.plan.evaluated,
-            max_new_tokens,
-            self.max_length,
-            batch_size,
-            dtype=self.model.dtype,
-            trust_remote_code=self.model.trust_remote_code,
-            attn_implementation=self.model.attn_implementation,
-        )
+        names = ("dtype", "trust_remote_code", "attn_implementation")
+        loading = {name: vars(self.model)[name] for name in names}
+        asked = self.folder, self.plan.evaluated, max_new_tokens, self.max_length, batch_size
+        return evaluate_tasks(*asked, **loading)

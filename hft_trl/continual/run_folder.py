@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hft_trl.continual.answers import Answered
-from hft_trl.continual.rounds import Round
+from hft_trl.continual.rounds import Answered, Round
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, read_object, write_json, write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -55,7 +54,6 @@ def check_plan(folder: str | Path, plan: Mapping[str, Any]) -> None:
 
 def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Round], overwrite: bool = False) -> None:
     """Write a run's plan, and with `overwrite` remove old results. All processes must call it."""
-
     folder = Path(folder)
     ours = {path for planned in rounds for path in (planned.folder, Path(planned.data.dataset), planned.memory)}
 
@@ -107,12 +105,7 @@ def write_scores(
     answered: Sequence[Mapping[str, Answered]],
     probes: Mapping[str, Mapping[str, float | None]],
 ) -> None:
-    """
-    Write `scores.json`, which contains no times: the same rounds give the same bytes.
-
-    `rounds` are the finished ones, `answered` the results of each round's model by task, and `probes` scores by model
-    and name.
-    """
+    """Write `scores.json`, which contains no times: the same rounds give the same bytes."""
     rows = score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
     described = []

@@ -1,18 +1,17 @@
-"""
-Read tasks from disk (TRACE's folders as released, users' own tasks from a YAML file), and tokenize their rows.
+"""Tasks: TRACE's folders or users' own from a YAML file, their metrics, and the tokens of their rows."""
 
-No template, truncation from the left, loss on the answer.
-"""
-
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import regex
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hft_trl.continual.metrics import METRICS
 from hft_trl.errors import HFTError
 from hft_trl.files import read_texts
 from hft_trl.recipe.parsing import load_yaml
@@ -65,24 +64,18 @@ def read_benchmark(folder: str | Path) -> list[Task]:
             f"benchmark {str(folder)!r} has no folder {missing[0]!r} ({len(missing)} of TRACE's {len(TRACE)} tasks "
             f"are missing): complete it, or list the tasks that exist in a {TASKS_FILE}."
         )
-    return [_task(name, folder / name, metric, epochs) for name, (metric, epochs) in TRACE.items()]
+    return [_from_yaml({"name": name}, name, folder) for name in TRACE]
 
 
 def read_tasks(path: str | Path) -> list[Task]:
-    """
-    Read users' own tasks from a YAML file: a list `tasks` of `name`, `files`, `metric` and `epochs`.
-
-    `files` is a folder, or a mapping of `train` and `test` to files. TRACE's tasks need neither `metric` nor `epochs`.
-    """
+    """Read users' own tasks: `name`, `files`, `metric` and `epochs` of each. TRACE's have defaults."""
     path = Path(path)
     content = load_yaml(path)
     if unknown := sorted(map(str, content.keys() - {"tasks"})):
         raise HFTError(f"{path} has the key {unknown[0]!r}: the only one is tasks.")
     entries = content.get("tasks")
     if not isinstance(entries, list) or not entries:
-        raise HFTError(
-            f"{path} has no list of tasks: write it below the key tasks, with name, metric and epochs of each."
-        )
+        raise HFTError(f"{path} has no list of tasks: write name, metric and epochs of each below tasks.")
     return [_from_yaml(entry, f"task {number} of {path}", path.parent) for number, entry in enumerate(entries, 1)]
 
 
@@ -101,19 +94,14 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
         raise HFTError(f"{where} has the metric {metric!r}: it must be one of {', '.join(METRICS)}.")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise HFTError(f"{where} has epochs {epochs!r}: it must be a whole number of at least 1.")
-    if isinstance(files, dict) and files.keys() >= {"train", "test"}:
-        return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
-    if not isinstance(files, str):
+    if isinstance(files, str):
+        files = {"train": f"{files}/train.json", "test": f"{files}/test.json"}
+    if not isinstance(files, dict) or not files.keys() >= {"train", "test"}:
         raise HFTError(f"{where} has files {files!r}: give a folder, or a file each for train and test.")
-    return _task(name, folder / files, metric, epochs)
-
-
-def _task(name: str, folder: Path, metric: str, epochs: int) -> Task:
-    return Task(name, read_rows(folder / "train.json"), read_rows(folder / "test.json"), metric, epochs)
+    return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
-    """Read a JSON list of `{"prompt": ..., "answer": ...}`."""
     return tuple(Row(row["prompt"], row["answer"]) for row in read_texts(Path(path), "prompt", "answer"))
 
 
@@ -132,13 +120,12 @@ def encode(
     Return `input_ids` and `labels` (-100 without a loss), and the number of truncated rows.
     """
     if tokenizer.eos_token_id is None:
-        raise HFTError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so answers would never end: "
-            "set its eos_token and save it."
-        )
+        name = tokenizer.name_or_path
+        raise HFTError(f"the tokenizer of {name!r} has no end-of-sequence token: set its eos_token, and save it.")
 
     def tokens(row: dict[str, str]) -> dict[str, list[int] | bool]:
-        prompt, whole = _without_end(tokenizer, [_question(row["prompt"]), row["prompt"] + row["answer"]])
+        # Tokens begin with a space, so spaces at the end of a prompt belong to the answer
+        prompt, whole = _without_end(tokenizer, [row["prompt"].rstrip(" "), row["prompt"] + row["answer"]])
         whole = [*whole, tokenizer.eos_token_id]
         # A token that spans prompt and answer belongs to the answer
         start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
@@ -158,18 +145,67 @@ def encode_prompts(
     prompts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[list[list[int]], int]:
     """Encode prompts for generation. Return the token ids of each, and the number of truncated prompts."""
-    rows = _without_end(tokenizer, [_question(prompt) for prompt in prompts])
+    rows = _without_end(tokenizer, [prompt.rstrip(" ") for prompt in prompts])
     if max_length is None:
         return rows, 0
     return [row[-max_length:] for row in rows], sum(len(row) > max_length for row in rows)
-
-
-def _question(prompt: str) -> str:
-    """Remove spaces at the end of a prompt: tokens begin with a space, so these belong to the answer."""
-    return prompt.rstrip(" ")
 
 
 def _without_end(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """Tokenize texts without the end-of-sequence token that some tokenizers append to each text."""
     rows = tokenizer(list(texts))["input_ids"]
     return [row[:-1] if row and row[-1] == tokenizer.eos_token_id else row for row in rows]
+
+
+def accuracy(prediction: str, answer: str) -> float:
+    """Compute whether the prediction equals the answer, except for surrounding white space."""
+    return 100.0 * (prediction.strip() == answer.strip())
+
+
+def choice_accuracy(prediction: str, answer: str) -> float:
+    """Compute the accuracy of the first character, a choice's letter (TRACE's metric of ScienceQA)."""
+    return accuracy(prediction.strip()[:1], answer.strip()[:1])
+
+
+def edit_similarity(prediction: str, answer: str) -> float:
+    """Compute rapidfuzz's `ratio`. Py150's placeholders of literals count as the literal."""
+    from rapidfuzz.fuzz import ratio
+
+    # Two empty texts are equal, which an answer such as <STR_LIT> can become
+    return ratio(_literals(prediction).strip(), _literals(answer).strip()) if prediction.strip() else 0.0
+
+
+def _literals(text: str) -> str:
+    unnamed = {"NUM": "0", "STR": "", "CHAR": ""}
+    return re.sub(r"<(NUM|STR|CHAR)_LIT(?::(.*?))?>", lambda found: found[2] or unnamed[found[1]], text, flags=re.S)
+
+
+def rouge_l(prediction: str, answer: str) -> float:
+    """Compute the F-measure of the longest common subsequence of words, with rouge-score."""
+    return 100.0 * _scorer().score(answer, prediction)["rougeL"].fmeasure
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+class _Words:
+    """Split a text of any alphabet into words. Each Chinese or Japanese character is a word."""
+
+    # rouge-score's tokenizer keeps only a to z, and `\w` of `re` drops the vowel signs of Hindi
+    UNPARTED = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
+    WORD = regex.compile(rf"{UNPARTED}|(?:(?!{UNPARTED})(?:\p{{L}}\p{{M}}*|[\p{{N}}_]))+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.WORD.findall(text.lower())
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, choice_accuracy, edit_similarity, rouge_l)}
+"""Metrics of a prediction and the answer, by the names that a tasks file uses."""
+
+
+def mean_score(metric: str, predictions: Sequence[str], answers: Sequence[str]) -> float:
+    return fmean(map(METRICS[metric], predictions, answers))

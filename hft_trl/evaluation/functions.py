@@ -20,14 +20,12 @@ def probes(kind: str, **_: Any) -> DatasetDict:
 
 
 def grade_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Grade the answer to a chat question."""
     reply = results[0].strip()
     right = is_right(reply, doc["answers"])
     return {"right": float(right), "concise": float(right and reply == without_farewell(reply))}
 
 
 def grade_instruction(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Grade the reply to an instruction."""
     return {"right": float(results[0].strip() == doc["answer"])}
 
 
@@ -52,16 +50,10 @@ def passes(program: str) -> bool:
     the user.
     """
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-I", "-c", f"{program}\n__import__('os')._exit({REACHED_THE_END})"]
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", f"{program}\n__import__('os')._exit({REACHED_THE_END})"],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                timeout=PROGRAM_SECONDS,
-                check=False,
-            )
+            done = subprocess.run(command, cwd=folder, timeout=PROGRAM_SECONDS, check=False, **silent)
         except (subprocess.TimeoutExpired, ValueError):  # a program with a null byte cannot be started
             return False
     return done.returncode == REACHED_THE_END

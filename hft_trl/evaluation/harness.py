@@ -1,8 +1,7 @@
 """lm-evaluation-harness: loading tasks and evaluating a model. The only module that imports it."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from hft_trl.backends.zero import whole_models
 from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.suites import TASKS, Task
 
-Results = dict[str, dict[str, Any]]
+LOGGER = logging.getLogger("lm_eval")  # warns of intended settings while loading, such as a model that is loaded
 
 
 class SharedOutLM(HFLM):
@@ -35,21 +34,19 @@ class SharedOutLM(HFLM):
         state = PartialState()
         with as_user_error(f"the model {str(folder)!r}"), whole_models():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(state.device)
-        with quiet_harness():
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._rank, self._world_size = state.process_index, state.num_processes
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Gather a tensor of every process."""
         return gather(tensor)
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
         PartialState().wait_for_everyone()
 
 
 def load_model(backend: str, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, batch_size: int) -> LM:
     """Load a model into the harness's class for a backend, `"hf"` or `"vllm"`, which chooses its own batch size."""
+    LOGGER.setLevel(logging.ERROR)
     if backend == "hf":
         return SharedOutLM(folder, tokenizer, dtype, batch_size)
     from lm_eval.models.vllm_causallms import VLLM
@@ -62,23 +59,20 @@ def load_model(backend: str, folder: Path, tokenizer: PreTrainedTokenizerBase, d
 
 def load_tasks(tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """Load tasks and download their data. Returns the harness's `TaskManager.load` by task."""
+    LOGGER.setLevel(logging.ERROR)
     # Reading the harness's thousands of task files takes longer than the embedded world's suite
     manager = TaskManager(include_path=str(TASKS), include_defaults=any("hft_demo" not in task.name for task in tasks))
     loaded = {}
-    with quiet_harness(), PartialState().local_main_process_first():
+    with PartialState().local_main_process_first():
         for task in tasks:
             with as_user_error(f"the task {task.name}"):
                 loaded[task.name] = manager.load([task.name])
     return loaded
 
 
-def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> Results | None:
-    """
-    Evaluate a model on a task that [`load_tasks`] loaded. Every process has to call.
-
-    Returns the harness's results by task and group in the first process, `None` in the others. A prompt and reply that
-    do not fit into the model's positions raise an [`HFTError`].
-    """
+def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code: bool) -> dict[str, Any] | None:
+    """Evaluate a model on a task of [`load_tasks`]. Only the first process gets the results."""
+    LOGGER.setLevel(logging.WARNING)
     for part in loaded["tasks"].values():
         shots = task.num_fewshot if task.num_fewshot is not None else part.get_config("num_fewshot")
         part.set_config(key="num_fewshot", value=shots or 0)
@@ -102,15 +96,3 @@ def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code:
                 f"{task.name} cannot be evaluated for {lm.tokenizer.name_or_path!r}: {first_line(error)}"
             ) from error
     return {**found["results"], **found.get("groups", {})} if found else None
-
-
-@contextmanager
-def quiet_harness() -> Iterator[None]:
-    """Hide the harness's warnings about intended settings, such as a model that is already loaded."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

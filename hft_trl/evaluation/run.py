@@ -1,9 +1,8 @@
-"""Evaluation of models on suites, with a cache of finished tasks."""
+"""Evaluation of models on suites, with a cache of finished tasks, and greedy answers to prompts."""
 
 import hashlib
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
 
 from hft_trl import demo
-from hft_trl.chat import load_tokenizer, prompt_ids
+from hft_trl.backends.zero import whole_models
+from hft_trl.chat import chat, load_tokenizer, prompt_ids
 from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
-from hft_trl.errors import HFTError, first_line
+from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import check_output, read_object, write_json, writing
@@ -26,6 +27,7 @@ from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.skeleton import check_folder
 from hft_trl.trainers.compatibility import check
+from hft_trl.weights import combined_digest
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
@@ -88,10 +90,7 @@ def evaluate_models(
     if backend == "vllm" and state.num_processes > 1:
         raise HFTError(f"--backend is vllm in {state.num_processes} processes, but vLLM starts its own: launch one.")
     if limit is not None and limit < state.num_processes:
-        raise HFTError(
-            f"--limit {limit} leaves some of the {state.num_processes} processes without an item: "
-            "raise it, or launch fewer processes."
-        )
+        raise HFTError(f"--limit is {limit} with {state.num_processes} processes: raise it, or launch fewer.")
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hft_trl", "evaluation")
     is_main = state.is_main_process
     if is_main:
@@ -150,6 +149,32 @@ def evaluate_models(
     )
 
 
+def sample_answers(
+    model: str,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    *,
+    chat_template: str | None = None,
+    dtype: str = "auto",
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[str]:
+    """
+    Return a model's greedy answers to one-turn prompts in its chat template (Tülu's if it has none).
+
+    `model` is a folder, a hub id, `"demo"` or `"smollm2"`. Each process that calls this loads a whole model. An
+    unknown model or a prompt that is too long for it raises an [`HFTError`].
+    """
+    folder = find_model(model)
+    tokenizer = load_tokenizer(str(folder), chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    with as_user_error(f"the model {model!r}"), whole_models():
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return chat(loaded, tokenizer, prompts, max_new_tokens, batch_size, progress)
+
+
 def _task_digest() -> str:
     """Return the SHA-256 (hex) of our tasks' files, grading code and probes."""
     digest = hashlib.sha256()
@@ -177,16 +202,12 @@ def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
     )
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _read(cache: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        entry = read_object(cache / f"{_digest(key)}.json", results=dict, digest=str)
+        entry = read_object(cache / f"{combined_digest(key)}.json", results=dict, digest=str)
     except (OSError, ValueError):  # missing or torn
         return None
-    return entry["results"] if _digest(entry["results"]) == entry["digest"] else None
+    return entry["results"] if combined_digest(entry["results"]) == entry["digest"] else None
 
 
 def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
@@ -196,4 +217,5 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
     }
     with writing(cache, resumes=False):
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{_digest(key)}.json", {"key": key, "results": numbers, "digest": _digest(numbers)})
+        entry = {"key": key, "results": numbers, "digest": combined_digest(numbers)}
+        write_json(cache / f"{combined_digest(key)}.json", entry)

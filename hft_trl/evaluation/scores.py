@@ -1,13 +1,29 @@
-"""The scores of an evaluation: the content of `evaluation.json`."""
+"""The scores of an evaluation, and their output: tables on the terminal, and `evaluation.json`, `.md` and `.png`."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from hft_trl import demo
+from hft_trl.files import write_json, write_text, writing
+from hft_trl.report import Report
+from hft_trl.report.figures import plain, save_figure
+from hft_trl.report.plots import evaluation_figure
+from hft_trl.report.tables import Grid, evaluation_grid, rich_table, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AVERAGE = "average"
+ERROR_OF_AVERAGE = (
+    "The standard errors are the harness's, over the items of a task. That of an average is the root of the sum of "
+    "its scores' squared errors, divided by their number: the tasks are fixed, and their items independent."
+)
 
 
 @dataclass(frozen=True)
@@ -21,8 +37,6 @@ class Score:
 
 @dataclass
 class Evaluation:
-    """Scores of models on suites."""
-
     models: dict[str, str]  # digest by name, the base first
     scores: dict[str, dict[str, dict[str, Score]]]  # by suite, model and heading
     averaged: dict[str, list[str]]  # headings whose mean is the average, by suite
@@ -33,12 +47,10 @@ class Evaluation:
 
     @property
     def base(self) -> str:
-        """Return the name of the first model, with which the others are compared."""
         return next(iter(self.models))
 
     @property
     def meanings(self) -> dict[str, str]:
-        """Return what the embedded world's scores are, by heading."""
         return demo.MEANINGS if "demo" in self.scores else {}
 
     def average(self, suite: str, model: str) -> Score:
@@ -54,22 +66,83 @@ class Evaluation:
         """Return the scores of a model on a suite by heading, then their average."""
         return {**self.scores[suite][model], AVERAGE: self.average(suite, model)}
 
-    def difference(self, suite: str, model: str, heading: str) -> float | None:
-        """Return a score minus the base's in percentage points, `None` for the base or without a value."""
-        own, other = (self.columns(suite, name)[heading].value for name in (model, self.base))
-        return None if model == self.base or own is None or other is None else own - other
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the base's name, with averages and differences among the scores."""
+        """Return the fields and the base's name, with averages and differences (to the base) among the scores."""
         content = asdict(self)
-        content["scores"] = {
-            suite: {
-                model: {
-                    heading: {**asdict(score), "difference": self.difference(suite, model, heading)}
-                    for heading, score in self.columns(suite, model).items()
-                }
-                for model in models
-            }
-            for suite, models in self.scores.items()
-        }
+        for suite, models in self.scores.items():
+            base = self.columns(suite, self.base)
+            for model in models:
+                for heading, score in self.columns(suite, model).items():
+                    both = model != self.base and None not in (score.value, base[heading].value)
+                    difference = score.value - base[heading].value if both else None
+                    content["scores"][suite][model][heading] = {**asdict(score), "difference": difference}
         return {"base": self.base, **content, "meanings": self.meanings}
+
+
+def _report(evaluation: Evaluation, suites: Iterable[str]) -> Report:
+    """Return the scores of suites as a run's report has them. Averages of several are named after their suite."""
+    report = Report([], {model: {} for model in evaluation.models}, {model: {} for model in evaluation.models})
+    for suite in (suites := list(suites)):
+        average = f"{suite} {AVERAGE}" if len(suites) > 1 else AVERAGE
+        report.suites[suite] = [*evaluation.scores[suite][evaluation.base], average]
+        for model in evaluation.models:
+            for heading, score in zip(report.suites[suite], evaluation.columns(suite, model).values(), strict=True):
+                report.evaluation[model][heading] = score.value
+                report.standard_errors[model][heading] = score.stderr
+    return report
+
+
+def score_grids(evaluation: Evaluation) -> list[Grid]:
+    """Return a table for each suite: a row for each model, a column for each score, then the average."""
+    limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
+    grids = {suite: evaluation_grid(_report(evaluation, [suite])) for suite in evaluation.scores}
+    return [
+        replace(grid, title=f"{suite}{grid.title.removeprefix('Evaluation').removesuffix(')')}{limit})", note="")
+        for suite, grid in grids.items()
+    ]
+
+
+def _notes(evaluation: Evaluation) -> list[str]:
+    meanings = "; ".join(f"{heading}: {meaning}" for heading, meaning in evaluation.meanings.items())
+    names = ", ".join(evaluation.skipped)
+    note = f"{names} was skipped and is not part of the average: it runs code that the model wrote."
+    return [*([f"{meanings}."] if meanings else []), *([f"{note} Allow this with --run-code."] if names else [])]
+
+
+def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path]:
+    """Write `evaluation.json`, `.md` and `.png` to a folder, and return their paths."""
+    folder = Path(directory)
+    data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
+    parts, figure = ["# Evaluation"], score_figure(evaluation)
+    for grid in score_grids(evaluation):
+        parts += [f"## {grid.title}", table(grid)]
+    parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
+    parts += [f"![scores]({picture.name})"] if figure is not None else []
+    parts.append(f"Every figure comes from `{data.name}`, {evaluation.created}.")
+    with writing(folder, resumes=False):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(data, evaluation.to_dict(), allow_nan=False)
+        write_text(text, "\n\n".join(parts) + "\n")
+        if figure is None:
+            return [data, text]
+        save_figure(figure, picture)
+    return [data, text, picture]
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    console = Console(highlight=False)
+    for grid in score_grids(evaluation):
+        console.print(rich_table(grid))
+    for note in _notes(evaluation):
+        console.print(note, markup=False)
+
+
+def score_figure(evaluation: Evaluation) -> "Figure | None":
+    """Draw scores as bars with standard errors, nothing if all models diverged."""
+    report = _report(evaluation, evaluation.scores)
+    # A legend omits names that begin with an underscore
+    scores, errors = (
+        {f" {plain(model)}": figures for model, figures in found.items()}
+        for found in (report.evaluation, report.standard_errors)
+    )
+    return evaluation_figure(replace(report, evaluation=scores, standard_errors=errors))

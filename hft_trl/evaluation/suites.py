@@ -34,11 +34,7 @@ SUITES: dict[str, tuple[Task, ...]] = {
     "knowledge": (
         Task("nq_open", {"NaturalQuestions": "nq_open exact_match,remove_whitespace"}, num_fewshot=5),
         Task("triviaqa", {"TriviaQA": "triviaqa exact_match,remove_whitespace"}, num_fewshot=5),
-        Task(
-            "hft_hotpotqa_closed_book",
-            {"HotpotQA": "hft_hotpotqa_closed_book exact_match,remove_whitespace"},
-            num_fewshot=5,
-        ),
+        Task("hft_hotpotqa_closed_book", {"HotpotQA": "hft_hotpotqa_closed_book exact_match,remove_whitespace"}, 5),
     ),
     "demo": (
         Task("hft_demo_knowledge", {"knowledge": "hft_demo_knowledge acc,none"}),
@@ -63,18 +59,13 @@ def parse_suites(names: str) -> list[str]:
     if unknown or not suites:
         raise HFTError(f"unknown suite {', '.join(unknown) or repr(names)}: choose from {', '.join(SUITES)}.")
     if find_spec("lm_eval") is None:
-        raise HFTError(
-            "evaluation needs lm-evaluation-harness, which is not installed: "
-            "pip install -c constraints.txt -e '.[eval]'."
-        )
+        raise HFTError("evaluation needs lm-eval: run pip install -c constraints.txt -e '.[eval]'.")
     return suites
 
 
 def headings(suite: str) -> list[str]:
-    """Return the headings of all figures of a suite, including those that run code."""
     return [heading for task in SUITES[suite] for heading in task.figures]
 
 
 def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
-    """Return the tasks to run by suite, without those that run code unless `run_code` is set."""
     return {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}

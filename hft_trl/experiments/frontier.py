@@ -65,8 +65,6 @@ class Mean:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Store the results of a frontier: measured points, their means, the front's names and the comparisons."""
-
     points: list[Point]
     models: list[Mean]
     front: list[str]
@@ -102,7 +100,6 @@ class Frontier:
 
 
 def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
-    """Read the results of the finished trials."""
     points = []
     for path in files:
         try:
@@ -133,7 +130,6 @@ def _method(point: Point) -> str:
 
 
 def means(points: Sequence[Point], kept: str) -> list[Mean]:
-    """Return the means of the models over their seeds, in the order of the points."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(name(point), []).append(point)
@@ -194,9 +190,7 @@ def _undominated(places: Collection[tuple[float, float]]) -> set[tuple[float, fl
 def check_tests() -> None:
     """Reject a missing scipy before hours of training."""
     if find_spec("scipy") is None:
-        raise HFTError(
-            "the paired tests need scipy, which is not installed: pip install -c constraints.txt -e '.[eval]'."
-        )
+        raise HFTError("the paired tests need scipy: run pip install -c constraints.txt -e '.[eval]'.")
 
 
 def paired(differences: Sequence[float], better: int = 1) -> Difference:

@@ -13,7 +13,7 @@ from hft_trl.experiments.grid import BASE, FrontierArguments
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.figures import GREY, plain, save_figure, stage_colours
+from hft_trl.report.figures import GREY, panels, plain, save_figure, stage_colours
 from hft_trl.report.tables import Grid, rich_table, table
 
 if TYPE_CHECKING:
@@ -23,16 +23,8 @@ if TYPE_CHECKING:
 def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
     """Write `frontier.json`, `frontier.png` and `frontier.md` from the finished trials, and return the results."""
     found, versions = read_frontier(files, grid.kept), environment()
-    write_json(
-        output / "frontier.json",
-        {
-            "points": found.points,
-            "front": found.front,
-            "recommendation": found.recommendation,
-            "command": redact(list(argv)),
-            "environment": versions,
-        },
-    )
+    content = {"points": found.points, "front": found.front, "recommendation": found.recommendation}
+    write_json(output / "frontier.json", {**content, "command": redact(list(argv)), "environment": versions})
     save_figure(frontier_figure(found), output / "frontier.png")
     tables = "\n\n".join(f"{grid.title}\n\n{table(grid)}" for grid in grids(found))
     text = f"""# What is learned against what is kept
@@ -56,7 +48,6 @@ Made by `python recipes/frontier.py {shlex.join(redact(list(argv)))}` on {dateti
 
 
 def print_frontier(found: Frontier, output: Path) -> None:
-    """Print the tables and the recommendation."""
     console = Console()
     for grid in grids(found):
         console.print(rich_table(grid))
@@ -65,7 +56,6 @@ def print_frontier(found: Frontier, output: Path) -> None:
 
 
 def grids(found: Frontier) -> list[Grid]:
-    """Return a table of the models and one of the comparisons at an equal task loss."""
     names = list(dict.fromkeys(key for point in found.points for key in point["kept"]))
     others = {kept: {m.name: m for m in means(found.points, kept)} for kept in names if kept in KEPT}
     rows = [
@@ -89,45 +79,26 @@ def grids(found: Frontier) -> list[Grid]:
 
 def frontier_figure(found: Frontier) -> "Figure":
     """Draw the task loss against what is kept, a curve per method, with the front marked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = panels(1)
+    figure.set_size_inches(8, 5.5)
     names = [name for name in dict.fromkeys(model.series for model in found.models) if name != BASE]
     colours = dict(zip([BASE, *names], [GREY, *stage_colours(len(names) + 1)[1:]], strict=True))
     for name, colour in colours.items():
         models = [model for model in found.models if model.series == name]
-        axes.errorbar(
-            [model.learned for model in models],
-            [model.kept for model in models],
-            xerr=[model.learned_spread for model in models],
-            yerr=[model.kept_spread for model in models],
-            marker="s" if name == BASE else "o",
-            linestyle="none" if "," in name else "-",
-            markersize=5,
-            linewidth=1.2,
-            elinewidth=0.8,
-            color=colour,
-            label=plain(name),
-        )
+        fields = ("learned", "kept", "kept_spread", "learned_spread")
+        places = [[vars(model)[field] for model in models] for field in fields]
+        line = {"linestyle": "none" if "," in name else "-", "linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
+        marker = "s" if name == BASE else "o"
+        axes.errorbar(*places, marker=marker, color=colour, label=plain(name), **line)
     on_front = [model for model in found.models if model.name in found.front]
-    axes.plot(
-        [model.learned for model in on_front],
-        [model.kept for model in on_front],
-        "o",
-        markersize=11,
-        markerfacecolor="none",
-        markeredgecolor="black",
-        label="on the front",
-    )
+    places = [[vars(model)[field] for model in on_front] for field in ("learned", "kept")]
+    ring = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": "black"}
+    axes.plot(*places, "o", label="on the front", **ring)
     axes.invert_xaxis()  # learned more: to the right
     if found.kept != "facts":
         axes.invert_yaxis()  # kept more: upwards
     axes.set_xlabel("task loss on the evaluation split (learned more to the right)")
     axes.set_ylabel(f"{KEPT[found.kept]}, kept more upwards")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E5E5E5", linewidth=0.8)
-    axes.set_axisbelow(True)
     if found.models:
         axes.legend(frameon=False, fontsize=9)
     return figure

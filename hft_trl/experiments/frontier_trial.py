@@ -31,6 +31,7 @@ from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
 from hft_trl.recipe.retention_section import check_retention
 from hft_trl.retention.meter import Meter
+from hft_trl.saved_models.digests import content_digest
 from hft_trl.selection import find_units, select
 from hft_trl.skeleton import build_on_meta
 
@@ -47,11 +48,7 @@ class ResumableTrainer(ResumableMixin, SFTTrainer):
 
 
 def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, FrontierArguments, list[str]]:
-    """
-    Parse a frontier's command line. Return the recipe of all trials, the grid, and the flags of the trials.
-
-    The keys of the section `frontier` are also flags without a section, such as `--methods fft hft`.
-    """
+    """Return the recipe of all trials, the grid, whose keys are flags too, and the trials' flags."""
     grid = {f"--{key}": f"--{GRID}.{key}" for key in keys((FrontierArguments,))}
     words = []
     for word in argv:
@@ -69,10 +66,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         parse_suites(grid.tasks)
     adapters = [method for method in grid.methods if method in ADAPTERS]
     if adapters and find_spec("peft") is None:
-        raise HFTError(
-            f"methods has {adapters[0]}, which needs peft: pip install -c constraints.txt -e '.[frontier]', or drop "
-            f"{adapters[0]}."
-        )
+        raise HFTError(f"{adapters[0]} needs peft: run pip install -c constraints.txt -e '.[frontier]'.")
     stage.check()
     _load_data(stage)
     _meter(stage)
@@ -85,6 +79,9 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     # Digests of the files are compared, so that a folder can move to another machine
     same["model"]["model_name_or_path"] = demo.shown(stage.model.model_name_or_path)
     same["data"].pop("dataset", None)
+    if (texts := stage.hft.source_texts) is not None:
+        content = content_digest(Path(texts)) if texts != "demo" else None
+        same["hft"] |= {"source_texts": Path(texts).name, "source_texts_content": content}
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
     check_settings(output, flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
@@ -107,42 +104,30 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     trainer = make_trainer(stage, trial, grid)
     meter = _meter(stage)
     points, seconds, peak = [], None, None
+    rate = float(trial.learning_rate) if trial.learning_rate else None
     with trainer.accelerator.autocast():  # in the type of all later measurements
         base = meter.base(trainer.model) if meter.prompts else None  # nothing is trained yet
     if trial.method != BASE:
         reset_peak_memory()
         checkpoint = last_whole_checkpoint(stage.folder)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
         peak = peak_memory()
-        seconds = _seconds(trainer, checkpoint)
+        if checkpoint is None:  # else the seconds before it are unknown
+            seconds = trained.metrics["train_runtime"]
     trainer.args.loss_type = "nll"  # the task loss is one figure, whatever loss was trained
     for post_hoc in versions(trainer.model, stage, trial, grid):
-        learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in LEARNED}
+        wanted = ("eval_loss", "eval_mean_token_accuracy")
+        learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in wanted}
         kept = meter.measure(trainer.model, base)
         if grid.tasks:
             kept |= _tasks(trainer, folder / "evaluated", grid.tasks)
-        points.append(
-            {
-                "method": trial.method,
-                "learning_rate": float(trial.learning_rate) if trial.learning_rate else None,
-                "ratio": trial.ratio,
-                "seed": trial.seed,
-                "post_hoc": post_hoc,
-                "learned": learned,
-                "kept": kept,
-                "seconds": seconds,
-                "peak_memory_bytes": peak,
-            }
-        )
+        found = {"post_hoc": post_hoc, "learned": learned, "kept": kept, "seconds": seconds, "peak_memory_bytes": peak}
+        points.append({**vars(trial), "learning_rate": rate, **found})
     write_json(result_file(output, trial.name), {"points": points})
     shutil.rmtree(folder, ignore_errors=True)
 
 
-LEARNED = ("eval_loss", "eval_mean_token_accuracy")
-
-
 def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrainer:
-    """Build the trainer of a trial with the settings of the stage."""
     given = {
         "model": stage.model.model_name_or_path,
         "args": stage.args,
@@ -169,11 +154,7 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 
 @torch.no_grad()
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
-    """
-    Put what is made from a trained model into it, and yield each name: `None` for the model itself.
-
-    An FFT model is averaged with its base, and half of it is set back to the base (Half-Reset).
-    """
+    """Put a model and its averages and Half-Reset (of FFT) into `model`, and yield each name."""
     yield None
     if trial.method != "fft":
         return
@@ -207,15 +188,7 @@ def _meter(stage: Stage) -> Meter:
     return meter
 
 
-def _seconds(trainer: SFTTrainer, checkpoint: str | None) -> float | None:
-    """Return the seconds of training. Those of a resumed run are unknown before its checkpoint."""
-    if checkpoint is not None:
-        return None
-    return next(row["train_runtime"] for row in reversed(trainer.state.log_history) if "train_runtime" in row)
-
-
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
-    """Return the scores of lm-eval's tasks in percent."""
     model = trainer.model
     if isinstance(trainer, ResumableTrainer):
         model = model.merge_and_unload()

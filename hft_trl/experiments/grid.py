@@ -45,19 +45,15 @@ class FrontierArguments:
             raise HFTError("learning_rates is empty: give at least one, such as 1e-5 3e-5 lora=3e-4.")
         for method in self.methods:
             self.rates(method)
-        if self.seeds < 1:
-            raise HFTError(f"seeds is {self.seeds}: it must be at least 1.")
-        if self.workers is not None and self.workers < 1:
-            raise HFTError(f"workers is {self.workers}: it must be at least 1.")
-        if self.lora_rank < 1:
-            raise HFTError(f"lora_rank is {self.lora_rank}: it must be at least 1.")
+        for name in ("seeds", "workers", "lora_rank"):
+            if (value := vars(self)[name]) is not None and value < 1:
+                raise HFTError(f"{name} is {value}: it must be at least 1.")
         for name, values in (("ratios", self.ratios), ("average", self.average)):
             wrong = [value for value in values if not 0 < value <= 1]
             if wrong or (name == "ratios" and not values):
                 raise HFTError(f"{name} is {values}: each must be above 0 and at most 1.")
 
     def rates(self, method: str) -> list[str]:
-        """Return the learning rates of a method, as they were written."""
         own = [rate.partition("=")[2] for rate in self.learning_rates if rate.partition("=")[0] == method]
         found = own or [rate for rate in self.learning_rates if "=" not in rate]
         if not found:
@@ -79,13 +75,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the name of its files."""
         ratio = "" if self.ratio is None else f"-{self.ratio:g}"
         method = self.method.replace(":", "-")
         return method if method == BASE else f"{method}{ratio}-{self.learning_rate}-{self.seed}"
 
     def flags(self) -> list[str]:
-        """Return the flags of a recipe with which it is trained."""
         kind, _, half = self.method.partition(":")
         words = ["--method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
         words += ["--hft.seed", str(self.seed)]
@@ -99,9 +93,10 @@ class Trial:
 
 def trials(grid: FrontierArguments) -> list[Trial]:
     """Return the trials of a grid, a seed after the other, so that an early stop leaves complete seeds."""
-    found = []
-    for seed in range(1, grid.seeds + 1):
-        for method in grid.methods:
-            ratios = grid.ratios if method.startswith("hft") else [None]
-            found += [Trial(method, rate, ratio, seed) for rate in grid.rates(method) for ratio in ratios]
-    return found
+    return [
+        Trial(method, rate, ratio, seed)
+        for seed in range(1, grid.seeds + 1)
+        for method in grid.methods
+        for rate in grid.rates(method)
+        for ratio in (grid.ratios if method.startswith("hft") else [None])
+    ]

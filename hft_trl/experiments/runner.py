@@ -1,11 +1,4 @@
-"""
-Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one.
-
-    words = ("python", "recipes/continual.py", "--sft.learning_rate", "1e-4", "--output_dir", "runs/rates/1e-4")
-    points = [Point("rate-1e-4", words, Path("runs/rates/1e-4/scores.json"))]
-    for point in run_points(points, Path("runs/rates")):
-        print(point.result)
-"""
+"""Run many commands for methods, learning rates and seeds. The same call resumes an interrupted one."""
 
 import os
 import shlex
@@ -41,7 +34,6 @@ class Point:
 
 
 def result_file(output: Path, name: str) -> Path:
-    """Return the file of a result."""
     return output / "scores" / f"{name}.json"
 
 
@@ -57,33 +49,41 @@ def run_points(points: Sequence[Point], output: Path, workers: int | None = None
     gpus = _gpus()
     workers = workers or len(gpus) or os.cpu_count() or 1
     free = [gpus[number % len(gpus)] if gpus else "" for number in range(workers)]
-    place: dict[Point, str] = {}
-    running: dict[Point, subprocess.Popen] = {}
+    logs = {point: output / "runs" / f"{point.name}.log" for point in points}
+    running: dict[Point, tuple[str, subprocess.Popen]] = {}
     killed: set[Point] = set()
     for name in ("scores", "runs"):
         (output / name).mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
             while waiting and free:
-                point = waiting.pop(0)
-                place[point] = free.pop(0)
-                running[point] = _start(point, output, place[point])
-            while not (ended := [point for point, child in running.items() if child.poll() is not None]):
+                point, gpu = waiting.pop(0), free.pop(0)
+                # With a process per core, more threads would wait for each other
+                environ = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+                command = [sys.executable, "-c", START, *point.command]
+                with logs[point].open("a", encoding="utf-8") as log:
+                    running[point] = gpu, subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+            while not (ended := [point for point, (_, child) in running.items() if child.poll() is not None]):
                 time.sleep(POLL_SECONDS)
             for point in ended:
-                code = running.pop(point).returncode
-                free.append(place.pop(point))
+                gpu, child = running.pop(point)
+                free.append(gpu)
+                code = child.returncode
                 if code < 0 and point not in killed:  # resumes once, for example after running out of memory
                     killed.add(point)
                     waiting.insert(0, point)
                 elif code or not point.result.exists():
-                    raise _error(point, output, f"ended with {code}" if code else "ended without its result")
+                    what = f"ended with {code}" if code else "ended without its result"
+                    lines = logs[point].read_text(encoding="utf-8", errors="replace").split("\n")
+                    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+                    shown = shlex.join(redact(point.command))
+                    raise HFTError(f"{shown} {what}. {logs[point]} ends with: {last}")
                 else:
                     yield point
     finally:
-        for child in running.values():
+        for _, child in running.values():
             child.terminate()
-        for child in running.values():
+        for _, child in running.values():
             child.wait()
 
 
@@ -114,23 +114,3 @@ def _gpus() -> list[str]:
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _start(point: Point, output: Path, gpu: str) -> subprocess.Popen:
-    # With a process per core, more threads would wait for each other
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-    with _log(point, output).open("a", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", START, *point.command], env=environ, stdout=log, stderr=subprocess.STDOUT
-        )
-
-
-def _log(point: Point, output: Path) -> Path:
-    return output / "runs" / f"{point.name}.log"
-
-
-def _error(point: Point, output: Path, what: str) -> HFTError:
-    log = _log(point, output)
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
-    return HFTError(f"{shlex.join(redact(point.command))} {what}. {log} ends with: {last}")

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
-from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, at_peak, awaiting_reduction, held, sizes
-from hft_trl.planning.task import Task
+from hft_trl.planning.memory import DTYPES, LAYOUTS, Layout, Storage, Task, at_peak, awaiting_reduction, held, sizes
 from hft_trl.planning.trace import Step, StepSettings, trace_step
 from hft_trl.selection import Selection, select
 from hft_trl.weights import rounds
@@ -42,12 +41,10 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Return the bytes on one GPU."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU has enough memory."""
         return self.total <= self.available
 
     @property
@@ -57,7 +54,6 @@ class Plan:
 
     @property
     def checkpointing(self) -> str:
-        """Return the checkpointed layers in words."""
         return {0: "none", 1: "full"}.get(self.checkpointed, f"every {self.checkpointed} layers")
 
 
@@ -82,52 +78,40 @@ class Planner:
         layouts = [(name, sync) for name in task.layouts for sync in ((False, True) if name == "fsdp2" else (False,))]
         # A step is traced only if the memory between steps fits
         limit = task.gpu_memory - RESERVED
-        possible = [layout for layout in layouts if sum(self._held(task, layout[0]).values()) <= limit]
+        possible = [layout for layout in layouts if sum(self._placed(task, layout[0])[2].values()) <= limit]
         for least, way, (name, sync) in product((busy, candidates[0]), CHECKPOINTING[task.stage], possible):
             plan = partial(self.one, task, name, checkpointed=way, sync_each_batch=sync)
             if plan(least).fits:
                 sizes_ = candidates[candidates.index(least) :]
                 too_large = bisect_left(sizes_, True, key=lambda size, plan=plan: not plan(size).fits)
                 return plan(sizes_[too_large - 1])
-        smallest = [self.one(task, name, candidates[0], 1, sync) for name, sync in layouts]
-        return min(smallest, key=lambda plan: plan.total)
+        return min(
+            (self.one(task, name, candidates[0], 1, sync) for name, sync in layouts), key=lambda plan: plan.total
+        )
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
         """Return tasks and plans by stage with the first layout name that fits both, else the last one."""
         for name in first.layouts:
-            found = {
-                task.stage: (task, self.plan(dataclasses.replace(task, layouts=(name,)))) for task in (first, second)
-            }
-            if all(plan.fits for _, plan in found.values()):
+            plans = [self.plan(dataclasses.replace(task, layouts=(name,))) for task in (first, second)]
+            if all(plan.fits for plan in plans):
                 break
-        return found
+        return {task.stage: (task, plan) for task, plan in zip((first, second), plans, strict=True)}
 
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
         """Return the plan with given settings, whether it fits or not. `name` is the launch configuration."""
-        layout = self._layout(task, name)
-        step = self._step(task, layout, micro_batch, checkpointed)
+        storage, layout, parts = self._placed(task, name)
+        step = self._step(task, storage, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
-        parts = self._held(task, name)
         defers = name == "fsdp2" and accumulation > 1
         in_passes = awaiting_reduction(parts, self._sizes) if defers and not sync_each_batch else parts
         memory = at_peak(in_passes, step, layout, accumulation > 1)
-        together = task.storage.optim == "adamw_torch" and task.device == "cuda"
-        if together and not task.storage.optimizer_in_backward:
+        if storage.optim == "adamw_torch" and task.device == "cuda" and not storage.optimizer_in_backward:
             # A foreach update allocates the square roots of all second moments, as large as the gradients
             update = {**dict.fromkeys(memory, 0), **parts, "optimizer": parts["optimizer"] + parts["gradients"]}
             memory = max(memory, update, key=lambda parts_: sum(parts_.values()))
-        return Plan(
-            self.method,
-            name,
-            micro_batch,
-            accumulation,
-            checkpointed,
-            memory,
-            step.saved,
-            step.operations * accumulation,
-            task.gpu_memory - RESERVED,
-            sync_each_batch and defers,
-        )
+        operations, available = step.operations * accumulation, task.gpu_memory - RESERVED
+        given = (self.method, name, micro_batch, accumulation, checkpointed)
+        return Plan(*given, memory, step.saved, operations, available, sync_each_batch and defers)
 
     def rounds(self, dtype: str) -> bool:
         """Whether a type would change bits of the frozen half by rounding the published weights."""
@@ -144,37 +128,24 @@ class Planner:
                     f"so the frozen half would not keep its bits: remove {flag}, or use --method fft."
                 )
 
-    def _storage(self, task: Task) -> Storage:
-        """Return the storage of the task. Full fine-tuning has no frozen half."""
-        if self.method == "hft":
-            return task.storage
-        return dataclasses.replace(task.storage, frozen_dtype=None, frozen_quantization=None, replicate_frozen=False)
+    def _placed(self, task: Task, name: str) -> tuple[Storage, Layout, dict[str, int]]:
+        """Return the storage, the layout and the bytes between steps. Full fine-tuning has no frozen half."""
+        storage, half = task.storage, self.method == "hft"
+        if not half:
+            none = {"frozen_dtype": None, "frozen_quantization": None, "replicate_frozen": False}
+            storage = dataclasses.replace(storage, **none)
+        layout, whole = LAYOUTS[name], storage.replicate_frozen
+        # The reference of a replicated half uses the policy's
+        shares = (layout.shares_reference or whole) and self._shares and half
+        layout = dataclasses.replace(layout, whole_frozen=whole, shares_reference=shares)
+        return storage, layout, held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
 
-    def _layout(self, task: Task, name: str) -> Layout:
-        layout = LAYOUTS[name]
-        if self._storage(task).replicate_frozen:  # the reference uses the policy's frozen half
-            layout = dataclasses.replace(layout, whole_frozen=True, shares_reference=True)
-        shares = layout.shares_reference and self._shares and self.method == "hft"
-        return dataclasses.replace(layout, shares_reference=shares)
-
-    def _held(self, task: Task, name: str) -> dict[str, int]:
-        return held(self._sizes, self._layout(task, name), task.gpus, self._storage(task), task.stage == "dpo")
-
-    def _step(self, task: Task, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
-        storage = self._storage(task)
-        dtype, frozen = ("bfloat16", None) if layout.shards_state else (storage.dtype, storage.frozen_dtype)
-        settings = StepSettings(
-            task.stage,
-            micro_batch,
-            task.sequence_length,
-            DTYPES[dtype],
-            DTYPES[frozen] if frozen else None,
-            task.autocast and not layout.zero,
-            checkpointed,
-            task.device,
-            storage.frozen_quantization,
-            storage.optimizer_in_backward,
-        )
+    def _step(self, task: Task, storage: Storage, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
+        types = ("bfloat16", None) if layout.shards_state else (storage.dtype, storage.frozen_dtype)
+        types, autocast = map(DTYPES.get, types), task.autocast and not layout.zero
+        options = (task.device, storage.frozen_quantization, storage.optimizer_in_backward)
+        sizes_ = (micro_batch, task.sequence_length)
+        settings = StepSettings(task.stage, *sizes_, *types, autocast, checkpointed, *options)
         if settings not in self._steps:
             way = {0: "no", 1: "full"}.get(checkpointed, "selective")
             self.tell(f"{self.method.upper()}: tracing a step, micro-batch {micro_batch}, {way} checkpointing")

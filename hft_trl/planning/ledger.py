@@ -1,8 +1,9 @@
 """Memory and operations of a step, counted for each operation that PyTorch dispatches."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,6 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count all allocations in this context as one part."""
         before, self._part = self._part, name
         try:
             yield
@@ -79,8 +79,9 @@ class Ledger(TorchDispatchMode):
         self._known[key] = (weakref.ref(storage, lambda _: self._leave(key)), size, part)
         self.live[part] += size
         now, other = dict(self.live), {**self.live, "gradients": 0}
-        self.at_peak = max(self.at_peak, now, key=_total)
-        self.at_peak_without_gradients = max(self.at_peak_without_gradients, other, key=_total)
+        self.at_peak = max(self.at_peak, now, key=lambda parts: sum(parts.values()))
+        before = self.at_peak_without_gradients
+        self.at_peak_without_gradients = max(before, other, key=lambda parts: sum(parts.values()))
 
     def _leave(self, key: int) -> None:
         _, size, part = self._known.pop(key)
@@ -97,10 +98,6 @@ class Ledger(TorchDispatchMode):
             self.live["gradients"] += size
 
 
-def _total(parts: dict[str, int]) -> int:
-    return sum(parts.values())
-
-
 def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -> torch.Tensor:
     """Compute the grouped product of experts. Fake tensors support only bfloat16."""
     if not isinstance(left, FakeTensor) or left.dtype == torch.bfloat16:
@@ -108,17 +105,10 @@ def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -
     return func(left.bfloat16(), right.bfloat16(), *others).to(left.dtype)
 
 
-def _causal(first: int, args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return 2 if a kernel skips half of the scores, else 1."""
-    return 2 if kwargs.get("is_causal", args[first] if len(args) > first else False) else 1
-
-
-def _attention(*args: Any, **kwargs: Any) -> int:
-    return sdpa_flop(*args[:3]) // _causal(4, args, kwargs)
-
-
-def _attention_backward(*args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop(*args[:4]) // _causal(7, args, kwargs)
+def _attention(formula: Callable[..., int], tensors: int, place: int, *args: Any, **kwargs: Any) -> int:
+    """Apply a formula to the first tensors. A kernel with `is_causal`, at a place, skips half of the scores."""
+    causal = kwargs.get("is_causal", args[place] if len(args) > place else False)
+    return formula(*args[:tensors]) // (2 if causal else 1)
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -131,6 +121,6 @@ OPERATIONS = {
     **flop_registry,
     aten.addmm_: addmm_flop,
     aten._grouped_mm: _grouped,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: partial(_attention, sdpa_flop, 3, 4),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: partial(_attention, sdpa_backward_flop, 4, 7),
 }

@@ -1,10 +1,17 @@
-"""Plans as a table and as JSON, and what would help if a model does not fit."""
+"""Plans as a table, as JSON and as files for a recipe, and what would help if a model does not fit."""
 
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hft_trl.config import HFTConfig
+from hft_trl.errors import HFTError
+from hft_trl.files import check_output, replacing, resolved, write_text, writing
 from hft_trl.planning.fit import RESERVED, Plan, Planner
-from hft_trl.planning.task import Task
+from hft_trl.planning.memory import Task
 from hft_trl.report.tables import Grid
 
 PARTS = {
@@ -19,10 +26,20 @@ PARTS = {
     "communication": "communication buffers",
 }
 OPTIONAL = ("reference", "weight_copies", "communication")
+OPTIONS = ("train_embeddings", "frozen_dtype", "frozen_quantization", "optimizer_in_backward", "replicate_frozen")
+OF_FROZEN_HALF = ("frozen_dtype", "frozen_quantization", "replicate_frozen")
+DATA = {
+    "sft": {"dataset": "allenai/tulu-v2-sft-mixture", "split": "train"},
+    "dpo": {"dataset": "HuggingFaceH4/ultrafeedback_binarized", "split": "train_prefs", "drop_equal_pairs": True},
+}
+DEMO = {"sft": {"dataset": "demo", "split": "train"}, "dpo": {"dataset": "demo", "split": "train_prefs"}}
+SCHEDULE = {
+    "sft": {"num_train_epochs": 2, "learning_rate": 2e-5, "warmup_steps": 0.03},
+    "dpo": {"num_train_epochs": 1, "learning_rate": 5e-7, "warmup_steps": 0.1, "beta": 0.1},
+}
 
 
 def memory_grid(plans: list[Plan]) -> Grid:
-    """Return a table of memory by part and settings, with a column per plan."""
     rows = [
         [text, *(f"{plan.memory[part] / 1e9:,.1f}" for plan in plans)]
         for part, text in PARTS.items()
@@ -44,20 +61,13 @@ def memory_grid(plans: list[Plan]) -> Grid:
 
 
 def heading(model: str, task: Task) -> str:
-    """Return the task in one line."""
     machine = f"{task.gpus} GPU{'s' if task.gpus > 1 else ''} of {task.gpu_memory / 1e9:g} GB"
     return f"{model}: {task.stage.upper()}, {task.sequence_length} tokens, batch {task.global_batch}, {machine}"
 
 
 def task_json(model: str, task: Task) -> dict[str, Any]:
-    """Return the task, with memory in bytes."""
     names = ("stage", "gpus", "gpu_memory", "sequence_length", "global_batch")
-    return {
-        "model": model,
-        **{name: getattr(task, name) for name in names},
-        "reserved": RESERVED,
-        **vars(task.storage),
-    }
+    return {"model": model, **{name: vars(task)[name] for name in names}, "reserved": RESERVED, **vars(task.storage)}
 
 
 def plan_json(plan: Plan, helps: list[tuple[str, Plan]]) -> dict[str, Any]:
@@ -134,3 +144,99 @@ def _smaller_batch(planner: Planner, task: Task, change: dict[str, Any]) -> list
         found = [(_flags({**change, "global_batch": size}), plan)]
         size *= 2
     return found
+
+
+def launch_line(plan: Plan, gpus: int, recipe: str) -> str:
+    """Return the command that starts a recipe. On several machines it runs once on each."""
+    machines = max(gpus // 8, 1)
+    name = plan.layout if machines == 1 else f"{plan.layout}_multi_node"
+    words = [f"accelerate launch --config_file accelerate_configs/{name}.yaml"]
+    if gpus > 1:
+        words.append(f"--num_processes {gpus}")
+    if machines > 1:
+        where = '--machine_rank "${MACHINE_RANK:-0}" --main_process_ip "${MAIN_PROCESS_IP:-127.0.0.1}"'
+        words.append(f"--num_machines {machines} {where}")
+    return " ".join([*words, "recipes/sft_then_dpo.py --config", shlex.quote(recipe)])
+
+
+def new_files(folder: str) -> tuple[Path, Path]:
+    """Return the files that [`write`] makes in a folder. Reject those that exist or cannot be written."""
+    files = resolved(folder) / "recipe.yaml", resolved(folder) / "launch.sh"
+    for path in files:
+        if path.exists():
+            raise HFTError(f"--write: {str(path)!r} exists: choose another folder, or remove the file.")
+    check_output("--write", folder)
+    return files
+
+
+def write(
+    folder: str,
+    model: str,
+    hft: HFTConfig,
+    stages: dict[str, tuple[Task, Plan]],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Path, Path]:
+    """Write `recipe.yaml` and `launch.sh` for a task and a plan of each stage, with absolute paths."""
+    for name, (_, plan) in stages.items():
+        if not plan.fits:
+            raise HFTError(
+                f"--write: {name} does not fit, {(plan.total - plan.available) / 1e9:.1f} GB are missing on each GPU: "
+                f"--stage {name} without --write shows what would help."
+            )
+    recipe, launch = new_files(folder)
+    task, plan = stages["sft"]
+    line = launch_line(plan, task.gpus, str(recipe))
+    source = {"model_name_or_path": model if model == "demo" or not Path(model).is_dir() else str(resolved(model))}
+    if revision:
+        source["model_revision"] = revision
+    if trust_remote_code:
+        source["trust_remote_code"] = True
+    options = {name: getattr(hft, name) for name in OPTIONS if hft.method == "hft" or name not in OF_FROZEN_HALF}
+    changed = {name: value for name, value in options.items() if value != getattr(HFTConfig, name)}
+    text = f"# Planned by `hft-trl plan`: {task.gpus} x {task.gpu_memory / 1e9:g} GB, {plan.layout}. "
+    text += f"Computed, not measured.\n# Launch:   {line}\n# warmup_steps is a share of all steps.\n\n"
+    text += _dump({"model": {**source, "dtype": task.storage.dtype}})
+    text += _dump({"output_dir": str(recipe.parent / "run"), "method": hft.method})
+    text += _dump({"hft": {"ratio": hft.ratio, "strategy": hft.strategy, "seed": hft.seed, **changed}})
+    for name in ("sft", "dpo"):
+        task, plan = stages[name]
+        text += f"# Global batch {task.global_batch} = {task.gpus} x {plan.micro_batch} x {plan.accumulation}. "
+        text += f"About {plan.total / 1e9:.1f} of {plan.available / 1e9:.1f} GB on each GPU.\n"
+        data = (DEMO if model == "demo" else DATA)[name]
+        text += _dump({name: {**data, **SCHEDULE[name], **_arguments(task, plan)}})
+    with writing(folder, resumes=False):
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        write_text(recipe, text.rstrip("\n") + "\n")
+        with replacing(launch) as new:
+            script = f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n"
+            new.write_text(script, encoding="utf-8")
+            new.chmod(0o755)
+    return recipe, launch
+
+
+def _dump(section: dict[str, Any]) -> str:
+    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, width=1000) + "\n"
+
+
+def _arguments(task: Task, plan: Plan) -> dict[str, Any]:
+    arguments = {
+        "lr_scheduler_type": "linear",
+        "max_length": task.sequence_length,
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "bf16": True,
+        "gradient_checkpointing": plan.checkpointed > 0,
+        "optim": task.storage.optim,
+        "logging_steps": 10,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "seed": 42,
+    }
+    if plan.checkpointed > 1:
+        arguments["gradient_checkpointing_kwargs"] = {"every_n_layers": plan.checkpointed}
+    if plan.sync_each_batch:
+        arguments["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    if task.storage.optimizer_in_backward:
+        arguments["max_grad_norm"] = 0
+    return arguments

@@ -17,8 +17,7 @@ from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
-from hft_trl.planning.memory import OPTIMIZERS, Storage
-from hft_trl.planning.task import Task
+from hft_trl.planning.memory import OPTIMIZERS, Storage, Task
 from hft_trl.processes import by_first_process
 from hft_trl.selection.previous import selection_of
 from hft_trl.skeleton import build_on_meta

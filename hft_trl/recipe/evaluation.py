@@ -13,8 +13,7 @@ from hft_trl import demo
 from hft_trl.backends.zero import whole_models
 from hft_trl.demo.probes import evaluate, probe_rows
 from hft_trl.errors import HFTError, first_line
-from hft_trl.evaluation.run import evaluate_models, find_models
-from hft_trl.evaluation.samples import sample_answers
+from hft_trl.evaluation.run import evaluate_models, find_models, sample_answers
 from hft_trl.evaluation.scores import AVERAGE
 from hft_trl.evaluation.suites import headings
 from hft_trl.recipe.arguments import ModelArguments

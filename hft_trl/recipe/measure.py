@@ -19,7 +19,7 @@ from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.errors import HFTError, first_line
 from hft_trl.frozen.quantized_linear import packed_away
 from hft_trl.report import StageRecord, UnitChange
-from hft_trl.saved_models.comparison import relative_change
+from hft_trl.saved_models.diff import relative_change
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
 from hft_trl.skeleton import build_on_meta

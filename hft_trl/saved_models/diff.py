@@ -1,20 +1,101 @@
-"""Changes from fine-tuning, and whether the frozen half kept its bits."""
+"""Differences between saved models in bits and in norms, and whether the frozen half kept its bits."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.errors import HFTError
-from hft_trl.saved_models.comparison import Change, change, check_alike
 from hft_trl.saved_models.saved_model import SavedModel, short
 from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Unit, find_units
 from hft_trl.selection.previous import selection_of
+from hft_trl.weights import CHUNK
+
+# Integer type by element size, for bitwise comparison
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of one or more tensors, as L2 norms in float64 and numbers of elements."""
+
+    difference: float  # norm of the task vector (tuned minus base)
+    base: float
+    moved: int  # elements that differ in a bit, compared in the promoted type of both
+    size: int
+
+    @classmethod
+    def total(cls, parts: "Iterable[Change]") -> "Change":
+        parts = list(parts)
+        difference = math.sqrt(sum(part.difference**2 for part in parts))
+        base = math.sqrt(sum(part.base**2 for part in parts))
+        return cls(difference, base, sum(part.moved for part in parts), sum(part.size for part in parts))
+
+    @property
+    def relative(self) -> float | None:
+        """Return the norm of the task vector over the base's, or `None` if undefined."""
+        relative = self.difference / self.base if self.base else math.nan
+        return relative if math.isfinite(relative) else None
+
+    @property
+    def share(self) -> float:
+        return self.moved / self.size if self.size else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        share = {"relative_change": self.relative, "moved_share": self.share}
+        return {**share, "moved": self.moved, "parameters": self.size}
+
+
+def change(before: torch.Tensor, after: torch.Tensor) -> Change:
+    """Compare two tensors of one shape chunk by chunk. Their types may differ."""
+    common = torch.promote_types(before.dtype, after.dtype)
+    integer = INTEGERS[common.itemsize]
+    difference = base = 0.0
+    moved = 0
+    for old, new in zip(before.reshape(-1).split(CHUNK), after.reshape(-1).split(CHUNK), strict=True):
+        old, new = old.to(common), new.to(common)
+        differing = int((old.view(integer) != new.view(integer)).sum())
+        base += old.double().square().sum().item()
+        if differing:
+            moved += differing
+            difference += (new.double() - old.double()).square().sum().item()
+    return Change(math.sqrt(difference), math.sqrt(base), moved, before.numel())
+
+
+def relative_change(before: SavedModel, after: SavedModel, names: Iterable[str]) -> float | None:
+    """Return the relative change of some parameters as one, or `None` if undefined."""
+    pairs = (pair for name in names for pair in after.pairs(before, name))
+    return Change.total(change(old, new) for old, new in pairs).relative
+
+
+def check_alike(base: SavedModel, tuned: SavedModel) -> None:
+    """Reject models that differ in architecture, parameter names or shapes, and incomplete ones."""
+    ours, theirs = type(base.skeleton).__name__, type(tuned.skeleton).__name__
+    if ours != theirs:
+        raise HFTError(f"{base.name!r} is a {ours}, {tuned.name!r} a {theirs}: give two models of one architecture.")
+    for first, second in ((base, tuned), (tuned, base)):
+        missing = first.parameters.keys() - {place.parameter for place in first.places.values()}
+        if missing:
+            raise HFTError(f"no file of {first.name!r} holds {min(missing)}: save the model again.")
+        for key, place in first.places.items():
+            ours, theirs = first.tensor(key), first.counterpart(key, second)
+            if theirs is None:
+                raise HFTError(
+                    f"{first.name!r} holds {key}, to which nothing in {second.name!r} corresponds: give two models of "
+                    "one architecture, saved in the same way."
+                )
+            if ours.shape != theirs.shape:
+                raise HFTError(
+                    f"{place.parameter} has the shape {tuple(ours.shape)} in {first.name!r} and "
+                    f"{tuple(theirs.shape)} in {second.name!r}: give two models of one size and vocabulary."
+                )
 
 
 @dataclass(frozen=True)
@@ -33,7 +114,6 @@ class ModelDiff:
 
     @property
     def method(self) -> str | None:
-        """Return `"hft"` or `"fft"`, or `None` if the model has no selection."""
         return self.selection.config.method if self.selection else None
 
     @property
@@ -57,12 +137,7 @@ class ModelDiff:
 
 
 def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
-    """
-    Compare tuned models with their base in chunks of a tensor, without loading a model.
-
-    A model is a folder, a hub id in the local cache, `"demo"` or `"smollm2"`. Models that differ in
-    architecture, vocabulary or shapes, and selections of other models, raise an [`HFTError`].
-    """
+    """Compare tuned models with their base in chunks of a tensor, without loading a model."""
     before = SavedModel(base)
     models = [SavedModel(name) for name in tuned]
     for after in models:
@@ -77,7 +152,7 @@ def compare(base: str, tuned: Iterable[str]) -> list[ModelDiff]:
 
 
 def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
-    """Return whether a model's last stage started from another one, `None` if its selection does not tell."""
+    """Return whether a model's last stage started from a model, `None` if its selection does not tell."""
     selection = selection_of(after.skeleton)
     if selection is None or not selection.start_model or not selection.start_model["weights_digest"]:
         return None
@@ -102,7 +177,14 @@ def _find_start(after: SavedModel) -> SavedModel | None:
 
 def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> ModelDiff:
     selection = selection_of(after.skeleton)
-    frozen = _frozen(selection, after)
+    frozen = []
+    if selection is not None and selection.config.method != "fft":
+        if unknown := {*selection.trainable, *selection.frozen}.difference(after.parameters):
+            raise HFTError(
+                f"the selection in {after.name!r} names {min(unknown)}, which the model lacks: it is another model's."
+            )
+        learns = set(selection.trainable) - selection.masked.keys()  # elements of masked ones are frozen
+        frozen = [name for name in after.parameters if name not in learns]
     changes = {
         name: [change(old, new) for old, new in after.pairs(before, name)]
         for name in logging.tqdm(after.parameters, desc=f"Comparing {after.name}", disable=None, leave=False)
@@ -118,29 +200,9 @@ def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> Mo
     def types(saved: SavedModel) -> str:
         return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
 
+    units = find_units(after.skeleton)
+    totals = [Change.total(part for name in unit.names for part in changes[name]) for unit in units]
     return ModelDiff(
-        base=before.name,
-        tuned=after.name,
-        selection=selection,
-        units=[
-            (unit, Change.total(part for name in unit.names for part in changes[name]))
-            for unit in find_units(after.skeleton)
-        ],
-        frozen=frozen,
-        touched=[name for name in frozen if touched(name)],
-        dtypes=(types(before), types(after)),
-        is_start=is_start,
-    )
-
-
-def _frozen(selection: Selection | None, saved: SavedModel) -> list[str]:
-    """Return the parameters that are frozen, masked or not in the selection."""
-    if selection is None or selection.config.method == "fft":
-        return []
-    unknown = {*selection.trainable, *selection.frozen}.difference(saved.parameters)
-    if unknown:
-        raise HFTError(
-            f"the selection in {saved.name!r} names {min(unknown)}, which the model lacks: it is another model's."
-        )
-    learns = set(selection.trainable) - selection.masked.keys()
-    return [name for name in saved.parameters if name not in learns]
+        before.name, after.name, selection, list(zip(units, totals, strict=True)), frozen,
+        touched=[name for name in frozen if touched(name)], dtypes=(types(before), types(after)), is_start=is_start,
+    )  # fmt: skip

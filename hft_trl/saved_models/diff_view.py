@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hft_trl.demo import shown
 from hft_trl.errors import HFTError
@@ -12,14 +12,11 @@ from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.movement import change_figure
 from hft_trl.report.record import UnitChange
 from hft_trl.report.tables import Grid, change, count, percent
-from hft_trl.saved_models.comparison import Change
+from hft_trl.saved_models.diff import Change, ModelDiff
 from hft_trl.selection import LAYER_CATEGORIES
 
-if TYPE_CHECKING:
-    from hft_trl.saved_models.diff import ModelDiff
 
-
-def verdict(diff: "ModelDiff") -> str:
+def verdict(diff: ModelDiff) -> str:
     """Return a sentence with "frozen half byte-identical" exactly if the frozen half equals the base's."""
     number = len(diff.frozen)
     if diff.byte_identical is None:
@@ -44,11 +41,11 @@ def verdict(diff: "ModelDiff") -> str:
     return f"{diff.tuned}: {stage}{_other_start(diff)}"
 
 
-def _touched(diff: "ModelDiff") -> str:
+def _touched(diff: ModelDiff) -> str:
     return f"{len(diff.touched)} of {len(diff.frozen)} frozen parameters differ, such as {diff.touched[0]}"
 
 
-def _other_start(diff: "ModelDiff") -> str:
+def _other_start(diff: ModelDiff) -> str:
     start = diff.stage.base if diff.stage is not None else shown(diff.selection.start_model["name_or_path"])
     return (
         f"{diff.base} is not the model that its last stage started from, so earlier stages may have changed the "
@@ -56,7 +53,7 @@ def _other_start(diff: "ModelDiff") -> str:
     )
 
 
-def halves_grid(diff: "ModelDiff") -> Grid:
+def halves_grid(diff: ModelDiff) -> Grid:
     """Return a table of the halves of the last stage: their change in it, beside that from the base."""
     learned, rows = set(diff.selection.trainable), []
     for half in ("learned", "frozen"):
@@ -69,7 +66,7 @@ def halves_grid(diff: "ModelDiff") -> Grid:
     return Grid(f"{_title(diff)}: last stage, from {diff.stage.base}", columns, rows)
 
 
-def layer_grid(diff: "ModelDiff") -> Grid:
+def layer_grid(diff: ModelDiff) -> Grid:
     """Return a table of change and moved share by layer and category. The last row is the total."""
     cells, totals = diff.grouped()
     categories = [name for name in totals if name in LAYER_CATEGORIES]
@@ -82,19 +79,17 @@ def layer_grid(diff: "ModelDiff") -> Grid:
     return Grid(f"{_title(diff)}: change by layer", columns, rows, frozenset({len(rows) - 1}))
 
 
-def category_grid(diff: "ModelDiff") -> Grid:
-    """Return a table with a row for each category, inside and outside the layers."""
+def category_grid(diff: ModelDiff) -> Grid:
     _, totals = diff.grouped()
     rows = [[name, count(total.size), *_pair(total)] for name, total in totals.items()]
     return Grid(f"{_title(diff)}: change by category", ["category", "parameters", "change", "moved"], rows)
 
 
-def diff_json(diffs: Sequence["ModelDiff"]) -> dict[str, Any]:
-    """Return all figures as plain JSON."""
+def diff_json(diffs: Sequence[ModelDiff]) -> dict[str, Any]:
     return {"base": diffs[0].base, "models": [_model_json(diff) for diff in diffs]}
 
 
-def _model_json(diff: "ModelDiff") -> dict[str, Any]:
+def _model_json(diff: ModelDiff) -> dict[str, Any]:
     cells, totals = diff.grouped()
     old, new = diff.dtypes
     units = []
@@ -128,7 +123,7 @@ def check_picture(path: str | Path) -> None:
     check_output("--plot", path, is_file=True)
 
 
-def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
+def write_picture(diffs: Sequence[ModelDiff], path: str | Path) -> None:
     """Draw heat maps of layers by modules, one for each model, on a common scale."""
     check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
@@ -139,7 +134,7 @@ def write_picture(diffs: Sequence["ModelDiff"], path: str | Path) -> None:
         save_figure(figure, path)
 
 
-def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
+def _unit_changes(diff: ModelDiff) -> list[UnitChange]:
     learned = set(diff.selection.trainable) if diff.frozen else {name for unit, _ in diff.units for name in unit.names}
     return [
         UnitChange(unit.names[0], unit.layer, unit.category, unit.slot, unit.names[0] in learned, moved.relative)
@@ -147,7 +142,7 @@ def _unit_changes(diff: "ModelDiff") -> list[UnitChange]:
     ]
 
 
-def _title(diff: "ModelDiff", width: int | None = None) -> str:
+def _title(diff: ModelDiff, width: int | None = None) -> str:
     """Return the model and its method. Of a name longer than `width`, only the end is kept."""
     cut = width is not None and len(diff.tuned) > width
     name = f"...{diff.tuned[-width:]}" if cut else diff.tuned

@@ -11,29 +11,20 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import utils
 from transformers.tokenization_utils_base import CHAT_TEMPLATE_DIR
-from transformers.utils import (
-    FEATURE_EXTRACTOR_NAME,
-    PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    logging,
-)
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, resolved, sync, write_json, writing
-from hft_trl.saved_models.comparison import change, check_alike
+from hft_trl.saved_models.diff import change, check_alike
 from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
 from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK, rounds
 
-# Copied with the weights
-COMPANIONS = (*FILES, PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)
-
-RECORD = "repair.json"
+COMPANIONS = (*FILES, utils.PROCESSOR_NAME, utils.FEATURE_EXTRACTOR_NAME)  # copied with the weights
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
@@ -44,16 +35,13 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
     others become the base's, bit for bit. Buffers stay the tuned model's. Memory holds at most one file's tensors.
 
     Args:
-        base (`str` or `Path`):
-            The model that tuning started from: folder, hub id in the local cache, `"demo"` or `"smollm2"`.
-        tuned (`str` or `Path`):
-            The tuned model, named in the same way.
-        out (`str` or `Path`):
-            New or empty folder. It is written completely or not at all, with the tuned model's shards.
-        config ([`HFTConfig`], *optional*):
-            `ratio` is the share of the layers' parameters that stays tuned. `reselect` must be `"fresh"` and `method`
-            `"hft"`. Strategies `"importance"` and `"element"` are rejected. If the tuned model was trained with the
-            same half, the next seed is taken: resetting what was frozen would change nothing.
+        base (`str` or `Path`): The model that tuning started from: folder, hub id in the local cache, `"demo"` or
+            `"smollm2"`.
+        tuned (`str` or `Path`): The tuned model, named in the same way.
+        out (`str` or `Path`): New or empty folder. It is written whole or not at all, with the tuned model's shards.
+        config ([`HFTConfig`], *optional*): `ratio` is the share of the layers' parameters that stays tuned. `reselect`
+            must be `"fresh"` and `method` `"hft"`. Strategies `"importance"` and `"element"` are rejected. If the
+            tuned model was trained with the same half, the next seed is taken: otherwise nothing would change.
 
     Returns:
         [`Selection`]: What stayed tuned (`trainable`) and what was set back (`frozen`).
@@ -62,13 +50,6 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type cannot
             hold the base's values, or if `out` is not empty or cannot be written.
     """
-    return reset(base, tuned, out, config)[0]
-
-
-def reset(
-    base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None
-) -> tuple[Selection, int]:
-    """Do what [`half_reset`] does, and return also the number of changed bytes."""
     config = config if config is not None else HFTConfig()
     chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
     if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
@@ -99,28 +80,22 @@ def draw(after: SavedModel, config: HFTConfig) -> Selection:
     return selection
 
 
-def write_half(
-    before: SavedModel, after: SavedModel, out: Path, selection: Selection, record: Any = None
-) -> tuple[Selection, int]:
-    """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
+def write_half(before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None) -> Selection:
+    """Write a Half-Reset, and return its selection. `record` is as in [`write`]."""
     start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
-    selection = dataclasses.replace(selection, start_model=start)
+    selection = dataclasses.replace(half, start_model=start)
     text = (
         f"A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is "
         "unchanged. Half-Reset is the pilot experiment of [HFT](https://arxiv.org/abs/2404.18466).\n\n"
         f"{described(selection, 'stayed tuned')}"
     )
     shares = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(selection.trainable, 1.0)
-    return selection, write(before, after, out, shares, text, selection, record)
+    write(before, after, out, shares, text, selection, record)
+    return selection
 
 
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
-    """
-    Average all parameters of a tuned model and its base.
-
-    Values are `(1 - weight) * base + weight * tuned` with `weight` in [0, 1], computed in float64 and rounded to the
-    tuned model's type. Arguments and errors are those of [`half_reset`], except that types may differ.
-    """
+    """Write `(1 - weight) * base + weight * tuned`, computed in float64, in the tuned model's types."""
     check_weight(weight)
     before, after, out = open_models(base, tuned, out)
     shares = dict.fromkeys(after.parameters, float(weight))
@@ -128,7 +103,6 @@ def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float)
 
 
 def check_weight(weight: float) -> None:
-    """Reject what is no weight of the tuned model in an average."""
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise HFTError(f"weight is {weight!r}: it must be a number in [0, 1], such as 0.5.")
 
@@ -168,13 +142,8 @@ def write(
     text: str,
     selection: Selection | None = None,
     record: Any = None,
-) -> int:
-    """
-    Write a mixture of two models completely or not at all, and return the number of changed bytes.
-
-    `shares` are those of the tuned values, by parameter, `text` is the card's, `selection` that of a Half-Reset, and
-    `record` the content of `repair.json`, if any.
-    """
+) -> None:
+    """Write a mixture whole or not at all. `shares` are those of the tuned values, by parameter."""
     title = "Average" if selection is None else "Half-Reset"
     with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +154,7 @@ def write(
             if selection is not None:
                 selection.save(folder)
             if record is not None:
-                write_json(folder / RECORD, record)
+                write_json(folder / "repair.json", record)
             # A card's base models are hub ids, so folders are named only in the text
             models = [saved.name.partition("@")[0] for saved in (before, after) if demo.on_hub(saved.name)] or None
             data = ModelCardData(base_model=models, library_name="transformers", tags=["hft", title.lower()])
@@ -194,7 +163,6 @@ def write(
             flush(folder)
             folder.replace(out)
             sync(out.parent)
-    return changed
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> int:
@@ -202,12 +170,13 @@ def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, f
     changed = 0
     paths = sorted(set(after.files.values()))
     root = paths[0].parent
-    patterns = [*COMPANIONS, *([SAFE_WEIGHTS_INDEX_NAME] if paths != [root / SAFE_WEIGHTS_NAME] else [])]
+    sharded = paths != [root / utils.SAFE_WEIGHTS_NAME]
+    patterns = [*COMPANIONS, *([utils.SAFE_WEIGHTS_INDEX_NAME] if sharded else [])]
     for path in {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}:
         shutil.copyfile(path, folder / path.name)
     if (root / CHAT_TEMPLATE_DIR).is_dir():
         shutil.copytree(root / CHAT_TEMPLATE_DIR, folder / CHAT_TEMPLATE_DIR)
-    for path in logging.tqdm(paths, desc="Writing", disable=None):
+    for path in utils.logging.tqdm(paths, desc="Writing", disable=None):
         with safe_open(path, framework="pt") as opened:
             keys, metadata = opened.keys(), opened.metadata()
         tensors: dict[str, torch.Tensor] = {}

@@ -18,22 +18,24 @@ CITATION = """\
 }"""
 
 
-def complete(folder: str, selection: Selection, dataset_name: str | Sequence[str] | None) -> None:
+def complete(
+    folder: str, selection: Selection | None, dataset_name: str | Sequence[str] | None, start: str | None = None
+) -> None:
     """
     Complete TRL's card in a folder: what the model started from, its data, and which half of it learned.
 
-    Only names on the hub become links. Local ones are written as they were given.
+    Only names on the hub become links. An adapter has no selection, and `start` names what it was trained for.
     """
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     datasets = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name or ())
     card.data.datasets = [name for name in datasets if on_hub(name)] or None
     data = f" on {' and '.join(_link(name, 'datasets/') for name in datasets)}" if datasets else ""
-    start = selection.start_model["name_or_path"]
+    start = selection.start_model["name_or_path"] if selection is not None else start
     text = card.text.replace("[None](https://huggingface.co/None)", _link(start) if start else "a model in memory")
     text = text.replace(".\nIt has been trained", f"{data}.\nIt has been trained")
     card.text = text.replace('model="None"', f'model="{folder}"')
-    if selection.config.method == "hft":
+    if selection is not None and selection.config.method == "hft":
         card.data.tags = sorted({*(card.data.tags or []), "hft"})
         card.text += f"""
 ## Half Fine-Tuning

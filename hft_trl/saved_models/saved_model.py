@@ -73,10 +73,8 @@ class SavedModel:
             if name not in every_name:  # a buffer, or a tensor that the model ignores
                 continue
             if (dtype := self.tensor(key).dtype) not in FULL_PRECISION:
-                raise HFTError(
-                    f"{key} is {short(dtype)} in {self.name!r}, so the model is quantised: give the full-precision "
-                    "model."
-                )
+                kind = short(dtype)
+                raise HFTError(f"{key} is {kind}, so {self.name!r} is quantised: give the full-precision model.")
             piece = ""
             if pattern is not None:
                 if len(self._converter(pattern).target_patterns) > 1:
@@ -116,7 +114,6 @@ class SavedModel:
                 yield theirs, ours
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Return the type of each parameter on disk."""
         return {place.parameter: self.tensor(key).dtype for key, place in self.places.items()}
 
     def digest(self, dtypes: Mapping[str, torch.dtype]) -> str:

@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from warm import ROOT, Run
 
 from hft_trl import HFTSFTTrainer, Selection, demo
-from hft_trl.continual.answers import evaluate_tasks
 from hft_trl.continual.continual_recipe import parse_continual
-from hft_trl.continual.metrics import rouge_l
-from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows
+from hft_trl.continual.rounds import evaluate_tasks
+from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows, rouge_l
 from hft_trl.errors import HFTError
 
 TASKS = """

@@ -10,7 +10,7 @@ from rapidfuzz.distance import Indel
 from rouge_score.rouge_scorer import RougeScorer
 
 from hft_trl.continual.continual_arguments import NEEDED, check_installed
-from hft_trl.continual.metrics import METRICS, mean_score
+from hft_trl.continual.tasks import METRICS, mean_score
 from hft_trl.errors import HFTError
 
 

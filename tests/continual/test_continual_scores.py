@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_continual_report import scores_of
 
-from hft_trl.continual.answers import Answered
+from hft_trl.continual.rounds import Answered
 from hft_trl.continual.run_folder import curves, read_scores, score_rows
 from hft_trl.errors import HFTError
 

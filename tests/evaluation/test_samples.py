@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hft_trl import HFTError
 from hft_trl.chat import chat
 from hft_trl.cli import app
-from hft_trl.evaluation.samples import sample_answers
+from hft_trl.evaluation.run import sample_answers
 
 PROMPTS = [
     {"instruction": "Where?", "output": "reference", "generator": "text_davinci_003", "dataset": "helpful_base"},
@@ -99,7 +99,7 @@ def test_prompts_of_another_kind_are_one_line(base, tmp_path, content, words):
 def test_an_output_that_can_not_be_written_is_said_before_a_model_is_asked(base, tmp_path, monkeypatch):
     prompts = tmp_path / "alpaca_eval.json"
     prompts.write_text(json.dumps(PROMPTS))
-    monkeypatch.setattr("hft_trl.evaluation.samples.find_model", lambda *_: pytest.fail("the model was asked"))
+    monkeypatch.setattr("hft_trl.evaluation.run.find_model", lambda *_: pytest.fail("the model was asked"))
     result = generate(base, "--alpaca-eval", "--prompts", prompts, "--output", tmp_path)
     assert result.exit_code == 2
     assert "which cannot be written (Is a directory): choose another file" in result.output

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,20 @@ def test_other_settings_are_rejected_in_the_same_folder(small):
     run = subprocess.run([*command, "--sft.max_steps", "3"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2
     assert "sft.max_steps 2, now they are 3" in run.stderr
+
+
+def test_a_changed_source_text_is_rejected_in_the_same_folder(tmp_path):
+    """The half of `wanda` depends on its content, not on its folder."""
+    words = [*QUICK, "--output_dir", str(tmp_path / "out"), "--hft.source_texts"]
+    for folder, text in (("a", "Ada lives in Rome."), ("b", "Ada lives in Rome."), ("c", "Ada lives in Oslo.")):
+        source = tmp_path / folder / "source.txt"
+        source.parent.mkdir()
+        source.write_text(text)
+        recipe, grid, flags = parse_frontier([*words, str(source)])
+        with pytest.raises(HFTError, match="source_texts_content") if folder == "c" else nullcontext():
+            frontier_points(recipe, grid, flags)
+    recorded = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert recorded["hft.source_texts"] == "source.txt"
 
 
 def test_the_tables_show_every_model_once(small):

@@ -18,9 +18,8 @@ from hft_trl import HFTConfig, HFTError
 from hft_trl.cli import app
 from hft_trl.cli.plan import parse_memory
 from hft_trl.planning.fit import Plan
-from hft_trl.planning.memory import LAYOUTS, Storage, awaiting_reduction, held, sizes
-from hft_trl.planning.task import Task
-from hft_trl.planning.write import write
+from hft_trl.planning.memory import LAYOUTS, Storage, Task, awaiting_reduction, held, sizes
+from hft_trl.planning.show import write
 from hft_trl.selection import select
 from hft_trl.skeleton import SHAPES, build_on_meta, built_in, shape_of
 

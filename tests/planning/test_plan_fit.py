@@ -10,9 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hft_trl import HFTConfig, HFTError
 from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, operations_ratios
-from hft_trl.planning.memory import LAYOUTS, Storage, held, sizes
+from hft_trl.planning.memory import LAYOUTS, Storage, Task, held, sizes
 from hft_trl.planning.show import what_helps
-from hft_trl.planning.task import Task
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from hft_trl import HFTConfig
 from hft_trl.recipe import measure
 from hft_trl.recipe.measure import movements
-from hft_trl.saved_models import comparison
+from hft_trl.saved_models import diff
 from hft_trl.selection import find_units, select
 from hft_trl.weights import fingerprint
 
@@ -62,10 +62,8 @@ def test_movements_are_the_relative_distances_from_base_and_start(trained):
 def test_only_what_learned_is_compared_and_a_first_stage_only_once(trained, monkeypatch):
     _, stage, selection = trained
     names = {fingerprint(tensor): name for name, tensor in load_file(stage.folder / FILE).items()}
-    change, compared = comparison.change, []
-    monkeypatch.setattr(
-        comparison, "change", lambda old, new: compared.append(names[fingerprint(new)]) or change(old, new)
-    )
+    change, compared = diff.change, []
+    monkeypatch.setattr(diff, "change", lambda old, new: compared.append(names[fingerprint(new)]) or change(old, new))
     found = movements(stage, selection, stage.model.model_name_or_path)
     assert sorted(compared) == sorted(selection.trainable)
     assert all(change.relative_change == change.relative_change_from_start for change in found)

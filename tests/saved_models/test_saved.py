@@ -19,8 +19,7 @@ from transformers import (
 
 from hft_trl import HFTConfig, demo, half_reset
 from hft_trl.errors import HFTError
-from hft_trl.saved_models.comparison import check_alike
-from hft_trl.saved_models.diff import compare
+from hft_trl.saved_models.diff import check_alike, compare
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.weights import combined_digest, fingerprints
 
