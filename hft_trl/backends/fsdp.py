@@ -2,9 +2,7 @@
 
 import os
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from hft_trl.config import HFTConfig
@@ -33,15 +31,3 @@ def sharded_by(args: TrainingArguments | None) -> str | None:
 def replicates_frozen(config: HFTConfig, args: TrainingArguments | None) -> bool:
     """Return whether FSDP2 leaves the frozen half whole in every process."""
     return config.method == "hft" and config.replicate_frozen and fsdp_version(args) == 2
-
-
-def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:
-    """
-    Shard a frozen reference with FSDP2 layer by layer, in place, as accelerate shards the policy.
-
-    TRL would shard it as one piece, so that every forward pass gathers the whole model on every process. TRL leaves a
-    model alone that is sharded already.
-    """
-    fsdp2_prepare_model(accelerator, reference)
-    # accelerate keeps the head gathered for the backward pass, which a reference does not have.
-    reference.set_reshard_after_forward(True)
