@@ -39,20 +39,10 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
             "true, as in accelerate_configs/zero3.yaml (in a DeepSpeed file "
             "stage3_gather_16bit_weights_on_model_save)."
         )
-    if hft_config.method == "hft":
-        _make_reentrant(args)
-
-
-def _make_reentrant(args: TrainingArguments) -> None:
-    """As TRL does for adapters: the other kind fails with `CheckpointError` where a parameter is frozen."""
     kwargs = dict(args.activation_checkpointing_kwargs or {})
-    if not args.activation_checkpointing or kwargs.get("use_reentrant"):
+    if hft_config.method != "hft" or not args.activation_checkpointing or kwargs.get("use_reentrant"):
         return
-    if kwargs.get("selective"):
-        raise HFTError(
-            "gradient_checkpointing_kwargs has selective, which needs non-reentrant checkpointing, but under ZeRO-3 "
-            "frozen parameters need the reentrant one: drop it."
-        )
+    # As TRL does for adapters: the other kind fails with `CheckpointError` where a parameter is frozen
     if kwargs.get("use_reentrant") is False:
         logger.warning(
             "use_reentrant is False, but under ZeRO-3 frozen parameters need reentrant gradient checkpointing: it is "

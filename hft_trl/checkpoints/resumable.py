@@ -78,9 +78,9 @@ class ResumableMixin:
         """Run the parent's step, and reject a NaN or infinite loss before it is used."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            complete = [path for path in sort_checkpoints(self.args.output_dir) if whole.torn_because(path) is None]
+            kept = [path for path in sort_checkpoints(self.args.output_dir) if whole.torn_because(path) is None]
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check "
-                f"the data; the last checkpoint is {complete[-1] if complete else 'none (no checkpoint was saved yet)'}."
+                f"the data; the last checkpoint is {kept[-1] if kept else 'none (no checkpoint was saved yet)'}."
             )
         return loss

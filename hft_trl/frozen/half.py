@@ -39,11 +39,6 @@ class FrozenHalf:
                 "the trainer has set it, or set hft_config.ratio to train more."
             )
 
-    @staticmethod
-    def only_shards_saved(trainer: Any) -> bool:
-        """Return whether FSDP saves shards, which are enough to resume from, but which no `from_pretrained` loads."""
-        return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-
     def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Cast a gathered state dict back, in place: FSDP2 holds what learns in float32 in mixed precision."""
         for name, tensor in state_dict.items():

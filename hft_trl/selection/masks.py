@@ -58,14 +58,9 @@ class Masks:
 
     def of(self, names: Iterable[str]) -> "Masks":
         """The masks of these parameters alone, of those that have one."""
-        wanted = set(names)
-        kept = [name for name in self.learning if name in wanted]
-        return replace(
-            self,
-            learning={name: self.learning[name] for name in kept},
-            digests={name: self.digests[name] for name in kept if name in self.digests},
-            columns={name: self.columns[name] for name in kept if name in self.columns},
-        )
+        wanted, tables = set(names), ("learning", "digests", "columns")
+        kept = {key: {name: value for name, value in vars(self)[key].items() if name in wanted} for key in tables}
+        return replace(self, **kept)
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
         """The masks of exactly those elements that these keep frozen. `sizes` has each parameter's elements."""

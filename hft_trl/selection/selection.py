@@ -241,14 +241,9 @@ def _sizes(model: "PreTrainedModel") -> dict[str, int]:
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
-    if unit.tied:
-        return config.train_embeddings and config.train_lm_head
-    flags = {
-        "embedding": config.train_embeddings,
-        "lm_head": config.train_lm_head,
-        "final_norm": config.train_final_norm,
-    }
-    return flags.get(unit.category, True)
+    parts = {"embedding": "train_embeddings", "lm_head": "train_lm_head", "final_norm": "train_final_norm"}
+    learns = unit.category not in parts or vars(config)[parts[unit.category]]
+    return learns and (config.train_lm_head or not unit.tied)
 
 
 def _as_before(

@@ -17,22 +17,13 @@ from hft_trl.config import HFTConfig
 
 @dataclass(frozen=True)
 class Case:
-    """
-    What is known of a trainer before it is built.
+    """What is known of a trainer before it is built."""
 
-    Attributes:
-        args ([`~transformers.TrainingArguments`], *optional*): The trainer's arguments, `None` for its defaults.
-        config ([`HFTConfig`]): What to train, and how it is stored.
-        given (`dict[str, Any]`): The other arguments of the trainer, by name.
-        after_elements (`bool`): Whether single elements learned in the stage before, which `reselect` may keep.
-        state ([`~accelerate.state.AcceleratorState`], *optional*): The backend, once an accelerator exists.
-    """
-
-    args: TrainingArguments | None
+    args: TrainingArguments | None  # `None` for the trainer's defaults
     config: HFTConfig
-    given: dict[str, Any]
-    after_elements: bool = False
-    state: AcceleratorState | None = None
+    given: dict[str, Any]  # the other arguments of the trainer, by name
+    after_elements: bool = False  # whether single elements learned in the stage before, which `reselect` may keep
+    state: AcceleratorState | None = None  # the backend, once an accelerator exists
 
     @property
     def hft(self) -> bool:
