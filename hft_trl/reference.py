@@ -119,28 +119,19 @@ def is_hollow(reference: torch.nn.Module) -> bool:
     return all(parameter.numel() == 0 for parameter in reference.parameters())
 
 
-@contextlib.contextmanager
-def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
-    """Let a hollow copy compute with the policy's parameters inside. Any other reference has its own."""
-    if reference is None or not is_hollow(reference):
-        yield
-        return
+def lend(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Let a hollow copy compute with the policy's parameters until [`tie`]. Any other reference has its own."""
     theirs = dict(named_parameters(reference))
-    empty = {name: parameter.data for name, parameter in theirs.items()}
-    try:
-        for name, parameter in named_parameters(policy):
+    for name, parameter in named_parameters(policy):
+        if theirs[name].numel() == 0:
             theirs[name].data = parameter.data
-        yield
-    finally:
-        for name, data in empty.items():
-            theirs[name].data = data
 
 
 def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
     """
     Store the frozen half once: every frozen parameter of the reference gets the policy's storage.
 
-    Empty parameters of a hollow copy become copies of the policy's. What FSDP2 has sharded stays as it is.
+    What else is empty in a hollow copy, or lent, becomes a copy of the policy's. What FSDP2 has sharded stays.
     """
     theirs = dict(named_parameters(reference))
     for name, parameter in named_parameters(policy):
@@ -149,7 +140,7 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             continue
         if not parameter.requires_grad:
             other.data = parameter.data
-        elif other.numel() == 0:
+        elif other.numel() == 0 or other.data_ptr() == parameter.data_ptr():
             other.data = parameter.data.clone()
         else:  # a copy of its own, made before the policy was moved
             other.data = other.data.to(parameter.device)

@@ -96,8 +96,8 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     metrics = copy.deepcopy(vars(trainer).get("_metrics"))
-    ref_model = vars(trainer).get("ref_model")
-    ref_model = trainer.accelerator.unwrap_model(ref_model) if ref_model is not None else None
+    if (ref_model := vars(trainer).get("ref_model")) is not None:
+        reference.lend(model, trainer.accelerator.unwrap_model(ref_model))
     device = trainer.accelerator.device
     handles = []
     try:
@@ -105,7 +105,7 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
         for name, parameter in named_parameters(model):
             if name in squares:
                 handles.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name)))
-        with reference.lent(model, ref_model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for row in rows:
                 inputs = trainer._prepare_inputs(trainer.data_collator([row]))
                 with trainer.accelerator.autocast():
