@@ -9,11 +9,7 @@ from hft_trl.config import HFTConfig
 
 
 def fsdp_version(args: TrainingArguments | None = None) -> int | None:
-    """
-    Return the version of FSDP that a trainer will run under, `None` without FSDP.
-
-    It is known before an accelerator exists, from the trainer's arguments and the environment.
-    """
+    """Return the version of FSDP that a trainer will run under, `None` without FSDP."""
     asked = args.fsdp_plugin_args if args is not None else None
     if asked is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
@@ -21,7 +17,7 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
 
 
 def sharded_by(args: TrainingArguments | None) -> str | None:
-    """Return the name of the backend that shards the parameters, known before an accelerator exists."""
+    """Return the name of the backend that shards the parameters."""
     if fsdp_version(args) is not None:
         return "FSDP"
     deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")

@@ -22,11 +22,7 @@ UNCAST = (
 
 
 def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
-    """
-    Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.
-
-    Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
-    """
+    """Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT."""
     plugin = args.deepspeed_plugin
     # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
     AcceleratorState._reset_state()

@@ -45,9 +45,8 @@ def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
     """
     Seal the checkpoint that is saved in this context. All processes have to enter it.
 
-    An old checkpoint of the same name is removed first, or moved away if it is incomplete. The manifest is written
-    after all files of all processes, and older checkpoints are rotated after that. Disk errors are [`HFTError`]s and
-    leave earlier checkpoints intact.
+    The manifest is written after all files of all processes, and older checkpoints are rotated after that. Disk errors
+    are [`HFTError`]s and leave earlier checkpoints intact.
     """
     args, run = trainer.args, checkpoint.parent
     if args.should_save:
@@ -180,11 +179,7 @@ def torn_because(checkpoint: str | Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """
-    Return the newest complete checkpoint, or `None`. All processes have to call it.
-
-    A warning names incomplete checkpoints. They are not removed.
-    """
+    """Return the newest complete checkpoint, or `None`. All processes have to call it."""
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
         for checkpoint in reversed(sort_checkpoints(str(folder))):

@@ -45,11 +45,7 @@ class FrozenHalf:
             state_dict[name] = tensor.to(self.learning_types.get(plain_name(name), tensor.dtype))
 
     def write_dtype(self, model: PreTrainedModel, folder: str) -> None:
-        """
-        Correct the type in a saved config, where it could round parameters at the next loading.
-
-        transformers names the type of the first parameter in memory.
-        """
+        """Correct the type in a saved config, where transformers names that of the first parameter in memory."""
         dtype = reduce(torch.promote_types, self.learning_types.values())
         if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
             model.config.dtype = dtype

@@ -20,23 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Masks:
-    """
-    The elements that learn in parameters that learn in part. Masks are drawn again rather than stored.
+    """The elements that learn in parameters that learn in part. Masks are drawn again rather than stored."""
 
-    Attributes:
-        seed (`int`): Seed of the draws. Each parameter has its own generator, by the seed and the parameter's name.
-        learning (`dict[str, int]`): Number of elements that learn, by parameter name.
-        digests (`dict[str, str]`): SHA-256 (hex) of each drawn mask.
-        columns (`dict[str, str]`): For matrices that learn by whole input columns instead of drawn elements, a bit for
-            each column (hex).
-        inverted (`bool`): Whether the drawn elements are frozen and the others learn.
-    """
-
-    seed: int
-    learning: dict[str, int]
-    digests: dict[str, str]
-    inverted: bool = False
-    columns: dict[str, str] = field(default_factory=dict)
+    seed: int  # each parameter has its own generator, by the seed and its name
+    learning: dict[str, int]  # number of elements that learn, by parameter name
+    digests: dict[str, str]  # SHA-256 (hex) of each drawn mask
+    inverted: bool = False  # whether the drawn elements are frozen and the others learn
+    columns: dict[str, str] = field(default_factory=dict)  # where input columns are not drawn, a bit for each (hex)
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""

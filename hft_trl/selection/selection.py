@@ -105,17 +105,15 @@ class Selection:
 
     def save(self, directory: str | Path) -> Path:
         """Write `hft_selection.json` into a folder, which is made if it does not exist, and return its path."""
-        from hft_trl.files import write_json
+        from hft_trl.files import write_json, writing
 
         essence = self._essence()
         names = {key: essence.pop(key) for key in ("trainable", "frozen", "masks") if key in essence}
         about = {"share": self.share, "digest": self.digest, "start_model": self.start_model}
         path = Path(directory) / SELECTION_FILE
-        try:
+        with writing(path, resumes=False):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, essence | about | names)
-        except OSError as error:
-            raise HFTError(f"The selection cannot be written to {path}: {error.strerror or error}.") from error
         return path
 
     @classmethod

@@ -1,9 +1,4 @@
-"""
-From a model to its units: what can learn or stay frozen, in which layer, of which category.
-
-Nothing here knows a model by its name. Layers are found by what the model's own classes say about themselves,
-categories by the names of the classes and attributes that lead from a layer to the unit.
-"""
+"""From a model to its units, without knowing it by name: what can learn, in which layer, of which category."""
 
 import copy
 import re
@@ -23,25 +18,14 @@ _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?mo
 
 @dataclass(frozen=True)
 class Unit:
-    """
-    The smallest piece that learns or stays frozen: a module's weight with its bias.
+    """The smallest piece that learns or stays frozen: a module's weight with its bias."""
 
-    Attributes:
-        names (`tuple[str, ...]`): Parameter names.
-        size (`int`): Number of parameters.
-        category (`str`): In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net,
-            short convolution, ...) or `"other"`; outside `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
-        layer (`int`, *optional*): Number of the layer over all stacks of the model, `None` outside of the layers.
-        slot (`str`): Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
-        tied (`bool`): Whether the unit is both input embedding and output head.
-    """
-
-    names: tuple[str, ...]
-    size: int
-    category: str
-    layer: int | None
-    slot: str
-    tied: bool = False
+    names: tuple[str, ...]  # of its parameters
+    size: int  # number of parameters
+    category: str  # one of `LAYER_CATEGORIES` or `OUTER_CATEGORIES`
+    layer: int | None  # number of the layer over all stacks of the model, `None` outside of the layers
+    slot: str  # name inside the layer, such as "self_attn.q_proj"; outside of the layers the whole name
+    tied: bool = False  # whether it is both input embedding and output head
 
 
 def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
@@ -51,8 +35,7 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     A parameter is left out if the model's class creates it frozen (router correction biases, sinusoidal positions), if
     it is not floating point, if it belongs to a tower for pictures or sound, if a regular expression of `exclude` is
     found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
-    unit: a copy of the class on the meta device tells the two apart. The model may be on any device and is not
-    changed.
+    unit. The model may be on any device and is not changed.
     """
     from hft_trl.weights import named_modules, named_parameters
 
