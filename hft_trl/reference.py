@@ -93,10 +93,9 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 def check_has_path(given: dict[str, Any]) -> None:
     """Reject a model object without a path as policy, because TRL loads the reference from the policy's path."""
     model, args = given.get("model"), given.get("args")
-    needed = "ref_model" in given and given["ref_model"] is None  # else the trainer takes none, or has one
-    if not needed or (args is not None and vars(args).get("precompute_ref_log_probs")):
-        return
-    if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
+    needed = given.get("ref_model", model) is None  # else the trainer takes none, or has one
+    precomputed = args is not None and vars(args).get("precompute_ref_log_probs")
+    if needed and not precomputed and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
             f"the policy is a {type(model).__name__} in memory without a path, so its reference cannot be loaded: "
             "save it and pass the folder, or pass ref_model."
@@ -190,8 +189,7 @@ def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given
     """
     Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
 
-    The reference is checked to be the model that training starts from, unless it was `given`. Returns whether the
-    frozen half of the two models is stored once.
+    Returns whether it is. The reference has to be the model that training starts from, unless it was `given`.
     """
     # Also of trainers that always load it themselves. With method fft it is the parent's business
     own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"

@@ -190,15 +190,10 @@ def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
 
 
 def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
-    """
-    Check that loading a model did not round its weights, given the types of the loaded parameters.
-
-    A model without safetensors files, or with other names in them, cannot be checked. `remedy` is what the error tells
-    the user to do, by default to load the model in float32.
-    """
+    """Reject a model that was rounded when it was loaded, given the types of its parameters and a remedy."""
     try:
         files = weight_files(model) if model else {}
-    except (HFTError, OSError):
+    except (HFTError, OSError):  # without safetensors files it cannot be checked
         return
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:

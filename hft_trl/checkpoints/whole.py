@@ -42,12 +42,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
 
 @contextmanager
 def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
-    """
-    Seal the checkpoint that is saved in this context. All processes have to enter it.
-
-    The manifest is written after all files of all processes, and older checkpoints are rotated after that. Disk errors
-    are [`HFTError`]s and leave earlier checkpoints intact.
-    """
+    """Seal the checkpoint that is saved in this context, then rotate older ones. All processes have to enter it."""
     args, run = trainer.args, checkpoint.parent
     if args.should_save:
         with writing(checkpoint):
@@ -238,11 +233,7 @@ def _check_sums(checkpoint: Path) -> None:
 
 @contextmanager
 def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
-    """
-    Name the checkpoint in errors from loading it until the end of the first step.
-
-    A damaged file can have the right size. Libraries notice the damage when they read it or first use its content.
-    """
+    """Name the checkpoint in errors from loading it until the end of the first step: its files may be damaged."""
     before, step = trainer.state, TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     try:
         yield

@@ -23,12 +23,10 @@ class Replicated(Storage):
         self._left = ExitStack()
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
-        """Choose what stays whole, check it, and print what the setting does here."""
         config = trainer.hft_config
         if not replicates_frozen(config, trainer.args):
-            fft = "with method fft, which freezes nothing."
-            reason = fft if config.method == "fft" else "without FSDP2: every process holds the whole model anyway."
-            PartialState().print(f"hft.replicate_frozen changes nothing {reason}")
+            reason = "with method fft" if config.method == "fft" else "without FSDP2: every process holds all of it"
+            PartialState().print(f"hft.replicate_frozen changes nothing {reason}.")
             return
         self._whole = parameters(policy, trainer.frozen_half.digests)
         check(trainer.accelerator, policy, self._whole)

@@ -30,16 +30,14 @@ class Masks:
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
-        if name in self.columns:
-            import torch
+        import torch
 
+        if name in self.columns:
             bits = f"{int(self.columns[name], 16):0{shape[-1]}b}"
             return torch.tensor([(bit == "1") is not self.inverted for bit in bits]).expand(*shape).contiguous()
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
-            import torch
-
             raise HFTError(
                 f"the mask of {name} cannot be drawn again: torch {torch.__version__} draws other numbers here than "
                 "where the selection was made, so use the torch of that machine."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.selection.categories import OUTER_CATEGORIES
 from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_user, mark_frozen
 
 if TYPE_CHECKING:
@@ -224,11 +225,12 @@ def select(
 def _selection(
     config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit], masks: "Masks | None" = None
 ) -> Selection:
-    from hft_trl.selection.shares import share_of
+    from hft_trl.selection.shares import category_shares
 
     trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
     frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
-    share = share_of(units, trainable, masks.learning if masks else None)
+    rows = category_shares(units, trainable, masks.learning if masks else None)
+    share = {row.category: row.share for row in rows if row.category not in OUTER_CATEGORIES}
     return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share, masks=masks)
 
 

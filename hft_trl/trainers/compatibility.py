@@ -67,10 +67,8 @@ class Case:
     @property
     def loads_in_first_process(self) -> bool:
         """Whether FSDP2 leaves the weights of the other processes empty."""
-        if self.state is None:
-            # transformers sets this variable too if the trainer's arguments ask for FSDP
-            return self.fsdp == 2 and bool(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
-        return self.fsdp == 2 and self.state.fsdp_plugin.cpu_ram_efficient_loading
+        # transformers and accelerate set this variable too
+        return self.fsdp == 2 and bool(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
     @property
     def autocast(self) -> str:
