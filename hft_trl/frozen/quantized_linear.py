@@ -149,7 +149,7 @@ class Quantized(SavedFromStart):
 
 
 def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
-    """Return the frozen matrices of attention and feed-forward, each with an `nn.Linear` that can be replaced."""
+    """Return the frozen matrices of attention and feed-forward, each with its `nn.Linear` if that can be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}
     names = {name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names}

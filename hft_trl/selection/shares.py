@@ -10,7 +10,7 @@ from hft_trl.selection.units import Unit
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """The part of a category, of `"layers"` or of `"model"` that learns, in numbers of units and parameters."""
+    """What learns of a category, of `"layers"` or of `"model"`, in numbers of units and parameters."""
 
     category: str
     units: int
