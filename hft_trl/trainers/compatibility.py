@@ -1,8 +1,10 @@
 """Settings that cannot be combined. Each combination is rejected before a model is loaded, where possible."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ INDEPENDENT = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     *("adafactor", "sgd"),
 )
+FLASH = ("kernels", "flash_attn", "flash_attn_interface")
 TENSOR_PARALLEL = ("tp_plan", "tp_size", "distributed_config")
 OPTIMIZERS = ("optimizers", "optimizer_cls_and_kwargs")
 OTHERS = f"other values of `optim` than {', '.join(f'`{name}`' for name in INDEPENDENT)}"
@@ -230,6 +233,16 @@ STORAGE: Conflicts = {
     ("quantization_config", "method hft, or fft of these trainers"): (
         lambda c: c.given.get("quantization_config") is not None or c.init.get("quantization_config") is not None,
         "HFT trains the model's own weights, but a quantization_config was passed: drop it",
+    ),
+    ("use_liger_kernel", "a missing package"): (
+        lambda c: c.asks("use_liger_kernel") and not find_spec("liger_kernel"),
+        "use_liger_kernel is true, which needs another package: run pip install liger-kernel, or leave it out",
+    ),
+    ("attn_implementation", "a missing package"): (
+        lambda c: (
+            not any(map(find_spec, FLASH)) and re.match("flash_attention|.*/", c.init.get("attn_implementation") or "")
+        ),
+        "attn_implementation is {found.string!r}, which needs another package: run pip install kernels, or leave it out",
     ),
 }
 LAUNCH: Conflicts = {

@@ -58,6 +58,31 @@ def test_a_model_that_would_be_loaded_quantised_is_rejected_before_it_is_loaded(
     one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_liger_kernel": True}, "use_liger_kernel is true, .*: run pip install liger-kernel, or leave"),
+        (
+            {"model_init_kwargs": {"attn_implementation": "flash_attention_2"}},
+            "attn_implementation is 'flash_attention_2', .*: run pip install kernels, or leave",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_a_missing_package_is_named_with_pip_s_command_before_a_model_is_loaded(tmp_path, settings, said, method):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    with pytest.raises(HFTError, match=said) as error:
+        HFTSFTTrainer(model="no/such-model", args=args, train_dataset=None, hft_config=HFTConfig(method=method))
+    one_line(error)
+    given = ["--model_name_or_path", "demo", "--dataset_name", "demo", "--output_dir", str(tmp_path)]
+    name, value = next(iter(settings.items()))
+    flags = (
+        ["--attn_implementation", "flash_attention_2"] if name == "model_init_kwargs" else [f"--{name}", str(value)]
+    )
+    with pytest.raises(HFTError, match=said):
+        parse_stage("sft", SFTConfig, [*given, *flags, "--method", method])
+
+
 def test_every_setting_of_the_table_exists():
     ours = {f"hft.{name}" for name in vars(HFTConfig())}
     named = {setting for setting, _ in (*STORAGE, *LAUNCH) if setting.startswith("hft.")}
