@@ -49,11 +49,7 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
 
 
 def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
-    """
-    Cast the parameters as DeepSpeed would when training starts, so that the frozen half's bits are known before.
-
-    Returns the remedy for a type that rounds, `None` where DeepSpeed does not cast.
-    """
+    """Cast the parameters as DeepSpeed would when training starts, and return the remedy if that rounds."""
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
         if state.deepspeed_plugin.get_value(key) is True:
             for parameter in model.parameters():

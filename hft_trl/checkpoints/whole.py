@@ -99,11 +99,7 @@ def set_aside(checkpoint: Path) -> bool:
 
 
 def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
-    """
-    Reject a checkpoint that this backend cannot read, or that used another batch size.
-
-    Checkpoints without a manifest are not checked. `any_batch` allows another size, as with `auto_find_batch_size`.
-    """
+    """Reject a checkpoint that this backend cannot read, or of another batch size, which `any_batch` allows."""
     there = read(checkpoint)
     if there is None:
         return

@@ -75,7 +75,6 @@ class Case:
 
     @property
     def autocast(self) -> str:
-        """Mixed precision of the type that `frozen_dtype` names."""
         return {"bfloat16": "bf16", "float16": "fp16", None: "no"}[self.config.frozen_dtype]
 
     @property
@@ -236,13 +235,13 @@ STORAGE: Conflicts = {
     ),
     ("use_liger_kernel", "a missing package"): (
         lambda c: c.asks("use_liger_kernel") and not find_spec("liger_kernel"),
-        "use_liger_kernel is true, which needs another package: run pip install liger-kernel, or leave it out",
+        "use_liger_kernel is true, which needs a package: run pip install liger-kernel, or leave it out",
     ),
     ("attn_implementation", "a missing package"): (
         lambda c: (
             not any(map(find_spec, FLASH)) and re.match("flash_attention|.*/", c.init.get("attn_implementation") or "")
         ),
-        "attn_implementation is {found.string!r}, which needs another package: run pip install kernels, or leave it out",
+        "attn_implementation is {found.string!r}, which needs a package: run pip install kernels, or leave it out",
     ),
 }
 LAUNCH: Conflicts = {
