@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, reference, select
 from hft_trl.chat import load_tokenizer
-from hft_trl.trainers.optimizer_in_backward import update_in_backward
+from hft_trl.trainers.optimizer_in_backward import OptimizerInBackward
 
 # The head holds 2 to 5 % as many weights as the layers, as in models of several billion parameters.
 SHAPES = {
@@ -178,7 +178,7 @@ class Run:
             trainer.train()
         del trainer._run_epoch
         if setting.variant == "hft" and options.hft.get("optimizer_in_backward"):  # `train` has ended it
-            trainer._updates = update_in_backward(trainer.model.parameters(), trainer.optimizer)
+            OptimizerInBackward().training_begins(trainer)
         trainer.control = trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
         trainer.compute_loss = self._timed("forward", trainer.compute_loss)
         trainer.accelerator.backward = self._timed("backward", trainer.accelerator.backward)

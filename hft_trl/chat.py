@@ -58,11 +58,9 @@ def load_tokenizer(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Tokenize a one-turn prompt in the tokenizer's chat template, or in Tülu's if it has none."""
     template = tokenizer.chat_template or tulu_template(begins_with_bos(tokenizer))
+    settings = {"chat_template": template, "add_generation_prompt": True, "return_dict": False}
     try:
-        asked = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(
-            asked, chat_template=template, add_generation_prompt=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **settings)
     except Exception as error:  # a template can raise any exception
         raise HFTError(
             f"the chat template of {tokenizer.name_or_path!r} rejects a prompt ({first_line(error)}): set "
@@ -188,16 +186,13 @@ def complete(
     with evaluating(model), patch.object(model, "generation_config", settings):
         for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
             chosen = order[i : i + batch_size]
-            width = max(len(rows[j]) for j in chosen)
-            padding = [width - len(rows[j]) for j in chosen]
-            ids = [[tokenizer.pad_token_id] * pad + list(rows[j]) for j, pad in zip(chosen, padding, strict=True)]
-            mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
-            generated = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                generation_config=settings,
+            batch = {"input_ids": [list(rows[j]) for j in chosen]}
+            inputs = tokenizer.pad(batch, padding_side="left", return_attention_mask=True, return_tensors="pt").to(
+                model.device
             )
+            width = inputs["input_ids"].shape[1]
+            settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
+            generated = model.generate(**inputs, generation_config=settings)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for j, text in zip(chosen, texts, strict=True):
                 replies[j] = text.strip()

@@ -1,7 +1,8 @@
 """What to train: the settings of Half Fine-Tuning."""
 
+import inspect
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
@@ -13,10 +14,6 @@ PATH = "source_texts"  # which another machine may have elsewhere
 STORAGE = ("frozen_dtype", "frozen_quantization", "share_reference", "replicate_frozen", "optimizer_in_backward")
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class HFTConfig:
     """
@@ -24,17 +21,18 @@ class HFTConfig:
 
     Args:
         method (`str`, *optional*, defaults to `"hft"`):
-            `"hft"` trains a part of the transformer layers, `"fft"` (full fine-tuning) trains all of them and leaves
-            the parent trainer's behaviour untouched.
+            Train a part of the transformer layers (`"hft"`) or all of them (`"fft"`). Full fine-tuning leaves the
+            parent trainer's behaviour untouched.
         ratio (`float`, *optional*, defaults to `0.5`):
-            Share of the transformer layers' parameters that learn, in (0, 1] (the paper sweeps 10 % to 100 %).
+            Share of the layers' parameters that learn, in (0, 1]. The paper sweeps 10 % to 100 %.
         strategy (`str`, *optional*, defaults to `"category"`):
-            `"category"` takes the share of each category (self-attention, feed-forward, norm, ...): the paper's
-            choice, `"layer"` takes whole layers, `"model"` takes matrices whatever their category, `"importance"`
-            takes the share of each category like `"category"`, but the most or least important matrices instead of
-            random ones, and `"element"` takes single elements of every matrix, which saves neither memory nor time.
+            Take the share of each category at random or by importance, of the layers, of the whole model, or of every
+            matrix's elements. `"category"` (self-attention, feed-forward, norm, ...) is the paper's choice, `"layer"`
+            takes whole layers, `"model"` takes matrices whatever their category, `"importance"` takes the share of
+            each category like `"category"`, but the most or least important matrices instead of random ones, and
+            `"element"` takes single elements of every matrix, which saves neither memory nor time.
         importance (`str`, *optional*, defaults to `"weight_norm"`):
-            What strategy `"importance"` goes by: the root mean square of a matrix's elements (`"weight_norm"`), of the
+            What strategy `"importance"` goes by. The root mean square of a matrix's elements (`"weight_norm"`), of the
             loss's gradient by them (`"gradient_norm"`), or of the elements times their inputs over texts of the source
             (`"wanda"`), or the signal-to-noise ratio of its singular values, ranked per kind of matrix (`"snr"`).
             `"gradient_norm"` and `"wanda"` are for one process and DDP.
@@ -44,11 +42,11 @@ class HFTConfig:
             Number of rows of the training data that `"gradient_norm"` is taken over, and of blocks of `source_texts`
             for `"wanda"`.
         source_texts (`str`, *optional*):
-            For `"wanda"`: text file, or `.jsonl` file with a `text` in each row, of what the model shall keep. By
-            default (and with `"demo"`) the embedded world's own text, if the start model is the embedded one.
+            Text of what the model shall keep, for `"wanda"`. A text file, or a `.jsonl` file with a `text` in each
+            row. By default (and with `"demo"`) the embedded world's own text, if the start model is the embedded one.
         granularity (`str`, *optional*, defaults to `"matrix"`):
-            For `"wanda"`: whether a whole `"matrix"` learns or stays, or in every matrix the share of its input
-            columns (`"column"`), which saves neither memory nor time.
+            Choose whole matrices by `"wanda"`, or input columns of every matrix. `"column"` saves neither memory nor
+            time.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
@@ -59,76 +57,50 @@ class HFTConfig:
         train_final_norm (`bool`, *optional*, defaults to `True`):
             Whether the norm after the last layer learns.
         exclude (`list[str]`, *optional*):
-            Regular expressions, searched in parameter names. What matches is always frozen and does not count in the
-            shares.
+            Regular expressions on the names of parameters that are always frozen. They are searched in the names. What
+            matches does not count in the shares.
         reselect (`str`, *optional*, defaults to `"fresh"`):
-            How this stage's selection relates to the one that its start model was trained with: `"fresh"` draws a new
-            one (the paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. A start model that was
-            not trained with HFT has nothing to keep, so the draw is fresh in any case.
+            How the selection relates to the one that the start model was trained with. `"fresh"` draws a new one (the
+            paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. A start model that was not
+            trained with HFT has nothing to keep, so the draw is fresh in any case.
         frozen_dtype (`str`, *optional*):
-            Type in which the frozen half is held while training, `"bfloat16"` or `"float16"`, by default the model's
-            own. Needs mixed precision of that type. What is saved is the start model's own frozen half, never a
-            rounded one.
+            Type in which the frozen half is held while training. By default the model's own. Needs mixed precision of
+            that type. What is saved is the start model's own frozen half, never a rounded one.
         frozen_quantization (`str`, *optional*):
-            Hold the frozen matrices of attention and feed-forward in `"int8"` or `"nf4"` (4 bits) while training,
+            Hold the frozen matrices of attention and feed-forward in 8 or 4 bits while training. They are quantised
             through bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
-            Whether the frozen half of policy and reference is stored once in preference training, where the backend
-            can (one process, DDP, FSDP2 with `replicate_frozen`). The losses are the same to the last bit.
+            Store the frozen half of policy and reference once in preference training, where the backend can. These are
+            one process, DDP, and FSDP2 with `replicate_frozen`. The losses are the same to the last bit.
         replicate_frozen (`bool`, *optional*, defaults to `False`):
-            Whether FSDP2 leaves the frozen half whole in every process, so that it is not gathered in every step. The
-            losses are the same to the last bit. It takes its memory on every GPU. Rejected under DeepSpeed, and in
-            mixed precision of another type than the frozen half's (see `frozen_dtype`).
+            Leave the frozen half whole in every process under FSDP2. It is then not gathered in every step. The losses
+            are the same to the last bit. It takes its memory on every GPU. Rejected under DeepSpeed, and in mixed
+            precision of another type than the frozen half's (see `frozen_dtype`).
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
-            Whether each parameter is updated inside the backward pass as soon as its gradient is computed, and the
-            gradient freed, so that hardly more than one gradient exists at a time. The trained weights are the same to
-            the last bit. For one process, without gradient accumulation or clipping.
+            Update each parameter inside the backward pass, and free its gradient. Hardly more than one gradient exists
+            at a time. The trained weights are the same to the last bit. For one process, without gradient accumulation
+            or clipping.
     """
 
-    method: Literal["hft", "fft"] = _setting("hft", "Train half of the transformer layers (hft) or all of them (fft).")
-    ratio: float = _setting(0.5, "Share of the layers' parameters that learn, in (0, 1].")
-    strategy: Literal["category", "layer", "model", "importance", "element"] = _setting(
-        "category",
-        "Take the share of each category at random or by importance, of the layers, of the whole model, or of every "
-        "matrix's elements.",
-    )
-    importance: Literal["weight_norm", "gradient_norm", "wanda", "snr"] = _setting(
-        "weight_norm", "What strategy importance goes by."
-    )
-    importance_order: Literal["most", "least"] = _setting(
-        "most", "Whether the most or the least important matrices learn."
-    )
-    calibration_samples: int = _setting(32, "Rows that gradient_norm and wanda are taken over.")
-    source_texts: str | None = _setting(None, "Text of what the model shall keep, for importance wanda.")
-    granularity: Literal["matrix", "column"] = _setting(
-        "matrix", "Choose whole matrices by wanda, or input columns of every matrix."
-    )
-    seed: int = _setting(42, "Seed of the selection.")
-    train_embeddings: bool = _setting(True, "Whether the input embedding learns.")
-    train_lm_head: bool = _setting(True, "Whether the output head learns.")
-    train_final_norm: bool = _setting(True, "Whether the norm after the last layer learns.")
-    exclude: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Regular expressions on parameter names: always frozen, left out of the shares."},
-    )
-    reselect: Literal["fresh", "same", "complement"] = _setting(
-        "fresh", "How the selection relates to the one the start model was trained with."
-    )
-    frozen_dtype: Literal["bfloat16", "float16"] | None = _setting(
-        None, "Type in which the frozen half is held while training."
-    )
-    frozen_quantization: Literal["int8", "nf4"] | None = _setting(
-        None, "Hold the frozen half's matrices in 8 or 4 bits while training."
-    )
-    share_reference: bool = _setting(
-        True, "Store the frozen half of policy and reference once, where the backend can."
-    )
-    replicate_frozen: bool = _setting(
-        False, "Leave the frozen half whole in every process under FSDP2: less communication."
-    )
-    optimizer_in_backward: bool = _setting(
-        False, "Update each parameter inside the backward pass, and free its gradient."
-    )
+    method: Literal["hft", "fft"] = "hft"
+    ratio: float = 0.5
+    strategy: Literal["category", "layer", "model", "importance", "element"] = "category"
+    importance: Literal["weight_norm", "gradient_norm", "wanda", "snr"] = "weight_norm"
+    importance_order: Literal["most", "least"] = "most"
+    calibration_samples: int = 32
+    source_texts: str | None = None
+    granularity: Literal["matrix", "column"] = "matrix"
+    seed: int = 42
+    train_embeddings: bool = True
+    train_lm_head: bool = True
+    train_final_norm: bool = True
+    exclude: list[str] = field(default_factory=list)
+    reselect: Literal["fresh", "same", "complement"] = "fresh"
+    frozen_dtype: Literal["bfloat16", "float16"] | None = None
+    frozen_quantization: Literal["int8", "nf4"] | None = None
+    share_reference: bool = True
+    replicate_frozen: bool = False
+    optimizer_in_backward: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(HFTConfig).items():
@@ -194,3 +166,11 @@ class HFTConfig:
         strategy = "element" if self.in_part else "category"
         names = ("importance", "importance_order", "calibration_samples", "granularity")
         return replace(self, strategy=strategy, **{name: vars(HFTConfig)[name] for name in names})
+
+
+# A flag's help is the first sentence of its setting's entry in the docstring
+ENTRY = r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n?)+)"
+HELP = dict(re.findall(ENTRY, inspect.getdoc(HFTConfig) or "", re.MULTILINE))
+for setting in fields(HFTConfig):
+    plain = " ".join(re.sub('[`"]', "", HELP.get(setting.name, "")).split())
+    setting.metadata = {"help": plain.partition(". ")[0].rstrip(".") + "."}

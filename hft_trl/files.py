@@ -161,24 +161,20 @@ def writing(folder: str | Path, resumes: bool = True) -> Iterator[None]:
         yield
     except HFTError:
         raise
-    except OSError as error:
-        if error.errno not in DISK:  # hub and network errors are an `OSError` too
-            raise
-        raise _refused(folder, error.strerror, resumes) from error
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        if not any(word in text for word in WRITERS):
+        if isinstance(error, OSError):
+            reason = error.strerror if error.errno in DISK else None  # hub and network errors are an `OSError` too
+        elif any(word in f"{type(error).__name__}: {error}" for word in WRITERS):
+            # safetensors quotes the system's reason, torch does not
+            reason = str(error).split("I/O error: ")[-1] if "I/O error" in str(error) else "a file was cut short"
+        else:
+            reason = None
+        if reason is None:
             raise
-        # safetensors quotes the system's reason, torch does not
-        reason = str(error).split("I/O error: ")[-1] if "I/O error" in text else "a file was cut short"
-        raise _refused(folder, reason, resumes) from error
-
-
-def _refused(folder: str | Path, reason: str, resumes: bool) -> HFTError:
-    # For a name that is too long, os.path.exists returns False, but Path.exists raises
-    here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
-    return HFTError(
-        f"{folder} cannot be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): make "
-        "room, or change the folder's permissions, and run the same command again"
-        f"{'; it resumes from the last complete checkpoint' if resumes else ''}."
-    )
+        # For a name that is too long, os.path.exists returns False, but Path.exists raises
+        here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
+        raise HFTError(
+            f"{folder} cannot be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): "
+            "make room, or change the folder's permissions, and run the same command again"
+            f"{'; it resumes from the last complete checkpoint' if resumes else ''}."
+        ) from error

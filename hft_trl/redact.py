@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 HIDDEN = "***"
+TELL_NOTHING = (None, "", True, False)  # a switch, such as `token: true`, is no secret
 WORDS = {"token", "key", "secret", "password", "passwd", "apikey", "credential", "credentials"}
 # Exceptions: special tokens of a tokenizer, and keys of attention
 PUBLIC = re.compile(
@@ -34,7 +35,7 @@ def redact(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {
-            key: HIDDEN if isinstance(key, str) and is_secret(key) and _tells(entry) else redact(entry)
+            key: HIDDEN if isinstance(key, str) and is_secret(key) and entry not in TELL_NOTHING else redact(entry)
             for key, entry in value.items()
         }
     if isinstance(value, list | tuple):
@@ -57,8 +58,3 @@ def redact_text(text: str) -> str:
 
 def _hide_value(match: re.Match[str]) -> str:
     return match["start"] + HIDDEN if is_secret(match["name"]) else match[0]
-
-
-def _tells(value: Any) -> bool:
-    """Whether a value can be a secret. Switches, such as `token: true`, cannot."""
-    return value is not None and value != "" and not isinstance(value, bool)

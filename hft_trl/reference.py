@@ -93,10 +93,9 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 def check_has_path(given: dict[str, Any]) -> None:
     """Reject a model object without a path as policy, because TRL loads the reference from the policy's path."""
     model, args = given.get("model"), given.get("args")
-    needed = "ref_model" in given and given["ref_model"] is None  # else the trainer takes none, or has one
-    if not needed or (args is not None and vars(args).get("precompute_ref_log_probs")):
-        return
-    if isinstance(model, PreTrainedModel) and not model.config._name_or_path:
+    needed = given.get("ref_model", model) is None  # else the trainer takes none, or has one
+    precomputed = args is not None and vars(args).get("precompute_ref_log_probs")
+    if needed and not precomputed and isinstance(model, PreTrainedModel) and not model.config._name_or_path:
         raise HFTError(
             f"the policy is a {type(model).__name__} in memory without a path, so its reference cannot be loaded: "
             "save it and pass the folder, or pass ref_model."
@@ -119,28 +118,19 @@ def is_hollow(reference: torch.nn.Module) -> bool:
     return all(parameter.numel() == 0 for parameter in reference.parameters())
 
 
-@contextlib.contextmanager
-def lent(policy: torch.nn.Module, reference: torch.nn.Module | None) -> Iterator[None]:
-    """Let a hollow copy compute with the policy's parameters inside. Any other reference has its own."""
-    if reference is None or not is_hollow(reference):
-        yield
-        return
+def lend(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Let a hollow copy compute with the policy's parameters until [`tie`]. Any other reference has its own."""
     theirs = dict(named_parameters(reference))
-    empty = {name: parameter.data for name, parameter in theirs.items()}
-    try:
-        for name, parameter in named_parameters(policy):
+    for name, parameter in named_parameters(policy):
+        if theirs[name].numel() == 0:
             theirs[name].data = parameter.data
-        yield
-    finally:
-        for name, data in empty.items():
-            theirs[name].data = data
 
 
 def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
     """
     Store the frozen half once: every frozen parameter of the reference gets the policy's storage.
 
-    Empty parameters of a hollow copy become copies of the policy's. What FSDP2 has sharded stays as it is.
+    What else is empty in a hollow copy, or lent, becomes a copy of the policy's. What FSDP2 has sharded stays.
     """
     theirs = dict(named_parameters(reference))
     for name, parameter in named_parameters(policy):
@@ -149,7 +139,7 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
             continue
         if not parameter.requires_grad:
             other.data = parameter.data
-        elif other.numel() == 0:
+        elif other.numel() == 0 or other.data_ptr() == parameter.data_ptr():
             other.data = parameter.data.clone()
         else:  # a copy of its own, made before the policy was moved
             other.data = other.data.to(parameter.device)
@@ -199,8 +189,7 @@ def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given
     """
     Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
 
-    The reference is checked to be the model that training starts from, unless it was `given`. Returns whether the
-    frozen half of the two models is stored once.
+    Returns whether it is. The reference has to be the model that training starts from, unless it was `given`.
     """
     # Also of trainers that always load it themselves. With method fft it is the parent's business
     own, reference, reason = vars(trainer).get("ref_model"), None, "there is no reference"

@@ -38,12 +38,7 @@ def check_folder(model: str) -> None:
 
 
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """
-    Build a causal LM on the meta device, without reading weights. Other models are rejected.
-
-    `revision` is a branch, tag or commit on the hub. A model that is missing, quantised or no causal LM raises an
-    [`HFTError`].
-    """
+    """Build a causal LM on the meta device from its config. Quantised and other models are rejected."""
     check_folder(model)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)

@@ -56,23 +56,18 @@ def numel(parameter: torch.Tensor) -> int:
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
     if is_partitioned(tensor):
-        return _gathered(tensor)
+        import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if tensor.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, and must not be taken apart here
+            return tensor.detach().clone()
+        with deepspeed.zero.GatheredParameters(tensor):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         # Under CPU offload the shards lie in main memory, where NCCL gathers nothing.
         return tensor.to(tensor.device_mesh.device_type).full_tensor()
     return tensor
-
-
-def _gathered(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Copy a parameter that ZeRO-3 has partitioned. Every process has to call, in the same order."""
-    import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole, and must not be taken apart here
-        return parameter.detach().clone()
-    with deepspeed.zero.GatheredParameters(parameter):
-        return parameter.detach().clone()
 
 
 # Elements compared or written at a time, so that the memory needed does not grow with the tensors.
@@ -195,15 +190,10 @@ def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
 
 
 def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
-    """
-    Check that loading a model did not round its weights, given the types of the loaded parameters.
-
-    A model without safetensors files, or with other names in them, cannot be checked. `remedy` is what the error tells
-    the user to do, by default to load the model in float32.
-    """
+    """Reject a model that was rounded when it was loaded, given the types of its parameters and a remedy."""
     try:
         files = weight_files(model) if model else {}
-    except (HFTError, OSError):
+    except (HFTError, OSError):  # without safetensors files it cannot be checked
         return
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:

@@ -26,8 +26,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTConfig, demo, exit_on_user_error, select
 from hft_trl.chat import chat, load_tokenizer
-from hft_trl.checkpoints.sealing import MANIFEST_FILE
-from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint
+from hft_trl.checkpoints.whole import MANIFEST_FILE, check_whole, last_whole_checkpoint
 from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.report import compare
 from hft_trl.continual.run_folder import check_plan

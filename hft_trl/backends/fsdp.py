@@ -2,20 +2,14 @@
 
 import os
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from hft_trl.config import HFTConfig
 
 
 def fsdp_version(args: TrainingArguments | None = None) -> int | None:
-    """
-    Return the version of FSDP that a trainer will run under, `None` without FSDP.
-
-    It is known before an accelerator exists, from the trainer's arguments and the environment.
-    """
+    """Return the version of FSDP that a trainer will run under, `None` without FSDP."""
     asked = args.fsdp_plugin_args if args is not None else None
     if asked is None and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
@@ -23,7 +17,7 @@ def fsdp_version(args: TrainingArguments | None = None) -> int | None:
 
 
 def sharded_by(args: TrainingArguments | None) -> str | None:
-    """Return the name of the backend that shards the parameters, known before an accelerator exists."""
+    """Return the name of the backend that shards the parameters."""
     if fsdp_version(args) is not None:
         return "FSDP"
     deepspeed = args.deepspeed_plugin if args is not None else parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
@@ -33,15 +27,3 @@ def sharded_by(args: TrainingArguments | None) -> str | None:
 def replicates_frozen(config: HFTConfig, args: TrainingArguments | None) -> bool:
     """Return whether FSDP2 leaves the frozen half whole in every process."""
     return config.method == "hft" and config.replicate_frozen and fsdp_version(args) == 2
-
-
-def shard_reference(accelerator: Accelerator, reference: torch.nn.Module) -> None:
-    """
-    Shard a frozen reference with FSDP2 layer by layer, in place, as accelerate shards the policy.
-
-    TRL would shard it as one piece, so that every forward pass gathers the whole model on every process. TRL leaves a
-    model alone that is sharded already.
-    """
-    fsdp2_prepare_model(accelerator, reference)
-    # accelerate keeps the head gathered for the backward pass, which a reference does not have.
-    reference.set_reshard_after_forward(True)

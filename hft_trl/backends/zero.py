@@ -22,11 +22,7 @@ UNCAST = (
 
 
 def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
-    """
-    Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT.
-
-    Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
-    """
+    """Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT."""
     plugin = args.deepspeed_plugin
     # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
     AcceleratorState._reset_state()
@@ -39,20 +35,10 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
             "true, as in accelerate_configs/zero3.yaml (in a DeepSpeed file "
             "stage3_gather_16bit_weights_on_model_save)."
         )
-    if hft_config.method == "hft":
-        _make_reentrant(args)
-
-
-def _make_reentrant(args: TrainingArguments) -> None:
-    """As TRL does for adapters: the other kind fails with `CheckpointError` where a parameter is frozen."""
     kwargs = dict(args.activation_checkpointing_kwargs or {})
-    if not args.activation_checkpointing or kwargs.get("use_reentrant"):
+    if hft_config.method != "hft" or not args.activation_checkpointing or kwargs.get("use_reentrant"):
         return
-    if kwargs.get("selective"):
-        raise HFTError(
-            "gradient_checkpointing_kwargs has selective, which needs non-reentrant checkpointing, but under ZeRO-3 "
-            "frozen parameters need the reentrant one: drop it."
-        )
+    # As TRL does for adapters: the other kind fails with `CheckpointError` where a parameter is frozen
     if kwargs.get("use_reentrant") is False:
         logger.warning(
             "use_reentrant is False, but under ZeRO-3 frozen parameters need reentrant gradient checkpointing: it is "
@@ -63,11 +49,7 @@ def _make_reentrant(args: TrainingArguments) -> None:
 
 
 def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
-    """
-    Cast the parameters as DeepSpeed would when training starts, so that the frozen half's bits are known before.
-
-    Returns the remedy for a type that rounds, `None` where DeepSpeed does not cast.
-    """
+    """Cast the parameters as DeepSpeed would when training starts, and return the remedy if that rounds."""
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
         if state.deepspeed_plugin.get_value(key) is True:
             for parameter in model.parameters():

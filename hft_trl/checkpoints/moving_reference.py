@@ -37,11 +37,7 @@ def save(trainer: Trainer, checkpoint: Path) -> None:
 
 
 def load(trainer: Trainer, checkpoint: str | Path) -> None:
-    """
-    Load a moving reference from a checkpoint. All processes have to call it.
-
-    A checkpoint without the reference is rejected, and so is `BEMACallback`, whose average no checkpoint holds.
-    """
+    """Load a moving reference from a checkpoint, which has to hold it. All processes have to call it."""
     if any(isinstance(callback, BEMACallback) for callback in trainer.callback_handler.callbacks):
         raise HFTError(
             f"BEMACallback averages weights over all of training, and {checkpoint} does not hold the average, so it "

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
-from hft_trl.checkpoints import moving_reference
+from hft_trl.checkpoints import moving_reference, whole
 from hft_trl.checkpoints.preemption import StopAtStepEnd
-from hft_trl.checkpoints.sealing import check_layout, incomplete_because, layout, sealing
-from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint, resuming
 from hft_trl.errors import HFTError
 
 
@@ -38,7 +36,7 @@ class ResumableMixin:
         moving_reference.check(self.args)
         checkpoint = resume_from_checkpoint or None
         if checkpoint is True:
-            checkpoint = last_whole_checkpoint(self.args.output_dir)
+            checkpoint = whole.last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise HFTError(
                     f"no checkpoint in {self.args.output_dir} is whole, so nothing can be resumed: train without "
@@ -48,11 +46,11 @@ class ResumableMixin:
             if self._preemption is not None:
                 ends.callback(self._preemption.put_away)
             if checkpoint is not None:
-                checkpoint, here = os.fspath(checkpoint), layout(self)
-                check_whole(checkpoint, here["processes"], here["backend"])
+                checkpoint, here = os.fspath(checkpoint), whole.layout(self)
+                whole.check_whole(checkpoint, here["processes"], here["backend"])
                 self._check_same_training(checkpoint)
-                check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)
-                ends.enter_context(resuming(self, checkpoint))
+                whole.check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)
+                ends.enter_context(whole.resuming(self, checkpoint))
                 moving_reference.load(self, checkpoint)
             return super().train(checkpoint, *args, **kwargs)
 
@@ -72,7 +70,7 @@ class ResumableMixin:
         """Save as the parent does, then seal the checkpoint, then rotate older ones."""
         run = Path(self._get_output_dir(trial=trial))
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with sealing(self, checkpoint):
+        with whole.sealing(self, checkpoint):
             moving_reference.save(self, checkpoint)  # before the parent uploads the checkpoint
             super()._save_checkpoint(model, trial)
 
@@ -80,9 +78,9 @@ class ResumableMixin:
         """Run the parent's step, and reject a NaN or infinite loss before it is used."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            whole = [path for path in sort_checkpoints(self.args.output_dir) if incomplete_because(path) is None]
+            kept = [path for path in sort_checkpoints(self.args.output_dir) if whole.torn_because(path) is None]
             raise HFTError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate or check "
-                f"the data; the last checkpoint is {whole[-1] if whole else 'none (no checkpoint was saved yet)'}."
+                f"the data; the last checkpoint is {kept[-1] if kept else 'none (no checkpoint was saved yet)'}."
             )
         return loss

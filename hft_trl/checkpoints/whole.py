@@ -1,25 +1,129 @@
-"""Checks whether a checkpoint is complete and whether a run may resume from it."""
+"""Complete checkpoints: sealed by a manifest when all files are on disk, and checked before a run resumes."""
 
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from hft_trl.checkpoints.sealing import MANIFEST_FILE, REPLICATED, incomplete_because
 from hft_trl.errors import HFTError, first_line
+from hft_trl.files import flush, read_object, sync, write_json, writing
 from hft_trl.processes import by_first_process
 from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
+
+MANIFEST_FILE = "hft_checkpoint.json"
+MARK_FILE = "_resumable"  # says that a manifest belongs to it; what begins with an underscore is not uploaded
+VERSION = 1
+REPLICATED = "one process or DDP"
+
+
+def layout(trainer: Trainer) -> dict[str, Any]:
+    """Return what checkpoints depend on. Only runs with the same `backend` can read each other's checkpoints."""
+    state, backend = trainer.accelerator.state, REPLICATED
+    if state.distributed_type == DistributedType.FSDP:
+        backend = f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
+    elif state.distributed_type == DistributedType.DEEPSPEED:
+        backend = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    batch = trainer.get_total_train_batch_size(trainer.args)
+    return {"backend": backend, "processes": state.num_processes, "global_batch_size": batch}
+
+
+@contextmanager
+def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
+    """Seal the checkpoint that is saved in this context, then rotate older ones. All processes have to enter it."""
+    args, run = trainer.args, checkpoint.parent
+    if args.should_save:
+        with writing(checkpoint):
+            if checkpoint.exists() and not set_aside(checkpoint):
+                shutil.rmtree(checkpoint)
+            checkpoint.mkdir(parents=True)
+            (checkpoint / MARK_FILE).write_text(f"{MANIFEST_FILE} is written last.\n", encoding="utf-8")
+            sync(checkpoint)
+    trainer.accelerator.wait_for_everyone()  # no process may write into the folder while it is moved
+    limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files exist
+    try:
+        with writing(checkpoint):
+            yield
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()
+    if not args.should_save:
+        return
+    with writing(checkpoint):
+        flush(checkpoint)
+        paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+        files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in paths}
+        write_json(checkpoint / MANIFEST_FILE, {"version": VERSION, **layout(trainer), "files": files})
+        for other in sort_checkpoints(str(run)):
+            set_aside(Path(other))  # so that rotation neither counts nor deletes an incomplete one
+        rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+
+
+def read(checkpoint: str | Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest, or `None`. Unreadable ones raise `ValueError` or `OSError`."""
+    try:
+        content = read_object(Path(checkpoint) / MANIFEST_FILE, version=int, files=dict, backend=str, processes=int)
+    except FileNotFoundError:
+        return None
+    if content["version"] != VERSION:
+        raise ValueError(f"{MANIFEST_FILE} is no manifest of version {VERSION}")
+    return content
+
+
+def set_aside(checkpoint: Path) -> bool:
+    """Rename an incomplete `checkpoint-6` to `_torn-checkpoint-6`, which is neither counted nor uploaded."""
+    reason = torn_because(checkpoint)
+    if reason is None:
+        return False
+    number, target = 1, checkpoint.with_name(f"_torn-{checkpoint.name}")
+    while target.exists():
+        number += 1
+        target = checkpoint.with_name(f"_torn-{checkpoint.name}-{number}")
+    logger.warning(
+        f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
+    )
+    checkpoint.rename(target)
+    return True
+
+
+def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
+    """Reject a checkpoint that this backend cannot read, or of another batch size, which `any_batch` allows."""
+    there = read(checkpoint)
+    if there is None:
+        return
+    if there["backend"] != here["backend"]:
+        raise HFTError(
+            f"{checkpoint} was saved by {there['backend']}, whose files {here['backend']} cannot read: resume as it "
+            "was launched, or train into another output_dir."
+        )
+    if there["processes"] != here["processes"]:
+        if here["backend"].startswith("DeepSpeed"):
+            raise HFTError(
+                f"{checkpoint} was saved by {there['processes']} processes, and {here['backend']} cannot divide it "
+                f"into {here['processes']}: launch {there['processes']} processes, or train into another output_dir."
+            )
+        logger.warning(
+            f"{checkpoint} was saved by {there['processes']} processes, this run has {here['processes']}: it reads "
+            "the same data, but sums are rounded in another way, so it does not end in the same bits."
+        )
+    if there["global_batch_size"] != here["global_batch_size"] and not any_batch:
+        raise HFTError(
+            f"{checkpoint} was trained with a global batch of {there['global_batch_size']}, this run has "
+            f"{here['global_batch_size']} (per_device_train_batch_size x gradient_accumulation_steps x processes): "
+            "change them so that the product is the same, or train into another output_dir."
+        )
 
 
 def holds_only_model(checkpoint: str | Path) -> bool:
@@ -36,21 +140,28 @@ def torn_because(checkpoint: str | Path) -> str | None:
     hub, has no manifest. Its state (written last) and weights have to be readable.
     """
     checkpoint = Path(checkpoint)
-    if reason := incomplete_because(checkpoint):
-        return reason
+    try:
+        manifest = read(checkpoint)
+    except (ValueError, OSError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({error})"
+    if manifest is None and (checkpoint / MARK_FILE).exists():
+        return f"{MANIFEST_FILE}, which is written last, is missing"
     needed = {TRAINER_STATE_NAME: ()}
     if not holds_only_model(checkpoint):
         # FSDP whole, FSDP sharded, DeepSpeed
         needed |= {OPTIMIZER_NAME: ("optimizer.bin", "optimizer_0", "latest"), SCHEDULER_NAME: ("latest",)}
-    for name, others in needed.items():
-        if not any((checkpoint / candidate).exists() for candidate in (name, *others)):
+    sizes = manifest["files"] if manifest is not None else {}
+    for name in (*sizes, *needed):
+        if not any((checkpoint / candidate).exists() for candidate in (name, *needed.get(name, ()))):
             return f"{name} is missing"
+        if name in sizes and (size := (checkpoint / name).stat().st_size) != sizes[name]:
+            return f"{name} has {size} bytes instead of {sizes[name]}"
     try:
         TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     except (ValueError, TypeError, RecursionError, OSError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read ({first_line(error)})"
     shards, adapter = checkpoint / f"{FSDP_MODEL_NAME}_0", checkpoint / ADAPTER_SAFE_WEIGHTS_NAME
-    listed = (checkpoint / MANIFEST_FILE).exists() or shards.is_dir() or adapter.is_file()
+    listed = manifest is not None or shards.is_dir() or adapter.is_file()
     try:
         check_readable(checkpoint.glob("*.safetensors") if listed else weight_files(str(checkpoint)).values())
     except (ValueError, OSError) as error:
@@ -59,11 +170,7 @@ def torn_because(checkpoint: str | Path) -> str | None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """
-    Return the newest complete checkpoint, or `None`. All processes have to call it.
-
-    A warning names incomplete checkpoints. They are not removed.
-    """
+    """Return the newest complete checkpoint, or `None`. All processes have to call it."""
     found: list[str | None] = [None]
     if PartialState().is_main_process and Path(folder).is_dir():
         for checkpoint in reversed(sort_checkpoints(str(folder))):
@@ -122,11 +229,7 @@ def _check_sums(checkpoint: Path) -> None:
 
 @contextmanager
 def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
-    """
-    Name the checkpoint in errors from loading it until the end of the first step.
-
-    A damaged file can have the right size. Libraries notice the damage when they read it or first use its content.
-    """
+    """Name the checkpoint in errors from loading it until the end of the first step: its files may be damaged."""
     before, step = trainer.state, TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     try:
         yield

@@ -32,7 +32,6 @@ class FrozenElements(Storage):
         self._handles: list[RemovableHandle] = []
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
-        """Note which elements are frozen, and their values."""
         masks = trainer.hft_selection.masks
         for name, parameter in named_parameters(policy):
             if name in masks.learning:
@@ -51,7 +50,6 @@ class FrozenElements(Storage):
         self._handles.append(trainer.optimizer.optimizer.register_step_post_hook(self._put_back))
 
     def training_ends(self, trainer: Any) -> None:  # noqa: ARG002
-        """Remove the hooks: another trainer may train the same model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -62,7 +60,6 @@ class FrozenElements(Storage):
             part.parameter.masked_scatter_(part.frozen, part.values)
 
     def check(self) -> None:
-        """Compare the frozen elements with their fingerprints."""
         for name, part in self._parts.items():
             if fingerprint(part.parameter.detach()[part.frozen]) != part.digest:
                 raise RuntimeError(f"a frozen element of {name} moved during training: nothing was saved as a success")

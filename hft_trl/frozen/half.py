@@ -22,12 +22,11 @@ class FrozenHalf:
     def check(self, model: torch.nn.Module) -> None:
         """Compare the frozen half of a model with its fingerprints. All processes must call it."""
         found = fingerprints((name, tensor) for name, tensor in named_parameters(model) if name in self.digests)
-        for name in self.digests.keys() - found.keys():
-            raise RuntimeError(f"the frozen parameter {name} is not in the model any more, so it cannot be checked")
-        for name, digest in found.items():
-            if digest != self.digests[name]:
+        for name, digest in self.digests.items():
+            if found.get(name) != digest:
+                how = "moved" if name in found else "was removed"
                 raise RuntimeError(
-                    f"the frozen parameter {name} moved during training: nothing was saved as a success"
+                    f"the frozen parameter {name} {how} during training: nothing was saved as a success"
                 )
 
     def check_untouched(self, model: torch.nn.Module) -> None:
@@ -39,22 +38,13 @@ class FrozenHalf:
                 "the trainer has set it, or set hft_config.ratio to train more."
             )
 
-    @staticmethod
-    def only_shards_saved(trainer: Any) -> bool:
-        """Return whether FSDP saves shards, which are enough to resume from, but which no `from_pretrained` loads."""
-        return trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-
     def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Cast a gathered state dict back, in place: FSDP2 holds what learns in float32 in mixed precision."""
         for name, tensor in state_dict.items():
             state_dict[name] = tensor.to(self.learning_types.get(plain_name(name), tensor.dtype))
 
     def write_dtype(self, model: PreTrainedModel, folder: str) -> None:
-        """
-        Correct the type in a saved config, where it could round parameters at the next loading.
-
-        transformers names the type of the first parameter in memory.
-        """
+        """Correct the type in a saved config, where transformers names that of the first parameter in memory."""
         dtype = reduce(torch.promote_types, self.learning_types.values())
         if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
             model.config.dtype = dtype

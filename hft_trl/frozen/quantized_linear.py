@@ -118,7 +118,6 @@ class Quantized(SavedFromStart):
         self._kind = kind
 
     def settle(self, trainer: Any, policy: "PreTrainedModel", reference: nn.Module | None) -> None:
-        """Quantise the frozen matrices. A reference that shares the frozen half gets the same modules."""
         half = trainer.frozen_half
         self.note_names(policy)
         matrices = frozen_matrices(policy, half.digests.keys())
@@ -150,11 +149,7 @@ class Quantized(SavedFromStart):
 
 
 def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
-    """
-    Return the frozen matrices of attention and feed-forward by name, each with the `nn.Linear` that holds it.
-
-    The value is `None` where no [`QuantizedLinear`] can replace it: fused experts, GPT-2's Conv1D, a tied matrix.
-    """
+    """Return the frozen matrices of attention and feed-forward, each with its `nn.Linear` if that can be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}
     names = {name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names}

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from hft_trl.backends.fsdp import replicates_frozen
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import Storage
 from hft_trl.frozen.smaller_type import kept_in_their_type
-from hft_trl.weights import combined_digest, named_parameters
+from hft_trl.weights import named_parameters
 
 
 class Replicated(Storage):
@@ -24,15 +23,13 @@ class Replicated(Storage):
         self._left = ExitStack()
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:  # noqa: ARG002
-        """Choose what stays whole, check it, and print what the setting does here."""
         config = trainer.hft_config
         if not replicates_frozen(config, trainer.args):
-            fft = "with method fft, which freezes nothing."
-            reason = fft if config.method == "fft" else "without FSDP2: every process holds the whole model anyway."
-            PartialState().print(f"hft.replicate_frozen changes nothing {reason}")
+            reason = "with method fft" if config.method == "fft" else "without FSDP2: every process holds all of it"
+            PartialState().print(f"hft.replicate_frozen changes nothing {reason}.")
             return
         self._whole = parameters(policy, trainer.frozen_half.digests)
-        check(trainer.accelerator, policy, self._whole, trainer.frozen_half.digests)
+        check(trainer.accelerator, policy, self._whole)
         size, everything = (sum(p.nbytes for p in some) for some in (self._whole, policy.parameters()))
         PartialState().print(
             f"frozen half: {size:,} of the policy's {everything:,} bytes are whole in each process, FSDP2 shards the "
@@ -51,19 +48,13 @@ class Replicated(Storage):
 
 
 def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn.Parameter]:
-    """
-    Return the parameters that FSDP2 is to leave whole, given the names of all frozen ones.
-
-    Not those that `frozen_dtype` leaves in their own type: FSDP2 casts only what it gathers.
-    """
-    kept = kept_in_their_type(model)
+    """Return the parameters that FSDP2 is to leave whole, given the names of all frozen ones."""
+    kept = kept_in_their_type(model)  # FSDP2 casts only what it gathers
     return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
 
 
-def check(
-    accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], digests: dict[str, str]
-) -> None:
-    """Reject whole parameters that FSDP2 cannot use, or that differ between processes. All of them have to call."""
+def check(accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter]) -> None:
+    """Reject whole parameters that FSDP2 cannot use."""
     plugin, ids = accelerator.state.fsdp_plugin, {id(parameter) for parameter in whole}
     if plugin.ignored_modules is not None:
         raise HFTError(
@@ -79,21 +70,13 @@ def check(
                 f"only what it shards: set hft.frozen_dtype to {theirs} (or load a {theirs} model with this dtype), "
                 "or hft.replicate_frozen to false."
             )
-    if len(set(gather_object([combined_digest(digests)]))) > 1:
-        raise HFTError(
-            "the processes loaded different frozen halves: give every process the same files of the start model."
-        )
 
 
 @contextmanager
 def left_whole(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], move: bool = True
 ) -> Iterator[None]:
-    """
-    Have FSDP2 leave parameters of a model whole while it is sharded inside. An empty list changes nothing.
-
-    With `move` they are brought to the process's own device.
-    """
+    """Have FSDP2 leave parameters whole while it shards a model inside, with `move` on the process's own device."""
     if not whole:
         yield
         return

@@ -115,12 +115,8 @@ class SmallerType(SavedFromStart):
 
 
 def kept_in_their_type(model: torch.nn.Module) -> set[int]:
-    """
-    Return the `id` of each parameter that keeps its type whatever its values are.
-
-    These are the parameters of `nn.LayerNorm`, and of norms inside of attention: flash attention rejects a query and a
-    key of two types.
-    """
+    """Return the `id` of each parameter that keeps its type whatever its values are."""
+    # Norms inside of attention, because flash attention rejects a query and a key of two types
     norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
     norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+# A mixer is Mamba, a gated delta net, a short convolution, ...
 LAYER_CATEGORIES = ("attention", "feed_forward", "norm", "mixer", "other")
 OUTER_CATEGORIES = ("embedding", "lm_head", "final_norm", "outside")
 

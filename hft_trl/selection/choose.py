@@ -33,11 +33,8 @@ def choose(
     Choose the units in layers that learn, sorted by layer and slot.
 
     The result depends on the arguments alone: not on the order of `units`, the machine, `PYTHONHASHSEED` or any global
-    random state. Units outside of the layers are ignored. `"category"` meets the ratio in each category, `"layer"`
-    takes whole layers at even distances, `"model"` takes units at random whatever their category, and `"importance"`
-    takes of each category as many units of each size as `"category"`, those with the highest `scores` (the seed
-    decides among equal ones). `learned` are the layers of the stage before, which `"layer"` avoids as far as the ratio
-    allows.
+    random state. Units outside of the layers are ignored. `learned` are the layers of the stage before, which
+    `"layer"` avoids as far as the ratio allows. Of equal `scores` the seed decides.
     """
     pool = sorted((unit for unit in units if unit.layer is not None), key=lambda unit: (unit.layer, unit.slot))
     # The decimal that was written, not the binary number next to it: 0.3 of 10 is 3

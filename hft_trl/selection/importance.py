@@ -28,8 +28,7 @@ def unit_scores(
     Score the units in layers; those with the highest scores are to learn.
 
     The importance of a unit is the root mean square over its elements, so that units of different sizes compare, or
-    the rank of its signal-to-noise ratio. It is negated where the least important units are to learn. Under ZeRO-3
-    every process has to call.
+    the rank of its signal-to-noise ratio. Under ZeRO-3 every process has to call.
     """
     inner = [unit for unit in units if unit.layer is not None]
     found = _measure(model, [name for unit in inner for name in unit.names], config, calibrate)

@@ -20,36 +20,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Masks:
-    """
-    The elements that learn in parameters that learn in part. Masks are drawn again rather than stored.
+    """The elements that learn in parameters that learn in part. Masks are drawn again rather than stored."""
 
-    Attributes:
-        seed (`int`): Seed of the draws. Each parameter has its own generator, by the seed and the parameter's name.
-        learning (`dict[str, int]`): Number of elements that learn, by parameter name.
-        digests (`dict[str, str]`): SHA-256 (hex) of each drawn mask.
-        columns (`dict[str, str]`): For matrices that learn by whole input columns instead of drawn elements, a bit for
-            each column (hex).
-        inverted (`bool`): Whether the drawn elements are frozen and the others learn.
-    """
-
-    seed: int
-    learning: dict[str, int]
-    digests: dict[str, str]
-    inverted: bool = False
-    columns: dict[str, str] = field(default_factory=dict)
+    seed: int  # each parameter has its own generator, by the seed and its name
+    learning: dict[str, int]  # number of elements that learn, by parameter name
+    digests: dict[str, str]  # SHA-256 (hex) of each drawn mask
+    inverted: bool = False  # whether the drawn elements are frozen and the others learn
+    columns: dict[str, str] = field(default_factory=dict)  # where input columns are not drawn, a bit for each (hex)
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
-        if name in self.columns:
-            import torch
+        import torch
 
+        if name in self.columns:
             bits = f"{int(self.columns[name], 16):0{shape[-1]}b}"
             return torch.tensor([(bit == "1") is not self.inverted for bit in bits]).expand(*shape).contiguous()
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
-            import torch
-
             raise HFTError(
                 f"the mask of {name} cannot be drawn again: torch {torch.__version__} draws other numbers here than "
                 "where the selection was made, so use the torch of that machine."
@@ -58,14 +46,9 @@ class Masks:
 
     def of(self, names: Iterable[str]) -> "Masks":
         """The masks of these parameters alone, of those that have one."""
-        wanted = set(names)
-        kept = [name for name in self.learning if name in wanted]
-        return replace(
-            self,
-            learning={name: self.learning[name] for name in kept},
-            digests={name: self.digests[name] for name in kept if name in self.digests},
-            columns={name: self.columns[name] for name in kept if name in self.columns},
-        )
+        wanted, tables = set(names), ("learning", "digests", "columns")
+        kept = {key: {name: value for name, value in vars(self)[key].items() if name in wanted} for key in tables}
+        return replace(self, **kept)
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
         """The masks of exactly those elements that these keep frozen. `sizes` has each parameter's elements."""

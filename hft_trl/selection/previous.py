@@ -17,12 +17,7 @@ def remember(model: PreTrainedModel, selection: Selection) -> None:
 
 
 def selection_of(model: PreTrainedModel) -> Selection | None:
-    """
-    Return the selection that a model was trained with, `None` if it has none.
-
-    It is the one that this object was last trained with, otherwise that of the folder or hub repository of its
-    weights.
-    """
+    """Return the selection that this object was last trained with, else that of its folder or hub repository."""
     if "_hft_trained_with" in vars(model):
         return model._hft_trained_with
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.selection.categories import OUTER_CATEGORIES
 from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_user, mark_frozen
 
 if TYPE_CHECKING:
@@ -105,17 +106,15 @@ class Selection:
 
     def save(self, directory: str | Path) -> Path:
         """Write `hft_selection.json` into a folder, which is made if it does not exist, and return its path."""
-        from hft_trl.files import write_json
+        from hft_trl.files import write_json, writing
 
         essence = self._essence()
         names = {key: essence.pop(key) for key in ("trainable", "frozen", "masks") if key in essence}
         about = {"share": self.share, "digest": self.digest, "start_model": self.start_model}
         path = Path(directory) / SELECTION_FILE
-        try:
+        with writing(path, resumes=False):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, essence | about | names)
-        except OSError as error:
-            raise HFTError(f"The selection cannot be written to {path}: {error.strerror or error}.") from error
         return path
 
     @classmethod
@@ -226,11 +225,12 @@ def select(
 def _selection(
     config: HFTConfig, seed: int, units: Sequence[Unit], learning: set[Unit], masks: "Masks | None" = None
 ) -> Selection:
-    from hft_trl.selection.shares import share_of
+    from hft_trl.selection.shares import category_shares
 
     trainable = tuple(sorted(name for unit in units if unit in learning for name in unit.names))
     frozen = tuple(sorted(name for unit in units if unit not in learning for name in unit.names))
-    share = share_of(units, trainable, masks.learning if masks else None)
+    rows = category_shares(units, trainable, masks.learning if masks else None)
+    share = {row.category: row.share for row in rows if row.category not in OUTER_CATEGORIES}
     return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share, masks=masks)
 
 
@@ -241,14 +241,9 @@ def _sizes(model: "PreTrainedModel") -> dict[str, int]:
 
 
 def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
-    if unit.tied:
-        return config.train_embeddings and config.train_lm_head
-    flags = {
-        "embedding": config.train_embeddings,
-        "lm_head": config.train_lm_head,
-        "final_norm": config.train_final_norm,
-    }
-    return flags.get(unit.category, True)
+    parts = {"embedding": "train_embeddings", "lm_head": "train_lm_head", "final_norm": "train_final_norm"}
+    learns = unit.category not in parts or vars(config)[parts[unit.category]]
+    return learns and (config.train_lm_head or not unit.tied)
 
 
 def _as_before(

@@ -10,7 +10,7 @@ from hft_trl.selection.units import Unit
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """The part of a category, of `"layers"` or of `"model"` that learns, in numbers of units and parameters."""
+    """What learns of a category, of `"layers"` or of `"model"`, in numbers of units and parameters."""
 
     category: str
     units: int
@@ -40,11 +40,3 @@ def category_shares(
             totals[category].update(units=1, parameters=unit.size, trained=size if learns else 0)
     order = (*LAYER_CATEGORIES, "layers", *OUTER_CATEGORIES, "model")
     return [CategoryShare(category, **totals[category]) for category in order if category in totals]
-
-
-def share_of(
-    units: Iterable[Unit], trainable: Collection[str], masked: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """Return the share that learns of each category in the layers, of `"layers"` and of `"model"`, in 0 to 1."""
-    rows = category_shares(units, trainable, masked)
-    return {row.category: row.share for row in rows if row.category not in OUTER_CATEGORIES}

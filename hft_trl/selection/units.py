@@ -1,9 +1,4 @@
-"""
-From a model to its units: what can learn or stay frozen, in which layer, of which category.
-
-Nothing here knows a model by its name. Layers are found by what the model's own classes say about themselves,
-categories by the names of the classes and attributes that lead from a layer to the unit.
-"""
+"""From a model to its units, without knowing it by name: what can learn, in which layer, of which category."""
 
 import copy
 import re
@@ -23,25 +18,14 @@ _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?mo
 
 @dataclass(frozen=True)
 class Unit:
-    """
-    The smallest piece that learns or stays frozen: a module's weight with its bias.
+    """The smallest piece that learns or stays frozen: a module's weight with its bias."""
 
-    Attributes:
-        names (`tuple[str, ...]`): Parameter names.
-        size (`int`): Number of parameters.
-        category (`str`): In a layer `"attention"`, `"feed_forward"`, `"norm"`, `"mixer"` (Mamba, gated delta net,
-            short convolution, ...) or `"other"`; outside `"embedding"`, `"lm_head"`, `"final_norm"` or `"outside"`.
-        layer (`int`, *optional*): Number of the layer over all stacks of the model, `None` outside of the layers.
-        slot (`str`): Name inside the layer, such as `"self_attn.q_proj"`; outside of the layers the whole name.
-        tied (`bool`): Whether the unit is both input embedding and output head.
-    """
-
-    names: tuple[str, ...]
-    size: int
-    category: str
-    layer: int | None
-    slot: str
-    tied: bool = False
+    names: tuple[str, ...]  # of its parameters
+    size: int  # number of parameters
+    category: str  # one of `LAYER_CATEGORIES` or `OUTER_CATEGORIES`
+    layer: int | None  # number of the layer over all stacks of the model, `None` outside of the layers
+    slot: str  # name inside the layer, such as "self_attn.q_proj"; outside of the layers the whole name
+    tied: bool = False  # whether it is both input embedding and output head
 
 
 def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
@@ -51,8 +35,7 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     A parameter is left out if the model's class creates it frozen (router correction biases, sinusoidal positions), if
     it is not floating point, if it belongs to a tower for pictures or sound, if a regular expression of `exclude` is
     found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
-    unit: a copy of the class on the meta device tells the two apart. The model may be on any device and is not
-    changed.
+    unit. The model may be on any device and is not changed.
     """
     from hft_trl.weights import named_modules, named_parameters
 
@@ -61,8 +44,8 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     towers = _find_towers(model, modules)
     layers = _find_layers(model, modules, towers)
     parameters = dict(named_parameters(model))
-    selectable = _selectable_sizes(model, parameters, towers, exclude)
-    sizes = {name: size for name, size in selectable.items() if name not in without}
+    selectable = _selectable_sizes(model, parameters, towers, exclude).items()
+    sizes = {name: size for name, size in selectable if name not in without}
     classes = own_class_names(modules)
     outer = OuterParts(model, modules, parameters)
 
@@ -79,13 +62,13 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
             tied = outer.is_tied(names[0])
             units.append(Unit(tuple(names), size, outer.category(names[0]), None, _join(owner, leaf), tied))
             continue
-        number, start, list_name = layers[layer]
+        number, list_name = layers[layer]
         words = [classes[layer], list_name] if list_name else []
         for path in _ancestors(owner):
             if len(path) > len(layer):
                 words += [classes[path], path.rpartition(".")[2]]
         category = layer_category([*words, leaf], classes[layer])
-        slot = _join(list_name, owner[start:], leaf) or stem
+        slot = _join(list_name, owner[len(layer) + 1 :], leaf) or stem
         units.append(Unit(tuple(names), size, category, number, slot))
     if not any(unit.layer is not None for unit in units):
         why = f"hft.exclude {list(exclude)!r} matches all that it has" if exclude else "none was found"
@@ -136,12 +119,7 @@ def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
 
 
 def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
-    """
-    The parameters of a new model of the same class and config, on the meta device.
-
-    Construction knows best what it freezes and how large it makes things, whatever was frozen since by an earlier
-    selection, by another process or by hand, and whatever a sharded model still holds of its parameters.
-    """
+    """Build a model anew on the meta device, whose parameters are frozen and sized as its class makes them."""
     import torch
     from transformers.initialization import no_init_weights
 
@@ -192,24 +170,21 @@ def _find_towers(model: "PreTrainedModel", modules: dict[str, "nn.Module"]) -> s
     way_of_text = {"", *_ancestors(next(path for path, module in modules.items() if module is embedding))}
     towers = set()
     for path, module in modules.items():
-        named = _TOWER.search(path.rpartition(".")[2])
-        if path not in way_of_text and (named or (isinstance(module, PreTrainedModel) and not _reads_text(module))):
+        named, reads_text = _TOWER.search(path.rpartition(".")[2]), True
+        if isinstance(module, PreTrainedModel):
+            reads_text = module.main_input_name == "input_ids" and "text" in module.input_modalities
+        if path not in way_of_text and (named or not reads_text):
             towers.add(path)
     return towers
 
 
-def _reads_text(module: "PreTrainedModel") -> bool:
-    return module.main_input_name == "input_ids" and "text" in module.input_modalities
-
-
 def _find_layers(
     model: "PreTrainedModel", modules: dict[str, "nn.Module"], towers: set[str]
-) -> dict[str, tuple[int, int, str]]:
+) -> dict[str, tuple[int, str]]:
     """
-    Path of each layer -> its number, the length of the path before the names inside it, and the name of its list.
+    Path of each layer -> its number, and the name of its list.
 
-    The name of the list is empty unless a layer is spread over several lists, the first of which holds all attentions,
-    the second all norms and so on.
+    The name is empty unless a layer is spread over several lists: one of all attentions, one of all norms and so on.
     """
     from torch import nn
     from transformers import GradientCheckpointingLayer
@@ -228,17 +203,13 @@ def _find_layers(
         if all(isinstance(layer, GradientCheckpointingLayer) or type(layer).__name__ in whole for layer in module)
     ]
     if stacks or not lists:
-        paths = [(f"{stack}.{index}", "") for stack in stacks for index in range(len(lists[stack]))]
-        return {path: (number, len(path) + 1, "") for number, (path, _) in enumerate(paths)}
+        paths = [f"{stack}.{index}" for stack in stacks for index in range(len(lists[stack]))]
+        return {path: (number, "") for number, path in enumerate(paths)}
     largest = max(lists, key=lambda path: sum(map(numel, lists[path].parameters())))
     parent, depth = largest.rpartition(".")[0], len(lists[largest])
     beside = [path for path in lists if path.rpartition(".")[0] == parent and len(lists[path]) == depth]
     names = {path: path.rpartition(".")[2] if len(beside) > 1 else "" for path in beside}
-    return {
-        f"{path}.{index}": (index, len(f"{path}.{index}") + 1, name)
-        for path, name in names.items()
-        for index in range(depth)
-    }
+    return {f"{path}.{index}": (index, name) for path, name in names.items() for index in range(depth)}
 
 
 def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:

@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Sized
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from hft_trl import demo, reference
 from hft_trl.chat import most_tokens
@@ -31,8 +30,6 @@ from hft_trl.selection.counts import shuffled
 from hft_trl.selection.importance import Squares
 from hft_trl.weights import combined_digest, fingerprints, named_modules, named_parameters
 
-logger = logging.get_logger(__name__)
-
 FILE = "_importance.json"  # what begins with a line is not uploaded
 LINEAR = {torch.nn.Linear: 0, Conv1D: 1}
 """Linear layers, and the dimension of their weight that is no input's."""
@@ -43,24 +40,31 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     Return what `config.importance` is about, measured once for each output folder, weights, rows and settings.
 
     So a run that resumes draws the selection that it was started with, though on a GPU a second measurement may differ
-    in the last bits. Every process has to call.
+    in the last bits. The model is whole in every process, and every process has to call.
     """
     by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
     rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
     what = [config.importance, config.granularity, config.seed, rows]
-    folder, key = Path(trainer.args.output_dir), _key(trainer, model, names, what)
-    kept = [_read(folder / FILE, key) if PartialState().is_main_process else None]
-    broadcast_object_list(kept)
-    if kept[0] is not None:
-        return kept[0]
+    file, key = Path(trainer.args.output_dir) / FILE, _key(trainer, model, names, what)
+    squares = None
+    if PartialState().is_main_process:
+        with suppress(OSError, ValueError):
+            content = read_object(file, of=str, squares=dict)
+            squares = content["squares"] if content["of"] == key else None
+    (squares,) = broadcast_object_list([squares])
+    if squares is not None:
+        return squares
+    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
     if by_gradient:
         squares = gradient_squares(trainer, model, names, samples, config.seed)
     else:
-        squares = output_squares(trainer, model, names, rows, config.granularity == "column")
+        squares = output_squares(model, names, rows, config.granularity == "column")
+    # The last bits may differ between GPUs, and with them the choice
+    (squares,) = broadcast_object_list([squares])
     if trainer.args.should_save:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / FILE, {"of": key, "squares": squares})
+        with writing(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"of": key, "squares": squares})
     return squares
 
 
@@ -74,48 +78,62 @@ def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
 
-def _read(file: Path, key: str) -> Squares | None:
-    try:
-        content = read_object(file, of=str, squares=dict)
-    except (OSError, ValueError):
-        return None
-    return content["squares"] if content["of"] == key else None
-
-
 def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
     """
     Square the gradients of a trainer's loss, row by row, for the parameters named.
 
     Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. The squares of a
     parameter's elements are added up, and averaged over at most `samples` rows. The trainer, the model and every
-    random state are left as they were. The model is whole in every process, and every process has to call.
+    random state are left as they were.
     """
     rows = _drawn_rows(trainer, samples, seed)
     squares = dict.fromkeys(names, 0.0)
-    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
-    with _squaring(trainer, model, squares):
-        for row in rows:
-            inputs = trainer._prepare_inputs(trainer.data_collator([row]))
-            with trainer.accelerator.autocast():
-                loss = trainer.compute_loss(model, inputs)
-            loss.backward()
-    # The last bits may differ between GPUs, and with them the choice
-    (squares,) = broadcast_object_list([{name: total / len(rows) for name, total in squares.items()}])
-    logger.info(f"importance: gradients of {len(rows)} rows.")
-    return squares
+
+    def add(name: str, parameter: torch.Tensor) -> None:
+        squares[name] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).item() ** 2
+        parameter.grad = None
+
+    training = [module for module in model.modules() if module.training]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    metrics = copy.deepcopy(vars(trainer).get("_metrics"))
+    if (ref_model := vars(trainer).get("ref_model")) is not None:
+        reference.lend(model, trainer.accelerator.unwrap_model(ref_model))
+    device = trainer.accelerator.device
+    handles = []
+    try:
+        model.eval().requires_grad_(False).zero_grad()
+        for name, parameter in named_parameters(model):
+            if name in squares:
+                handles.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name)))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for row in rows:
+                inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+                with trainer.accelerator.autocast():
+                    loss = trainer.compute_loss(model, inputs)
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+        model.requires_grad_(False).zero_grad()
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        if metrics is not None:
+            trainer._metrics = metrics
+    return {name: total / len(rows) for name, total in squares.items()}
 
 
 def output_squares(
-    trainer: Trainer, model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
+    model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
 ) -> Squares:
     """
     Square the elements of the parameters times the inputs that they are multiplied with (Wanda, arXiv 2306.11695).
 
     The squared inputs of a linear layer are averaged over the tokens of the blocks, which are run one by one in eval
     mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up, `by_column`
-    over each input column. The model is left as it was. It is whole in every process, and every process has to call.
+    over each input column. The model is left as it was.
     """
-    model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
     modules = {f"{name}.weight": module for name, module in named_modules(model).items()}
     linear = {name: modules[name] for name in names if type(modules.get(name)) in LINEAR}
     inputs = {name: 0 * module.weight.detach().double().sum(LINEAR[type(module)]) for name, module in linear.items()}
@@ -142,8 +160,6 @@ def output_squares(
         if name in linear:
             outputs *= (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
         squares[name] = outputs.sum(0).tolist() if by_column else outputs.sum().item()
-    (squares,) = broadcast_object_list([squares])
-    logger.info(f"importance: inputs of {len(blocks)} blocks of text.")
     return squares
 
 
@@ -176,44 +192,3 @@ def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any
         rows = trainer._remove_unused_columns(rows)
     drawn = sorted(shuffled(range(len(rows)), random.Random(f"{seed}/calibration"))[:samples])
     return [rows[number] for number in drawn]
-
-
-@contextmanager
-def _squaring(trainer: Trainer, model: PreTrainedModel, squares: dict[str, float]) -> Iterator[None]:
-    """
-    Compute in eval mode, with gradients only of what is named in `squares`, where their squares are added up.
-
-    What that leaves behind in the trainer, the model and random states is put back.
-    """
-
-    def add(name: str, parameter: torch.Tensor) -> None:
-        squares[name] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64).item() ** 2
-        parameter.grad = None
-
-    training = [module for module in model.modules() if module.training]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    metrics = copy.deepcopy(vars(trainer).get("_metrics"))
-    ref_model = vars(trainer).get("ref_model")
-    ref_model = trainer.accelerator.unwrap_model(ref_model) if ref_model is not None else None
-    device = trainer.accelerator.device
-    handles = []
-    try:
-        model.eval().requires_grad_(False).zero_grad()
-        for name, parameter in named_parameters(model):
-            if name in squares:
-                handles.append(parameter.requires_grad_(True).register_post_accumulate_grad_hook(partial(add, name)))
-        with (
-            reference.lent(model, ref_model),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
-        model.requires_grad_(False).zero_grad()
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        if metrics is not None:
-            trainer._metrics = metrics

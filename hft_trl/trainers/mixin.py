@@ -122,7 +122,8 @@ class HFTMixin:
         self.check_frozen()
         if self.args.should_save:
             self.hft_selection.save(output_dir or self.args.output_dir)
-        if self.frozen_half.only_shards_saved(self) and not _internal_call:
+        sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if sharded and not _internal_call:  # shards are enough to resume from, but `from_pretrained` loads none
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 

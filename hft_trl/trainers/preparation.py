@@ -68,9 +68,6 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
         trainer.accelerator.print(
             f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
         )
-    digests = set(gather_object([selection.digest]))
-    if len(digests) > 1:
-        raise HFTError(f"the processes drew different selections ({', '.join(sorted(digests))}): report a bug.")
     if hft:
         remedy = None
         if trainer.is_deepspeed_enabled:
@@ -84,15 +81,15 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     selection.apply(policy)
     learns = set(selection.trainable) if hft else start.keys()
     half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns}, hft)
+    if len(set(gather_object([(selection.digest, combined_digest(half.digests))]))) > 1:
+        raise HFTError(
+            "the processes have different frozen halves: give all of them the same files of the start model."
+        )
     return dataclasses.replace(selection, start_model=source), half
 
 
 def storages(config: HFTConfig, masked: bool) -> list[Storage]:
-    """
-    Return the storages that the settings ask for. `masked` says whether the selection freezes single elements.
-
-    Their modules are imported here, so that a run without them loads none.
-    """
+    """Return the storages that the settings ask for. `masked`: whether the selection freezes single elements."""
     found: list[Storage] = []
     if config.method == "hft" and config.frozen_dtype:
         from hft_trl.frozen.smaller_type import SmallerType

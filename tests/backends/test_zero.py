@@ -61,12 +61,6 @@ def test_checkpointing_is_left_alone_where_it_works(args, stage, method, checkpo
     assert not (config.activation_checkpointing_kwargs or {}).get("use_reentrant")
 
 
-def test_zero3_refuses_selective_checkpointing(args):
-    config = args(Plugin(3), gradient_checkpointing=True, gradient_checkpointing_kwargs={"selective": True})
-    with pytest.raises(HFTError, match="selective"):
-        zero.prepare(config, HFTConfig())
-
-
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_zero3_that_would_save_no_model_is_refused_early(args, method):
     plugin = Plugin(3, **{"zero_optimization.stage3_gather_16bit_weights_on_model_save": False})

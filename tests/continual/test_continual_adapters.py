@@ -23,8 +23,7 @@ from trl import SFTConfig
 from warm import ROOT, Run
 
 from hft_trl import demo
-from hft_trl.checkpoints.sealing import MANIFEST_FILE
-from hft_trl.checkpoints.whole import last_whole_checkpoint
+from hft_trl.checkpoints.whole import MANIFEST_FILE, last_whole_checkpoint
 from hft_trl.continual.adapters import (
     AdapterTrainer,
     OLoRATrainer,

@@ -16,7 +16,6 @@ from trl.trainer import sft_trainer as sft_module
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.continual.gem import check_gem
 from hft_trl.trainers.compatibility import INDEPENDENT, check
-from hft_trl.trainers.optimizer_in_backward import update_in_backward
 
 TEXT = Dataset.from_dict({"text": ["Ada lives in Rome."] * 8})
 UNCLIPPED = {"max_grad_norm": 0, "weight_decay": 0.1}
@@ -191,13 +190,6 @@ def test_optimizers_of_the_users_own_and_gem_are_refused(base, tmp_path):
         HFTSFTTrainer(**given, args=args, optimizer_cls_and_kwargs=(torch.optim.AdamW, {}))
     with pytest.raises(HFTError, match="frees the gradients that gem compares"):
         check_gem(args, hft)
-
-
-def test_a_model_on_several_devices_is_refused():
-    """Their gradients come in threads of their own."""
-    parameters = [torch.nn.Parameter(torch.zeros(1, device=device)) for device in ("cpu", "meta")]
-    with pytest.raises(HFTError, match="the model lies on cpu, meta: load it onto one device"):
-        update_in_backward(parameters, torch.optim.SGD(parameters))
 
 
 def test_arguments_that_are_left_to_trl_are_checked_too(base, monkeypatch):

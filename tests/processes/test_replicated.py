@@ -65,7 +65,7 @@ def test_the_reference_has_the_policys_own_frozen_half(launched, name):
         ),
         ("ignored-sft", "fsdp_ignored_modules is 'model.norm'"),
         ("ignored-dpo", "fsdp_ignored_modules is 'model.norm'"),
-        ("different", "the processes loaded different frozen halves"),
+        ("different", "the processes have different frozen halves"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_every_process_before_training(launched, name, words):

@@ -15,8 +15,6 @@ from conftest import tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 from hft_trl import HFTConfig, HFTError, Selection, select
-from hft_trl.selection import find_units
-from hft_trl.selection.shares import share_of
 
 
 def on_meta(config):
@@ -65,7 +63,6 @@ def test_share_is_the_share_of_parameters_that_learn_once_applied():
     selection.apply(model)
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert selection.share["model"] == learning / model.num_parameters()
-    assert share_of(find_units(model), selection.trainable) == selection.share
 
 
 @pytest.mark.parametrize("flag", ["train_embeddings", "train_lm_head", "train_final_norm"])
@@ -281,7 +278,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(HFTError, match=r"cannot be written to .*file/hft_selection"):
+    with pytest.raises(HFTError, match=r"file/hft_selection\.json cannot be written"):
         select(tiny_llama(50), HFTConfig()).save(tmp_path / "file")
 
 

@@ -45,7 +45,7 @@ def test_wanda_is_each_weight_times_its_input_over_the_sources_tokens(base, tulu
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method="fft"))
     model, norm = trainer.model, "model.layers.3.input_layernorm.weight"
     blocks = Meter(trainer.processing_class, texts=["Ada lives in Rome.", "Where does Ada live?"]).texts
-    found = output_squares(trainer, model, [*NAMES, norm], blocks)
+    found = output_squares(model, [*NAMES, norm], blocks)
     layer, seen = model.model.layers[3], []
     layer.input_layernorm.register_forward_hook(lambda _, __, output: seen.append(output.squeeze(0)))
     with torch.no_grad():

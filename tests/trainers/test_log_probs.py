@@ -1,21 +1,10 @@
-"""Log-probs of the reference beforehand: their cache is one for all processes, and belongs to one model."""
+"""Log-probs of the reference beforehand: their cache is one for all processes."""
 
 import pytest
-import torch
-from conftest import tiny_llama
 from datasets import Dataset, disable_caching, enable_caching
 
 from hft_trl import HFTError
-from hft_trl.trainers.log_probs import digest, seen_by_all
-
-
-def test_a_models_digest_is_its_parameters_and_nothing_else(tokenizer):
-    model = tiny_llama(len(tokenizer))
-    before = digest(model)
-    assert digest(tiny_llama(len(tokenizer))) == before
-    weight = model.model.norm.weight.data
-    weight[0] = torch.nextafter(weight[0], weight[0] + 1)
-    assert digest(model) != before
+from hft_trl.trainers.dpo import seen_by_all
 
 
 def test_one_process_keeps_its_rows_where_they_are(tmp_path):
@@ -25,7 +14,7 @@ def test_one_process_keeps_its_rows_where_they_are(tmp_path):
 
 
 def test_several_processes_without_datasets_cache_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("hft_trl.trainers.log_probs.PartialState", lambda: type("State", (), {"num_processes": 2}))
+    monkeypatch.setattr("hft_trl.trainers.dpo.PartialState", lambda: type("State", (), {"num_processes": 2}))
     disable_caching()
     try:
         with pytest.raises(HFTError, match="caching is off"):
