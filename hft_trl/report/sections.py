@@ -23,7 +23,7 @@ CAPTIONS = {
     "on general text, KL(base || model) per token on prompts, and the percentage of cloze facts that it knows.",
     "moved.png": "Distance from the base model, ||w - w_base|| / ||w_base||, after each stage. White: still exactly "
     "the base's weights. Hatched: frozen in this stage; a hatched cell with a colour was moved by an earlier stage. A "
-    "cell or bar that stands for several matrices shows their mean.",
+    "cell that stands for several matrices shows their mean.",
 }
 
 
