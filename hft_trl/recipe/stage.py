@@ -25,10 +25,11 @@ from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArg
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.loading import check_apart, load_mixture, load_split
 from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
-from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.recipe.start_model import check_model, check_quantizable, load_quantized
 from hft_trl.report import StageRecord
+from hft_trl.retention.callback import RetentionCallback
+from hft_trl.retention.meter import BASE_FILE, Meter
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import weight_files
@@ -149,6 +150,11 @@ class Stage:
             return None
         return load_quantized(self.model.model_name_or_path, self.data.reference_quantization, self.args)
 
+    def meter(self) -> Meter:
+        """Return what measures the section `retention`, and check its rows."""
+        rows = {name: value for name, value in self.retention.settings().items() if name != "every"}
+        return Meter(self.load_tokenizer(), **rows)
+
     def sources(self) -> set[Path]:
         """Return the folders of the earlier stages that it starts from."""
         return {Path(self.model.model_name_or_path)}
@@ -213,7 +219,11 @@ class Stage:
         first = _FirstStep()
         trainer.add_callback(first)
         if self.retention is not None:
-            trainer.add_callback(retention_callback(self))
+            # In all stages against the run's base
+            rows = self.retention.settings()
+            later = self.base is not None and rows["prompts"] is not None
+            base = (self.first_folder or self.folder) / BASE_FILE if later else None
+            trainer.add_callback(RetentionCallback(**rows, base=base))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except MISTAKES as error:

@@ -2,9 +2,11 @@
 
 import gc
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,6 +19,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from hft_trl.errors import HFTError
+from hft_trl.processes import by_first_process
 from hft_trl.retention.meter import BASE_FILE, Base, Meter, read_base, write_base
 from hft_trl.retention.retention_rows import Rows, read_facts, read_prompts, read_texts
 
@@ -174,7 +177,8 @@ class RetentionCallback(TrainerCallback):
             own = Path(args.output_dir) / BASE_FILE
             if self._base_file is None and state.global_step == 0:
                 self._base = self._meter.base(model)
-                write_base(own, self._base, self._meter)
+                by_first_process(partial(write_base, own, self._base, self._meter))
             else:
-                self._base = read_base(self._base_file or own, self._meter)
+                found = [by_first_process(partial(read_base, self._base_file or own, self._meter))]
+                (self._base,) = broadcast_object_list(found)
         return self._base

@@ -11,14 +11,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hft_trl.chat import begins_with_bos, most_tokens
 from hft_trl.errors import HFTError, first_line
 from hft_trl.files import replacing, writing
-from hft_trl.processes import by_first_process
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
@@ -39,14 +36,6 @@ Result = TypeVar("Result")
 
 Base = list[tuple[torch.Tensor, torch.Tensor]]
 """For each prompt, the numbers and log-probabilities of the base's likeliest tokens, `(positions, LIKELIEST)`."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Store a fact with one of its answers: the token ids, and how many of them are the answer."""
-
-    ids: list[int]
-    answer: int
 
 
 class Meter:
@@ -70,12 +59,6 @@ class Meter:
         self.facts = [_candidates(tokenizer, fact) for fact in chosen]
         chosen = choose(read_prompts(prompts), max_rows) if prompts is not None else []
         self.prompts = [_prompt_ids(tokenizer, prompt) for prompt in chosen]
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Reject rows that are longer than the model's positions. A model without weights is enough."""
-        candidates = [candidate.ids for fact in self.facts for candidate in fact]
-        for rows in (self.texts, candidates, self.prompts):
-            _check_fit(model, max(map(len, rows), default=0))
 
     def base(self, model: PreTrainedModel) -> Base:
         """Return the base's predictions on the prompts. All processes must call it."""
@@ -118,12 +101,12 @@ class Meter:
         return sum(_of_each(model, self.prompts, divergence)) / sum(map(len, self.prompts))
 
     def _facts(self, model: PreTrainedModel) -> float:
-        rows = [candidate for candidates in self.facts for candidate in candidates]
+        rows, answers = zip(*(candidate for candidates in self.facts for candidate in candidates), strict=True)
 
         def score(number: int, logits: torch.Tensor) -> float:
-            return _of_last_tokens(logits, rows[number].ids, rows[number].answer).sum().item()
+            return _of_last_tokens(logits, rows[number], answers[number]).sum().item()
 
-        scores = iter(_of_each(model, [candidate.ids for candidate in rows], score))
+        scores = iter(_of_each(model, rows, score))
         # The first candidate is the right one; an equal score is no knowledge
         known = [next(scores) > max(next(scores) for _ in wrong) for _, *wrong in self.facts]
         return 100 * sum(known) / len(self.facts)
@@ -142,11 +125,12 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int)
     return choose(blocks, most)
 
 
-def _candidates(tokenizer: PreTrainedTokenizerBase, fact: dict) -> list[Candidate]:
+def _candidates(tokenizer: PreTrainedTokenizerBase, fact: dict) -> list[tuple[list[int], int]]:
+    """Return the token ids of a fact with each of its answers, and how many of them are the answer."""
     start, found = tokenizer(fact["text"])["input_ids"], []
     for answer in dict.fromkeys([fact["answer"], *fact["others"]]):
         ending = tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
-        found.append(Candidate(start + ending, len(ending)))
+        found.append((start + ending, len(ending)))
     return found
 
 
@@ -184,7 +168,9 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
         if batches[-1] and (len(batches[-1]) + 1) * len(rows[number]) > BATCH:
             batches.append([])
         batches[-1].append(number)
-    _check_fit(model, len(rows[order[-1]]))
+    longest, positions = len(rows[order[-1]]), most_tokens(model)
+    if positions is not None and longest > positions:
+        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
     with measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
@@ -201,12 +187,6 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
                     yield number, row[: len(rows[number])].float()
-
-
-def _check_fit(model: PreTrainedModel, longest: int) -> None:
-    positions = most_tokens(model)
-    if positions is not None and longest > positions:
-        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
 
 
 @contextmanager
@@ -238,27 +218,7 @@ def _rest(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def write_base(path: Path, base: Base, meter: Meter) -> None:
-    """Write the predictions completely or not at all, with a digest of the prompts. All processes must call it."""
-    by_first_process(partial(_write, path, base, meter))
-
-
-def read_base(path: Path, meter: Meter) -> Base:
-    """Read the predictions. A missing file and one of other prompts are rejected. All processes must call it."""
-    found = [by_first_process(partial(_read, path, meter))]
-    broadcast_object_list(found)
-    return found[0]
-
-
-def fits(path: Path, meter: Meter) -> bool:
-    """Return whether a file has predictions on the prompts."""
-    try:
-        _read(path, meter)
-    except HFTError:
-        return False
-    return True
-
-
-def _write(path: Path, base: Base, meter: Meter) -> None:
+    """Write the predictions completely or not at all, with a digest of the prompts."""
     tensors = {
         name: torch.cat(parts) for name, parts in zip(("ids", "log_probs"), zip(*base, strict=True), strict=True)
     }
@@ -268,7 +228,8 @@ def _write(path: Path, base: Base, meter: Meter) -> None:
             save_file(tensors, new, metadata={"prompts": _digest(meter)})
 
 
-def _read(path: Path, meter: Meter) -> Base:
+def read_base(path: Path, meter: Meter) -> Base:
+    """Read the predictions. A missing file and one of other prompts are rejected."""
     remedy = "restore it, start the run again, or leave prompts out"
     if not path.is_file():
         raise HFTError(f"{str(path)!r}, the base's predictions for retention/base_kl, does not exist: {remedy}.")
