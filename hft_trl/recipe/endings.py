@@ -4,7 +4,6 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from itertools import groupby
 
 from datasets import Dataset
@@ -55,18 +54,13 @@ def settle_sampling(config: GenerationConfig) -> None:
 def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Find the special tokens that end the trained spans of a trainer's rows, most frequent first."""
     special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
-
-    @cache
-    def is_blank(token: int) -> bool:
-        return not tokenizer.decode([token]).strip()
-
     ends: Counter[int | None] = Counter()
     for span in _trained_spans(dataset):
         end = None
         for token in reversed(span):  # a newline or an end-of-text token may follow the one that ends the turn
             if token in special:
                 end = token
-            elif not is_blank(token):
+            elif tokenizer.decode([token]).strip():
                 break
         ends[end] += 1
     return [end for end, count in ends.most_common() if end is not None and count >= OFTEN * ends.total()]

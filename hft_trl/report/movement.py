@@ -140,4 +140,3 @@ def _heat_map(axes: "Axes", grid: LayerMap[UnitChange], colours: "ScalarMappable
         text = category.replace("_", "\n")
         axes.annotate(text, (middle, 1), (0, 4), textcoords="offset points", va="bottom", fontsize=9, **above)
         first += len(members)
-

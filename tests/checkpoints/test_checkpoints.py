@@ -22,7 +22,7 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTError, select
 from hft_trl.checkpoints.sealing import MANIFEST_FILE, MARK_FILE, check_layout, set_aside
 from hft_trl.checkpoints.whole import check_whole, last_whole_checkpoint, torn_because
-from hft_trl.recipe.locks import LOCK_FILE
+from hft_trl.recipe.folder import LOCK_FILE
 from hft_trl.selection.previous import selection_of
 
 
