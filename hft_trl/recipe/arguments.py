@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hft_trl.config import HFTConfig
@@ -126,11 +125,6 @@ class StageArguments(HFTConfig):
     retention_prompts: str | None = key(PROMPTS, None)
     retention_every: int | None = key(EVERY, None)
     retention_max_rows: int = key(MAX_ROWS, 128)
-
-
-def at_home(path: str) -> str:
-    """Expand a leading `~/`. Hub ids and other paths are returned unchanged."""
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:

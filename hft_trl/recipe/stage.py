@@ -237,10 +237,8 @@ class Stage:
         trainer.add_callback(first)
         if self.retention is not None:
             # In all stages against the run's base
-            rows = self.retention.settings()
-            later = self.base is not None and rows["prompts"] is not None
-            base = (self.first_folder or self.folder) / BASE_FILE if later else None
-            trainer.add_callback(RetentionCallback(**rows, base=base))
+            base = self.first_folder / BASE_FILE if self.base is not None else None
+            trainer.add_callback(RetentionCallback(**self.retention.settings(), base=base))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except MISTAKES as error:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE, GREEN, RED, panels, stage_colours
+from hft_trl.report.figures import BLUE, RED, panels, stage_colours
 from hft_trl.report.movement import movement_figure
 from hft_trl.report.record import HISTORY, MARGIN, Report, StageRecord
 from hft_trl.report.tables import MEASURES
@@ -32,11 +32,6 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
     for stage, axes in zip(stages, drawn, strict=True):
         if key == MARGIN:
             axes.axhline(0, color="black", linewidth=0.8)
-            for reward, own, style in (("chosen", GREEN, "--"), ("rejected", RED, ":")):
-                steps, values = _series(stage, f"rewards/{reward}")
-                if steps:
-                    line = {"color": own, "linewidth": 1.5, "label": f"reward of the {reward}"}
-                    axes.plot(steps, _smooth(values)[0], style, **line)
         steps, values = _series(stage, key)
         smooth, window = _smooth(values)
         if window == 1:

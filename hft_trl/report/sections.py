@@ -52,12 +52,14 @@ class Section:
 
 def sections(report: Report) -> list[Section]:
     """Return the sections of a report in order, without empty ones."""
+    samples = [_table(sample_grid(report), "Greedy answers, cut after 64 tokens")] if report.samples else []
+    moves = [_table(grid) for grid in movement_grids(report)]
     found = [
         Section("Kept and forgotten", "retention", _kept(report)),
-        Section("Sample answers", "samples", _samples(report)),
+        Section("Sample answers", "samples", samples),
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
-        Section("What moved", "moved", _movement(report)),
+        Section("What moved", "moved", [Block("picture", "moved.png"), *moves] if moves else []),
         Section("What learned", "selection", _selection(report)),
         Section("Run it again", "rerun", _rerun(report)),
     ]
@@ -83,10 +85,6 @@ def _kept(report: Report) -> list[Block]:
     return blocks + ([_table(retention_grid(report))] if report.retention else [])
 
 
-def _samples(report: Report) -> list[Block]:
-    return [_table(sample_grid(report), "Greedy answers, cut after 64 tokens")] if report.samples else []
-
-
 def _stages(report: Report) -> list[Block]:
     origins = [
         [s.name, shown(s.start_model) or NONE, shown(s.dataset) or NONE, s.selection_digest or NONE]
@@ -100,11 +98,6 @@ def _training(report: Report) -> list[Block]:
     logged = {key for stage in report.stages for row in stage.history for key in row if row[key] is not None}
     pictures = {"loss.png": "loss" in logged, "margins.png": MARGIN in logged, "retention.png": report.retention}
     return [Block("picture", name) for name, drawn in pictures.items() if drawn]
-
-
-def _movement(report: Report) -> list[Block]:
-    tables = [_table(grid) for grid in movement_grids(report)]
-    return [Block("picture", "moved.png"), *tables] if tables else []
 
 
 def _selection(report: Report) -> list[Block]:

@@ -76,10 +76,6 @@ class RetentionCallback(TrainerCallback):
         for name, value in (("every", every), ("max_rows", max_rows)):
             if value is not None and value < 1:
                 raise HFTError(f"{name} is {value}: it must be at least 1.")
-        if base is not None and prompts is None:
-            raise HFTError(
-                f"base is {str(base)!r}, but there are no prompts to compare with it: give them, or drop it."
-            )
         # Read now, so that a mistake in a file is found before training
         self._rows = {
             "texts": None if texts is None else read_texts(texts),

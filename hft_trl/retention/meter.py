@@ -94,7 +94,7 @@ class Meter:
         def divergence(number: int, logits: torch.Tensor) -> float:
             ids, before = (tensor.to(logits.device) for tensor in base[number])
             after = _log_probs(logits, ids)
-            rest_before, rest_after = (_rest(likeliest) for likeliest in (before, after))
+            rest_before, rest_after = ((1 - some.exp().sum(-1)).clamp_min(SMALLEST) for some in (before, after))
             likeliest = (before.exp() * (before - after)).sum(-1)
             return (likeliest + rest_before * (rest_before / rest_after).log()).sum().item()
 
@@ -211,10 +211,6 @@ def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _of_last_tokens(logits: torch.Tensor, ids: list[int], number: int) -> torch.Tensor:
     """Return the log-probability of each of the last `number` tokens of a row."""
     return _log_probs(logits[-number - 1 : -1], torch.tensor(ids[-number:], device=logits.device)[:, None])
-
-
-def _rest(log_probs: torch.Tensor) -> torch.Tensor:
-    return (1 - log_probs.exp().sum(-1)).clamp_min(SMALLEST)
 
 
 def write_base(path: Path, base: Base, meter: Meter) -> None:

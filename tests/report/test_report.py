@@ -26,7 +26,6 @@ from hft_trl.report.tables import (
     Grid,
     change,
     duration,
-    evaluation_grid,
     evaluation_grids,
     rich_table,
     size,
@@ -285,7 +284,7 @@ def test_loss_and_margin_have_a_panel_for_each_stage_that_logged_them():
 def test_standard_errors_stand_beside_the_scores_that_have_them():
     whole = report(stage(), evaluation={"base": {"a": 50.0, "b": 10.0}, "sft": {"a": 52.5, "b": 10.0}})
     whole.standard_errors = {"base": {"a": 1.25, "b": None}, "sft": {"a": 2.0}}
-    grid = evaluation_grid(whole)
+    grid = evaluation_grids(whole)[0]
     assert grid.rows == [["base", "50.0±1.2", "10.0"], ["sft", "52.5±2.0 (+2.5)", "10.0 (+0.0)"]]
     assert "standard error" in grid.title
     bars = [drawn for drawn in evaluation_figure(whole).axes[0].containers if isinstance(drawn, BarContainer)]
@@ -380,7 +379,7 @@ def test_scores_of_the_embedded_world_are_explained_wherever_they_are_shown():
     for view in (report_markdown(whole, []), report_page(whole), terminal.getvalue()):
         text = " ".join(view.split())
         assert all(f"{name}: {meaning}" in text for name, meaning in demo.MEANINGS.items())
-    assert evaluation_grid(report(evaluation={"base": {"mmlu": 1.0}})).note == ""
+    assert evaluation_grids(report(evaluation={"base": {"mmlu": 1.0}}))[0].note == ""
 
 
 def test_the_stages_table_has_what_a_run_is_compared_by():

@@ -243,7 +243,6 @@ def test_eval_on_start_measures_the_start_once(base, tulu, tmp_path):
         ({"texts": ["One two."], "every": 0}, "every is 0"),
         ({"texts": ["One two."], "max_rows": 0}, "max_rows is 0"),
         ({"texts": "missing.txt"}, r"missing\.txt' cannot be read"),
-        ({"texts": ["One two."], "base": "b.safetensors"}, "there are no prompts"),
     ],
 )
 def test_a_mistake_is_found_when_the_callback_is_made(given, message):
