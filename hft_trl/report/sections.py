@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import yaml
 
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import layer_picture
 from hft_trl.report.movement import movement_grids
 from hft_trl.report.record import MARGIN, Report
 from hft_trl.report.tables import NONE, Grid, evaluation_grids, retention_grid, sample_grid, share_grid, stage_grid
@@ -25,9 +24,6 @@ CAPTIONS = {
     "the base's weights. Hatched: frozen in this stage; a hatched cell with a colour was moved by an earlier stage. A "
     "cell that stands for several matrices shows their mean.",
 }
-
-
-WIDTH = 100  # characters of the pictures of what learned
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ def sections(report: Report) -> list[Section]:
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
         Section("What moved", "moved", [Block("picture", "moved.png"), *moves] if moves else []),
-        Section("What learned", "selection", _selection(report)),
         Section("Run it again", "rerun", _rerun(report)),
     ]
     return [section for section in found if section.blocks]
@@ -98,21 +93,6 @@ def _training(report: Report) -> list[Block]:
     logged = {key for stage in report.stages for row in stage.history for key in row if row[key] is not None}
     pictures = {"loss.png": "loss" in logged, "margins.png": MARGIN in logged, "retention.png": report.retention}
     return [Block("picture", name) for name, drawn in pictures.items() if drawn]
-
-
-def _selection(report: Report) -> list[Block]:
-    blocks = []
-    for stage in report.stages:
-        if not stage.moved:
-            continue
-        title = f"{stage.name} ({stage.method.upper()})"
-        inner = [unit.trainable for unit in stage.moved if unit.layer is not None]
-        if inner and all(inner) and stage.share.get("layers", 1) < 1:
-            # With masks, all matrices learn, but not all of their elements
-            title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
-        picture = layer_picture(stage.moved, lambda unit: unit.trainable, WIDTH)
-        blocks += [Block("heading", title), Block("code", picture, language="text")]
-    return blocks
 
 
 def _rerun(report: Report) -> list[Block]:
