@@ -152,8 +152,11 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
             unfinished.add(stage.folder)
     for stage in stages:
         with writing(stage.folder):
-            if overwrite:
-                _clear(stage.folder)
+            for path in stage.folder.iterdir() if overwrite else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name not in (STAGE_FILE, LOCK_FILE):  # a folder without stage.json is never removed
+                    path.unlink()
             if stage.folder in unfinished:
                 write_json_once(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
 
@@ -216,14 +219,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(entry, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in (STAGE_FILE, LOCK_FILE):  # a folder without stage.json is never removed
-            path.unlink()
 
 
 def mark_started(stage: "Stage") -> None:

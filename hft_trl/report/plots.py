@@ -72,14 +72,12 @@ def retention_figure(report: Report) -> "Figure | None":
 
 
 def evaluation_figure(report: Report) -> "Figure | None":
-    """Draw the scores of all models: those of the suites, else of knowledge and ability, else all."""
+    """Draw the scores of all models: those of the suites, without suites all."""
     from matplotlib.figure import Figure
 
     known = {name for scores in report.evaluation.values() for name, value in scores.items() if value is not None}
-    measures = [name for measures in report.suites.values() for name in measures if name in known]
-    measures = measures or [name for name in ("knowledge", "ability") if name in known]
-    measures = measures or [name for scores in report.evaluation.values() for name in scores if name in known]
-    measures = list(dict.fromkeys(measures))
+    every = list(report.suites.values()) or list(report.evaluation.values())
+    measures = list(dict.fromkeys(name for names in every for name in names if name in known))
     if not measures:
         return None
     models = list(report.evaluation)

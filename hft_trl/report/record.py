@@ -102,10 +102,8 @@ class Report:
         path = Path(directory) / REPORT_FILE
         try:
             content = read_json(path)
-        except OSError as error:
-            raise HFTError(f"{path} cannot be read ({error.strerror}): give the output folder of a run.") from error
-        except ValueError as error:
-            raise HFTError(f"{path} is not valid JSON ({error}): run the recipe again.") from error
+        except (OSError, ValueError) as error:
+            raise HFTError(f"{path} cannot be read ({error}): give the output folder of a run.") from error
         found = content.get("version") if isinstance(content, dict) else None
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import begins_with_bos, most_tokens
@@ -149,17 +150,10 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) ->
 def _of_each(
     model: PreTrainedModel, rows: Sequence[list[int]], result: Callable[[int, torch.Tensor], Result]
 ) -> list[Result]:
-    """Return the result of each row, given its number and its logits. All processes must call it."""
-    found = {number: result(number, logits) for number, logits in _logits(model, rows)}
-    gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
-    return [gathered[number] for number in range(len(rows))]
-
-
-def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple[int, torch.Tensor]]:
     """
-    Yield the number and the logits `(positions, vocabulary)` of each row of this process.
+    Return the result of each row, given its number and its logits `(positions, vocabulary)`.
 
-    Every process makes the same number of forward passes, as FSDP2 and ZeRO-3 need it.
+    All processes must call it. Each makes the same number of forward passes, as FSDP2 and ZeRO-3 need it.
     """
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))  # little padding
@@ -171,22 +165,23 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
     longest, positions = len(rows[order[-1]]), most_tokens(model)
     if positions is not None and longest > positions:
         raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+    found = {}
     with measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
             batch = batches[min(mine, len(batches) - 1)]
-            width = max(len(rows[number]) for number in batch)
             # Right padding does not affect a causal model's earlier positions
-            ids = [rows[number] + [0] * (width - len(rows[number])) for number in batch]
-            mask = [[1] * len(rows[number]) + [0] * (width - len(rows[number])) for number in batch]
+            ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[number]) for number in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             logits = model(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                use_cache=False,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             ).logits
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
-                    yield number, row[: len(rows[number])].float()
+                    found[number] = result(number, row[: len(rows[number])].float())
+    gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
+    return [gathered[number] for number in range(len(rows))]
 
 
 @contextmanager
