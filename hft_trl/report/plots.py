@@ -1,7 +1,6 @@
 """Draw the plots of a report on own figures, without changing matplotlib's state."""
 
 from collections.abc import Callable
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from hft_trl.report.figures import BLUE, RED, panels, stage_colours
@@ -33,12 +32,7 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
         if key == MARGIN:
             axes.axhline(0, color="black", linewidth=0.8)
         steps, values = _series(stage, key)
-        smooth, window = _smooth(values)
-        if window == 1:
-            axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=BLUE, markersize=4, label=label)
-        else:
-            axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1)
-            axes.plot(steps, smooth, color=BLUE, linewidth=2, label=f"{label} (mean of {window} log rows)")
+        axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=BLUE, markersize=4, label=label)
         steps, values = _series(stage, f"eval_{key}")
         if steps:
             axes.plot(steps, values, "D", color=colour, markersize=5, label=evaluated)
@@ -109,13 +103,6 @@ def evaluation_figure(report: Report) -> "Figure | None":
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")
     return figure
-
-
-def _smooth(values: list[float]) -> tuple[list[float], int]:
-    """Return a centered mean over about a twentieth of a long series, and the size of its window."""
-    half = 0 if len(values) < 40 else len(values) // 40
-    smooth = [fmean(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
-    return smooth, 2 * half + 1
 
 
 def _series(stage: StageRecord, key: str) -> tuple[list[int], list[float]]:
