@@ -8,7 +8,6 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
@@ -89,7 +88,16 @@ class RetentionCallback(TrainerCallback):
         self._meter: Meter | None = None
         self._handler: CallbackHandler | None = None
 
-    def on_train_begin(self, *_: Any, model: Any, processing_class: Any, optimizer: Any, **__: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: Any,
+        processing_class: Any,
+        optimizer: Any,
+        **__: Any,
+    ) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise HFTError(
@@ -116,6 +124,11 @@ class RetentionCallback(TrainerCallback):
         # one that is called now keep their places.
         self._handler.callbacks.remove(self)
         self._handler.callbacks.insert(0, self)
+        if self._meter.prompts and (self._base_file is not None or state.global_step > 0):
+            # Now, so that a missing file is found before the first step
+            file = self._base_file or Path(args.output_dir) / BASE_FILE
+            found = [by_first_process(partial(read_base, file, self._meter))]
+            (self._base,) = broadcast_object_list(found)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
@@ -156,8 +169,11 @@ class RetentionCallback(TrainerCallback):
             del known[f"{PREFIX}seconds"]
             return known
         started = time.perf_counter()
-        base = self._predictions(args, state, model) if self._meter.prompts else None
-        figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, base).items()}
+        if self._meter.prompts and self._base is None:  # nothing is trained yet
+            self._base = self._meter.base(model)
+            file = Path(args.output_dir) / BASE_FILE
+            by_first_process(partial(write_base, file, self._base, self._meter))
+        figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, self._base).items()}
         logs = {**figures, f"{PREFIX}seconds": round(time.perf_counter() - started, 3), "epoch": state.epoch}
         if args.include_num_input_tokens_seen != "no":
             logs["num_input_tokens_seen"] = state.num_input_tokens_seen
@@ -167,14 +183,3 @@ class RetentionCallback(TrainerCallback):
         self._handler.on_log(args, state, control, logs)
         control.should_log = should_log
         return figures
-
-    def _predictions(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Base:
-        if self._base is None:
-            own = Path(args.output_dir) / BASE_FILE
-            if self._base_file is None and state.global_step == 0:
-                self._base = self._meter.base(model)
-                by_first_process(partial(write_base, own, self._base, self._meter))
-            else:
-                found = [by_first_process(partial(read_base, self._base_file or own, self._meter))]
-                (self._base,) = broadcast_object_list(found)
-        return self._base
