@@ -30,7 +30,7 @@ from hft_trl.report import StageRecord
 from hft_trl.retention.callback import RetentionCallback
 from hft_trl.retention.meter import BASE_FILE, Meter
 from hft_trl.selection import find_units
-from hft_trl.skeleton import build_on_meta, check_folder
+from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import check_readable, weight_files
@@ -108,17 +108,15 @@ class Stage:
 
     def _check_model(self) -> None:
         name = self.model.model_name_or_path
-        folder = Path(name)
-        check_folder(name)
-        if (folder / ADAPTER_CONFIG_NAME).is_file():
+        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
                 f"model folder {name!r} is an adapter, no whole model: merge it into the model that it was trained on "
                 "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
                 "that folder."
             )
-        if folder.is_dir():
-            check_readable(weight_files(name).values())
         structure = build_on_meta(name, self.model.model_revision, self.model.trust_remote_code)
+        if Path(name).is_dir():
+            check_readable(weight_files(name).values())
         if self.hft is not None:
             find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
 
