@@ -23,9 +23,8 @@ from trl import DPOConfig
 from hft_trl import HFTConfig, HFTDPOTrainer, demo
 from hft_trl.chat import load_tokenizer
 from hft_trl.frozen.quantized_linear import QuantizedLinear
-from hft_trl.recipe.loading import load_split
+from hft_trl.recipe.loading import load_quantized, load_split
 from hft_trl.recipe.rows import preference_dataset
-from hft_trl.recipe.start_model import load_quantized
 from hft_trl.reference import memory
 
 VARIANTS = {

@@ -32,9 +32,8 @@ from hft_trl.continual.report import compare
 from hft_trl.continual.run_folder import check_plan
 from hft_trl.evaluation.run import _read, _score, _write
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.folder import finished, open_stages
+from hft_trl.recipe.folder import LOCK_FILE, finished, open_stages
 from hft_trl.recipe.folder import settings as stage_settings
-from hft_trl.recipe.locks import LOCK_FILE
 from hft_trl.recipe.rows import check_rendered
 from hft_trl.report import Report, print_report
 from hft_trl.report.tables import Grid, rich_table

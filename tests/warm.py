@@ -16,9 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["hft_trl.trainers", "hft_trl.recipe", "hft_trl.recipe.folder", "hft_trl.demo.probes", "trl"]
-)
+SERVER.set_forkserver_preload(["hft_trl.trainers", "hft_trl.recipe", "hft_trl.demo.probes", "trl"])
 
 
 class Run:

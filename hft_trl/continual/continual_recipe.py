@@ -21,8 +21,7 @@ from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import DataArguments, ModelArguments
-from hft_trl.recipe.folder import open_stages
-from hft_trl.recipe.locks import lock
+from hft_trl.recipe.folder import lock, open_stages
 from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import rehearse

@@ -29,7 +29,6 @@ from hft_trl.recipe import Recipe, Stage, parse_recipe
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
-from hft_trl.recipe.retention_section import check_retention
 from hft_trl.retention.meter import Meter
 from hft_trl.saved_models.digests import content_digest
 from hft_trl.selection import find_units, select
@@ -182,10 +181,9 @@ def _load_data(stage: Stage) -> None:
 
 
 def _meter(stage: Stage) -> Meter:
-    meter = check_retention(stage)
-    if meter is None:
+    if stage.retention is None:
         raise HFTError("retention is missing: give texts, facts or prompts, such as --retention.texts general.txt.")
-    return meter
+    return stage.meter()
 
 
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:

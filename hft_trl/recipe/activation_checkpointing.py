@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.backends.fsdp import fsdp_version, replicates_frozen
-from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage, Task
@@ -82,7 +81,7 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
     planners: list[Planner | None] = []
     for stage in stages:
         hft, planner = stage.hft, None
-        if hft is not None and not _has_masks(hft):
+        if hft is not None and not (hft.method == "hft" and hft.in_part):
             previous = None if hft.reselect == "fresh" else halves.get(stage.model.model_name_or_path)
             # Seed 0 stands for all fresh halves, which have about the same size
             planner = Planner(skeleton, dataclasses.replace(hft, seed=0), previous)
@@ -93,20 +92,16 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
     return planners
 
 
-def _has_masks(hft: HFTConfig) -> bool:
-    return hft.method == "hft" and hft.in_part
-
-
 def _check_covered(stage: "Stage") -> None:
     """Reject a stage that a plan does not cover."""
-    args, section, layout = stage.args, stage.section, _layout(stage)
+    args, section, hft, layout = stage.args, stage.section, stage.hft, _layout(stage)
     longest = vars(args).get("max_length")
     # With these a step holds another reference or the full logits
     unplanned = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
     reasons = {
         "covers only the stages sft and dpo": section not in CHECKPOINTING,
-        "does not cover adapters": stage.hft is None,
-        "does not cover the masks of strategy element": stage.hft is not None and _has_masks(stage.hft),
+        "does not cover adapters": hft is None,
+        "does not cover the masks of strategy element": hft and hft.method == "hft" and hft.in_part,
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
         **{f"does not cover {section}.{name}": vars(args).get(name) for name in unplanned},
         f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,

@@ -4,10 +4,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hft_trl.config import HFTConfig
+from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ FACTS = "File of .jsonl rows with text, answer and others."
 PROMPTS = "File of .jsonl rows with messages or a prompt."
 EVERY = "Steps between measurements, by default only the start, evaluations and the end."
 MAX_ROWS = "Largest number of texts, facts and prompts; 0 measures nothing."
+DEMO_EVERY = 60  # steps of the embedded model: a measurement takes as long as three of them
 
 
 @dataclass
@@ -90,9 +91,23 @@ class RetentionArguments:
     every: int | None = key(EVERY, None)
     max_rows: int = key(MAX_ROWS, 128)
 
-    def files(self) -> tuple[str | None, str | None, str | None]:
-        """Return the files of texts, facts and prompts."""
-        return self.texts, self.facts, self.prompts
+    def of_model(self, model: ModelArguments) -> "RetentionArguments | None":
+        """Return what to measure, `None` for nothing. Without files, only the embedded model has rows of its own."""
+        if self.max_rows == 0:
+            return None
+        if self.texts or self.facts or self.prompts or model.model_name_or_path == "demo":
+            return self
+        if self != RetentionArguments():
+            raise HFTError("retention has no texts, facts or prompts: give at least one file, or remove the section.")
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of [`RetentionCallback`]: the files, or the rows of the embedded model."""
+        if self.texts or self.facts or self.prompts:
+            return vars(self)
+        rows = probe_rows("retention")
+        columns = {f"{kind}s": [row[kind] for row in rows] for kind in ("text", "fact", "prompt")}
+        return {**columns, "every": self.every or DEMO_EVERY, "max_rows": self.max_rows}
 
 
 @dataclass
@@ -110,11 +125,6 @@ class StageArguments(HFTConfig):
     retention_prompts: str | None = key(PROMPTS, None)
     retention_every: int | None = key(EVERY, None)
     retention_max_rows: int = key(MAX_ROWS, 128)
-
-
-def at_home(path: str) -> str:
-    """Expand a leading `~/`. Hub ids and other paths are returned unchanged."""
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
 
 
 def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:

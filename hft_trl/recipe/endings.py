@@ -1,10 +1,6 @@
 """Adjust generation configs so that tuned models stop at the ends of their turns and can be saved."""
 
-import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import cache
 from itertools import groupby
 
 from datasets import Dataset
@@ -23,8 +19,6 @@ OFTEN = 0.05  # share of the trained spans; fewer may end with a token by chance
 def settle_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """Let a model stop at the tokens that end the turns of a trainer's rows, in every save from now on."""
     settle_sampling(model.generation_config)
-    with as_user_error("generation_config.json"):
-        model.generation_config.validate(strict=True)
     stops = model.generation_config.eos_token_id
     stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
     new = [end for end in trained_ends(dataset, tokenizer) if end not in (*stops, tokenizer.eos_token_id)]
@@ -43,41 +37,33 @@ def settle_sampling(config: GenerationConfig) -> None:
     try:
         config.validate(strict=True)
     except ValueError as error:
-        sampling = copy.deepcopy(config)
-        sampling.do_sample = True
-        with suppress(ValueError):
-            sampling.validate(strict=True)
-            config.do_sample = True
-            if speaks():
-                logger.warning(f"do_sample is set to true in generation_config.json: {first_line(error)}.")
+        config.do_sample = True
+        with as_user_error("generation_config.json"):
+            config.validate(strict=True)
+        if speaks():
+            logger.warning(f"do_sample is set to true in generation_config.json: {first_line(error)}.")
 
 
 def trained_ends(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Find the special tokens that end the trained spans of a trainer's rows, most frequent first."""
-    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    """
+    Find the special tokens that end the trained spans of a trainer's rows, most frequent first.
 
-    @cache
-    def is_blank(token: int) -> bool:
-        return not tokenizer.decode([token]).strip()
-
-    ends: Counter[int | None] = Counter()
-    for span in _trained_spans(dataset):
-        end = None
-        for token in reversed(span):  # a newline or an end-of-text token may follow the one that ends the turn
-            if token in special:
-                end = token
-            elif not is_blank(token):
-                break
-        ends[end] += 1
-    return [end for end, count in ends.most_common() if end is not None and count >= OFTEN * ends.total()]
-
-
-def _trained_spans(dataset: Dataset) -> Iterator[list[int]]:
-    """Yield runs of trained tokens from a sample of rows: of `labels`, or the preferred answers."""
+    Spans are runs of trained tokens in a sample of rows: of `labels`, or the preferred answers.
+    """
     columns = [name for name in ("chosen_ids", "completion_ids", "labels") if name in dataset.column_names]
     if not columns:  # rows of a user's own trainer
-        return
+        return []
+    special = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    ends: Counter[int | None] = Counter()
     for row in dataset.select(range(0, len(dataset), max(len(dataset) // SAMPLE, 1)))[columns[0]]:
         for is_trained, span in groupby(row, key=lambda token: token != -100):
-            if is_trained:
-                yield list(span)
+            if not is_trained:
+                continue
+            end = None
+            for token in reversed(list(span)):  # a newline or an end-of-text token may follow the one of the turn
+                if token in special:
+                    end = token
+                elif tokenizer.decode([token]).strip():
+                    break
+            ends[end] += 1
+    return [end for end, count in ends.most_common() if end is not None and count >= OFTEN * ends.total()]

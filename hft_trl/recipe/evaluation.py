@@ -37,7 +37,12 @@ def evaluate_stages(
     if not suites:
         if base != str(demo.MODEL) or not PartialState().is_main_process:
             return {}, {}, {}
-        return {name: _probe(model) for name, model in models.items()}, {}, {}
+        with whole_models():  # only the main process runs this, so ZeRO-3 must not partition the model
+            probed = {
+                name: evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))
+                for name, model in models.items()
+            }
+        return probed, {}, {}
     folders = find_models(models.values())
     folders = {name: folders[model] for name, model in models.items()}
     evaluation = evaluate_models(folders, suites, chat_template=start.chat_template)
@@ -90,8 +95,3 @@ def _question(row: Mapping[str, Any]) -> str | None:
 def _base(start: ModelArguments) -> str:
     base, revision = start.model_name_or_path, start.model_revision
     return base if Path(base).is_dir() or revision == "main" else f"{base}@{revision}"
-
-
-def _probe(model: str) -> dict[str, float]:
-    with whole_models():  # only the main process runs this, so ZeRO-3 must not partition the model
-        return evaluate(AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model))

@@ -1,9 +1,13 @@
 """Lock the folder of a stage, check it against the stage's settings, and mark it as finished."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import re
 import shutil
+import socket
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +19,6 @@ from accelerate import PartialState
 from hft_trl.errors import HFTError
 from hft_trl.files import flush, read_object, resolved, write_json, write_json_once, writing
 from hft_trl.processes import all_see, by_first_process
-from hft_trl.recipe.locks import LOCK_FILE, lock
 from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
@@ -26,7 +29,7 @@ from hft_trl.weights import check_readable
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
 
-STAGE_FILE = "stage.json"
+STAGE_FILE, LOCK_FILE = "stage.json", "_run.lock"
 
 # Arguments that do not affect the trained weights, so a rerun may change them
 VOLATILE = re.compile(
@@ -41,6 +44,43 @@ DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
 
 Settings = dict[str, dict[str, Any]]  # by section
+
+_held: dict[tuple[int, int], int] = {}  # descriptors that hold locks, by the lock file's device and inode
+
+
+def lock(folder: Path) -> None:
+    """Lock a folder, created if missing, against other runs. Locking it twice is no error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, held in list(_held.items()):
+        if os.fstat(held).st_nlink == 0:  # its folder was removed
+            os.close(_held.pop(key))
+    handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    file = os.fstat(handle)
+    if (file.st_dev, file.st_ino) in _held:
+        os.close(handle)
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(handle, 100).decode(errors="replace") or "of unknown number"
+        os.close(handle)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        raise HFTError(
+            f"output_dir {str(folder)!r} is in use by process {holder}: wait for it, end it, or choose another one."
+        ) from error
+    os.truncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {socket.gethostname()}".encode())
+    _held[file.st_dev, file.st_ino] = handle
+
+
+def _leave_to_parent() -> None:
+    """Release the locks in a forked worker, which may outlive its parent."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def settings(stage: "Stage") -> Settings:
@@ -112,8 +152,11 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
             unfinished.add(stage.folder)
     for stage in stages:
         with writing(stage.folder):
-            if overwrite:
-                _clear(stage.folder)
+            for path in stage.folder.iterdir() if overwrite else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name not in (STAGE_FILE, LOCK_FILE):  # a folder without stage.json is never removed
+                    path.unlink()
             if stage.folder in unfinished:
                 write_json_once(stage.folder / STAGE_FILE, {"settings": settings(stage), "record": None})
 
@@ -176,14 +219,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(entry, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in (STAGE_FILE, LOCK_FILE):  # a folder without stage.json is never removed
-            path.unlink()
 
 
 def mark_started(stage: "Stage") -> None:

@@ -21,7 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from hft_trl.errors import HFTError, as_user_error
-from hft_trl.recipe.arguments import at_home, check_numbers
+from hft_trl.recipe.arguments import check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
@@ -136,19 +136,13 @@ def read_sections(
             if path is None:
                 raise HFTError("--config has no value: give the path of a YAML file.")
             continue
-        current, dot, key = name.rpartition(".")
+        current, _, key = name.rpartition(".")
         if name in sections:
             current, key = name, "model_name_or_path"
             if name != "model":
                 raise HFTError(f"--{name} is a section: set a key of it, such as --{name}.{next(iter(known[name]))}.")
-        elif not dot:
+        elif current not in known:  # an unknown key
             current, key = "", name
-        elif not sections:
-            raise HFTError(f"--{name} names a section, but the flags of this recipe have none: write --{key}.")
-        elif current not in sections:
-            near = difflib.get_close_matches(current, sections, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the valid ones are {', '.join(sections)}."
-            raise HFTError(f"unknown section {current!r} in {token}: {hint}")
         flags[current].append(f"--{key}{equals}{value}")
 
     values = load_yaml(path) if path is not None else {}
@@ -245,7 +239,10 @@ def parse_section(
         raise HFTError(f"{prefix}{name}: {error.message}.") from error
     if rest:
         raise HFTError(f"{' '.join(rest)!r} belongs to no flag: write --{prefix or 'section.'}key value.")
-    found = {name: at_home(value) if isinstance(value, str) else value for name, value in vars(namespace).items()}
+    found = vars(namespace)
+    for name, value in found.items():
+        if isinstance(value, str) and value.startswith("~/"):  # not all texts: a hub id stays as it is
+            found[name] = str(Path(value).expanduser())
     check_numbers(prefix, {name: found[name] for name in found if name in given})
     if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
         # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.
@@ -269,7 +266,8 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
         if {key, key.removeprefix("no_")} & known[section].keys():
             continue
         places: list[str] = []
-        for name in (key, OTHER_NAMES.get(key), *difflib.get_close_matches(key, every, n=1)):
+        alone = key.rpartition(".")[2]
+        for name in (alone, OTHER_NAMES.get(alone), *difflib.get_close_matches(alone, every, n=1)):
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
         hint = NO_NAMES.get(key) or (f"did you mean {' or '.join(places)}?" if places else "--help lists the keys.")

@@ -22,7 +22,6 @@ from hft_trl.recipe.evaluation import evaluate_stages, sample_stages
 from hft_trl.recipe.folder import finished, open_stages, settings
 from hft_trl.recipe.parsing import Keys, keys, leaves_checkpointing, names_config, parse_section, read_sections, taken
 from hft_trl.recipe.rehearsal import rehearse
-from hft_trl.recipe.retention_section import check_retention, retention_section, settle_base
 from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.report.record import retention_of
@@ -65,8 +64,8 @@ def parse_recipe(
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
-    retention = retention_section(retention, model)
     parsed: dict[str, Stage] = {}
+    start = model
     first = model = dataclasses.replace(model, model_name_or_path=demo.model_path(model.model_name_or_path))
     for name, config in stages.items():
         auto_checkpointing = leaves_checkpointing(values[name], flags[name])
@@ -86,7 +85,7 @@ def parse_recipe(
         parsed[name] = Stage(
             name, model, data, args, stage_hft, mixture, base,
             auto_checkpointing=auto_checkpointing,
-            retention=retention,
+            retention=retention.of_model(start),
             first_folder=Path(run.output_dir) / next(iter(stages)),
         )  # fmt: skip
         # The next stage starts from a folder, which has no revision
@@ -149,7 +148,7 @@ def parse_stage(
     hft = taken(
         HFTConfig, flat | {"method": extra.method, "seed": args.seed if extra.hft_seed is None else extra.hft_seed}
     )
-    retention = retention_section(taken(RetentionArguments, flat, "retention_"), start)
+    retention = taken(RetentionArguments, flat, "retention_").of_model(start)
     mixture = mixture if mixture.datasets else None
     stage = Stage(name, start, data, args, hft, mixture, auto_checkpointing=auto_checkpointing, retention=retention)
     return stage, extra.overwrite
@@ -163,10 +162,9 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
         stage.load_data()
     rehearse(stages)
     settle_checkpointing(*stages)
-    meter = check_retention(stages[0])
+    if stages[0].retention is not None:
+        stages[0].meter()  # for its checks
     open_stages(stages, overwrite)
-    if meter is not None:
-        settle_base(stages, meter)
 
 
 def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from trl import DatasetMixtureConfig, SFTConfig
 from trl.data_utils import is_conversational
 
@@ -23,15 +23,17 @@ from hft_trl.files import writing
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.loading import check_apart, load_mixture, load_split
+from hft_trl.recipe.loading import check_apart, check_quantizable, load_mixture, load_quantized, load_split
 from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
-from hft_trl.recipe.retention_section import retention_callback
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
-from hft_trl.recipe.start_model import check_model, check_quantizable, load_quantized
 from hft_trl.report import StageRecord
+from hft_trl.retention.callback import RetentionCallback
+from hft_trl.retention.meter import BASE_FILE, Meter
+from hft_trl.selection import find_units
+from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
-from hft_trl.weights import weight_files
+from hft_trl.weights import check_readable, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -100,9 +102,23 @@ class Stage:
     def check(self) -> None:
         """Check the run's start model and the requested reference before anything is loaded."""
         if self.base is None:
-            check_model(self.model, self.args, self.hft)
+            self._check_model()
         if self.data.reference_quantization is not None:
             check_quantizable(self.data.reference_quantization, self.args)
+
+    def _check_model(self) -> None:
+        name = self.model.model_name_or_path
+        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
+            raise HFTError(
+                f"model folder {name!r} is an adapter, no whole model: merge it into the model that it was trained on "
+                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
+                "that folder."
+            )
+        structure = build_on_meta(name, self.model.model_revision, self.model.trust_remote_code)
+        if Path(name).is_dir():
+            check_readable(weight_files(name).values())
+        if self.hft is not None:
+            find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
 
     def load_data(self) -> None:
         """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
@@ -148,6 +164,11 @@ class Stage:
         if self.data.reference_quantization is None:
             return None
         return load_quantized(self.model.model_name_or_path, self.data.reference_quantization, self.args)
+
+    def meter(self) -> Meter:
+        """Return what measures the section `retention`, and check its rows."""
+        rows = {name: value for name, value in self.retention.settings().items() if name != "every"}
+        return Meter(self.load_tokenizer(), **rows)
 
     def sources(self) -> set[Path]:
         """Return the folders of the earlier stages that it starts from."""
@@ -213,7 +234,9 @@ class Stage:
         first = _FirstStep()
         trainer.add_callback(first)
         if self.retention is not None:
-            trainer.add_callback(retention_callback(self))
+            # In all stages against the run's base
+            base = self.first_folder / BASE_FILE if self.base is not None else None
+            trainer.add_callback(RetentionCallback(**self.retention.settings(), base=base))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except MISTAKES as error:

@@ -1,10 +1,9 @@
 """Draw the plots of a report on own figures, without changing matplotlib's state."""
 
 from collections.abc import Callable
-from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE, GREEN, RED, panels, stage_colours
+from hft_trl.report.figures import BLUE, RED, panels, stage_colours
 from hft_trl.report.movement import movement_figure
 from hft_trl.report.record import HISTORY, MARGIN, Report, StageRecord
 from hft_trl.report.tables import MEASURES
@@ -32,18 +31,8 @@ def _curves(report: Report, key: str, unit: str, label: str, colour: str, evalua
     for stage, axes in zip(stages, drawn, strict=True):
         if key == MARGIN:
             axes.axhline(0, color="black", linewidth=0.8)
-            for reward, own, style in (("chosen", GREEN, "--"), ("rejected", RED, ":")):
-                steps, values = _series(stage, f"rewards/{reward}")
-                if steps:
-                    line = {"color": own, "linewidth": 1.5, "label": f"reward of the {reward}"}
-                    axes.plot(steps, _smooth(values)[0], style, **line)
         steps, values = _series(stage, key)
-        smooth, window = _smooth(values)
-        if window == 1:
-            axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=BLUE, markersize=4, label=label)
-        else:
-            axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1)
-            axes.plot(steps, smooth, color=BLUE, linewidth=2, label=f"{label} (mean of {window} log rows)")
+        axes.plot(steps, values, "o-" if len(values) < 25 else "-", color=BLUE, markersize=4, label=label)
         steps, values = _series(stage, f"eval_{key}")
         if steps:
             axes.plot(steps, values, "D", color=colour, markersize=5, label=evaluated)
@@ -77,14 +66,12 @@ def retention_figure(report: Report) -> "Figure | None":
 
 
 def evaluation_figure(report: Report) -> "Figure | None":
-    """Draw the scores of all models: those of the suites, else of knowledge and ability, else all."""
+    """Draw the scores of all models: those of the suites, without suites all."""
     from matplotlib.figure import Figure
 
     known = {name for scores in report.evaluation.values() for name, value in scores.items() if value is not None}
-    measures = [name for measures in report.suites.values() for name in measures if name in known]
-    measures = measures or [name for name in ("knowledge", "ability") if name in known]
-    measures = measures or [name for scores in report.evaluation.values() for name in scores if name in known]
-    measures = list(dict.fromkeys(measures))
+    every = list(report.suites.values()) or list(report.evaluation.values())
+    measures = list(dict.fromkeys(name for names in every for name in names if name in known))
     if not measures:
         return None
     models = list(report.evaluation)
@@ -116,13 +103,6 @@ def evaluation_figure(report: Report) -> "Figure | None":
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, ncols=min(len(models), 4), loc="outside upper center")
     return figure
-
-
-def _smooth(values: list[float]) -> tuple[list[float], int]:
-    """Return a centered mean over about a twentieth of a long series, and the size of its window."""
-    half = 0 if len(values) < 40 else len(values) // 40
-    smooth = [fmean(values[max(0, place - half) : place + half + 1]) for place in range(len(values))]
-    return smooth, 2 * half + 1
 
 
 def _series(stage: StageRecord, key: str) -> tuple[list[int], list[float]]:

@@ -1,6 +1,6 @@
 """Save and load `report.json`, from which all tables and plots are made."""
 
-import math
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -92,7 +92,8 @@ class Report:
         path = Path(directory) / REPORT_FILE
         with writing(directory):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, _finite(asdict(self)), ensure_ascii=False, allow_nan=False)
+            finite = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
+            write_json(path, finite, ensure_ascii=False)
         return path
 
     @classmethod
@@ -101,10 +102,8 @@ class Report:
         path = Path(directory) / REPORT_FILE
         try:
             content = read_json(path)
-        except OSError as error:
-            raise HFTError(f"{path} cannot be read ({error.strerror}): give the output folder of a run.") from error
-        except ValueError as error:
-            raise HFTError(f"{path} is not valid JSON ({error}): run the recipe again.") from error
+        except (OSError, ValueError) as error:
+            raise HFTError(f"{path} cannot be read ({error}): give the output folder of a run.") from error
         found = content.get("version") if isinstance(content, dict) else None
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
@@ -137,16 +136,6 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
     timing = ("step", "seconds")
     figures = {name: {key: row[key] for key in row if key not in timing} for name, row in last.items()}
     return {**figures, HISTORY: history}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
 
 
 def from_json(hint: Any, value: Any, where: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import yaml
 
 from hft_trl.demo import shown
-from hft_trl.report.layer_map import layer_picture
 from hft_trl.report.movement import movement_grids
 from hft_trl.report.record import MARGIN, Report
 from hft_trl.report.tables import NONE, Grid, evaluation_grids, retention_grid, sample_grid, share_grid, stage_grid
@@ -23,11 +22,8 @@ CAPTIONS = {
     "on general text, KL(base || model) per token on prompts, and the percentage of cloze facts that it knows.",
     "moved.png": "Distance from the base model, ||w - w_base|| / ||w_base||, after each stage. White: still exactly "
     "the base's weights. Hatched: frozen in this stage; a hatched cell with a colour was moved by an earlier stage. A "
-    "cell or bar that stands for several matrices shows their mean.",
+    "cell that stands for several matrices shows their mean.",
 }
-
-
-WIDTH = 100  # characters of the pictures of what learned
 
 
 @dataclass(frozen=True)
@@ -52,13 +48,14 @@ class Section:
 
 def sections(report: Report) -> list[Section]:
     """Return the sections of a report in order, without empty ones."""
+    samples = [_table(sample_grid(report), "Greedy answers, cut after 64 tokens")] if report.samples else []
+    moves = [_table(grid) for grid in movement_grids(report)]
     found = [
         Section("Kept and forgotten", "retention", _kept(report)),
-        Section("Sample answers", "samples", _samples(report)),
+        Section("Sample answers", "samples", samples),
         Section("Stages", "stages", _stages(report)),
         Section("Training", "training", _training(report)),
-        Section("What moved", "moved", _movement(report)),
-        Section("What learned", "selection", _selection(report)),
+        Section("What moved", "moved", [Block("picture", "moved.png"), *moves] if moves else []),
         Section("Run it again", "rerun", _rerun(report)),
     ]
     return [section for section in found if section.blocks]
@@ -83,10 +80,6 @@ def _kept(report: Report) -> list[Block]:
     return blocks + ([_table(retention_grid(report))] if report.retention else [])
 
 
-def _samples(report: Report) -> list[Block]:
-    return [_table(sample_grid(report), "Greedy answers, cut after 64 tokens")] if report.samples else []
-
-
 def _stages(report: Report) -> list[Block]:
     origins = [
         [s.name, shown(s.start_model) or NONE, shown(s.dataset) or NONE, s.selection_digest or NONE]
@@ -100,26 +93,6 @@ def _training(report: Report) -> list[Block]:
     logged = {key for stage in report.stages for row in stage.history for key in row if row[key] is not None}
     pictures = {"loss.png": "loss" in logged, "margins.png": MARGIN in logged, "retention.png": report.retention}
     return [Block("picture", name) for name, drawn in pictures.items() if drawn]
-
-
-def _movement(report: Report) -> list[Block]:
-    tables = [_table(grid) for grid in movement_grids(report)]
-    return [Block("picture", "moved.png"), *tables] if tables else []
-
-
-def _selection(report: Report) -> list[Block]:
-    blocks = []
-    for stage in report.stages:
-        if not stage.moved:
-            continue
-        title = f"{stage.name} ({stage.method.upper()})"
-        inner = [unit.trainable for unit in stage.moved if unit.layer is not None]
-        if inner and all(inner) and stage.share.get("layers", 1) < 1:
-            # With masks, all matrices learn, but not all of their elements
-            title += f": in the layers {stage.share['layers']:.0%} of the elements of each matrix"
-        picture = layer_picture(stage.moved, lambda unit: unit.trainable, WIDTH)
-        blocks += [Block("heading", title), Block("code", picture, language="text")]
-    return blocks
 
 
 def _rerun(report: Report) -> list[Block]:

@@ -1,6 +1,6 @@
 """Build the tables of a report as plain cells, and format them for the terminal and Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,22 +61,22 @@ def stage_grid(report: Report) -> Grid:
 
 
 def evaluation_grids(report: Report) -> list[Grid]:
-    """Return the scores, a table for each suite, or one for all without suites."""
-    grids = [evaluation_grid(report, measures) for measures in report.suites.values() or [None]]
-    return [grid for grid in grids if grid.rows]
-
-
-def evaluation_grid(report: Report, measures: Sequence[str] | None = None) -> Grid:
-    """Return the scores with their differences from those of the first model."""
-    measures = measures or list(dict.fromkeys(name for scores in report.evaluation.values() for name in scores))
-    rows, first = [], next(iter(report.evaluation.values()), {})
-    for model, scores in report.evaluation.items():
-        errors, base = report.standard_errors.get(model, {}), {} if scores is first else first
-        rows.append([model, *(_score(scores.get(name), base.get(name), errors.get(name)) for name in measures)])
-    headings = [name.replace("_", " ") for name in measures]
+    """Return the scores and their differences from the first model, a table for each suite, or one without suites."""
+    grids, models = [], report.evaluation
+    if not models:
+        return grids
+    base = next(iter(models))
     against = " ± standard error" if report.standard_errors else ""
-    against += f", in brackets the difference to {next(iter(report.evaluation))}" if len(rows) > 1 else ""
-    return Grid(f"Evaluation (percent{against})", ["model", *headings], rows, note=meaning(measures))
+    against += f", in brackets the difference to {base}" if len(models) > 1 else ""
+    every = list(dict.fromkeys(name for scores in models.values() for name in scores))
+    for measures in report.suites.values() or [every]:
+        rows = []
+        for model, scores in models.items():
+            errors, before = report.standard_errors.get(model, {}), {} if model == base else models[base]
+            rows.append([model, *(_score(scores.get(name), before.get(name), errors.get(name)) for name in measures)])
+        headings = [name.replace("_", " ") for name in measures]
+        grids.append(Grid(f"Evaluation (percent{against})", ["model", *headings], rows, note=meaning(measures)))
+    return grids
 
 
 def meaning(measures: Iterable[str]) -> str:

@@ -2,11 +2,12 @@
 
 import gc
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from hft_trl.errors import HFTError
+from hft_trl.processes import by_first_process
 from hft_trl.retention.meter import BASE_FILE, Base, Meter, read_base, write_base
 from hft_trl.retention.retention_rows import Rows, read_facts, read_prompts, read_texts
 
@@ -73,10 +75,6 @@ class RetentionCallback(TrainerCallback):
         for name, value in (("every", every), ("max_rows", max_rows)):
             if value is not None and value < 1:
                 raise HFTError(f"{name} is {value}: it must be at least 1.")
-        if base is not None and prompts is None:
-            raise HFTError(
-                f"base is {str(base)!r}, but there are no prompts to compare with it: give them, or drop it."
-            )
         # Read now, so that a mistake in a file is found before training
         self._rows = {
             "texts": None if texts is None else read_texts(texts),
@@ -90,7 +88,16 @@ class RetentionCallback(TrainerCallback):
         self._meter: Meter | None = None
         self._handler: CallbackHandler | None = None
 
-    def on_train_begin(self, *_: Any, model: Any, processing_class: Any, optimizer: Any, **__: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: Any,
+        processing_class: Any,
+        optimizer: Any,
+        **__: Any,
+    ) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise HFTError(
@@ -117,6 +124,11 @@ class RetentionCallback(TrainerCallback):
         # one that is called now keep their places.
         self._handler.callbacks.remove(self)
         self._handler.callbacks.insert(0, self)
+        if self._meter.prompts and (self._base_file is not None or state.global_step > 0):
+            # Now, so that a missing file is found before the first step
+            file = self._base_file or Path(args.output_dir) / BASE_FILE
+            found = [by_first_process(partial(read_base, file, self._meter))]
+            (self._base,) = broadcast_object_list(found)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
@@ -157,8 +169,11 @@ class RetentionCallback(TrainerCallback):
             del known[f"{PREFIX}seconds"]
             return known
         started = time.perf_counter()
-        base = self._predictions(args, state, model) if self._meter.prompts else None
-        figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, base).items()}
+        if self._meter.prompts and self._base is None:  # nothing is trained yet
+            self._base = self._meter.base(model)
+            file = Path(args.output_dir) / BASE_FILE
+            by_first_process(partial(write_base, file, self._base, self._meter))
+        figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, self._base).items()}
         logs = {**figures, f"{PREFIX}seconds": round(time.perf_counter() - started, 3), "epoch": state.epoch}
         if args.include_num_input_tokens_seen != "no":
             logs["num_input_tokens_seen"] = state.num_input_tokens_seen
@@ -168,13 +183,3 @@ class RetentionCallback(TrainerCallback):
         self._handler.on_log(args, state, control, logs)
         control.should_log = should_log
         return figures
-
-    def _predictions(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Base:
-        if self._base is None:
-            own = Path(args.output_dir) / BASE_FILE
-            if self._base_file is None and state.global_step == 0:
-                self._base = self._meter.base(model)
-                write_base(own, self._base, self._meter)
-            else:
-                self._base = read_base(self._base_file or own, self._meter)
-        return self._base

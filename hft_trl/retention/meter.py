@@ -11,22 +11,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft_trl.chat import begins_with_bos, most_tokens
 from hft_trl.errors import HFTError, first_line
 from hft_trl.files import replacing, writing
-from hft_trl.processes import by_first_process
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
@@ -39,14 +37,6 @@ Result = TypeVar("Result")
 
 Base = list[tuple[torch.Tensor, torch.Tensor]]
 """For each prompt, the numbers and log-probabilities of the base's likeliest tokens, `(positions, LIKELIEST)`."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Store a fact with one of its answers: the token ids, and how many of them are the answer."""
-
-    ids: list[int]
-    answer: int
 
 
 class Meter:
@@ -70,12 +60,6 @@ class Meter:
         self.facts = [_candidates(tokenizer, fact) for fact in chosen]
         chosen = choose(read_prompts(prompts), max_rows) if prompts is not None else []
         self.prompts = [_prompt_ids(tokenizer, prompt) for prompt in chosen]
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Reject rows that are longer than the model's positions. A model without weights is enough."""
-        candidates = [candidate.ids for fact in self.facts for candidate in fact]
-        for rows in (self.texts, candidates, self.prompts):
-            _check_fit(model, max(map(len, rows), default=0))
 
     def base(self, model: PreTrainedModel) -> Base:
         """Return the base's predictions on the prompts. All processes must call it."""
@@ -111,19 +95,19 @@ class Meter:
         def divergence(number: int, logits: torch.Tensor) -> float:
             ids, before = (tensor.to(logits.device) for tensor in base[number])
             after = _log_probs(logits, ids)
-            rest_before, rest_after = (_rest(likeliest) for likeliest in (before, after))
+            rest_before, rest_after = ((1 - some.exp().sum(-1)).clamp_min(SMALLEST) for some in (before, after))
             likeliest = (before.exp() * (before - after)).sum(-1)
             return (likeliest + rest_before * (rest_before / rest_after).log()).sum().item()
 
         return sum(_of_each(model, self.prompts, divergence)) / sum(map(len, self.prompts))
 
     def _facts(self, model: PreTrainedModel) -> float:
-        rows = [candidate for candidates in self.facts for candidate in candidates]
+        rows, answers = zip(*(candidate for candidates in self.facts for candidate in candidates), strict=True)
 
         def score(number: int, logits: torch.Tensor) -> float:
-            return _of_last_tokens(logits, rows[number].ids, rows[number].answer).sum().item()
+            return _of_last_tokens(logits, rows[number], answers[number]).sum().item()
 
-        scores = iter(_of_each(model, [candidate.ids for candidate in rows], score))
+        scores = iter(_of_each(model, rows, score))
         # The first candidate is the right one; an equal score is no knowledge
         known = [next(scores) > max(next(scores) for _ in wrong) for _, *wrong in self.facts]
         return 100 * sum(known) / len(self.facts)
@@ -142,11 +126,12 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int)
     return choose(blocks, most)
 
 
-def _candidates(tokenizer: PreTrainedTokenizerBase, fact: dict) -> list[Candidate]:
+def _candidates(tokenizer: PreTrainedTokenizerBase, fact: dict) -> list[tuple[list[int], int]]:
+    """Return the token ids of a fact with each of its answers, and how many of them are the answer."""
     start, found = tokenizer(fact["text"])["input_ids"], []
     for answer in dict.fromkeys([fact["answer"], *fact["others"]]):
         ending = tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
-        found.append(Candidate(start + ending, len(ending)))
+        found.append((start + ending, len(ending)))
     return found
 
 
@@ -165,17 +150,10 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) ->
 def _of_each(
     model: PreTrainedModel, rows: Sequence[list[int]], result: Callable[[int, torch.Tensor], Result]
 ) -> list[Result]:
-    """Return the result of each row, given its number and its logits. All processes must call it."""
-    found = {number: result(number, logits) for number, logits in _logits(model, rows)}
-    gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
-    return [gathered[number] for number in range(len(rows))]
-
-
-def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple[int, torch.Tensor]]:
     """
-    Yield the number and the logits `(positions, vocabulary)` of each row of this process.
+    Return the result of each row, given its number and its logits `(positions, vocabulary)`.
 
-    Every process makes the same number of forward passes, as FSDP2 and ZeRO-3 need it.
+    All processes must call it. Each makes the same number of forward passes, as FSDP2 and ZeRO-3 need it.
     """
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda number: (len(rows[number]), number))  # little padding
@@ -184,29 +162,26 @@ def _logits(model: PreTrainedModel, rows: Sequence[list[int]]) -> Iterator[tuple
         if batches[-1] and (len(batches[-1]) + 1) * len(rows[number]) > BATCH:
             batches.append([])
         batches[-1].append(number)
-    _check_fit(model, len(rows[order[-1]]))
+    longest, positions = len(rows[order[-1]]), most_tokens(model)
+    if positions is not None and longest > positions:
+        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+    found = {}
     with measuring(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
             batch = batches[min(mine, len(batches) - 1)]
-            width = max(len(rows[number]) for number in batch)
             # Right padding does not affect a causal model's earlier positions
-            ids = [rows[number] + [0] * (width - len(rows[number])) for number in batch]
-            mask = [[1] * len(rows[number]) + [0] * (width - len(rows[number])) for number in batch]
+            ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True)
+            lengths = torch.tensor([len(rows[number]) for number in batch])
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             logits = model(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                use_cache=False,
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             ).logits
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
-                    yield number, row[: len(rows[number])].float()
-
-
-def _check_fit(model: PreTrainedModel, longest: int) -> None:
-    positions = most_tokens(model)
-    if positions is not None and longest > positions:
-        raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
+                    found[number] = result(number, row[: len(rows[number])].float())
+    gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
+    return [gathered[number] for number in range(len(rows))]
 
 
 @contextmanager
@@ -233,32 +208,8 @@ def _of_last_tokens(logits: torch.Tensor, ids: list[int], number: int) -> torch.
     return _log_probs(logits[-number - 1 : -1], torch.tensor(ids[-number:], device=logits.device)[:, None])
 
 
-def _rest(log_probs: torch.Tensor) -> torch.Tensor:
-    return (1 - log_probs.exp().sum(-1)).clamp_min(SMALLEST)
-
-
 def write_base(path: Path, base: Base, meter: Meter) -> None:
-    """Write the predictions completely or not at all, with a digest of the prompts. All processes must call it."""
-    by_first_process(partial(_write, path, base, meter))
-
-
-def read_base(path: Path, meter: Meter) -> Base:
-    """Read the predictions. A missing file and one of other prompts are rejected. All processes must call it."""
-    found = [by_first_process(partial(_read, path, meter))]
-    broadcast_object_list(found)
-    return found[0]
-
-
-def fits(path: Path, meter: Meter) -> bool:
-    """Return whether a file has predictions on the prompts."""
-    try:
-        _read(path, meter)
-    except HFTError:
-        return False
-    return True
-
-
-def _write(path: Path, base: Base, meter: Meter) -> None:
+    """Write the predictions completely or not at all, with a digest of the prompts."""
     tensors = {
         name: torch.cat(parts) for name, parts in zip(("ids", "log_probs"), zip(*base, strict=True), strict=True)
     }
@@ -268,7 +219,8 @@ def _write(path: Path, base: Base, meter: Meter) -> None:
             save_file(tensors, new, metadata={"prompts": _digest(meter)})
 
 
-def _read(path: Path, meter: Meter) -> Base:
+def read_base(path: Path, meter: Meter) -> Base:
+    """Read the predictions. A missing file and one of other prompts are rejected."""
     remedy = "restore it, start the run again, or leave prompts out"
     if not path.is_file():
         raise HFTError(f"{str(path)!r}, the base's predictions for retention/base_kl, does not exist: {remedy}.")

@@ -128,7 +128,7 @@ def write_picture(diffs: Sequence[ModelDiff], path: str | Path) -> None:
     check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
-        raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no unit's change is defined.")
+        raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no layer has a known change.")
     with writing(path, resumes=False):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path)

@@ -29,7 +29,7 @@ from hft_trl.checkpoints.whole import (
     set_aside,
     torn_because,
 )
-from hft_trl.recipe.locks import LOCK_FILE
+from hft_trl.recipe.folder import LOCK_FILE
 from hft_trl.selection.previous import selection_of
 
 

@@ -278,7 +278,7 @@ def test_whole_layers_take_turns(recipe, own, tmp_path):
         (["--sft.packing", "true"], "sft.packing is true"),
         (["--sft.eval_strategy", "epoch"], "sft.eval_strategy is set"),
         (["--hft.method", "fft"], "unknown key hft.method"),
-        (["--dpo.beta", "1"], "unknown section 'dpo'"),
+        (["--dpo.beta", "1"], "unknown key dpo.beta: --help lists the keys."),
         (["--benchmrk", "x"], "did you mean benchmark"),
         (["--ratio", "0.3"], "unknown key ratio: did you mean hft.ratio?"),
         (["--lora.learning_rate", "1"], "unknown key lora.learning_rate: did you mean sft.learning_rate?"),

@@ -4,8 +4,8 @@ import errno
 import json
 import shlex
 import shutil
-import subprocess
-import sys
+import time
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +19,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTError, demo
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.folder import finished, mark_finished, mark_started, open_stages, settings
-from hft_trl.recipe.locks import LOCK_FILE
+from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, settings
 from hft_trl.report import StageRecord
 
 
@@ -207,13 +206,22 @@ def test_nothing_is_removed_unless_every_folder_of_the_run_can_be_had(run, tmp_p
     with pytest.raises(HFTError, match="holds files of something else"):
         both.open(overwrite=True)
     (tmp_path / "dpo" / "thesis.txt").unlink()
-    code = "import sys, time; from pathlib import Path; from hft_trl.recipe.locks import lock; lock(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
     (tmp_path / "dpo" / LOCK_FILE).unlink()  # this process's own
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "dpo"], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        with pytest.raises(HFTError, match=f"in use by process {other.pid}"):
-            both.open(overwrite=True)
-        other.kill()
+    fork = get_context("fork")
+    locked = fork.Event()
+
+    def hold():
+        lock(tmp_path / "dpo")
+        locked.set()
+        time.sleep(600)
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert locked.wait(60)
+    with pytest.raises(HFTError, match=f"in use by process {other.pid}"):
+        both.open(overwrite=True)
+    other.kill()
+    other.join()
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: text for path, text in before.items() if tmp_path / "sft" in path.parents} == {
         path: text for path, text in left.items() if tmp_path / "sft" in path.parents
@@ -289,7 +297,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_pa
     def refuse(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("hft_trl.recipe.locks.os.open", refuse)
+    monkeypatch.setattr("hft_trl.recipe.folder.os.open", refuse)
     with pytest.raises(HFTError, match=r"sft cannot be written \(Read-only file system; "):
         open_stages([stage(tmp_path)])
 

@@ -98,5 +98,5 @@ def test_an_error_that_quotes_a_flag_hides_its_value(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path("recipes/sft_then_dpo.py", run_name="__main__")
     error = capsys.readouterr().err
-    assert "unknown section" in error
+    assert "unknown key wrong.hub_token" in error
     assert "NOTSECRET" not in error

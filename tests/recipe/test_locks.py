@@ -5,24 +5,36 @@ files.
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from hft_trl.errors import HFTError
 from hft_trl.files import flush
-from hft_trl.recipe.locks import LOCK_FILE, lock
+from hft_trl.recipe.folder import LOCK_FILE, lock
 
-OTHER = "import sys; from pathlib import Path; from hft_trl.recipe.locks import lock; lock(Path(sys.argv[1]))"
+FORK = get_context("fork")
 
 
 def by_another_process(folder) -> str:
     """The error that another process gets when it takes the lock, empty if it gets the lock."""
-    done = subprocess.run([sys.executable, "-c", OTHER, folder], capture_output=True, text=True, check=False)
-    return done.stderr
+    found = FORK.SimpleQueue()
+
+    def attempt():
+        try:
+            lock(folder)
+            found.put("")
+        except HFTError as error:
+            found.put(str(error))
+
+    other = FORK.Process(target=attempt)
+    other.start()
+    text = found.get()
+    other.join()
+    other.close()
+    return text
 
 
 def test_the_lock_survives_whatever_the_process_does_with_the_folders_files(tmp_path):
@@ -36,24 +48,22 @@ def test_the_lock_survives_whatever_the_process_does_with_the_folders_files(tmp_
 
 def test_a_folder_of_another_process_is_refused_and_free_after_a_kill_though_its_workers_live(tmp_path):
     """As a data loader's worker does, the child outlives its parent for some time."""
-    script = """
-        import os, sys, time
-        from pathlib import Path
-        from hft_trl.recipe.locks import lock
+    pids = FORK.SimpleQueue()
 
-        lock(Path(sys.argv[1]))
-        if os.fork() == 0:
-            print(os.getpid(), flush=True)
-            os.close(1)
-            time.sleep(600)
+    def hold():
+        lock(tmp_path)
+        child = os.fork()
+        if child != 0:
+            pids.put(child)
         time.sleep(600)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script), tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        child = int(parent.stdout.readline())
-        with pytest.raises(HFTError, match=f"in use by process {parent.pid} on "):
-            lock(tmp_path)
-        parent.kill()
+
+    parent = FORK.Process(target=hold)
+    parent.start()
+    child = pids.get()
+    with pytest.raises(HFTError, match=f"in use by process {parent.pid} on "):
+        lock(tmp_path)
+    parent.kill()
+    parent.join()
     try:
         os.kill(child, 0)  # it lives
         lock(tmp_path)
@@ -76,6 +86,6 @@ def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("hft_trl.recipe.locks.fcntl.flock", refuse)
+    monkeypatch.setattr("hft_trl.recipe.folder.fcntl.flock", refuse)
     lock(tmp_path)
     assert not (tmp_path / LOCK_FILE).read_text()

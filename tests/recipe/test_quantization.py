@@ -14,7 +14,7 @@ from training import weights
 from trl import DPOConfig
 
 from hft_trl import HFTError
-from hft_trl.recipe.start_model import check_quantizable
+from hft_trl.recipe.loading import check_quantizable
 from hft_trl.selection import Selection
 
 DPO = [

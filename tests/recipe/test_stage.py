@@ -2,16 +2,13 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from conftest import one_line, parse_recipe
 from training import ResumableSFTTrainer
 
 from hft_trl import HFTError, demo
-from hft_trl.recipe import start_model
 from hft_trl.recipe.folder import open_stages
-from hft_trl.skeleton import build_on_meta, shape_of
 
 
 @pytest.fixture
@@ -23,42 +20,6 @@ def stage_of(tmp_path):
         return parse_recipe(["--model", str(model), "--output_dir", str(tmp_path), *data, *flags]).stages["sft"]
 
     return parse
-
-
-@pytest.fixture
-def published(monkeypatch):
-    """A hub where there is Llama 2's config, and nothing else."""
-    monkeypatch.setattr(start_model, "build_on_meta", lambda model, *_: build_on_meta(shape_of(model)))
-    return "meta-llama/Llama-2-7b-hf"
-
-
-def test_a_type_that_rounds_a_folder_s_files_is_refused_before_the_data_are_prepared(stage_of, base):
-    """The files decide. Full fine-tuning may round, and DeepSpeed's cast is named as what does it."""
-    for flags in ((), ("--model.dtype", "auto"), ("--model.dtype", "bfloat16", "--method", "fft")):
-        stage_of(base, *flags).check()
-    with pytest.raises(HFTError, match=r"dtype bfloat16 rounds .* which is F32 .* load the model with dtype float32"):
-        stage_of(base, "--model.dtype", "bfloat16").check()
-    under_zero = stage_of(base)
-    under_zero.args.deepspeed_plugin, under_zero.args.mixed_precision = SimpleNamespace(zero_stage=2), "bf16"
-    with pytest.raises(HFTError, match="DeepSpeed's mixed precision casts the whole model"):
-        under_zero.check()
-    under_zero.args.mixed_precision = "no"
-    under_zero.check()
-
-
-def test_of_a_model_on_the_hub_the_config_tells_the_type_of_files_that_are_not_here_yet(stage_of, published):
-    for flags in ((), ("--model.dtype", "float16"), ("--model.dtype", "bfloat16", "--method", "fft")):
-        stage_of(published, *flags).check()
-    with pytest.raises(HFTError) as error:
-        stage_of(published, "--model.dtype", "bfloat16").check()
-    assert "dtype bfloat16 rounds 'meta-llama/Llama-2-7b-hf', whose config says float16" in one_line(error)
-
-
-def test_a_config_that_tells_no_type_is_no_reason_to_refuse(stage_of, published, monkeypatch):
-    skeleton = build_on_meta(shape_of(published))
-    skeleton.config.dtype = None
-    monkeypatch.setattr(start_model, "build_on_meta", lambda *_: skeleton)
-    stage_of(published, "--model.dtype", "bfloat16").check()
 
 
 def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):

@@ -20,13 +20,12 @@ from hft_trl import demo
 from hft_trl.errors import HFTError
 from hft_trl.report import Report, StageRecord, UnitChange, environment, print_report, write_views
 from hft_trl.report.layer_map import ASCII, layer_map, layer_picture
-from hft_trl.report.movement import category_movement, movement_figure, movement_grids
+from hft_trl.report.movement import movement_figure, movement_grids
 from hft_trl.report.plots import evaluation_figure, loss_figure, margin_figure
 from hft_trl.report.tables import (
     Grid,
     change,
     duration,
-    evaluation_grid,
     evaluation_grids,
     rich_table,
     size,
@@ -285,7 +284,7 @@ def test_loss_and_margin_have_a_panel_for_each_stage_that_logged_them():
 def test_standard_errors_stand_beside_the_scores_that_have_them():
     whole = report(stage(), evaluation={"base": {"a": 50.0, "b": 10.0}, "sft": {"a": 52.5, "b": 10.0}})
     whole.standard_errors = {"base": {"a": 1.25, "b": None}, "sft": {"a": 2.0}}
-    grid = evaluation_grid(whole)
+    grid = evaluation_grids(whole)[0]
     assert grid.rows == [["base", "50.0±1.2", "10.0"], ["sft", "52.5±2.0 (+2.5)", "10.0 (+0.0)"]]
     assert "standard error" in grid.title
     bars = [drawn for drawn in evaluation_figure(whole).axes[0].containers if isinstance(drawn, BarContainer)]
@@ -343,8 +342,8 @@ def test_movement_means_tell_learned_from_frozen():
         UnitChange("c", 2, "norm", "n", False, 0.0),
         UnitChange("d", 3, "norm", "n", False, None),
     ]
-    (row,) = category_movement(units)
-    assert (row.learned, row.learned_units, row.frozen, row.frozen_units) == (0.375, 2, 0.0, 1)
+    (grid,) = movement_grids(report(stage(moved=units)))
+    assert grid.rows == [["norm", "2", "37.500 %", "1", "0"]]
 
 
 def test_a_later_stage_shows_its_own_change_beside_that_from_the_base():
@@ -380,7 +379,7 @@ def test_scores_of_the_embedded_world_are_explained_wherever_they_are_shown():
     for view in (report_markdown(whole, []), report_page(whole), terminal.getvalue()):
         text = " ".join(view.split())
         assert all(f"{name}: {meaning}" in text for name, meaning in demo.MEANINGS.items())
-    assert evaluation_grid(report(evaluation={"base": {"mmlu": 1.0}})).note == ""
+    assert evaluation_grids(report(evaluation={"base": {"mmlu": 1.0}}))[0].note == ""
 
 
 def test_the_stages_table_has_what_a_run_is_compared_by():
@@ -435,7 +434,7 @@ def test_folded_cell_is_the_mean_of_its_units():
     (part,) = movement_figure(report(stage(moved=units))).subfigs
     plain, hatched = part.axes[0].collections
     assert [len(cells.get_paths()) for cells in (plain, hatched)] == [1, 1]
-    assert part.axes[2].get_ylim() == pytest.approx((0, 0.05))  # the scale ends at the largest cell
+    assert part.axes[1].get_ylim() == pytest.approx((0, 0.05))  # the scale ends at the largest cell
     assert (plain.get_facecolor() == hatched.get_facecolor()).all()
 
 

@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -215,51 +214,6 @@ def test_what_users_typed_stays_text():
     text = " ".join(HOSTILE.split())
     assert page.text.count(text) >= 10
     assert [HOSTILE, HOSTILE] in page.tables[-1]
-
-
-def pictures(whole):
-    """The headings of what each stage learned, with its picture."""
-    blocks = next(section.blocks for section in sections(whole) if section.anchor == "selection")
-    return [(heading.text, picture.text) for heading, picture in zip(blocks[::2], blocks[1::2], strict=True)]
-
-
-@pytest.mark.parametrize("name", ["two stages", "full fine-tuning", "hybrid", "80 layers", "experts", "only outside"])
-def test_the_picture_counts_what_learned(name):
-    """The marks of a stage's picture add up to what learned and what was frozen, layer by layer, in both views."""
-    whole = PAGES[name]
-    assert len(pictures(whole)) == len(whole.stages)
-    for record, (_, drawn) in zip(whole.stages, pictures(whole), strict=True):
-        assert drawn in report_markdown(whole, [])
-        assert " ".join(drawn.split()) in Page(html_of(name)).text
-        learned, frozen = Counter(), Counter()
-        for layer, *marks in (line.split() for line in drawn.splitlines() if line.strip()[:1].isdigit()):
-            for mark in marks:
-                count, _, total = mark.partition("/")
-                learned[int(layer)] += int(count) if total else mark == "■"
-                frozen[int(layer)] += int(total) - int(count) if total else mark == "□"
-        inner = [unit for unit in record.moved if unit.layer is not None]
-        assert learned == Counter(unit.layer for unit in inner if unit.trainable)
-        assert frozen == Counter(unit.layer for unit in inner if not unit.trainable)
-        outer = [unit for unit in record.moved if unit.layer is None]
-        assert all(f"{'□■'[unit.trainable]} {unit.slot}" in drawn for unit in outer)
-
-
-def test_a_picture_of_single_elements_says_so():
-    record = stage(share={"layers": 0.25, "model": 0.4})
-    assert pictures(report(record))[0][0] == "sft (HFT)"
-    for unit in record.moved:
-        unit.trainable = True
-    assert pictures(report(record))[0][0].endswith("25% of the elements of each matrix")
-
-
-def test_each_stage_has_its_picture():
-    """Two stages with two selections show two pictures, and they differ."""
-    first, second = stage(), stage("dpo", moved=moved())
-    for unit in second.moved:
-        unit.trainable = not unit.trainable
-    (_, one), (_, other) = pictures(report(first, second))
-    swapped = str.maketrans("■□", "□■")
-    assert one.partition("\n\n■ lm_head")[0].translate(swapped) == other.partition("\n\n□ lm_head")[0]
 
 
 @pytest.mark.parametrize(
