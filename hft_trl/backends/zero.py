@@ -28,8 +28,7 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     Under ZeRO-3 with frozen parameters the gradient checkpointing of `args` becomes reentrant.
     """
     plugin = args.deepspeed_plugin
-    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
-    AcceleratorState._reset_state()
+    # An earlier trainer of this process has left its own settings in the state that transformers shares
     plugin.set_deepspeed_weakref()
     if plugin.zero_stage != 3:
         return

@@ -18,6 +18,10 @@ INDEPENDENT = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
     *("adafactor", "sgd"),
 )
+# Parts of the names of optimizers whose steps fail on the tensors that FSDP2 shards
+UNSHARDED = ("bnb", "adamw_8bit", "paged", "lion", "ademamix", "adafactor", "apollo")
+LOW_RANK = ("galore", "apollo")
+OTHER_OPTIMIZER = "set it to adamw_torch_fused, or train in one process or with DDP"
 OTHERS = f"other values of `optim` than {', '.join(f'`{name}`' for name in INDEPENDENT)}"
 LARGER = "shard larger models with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)"
 DIVIDES = (
@@ -43,15 +47,18 @@ ON: dict[str, When] = {
     "hft.importance": lambda c: c.calibrated,
 }
 STORAGE: Conflicts = {
-    ("bf16_full_eval", "method hft"): (
-        lambda c: c.hft and c.asks("bf16_full_eval"),
-        "bf16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: set it "
-        "to false; with bf16 evaluation computes in that type anyway",
-    ),
-    ("fp16_full_eval", "method hft"): (
-        lambda c: c.hft and c.asks("fp16_full_eval"),
-        "fp16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: set it "
-        "to false; with fp16 evaluation computes in that type anyway",
+    **{
+        (f"{kind}_full_eval", "method hft"): (
+            lambda c, kind=kind: c.hft and c.asks(f"{kind}_full_eval"),
+            f"{kind}_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: "
+            f"set it to false; with {kind} evaluation computes in that type anyway",
+        )
+        for kind in ("bf16", "fp16")
+    },
+    ("activation_offloading", "a machine without a GPU"): (
+        lambda c: c.asks("activation_offloading") and not torch.accelerator.is_available(),
+        "activation_offloading is true, which moves activations from a GPU to main memory, but no GPU is available: "
+        "set it to false",
     ),
     ("hft.frozen_dtype", "another mixed precision"): (
         lambda c: c.args.mixed_precision != c.autocast,
@@ -186,6 +193,19 @@ LAUNCH: Conflicts = {
         lambda c: c.sharded == "DeepSpeed",
         "DeepSpeed stores the parameters itself: set it to false, or train under FSDP2, as in "
         "accelerate_configs/fsdp2.yaml",
+    ),
+    ("optim", "FSDP2 (Adafactor, APOLLO, and the optimizers of bitsandbytes)"): (
+        lambda c: c.args and c.fsdp == 2 and not c.own_optimizer and any(part in c.optim for part in UNSHARDED),
+        f"optim is {{case.optim}}, whose first step would fail on the tensors that FSDP2 shards: {OTHER_OPTIMIZER}",
+    ),
+    ("optim", "DeepSpeed (GaLore, APOLLO)"): (
+        lambda c: c.args and c.sharded == "DeepSpeed" and not c.own_optimizer and c.optim.startswith(LOW_RANK),
+        f"optim is {{case.optim}}, which needs matrices, and DeepSpeed makes vectors of them: {OTHER_OPTIMIZER}",
+    ),
+    ("optimizer_cls_and_kwargs", "DeepSpeed (`torch.optim.Muon`)"): (
+        lambda c: c.sharded == "DeepSpeed" and torch.optim.Muon in (c.given.get("optimizer_cls_and_kwargs") or ()),
+        "torch.optim.Muon needs matrices, and DeepSpeed makes vectors of them: set optim to adamw_torch_fused, or "
+        "train in one process, with DDP or under FSDP2",
     ),
 }
 
