@@ -24,8 +24,7 @@ UNCAST = (
 def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
     """Set DeepSpeed up for a trainer that is about to be built, and check that its settings suit HFT."""
     plugin = args.deepspeed_plugin
-    # An earlier trainer of this process has left its own settings in the states that accelerate and transformers share
-    AcceleratorState._reset_state()
+    # An earlier trainer of this process has left its own settings in the state that transformers shares
     plugin.set_deepspeed_weakref()
     if plugin.zero_stage != 3:
         return

@@ -2,21 +2,17 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, is_peft_model, parse_flag_from_env
+from accelerate.utils import is_peft_model
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
-from hft_trl.backends.fsdp import fsdp_version, sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.trainers.case import Case
 
 # Optimizers that update each parameter independently of all others, each of them tested inside of the backward pass
 INDEPENDENT = (
@@ -25,93 +21,16 @@ INDEPENDENT = (
 )
 FLASH = ("kernels", "flash_attn", "flash_attn_interface")
 TENSOR_PARALLEL = ("tp_plan", "tp_size", "distributed_config")
-OPTIMIZERS = ("optimizers", "optimizer_cls_and_kwargs")
+# Parts of the names of optimizers whose steps fail on the tensors that FSDP2 shards
+UNSHARDED = ("bnb", "adamw_8bit", "paged", "lion", "ademamix", "adafactor", "apollo")
+LOW_RANK = ("galore", "apollo")
+OTHER_OPTIMIZER = "set it to adamw_torch_fused, or train in one process or with DDP"
 OTHERS = f"other values of `optim` than {', '.join(f'`{name}`' for name in INDEPENDENT)}"
 LARGER = "shard larger models with FSDP2 (accelerate_configs/fsdp2.yaml) or ZeRO-3 (accelerate_configs/zero3.yaml)"
 DIVIDES = (
     "{found} divides the whole parameters and gradients that it needs in each process: train in one process or "
     "with DDP, or set "
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is known of a trainer before it is built."""
-
-    args: TrainingArguments | None  # `None` for the trainer's defaults
-    config: HFTConfig
-    given: dict[str, Any]  # the other arguments of the trainer, by name
-    after_elements: bool = False  # whether single elements learned in the stage before, which `reselect` may keep
-    state: AcceleratorState | None = None  # the backend, once an accelerator exists
-
-    @property
-    def hft(self) -> bool:
-        return self.config.method == "hft"
-
-    @property
-    def elements(self) -> bool:
-        return self.hft and (self.config.in_part or (self.after_elements and self.config.reselect != "fresh"))
-
-    @property
-    def calibrated(self) -> str | None:
-        """The importance that rows are run through the model for."""
-        return None if self.elements else self.config.calibrated
-
-    @cached_property
-    def sharded(self) -> str | None:
-        return sharded_by(self.args)
-
-    @property
-    def fsdp(self) -> int | None:
-        if self.state is None:
-            return fsdp_version(self.args)
-        return self.state.fsdp_plugin.fsdp_version if self.state.distributed_type == DistributedType.FSDP else None
-
-    @property
-    def loads_in_first_process(self) -> bool:
-        """Whether FSDP2 leaves the weights of the other processes empty."""
-        # transformers and accelerate set this variable too
-        return self.fsdp == 2 and bool(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
-
-    @property
-    def autocast(self) -> str:
-        return {"bfloat16": "bf16", "float16": "fp16", None: "no"}[self.config.frozen_dtype]
-
-    @property
-    def init(self) -> dict[str, Any]:
-        init = vars(self.args).get("model_init_kwargs") if self.args is not None else None
-        return init if isinstance(init, dict) else {}
-
-    @property
-    def parallel(self) -> str:
-        """The first size of a parallelism that is above 1, such as `"tp_size 2"`; empty if none is."""
-        asked = (self.state or self.args).parallelism_config if self.state or self.args else None
-        if asked is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-            asked = ParallelismConfig()  # of the launch configuration
-        sizes = {name: vars(asked)[name] for name in ("tp_size", "cp_size", "sp_size")} if asked else {}
-        return next((f"{name} {size}" for name, size in sizes.items() if size > 1), "")
-
-    @property
-    def spread(self) -> int:
-        """GPUs over which TRL would divide a model's layers: it loads with `device_map="auto"` in one process."""
-        placed = isinstance(self.given.get("model"), torch.nn.Module) or "device_map" in self.init
-        if placed or (self.args is not None and self.args.use_cpu) or torch.cuda.device_count() < 2:
-            return 0
-        return torch.cuda.device_count() if PartialState().num_processes == 1 else 0
-
-    def asks(self, name: str) -> bool:
-        """Whether the trainer's arguments have a setting of this name, and it is on."""
-        return self.args is not None and bool(vars(self.args).get(name))
-
-    def stated(self, setting: str) -> str:
-        """A setting of [`HFTConfig`] with its value, as an error states it."""
-        name = setting.removeprefix("hft.")
-        value = vars(self.config)[name]
-        if name == "strategy" and self.config.granularity == "column":
-            return "hft.granularity is 'column'"
-        if name == "strategy" and value != "element":
-            return f"hft.reselect is {self.config.reselect!r} after strategy element"
-        return f"{setting} is {'true' if value is True else repr(value)}"
 
 
 When = Callable[[Case], Any]
@@ -128,15 +47,18 @@ ON: dict[str, When] = {
     "hft.importance": lambda c: c.calibrated,
 }
 STORAGE: Conflicts = {
-    ("bf16_full_eval", "method hft"): (
-        lambda c: c.hft and c.asks("bf16_full_eval"),
-        "bf16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: set it "
-        "to false; with bf16 evaluation computes in that type anyway",
-    ),
-    ("fp16_full_eval", "method hft"): (
-        lambda c: c.hft and c.asks("fp16_full_eval"),
-        "fp16_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: set it "
-        "to false; with fp16 evaluation computes in that type anyway",
+    **{
+        (f"{kind}_full_eval", "method hft"): (
+            lambda c, kind=kind: c.hft and c.asks(f"{kind}_full_eval"),
+            f"{kind}_full_eval is true, which casts the whole model when it is evaluated, the frozen half included: "
+            f"set it to false; with {kind} evaluation computes in that type anyway",
+        )
+        for kind in ("bf16", "fp16")
+    },
+    ("activation_offloading", "a machine without a GPU"): (
+        lambda c: c.asks("activation_offloading") and not torch.accelerator.is_available(),
+        "activation_offloading is true, which moves activations from a GPU to main memory, but no GPU is available: "
+        "set it to false",
     ),
     ("hft.frozen_dtype", "another mixed precision"): (
         lambda c: c.args.mixed_precision != c.autocast,
@@ -192,11 +114,11 @@ STORAGE: Conflicts = {
         "fp16 scales gradients and inspects them before the update: use bf16, or none",
     ),
     ("hft.optimizer_in_backward", OTHERS): (
-        lambda c: (name := OptimizerNames(c.args.optim).value) not in INDEPENDENT and name,
+        lambda c: c.optim not in INDEPENDENT and c.optim,
         f"optim is {{found}}, which was not tested with it: use one of {', '.join(INDEPENDENT)}",
     ),
     ("hft.optimizer_in_backward", "an optimizer object"): (
-        lambda c: next((n for n in OPTIMIZERS if (c.given.get(n) or (None,))[0] is not None), None),
+        lambda c: c.own_optimizer,
         "{found} was passed, which may not update each parameter independently: use optim",
     ),
     ("hft.optimizer_in_backward", "`auto_find_batch_size`"): (
@@ -281,6 +203,19 @@ LAUNCH: Conflicts = {
         lambda c: c.sharded == "DeepSpeed",
         "DeepSpeed stores the parameters itself: set it to false, or train under FSDP2, as in "
         "accelerate_configs/fsdp2.yaml",
+    ),
+    ("optim", "FSDP2 (Adafactor, APOLLO, and the optimizers of bitsandbytes)"): (
+        lambda c: c.fsdp == 2 and any(part in c.optim for part in UNSHARDED) and c.optim,
+        f"optim is {{found}}, whose first step would fail on the tensors that FSDP2 shards: {OTHER_OPTIMIZER}",
+    ),
+    ("optim", "DeepSpeed (GaLore, APOLLO)"): (
+        lambda c: c.sharded == "DeepSpeed" and c.optim.startswith(LOW_RANK) and c.optim,
+        f"optim is {{found}}, which needs matrices, and DeepSpeed makes vectors of them: {OTHER_OPTIMIZER}",
+    ),
+    ("optimizer_cls_and_kwargs", "DeepSpeed (`torch.optim.Muon`)"): (
+        lambda c: c.sharded == "DeepSpeed" and torch.optim.Muon in (c.given.get("optimizer_cls_and_kwargs") or ()),
+        "torch.optim.Muon needs matrices, and DeepSpeed makes vectors of them: set optim to adamw_torch_fused, or "
+        "train in one process, with DDP or under FSDP2",
     ),
 }
 

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
@@ -38,6 +39,9 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
             given[name] = value
     settings = given.get("args")
     check(settings, config, given)
+    if settings is not None:
+        # accelerate would keep the mixed precision and torch_compile of an earlier trainer of this process
+        AcceleratorState._reset_state()
     if sharded_by(settings) == "DeepSpeed":
         if settings is None:
             raise HFTError("args is None: under DeepSpeed pass the trainer's config, such as SFTConfig(output_dir).")

@@ -145,6 +145,14 @@ def test_liger_trains_as_trls_own_loss(run, base, device, stage):
     assert found[0] == pytest.approx(run(device, stage)[0], rel=0.05)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("device", [GPU])
+def test_activations_in_main_memory_train_as_those_on_the_gpu(run, base, device, stage):
+    found = run.train(device, stage, {}, activation_offloading=True)
+    check(found, base)
+    assert found[0] == pytest.approx(run(device, stage)[0], rel=0.05)
+
+
 @on_each_device
 def test_rows_without_padding_have_the_losses_of_padded_ones(run, base, device):
     found = run.train(device, "sft", {}, padding_free=True, max_length=None)
@@ -222,3 +230,26 @@ def test_fsdp2_with_one_rank_trains_saves_and_keeps_the_frozen_half(run, base, t
     assert seen["losses"] == pytest.approx(run(device, stage)[0], rel=0.05)
     assert saved.keys() == start.keys()
     assert all(fingerprint(saved[name]) == fingerprint(start[name]) for name in seen["frozen"])
+
+
+FLASH = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "flash_attention_2"}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *(pytest.param(stage, {"use_liger_kernel": True}, marks=needs_liger) for stage in ("sft", "dpo")),
+        *((stage, {"activation_offloading": True}) for stage in ("sft", "dpo")),
+        pytest.param("sft", {**FLASH, "packing": True, "max_length": 64}, marks=needs_flash),
+    ],
+    ids=["liger-sft", "liger-dpo", "activation_offloading-sft", "activation_offloading-dpo", "flash-sft"],
+)
+@pytest.mark.parametrize("device", [GPU])
+def test_what_needs_a_gpu_trains_under_fsdp2_with_one_rank(base, tmp_path, device, stage, settings):
+    folder = tmp_path / "out"
+    assert in_own_process(folder, base, device, stage, offload=False, settings=settings) == 0, log(folder)
+    seen, start, saved = json.loads((folder / "seen.json").read_text()), weights(base), weights(folder)
+    assert seen["fsdp"]
+    assert all(map(math.isfinite, seen["losses"]))
+    assert all(fingerprint(saved[name]) == fingerprint(start[name]) for name in seen["frozen"])
+    assert any(fingerprint(saved[name]) != fingerprint(start[name]) for name in saved.keys() - set(seen["frozen"]))

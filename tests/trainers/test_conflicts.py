@@ -10,7 +10,7 @@ from trl import SFTConfig
 from hft_trl import HFTConfig, HFTError, HFTSFTTrainer
 from hft_trl.config import STORAGE as STORAGE_SETTINGS
 from hft_trl.recipe import parse_stage
-from hft_trl.trainers.compatibility import LAUNCH, ON, STORAGE
+from hft_trl.trainers.compatibility import LAUNCH, ON, STORAGE, check
 
 
 @pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
@@ -81,6 +81,27 @@ def test_a_missing_package_is_named_with_pip_s_command_before_a_model_is_loaded(
     )
     with pytest.raises(HFTError, match=said):
         parse_stage("sft", SFTConfig, [*given, *flags, "--method", method])
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_activations_are_not_offloaded_without_a_gpu(base, tulu, tmp_path, method):
+    """Where TRL fails with an AttributeError."""
+    with pytest.raises(HFTError, match=r"activation_offloading is true, .* no GPU is available: set it") as error:
+        sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method), activation_offloading=True)
+    one_line(error)
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_32bit", "adafactor"])
+def test_an_optimizer_that_takes_no_sharded_tensors_is_rejected_under_fsdp2(tmp_path, monkeypatch, optim):
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, optim=optim)
+    check(args, HFTConfig())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(HFTError, match=f"optim is {optim}, .* FSDP2 shards: set it to adamw_torch_fused") as error:
+        check(args, HFTConfig())
+    one_line(error)
+    check(args, HFTConfig(), {"optimizer_cls_and_kwargs": (object, {})})
+    check(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, optim="adamw_torch_fused"), HFTConfig())
 
 
 def test_every_setting_of_the_table_exists():

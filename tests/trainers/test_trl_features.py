@@ -1,11 +1,13 @@
 """What TRL and transformers can do, a half can do too: what is frozen keeps its bits, and the rest is trained."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import QUIET
 from datasets import Dataset
+from torch._dynamo.utils import counters
 from training import losses, weights
 from trl import DPOConfig, SFTConfig
 from trl.chat_template_utils import qwen3_training_chat_template
@@ -19,11 +21,14 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"
 BEST = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 MATRICES = HFTConfig(train_final_norm=False, exclude=["norm"])
 """Muon takes matrices only."""
+LOW_RANK = {"optim_target_modules": "all-linear", "optim_args": "rank=4,update_proj_gap=1"}
+PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch"}
+"""What a feature needs beside the dependencies of this package."""
 
 SFT = {
     "plain": {},
-    "packing, bfd": {"packing": True, "packing_strategy": "bfd", "max_length": 64},
-    "packing, bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 64},
+    "packing, bfd": {"packing": True, "packing_strategy": "bfd", "max_length": 128},
+    "packing, bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 40},
     "packing, wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 64},
     "loss_type dft": {"loss_type": "dft"},
     "neftune": {"neftune_noise_alpha": 5},
@@ -35,6 +40,8 @@ SFT = {
     "adafactor": {"optim": "adafactor"},
     "lion": {"optim": "lion_32bit"},
     "ademamix": {"optim": "ademamix"},
+    "galore": {"optim": "galore_adamw", **LOW_RANK},
+    "apollo": {"optim": "apollo_adamw", **LOW_RANK},
     "cosine_with_min_lr": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
 }
 DPO = {  # with the loss of the first step, where policy and reference are the same
@@ -46,7 +53,8 @@ DPO = {  # with the loss of the first step, where policy and reference are the s
     "sigmoid_norm": ({"loss_type": ["sigmoid_norm"], "beta": 5}, math.log(2)),
     "several losses": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, None),
     "sync_ref_model": ({"sync_ref_model": True, "ref_model_sync_steps": 1}, math.log(2)),
-    "padding_free": ({"padding_free": True}, None),
+    "padding_free": ({"padding_free": True}, None),  # TRL 1.16 warns, and pads
+    "gradient_checkpointing": ({"gradient_checkpointing": True}, math.log(2)),
     "load_best_model_at_end": (BEST, math.log(2)),
     "save_only_model": ({"save_strategy": "steps", "save_steps": 1, "save_only_model": True}, math.log(2)),
 }
@@ -109,9 +117,16 @@ def test_a_feature_of_sft_trains_the_chosen_half_only(base, tulu, tmp_path, plai
         hft_config=hft,
         **given,
     )
+    if feature in PACKAGES and find_spec(PACKAGES[feature]) is None:
+        with pytest.raises(ImportError, match=r"You need to install .*pip install"):
+            trainer.train()
+        pytest.skip(f"{PACKAGES[feature]} is not installed")
     found = check(trainer, base, tmp_path)
     if feature in ("loss_type dft", "neftune", "tool calls") or "packing" in feature:
         assert found[0] != pytest.approx(plain[0], abs=1e-6)
+    if "packing" in feature:  # two rows in one, or one row in two
+        assert (len(trainer.train_dataset) > len(rows)) == ("split" in feature)
+        assert len(trainer.train_dataset) != len(rows)
     if feature == "tool calls":
         text = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
         assert all(word in text for word in ("look", "person", "city 0"))
@@ -132,3 +147,19 @@ def test_a_feature_of_dpo_trains_the_chosen_half_only(base, ultrafeedback, tmp_p
     )
     found = check(trainer, base, tmp_path)
     assert first is None or found[0] == pytest.approx(first, rel=1e-5)
+
+
+def test_a_trainer_follows_its_own_arguments_where_an_earlier_one_had_others(base, tulu, ultrafeedback, tmp_path):
+    """Also where both were made before the first trainer, as recipes do: accelerate keeps the first one's state."""
+    first = SFTConfig(str(tmp_path), **{**QUIET, "max_steps": 1})
+    compiled = {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager"}
+    second = DPOConfig(str(tmp_path), **{**QUIET, "max_steps": 1, **compiled})
+    tokenizer = load_tokenizer(str(base))
+    HFTSFTTrainer(str(base), args=first, train_dataset=sft_dataset(tulu, "rows"), processing_class=tokenizer).train()
+    counters.clear()
+    pairs = preference_dataset(ultrafeedback, "rows")
+    trainer = HFTDPOTrainer(str(base), args=second, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert counters["frames"]["ok"] > 0
+    torch.compiler.reset()

@@ -1,0 +1,106 @@
+"""What is known of a trainer before it is built, in the words that settings are checked by."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import ParallelismConfig, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hft_trl.backends.fsdp import fsdp_version, sharded_by
+from hft_trl.config import HFTConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is known of a trainer before it is built."""
+
+    args: TrainingArguments | None  # `None` for the trainer's defaults
+    config: HFTConfig
+    given: dict[str, Any]  # the other arguments of the trainer, by name
+    after_elements: bool = False  # whether single elements learned in the stage before, which `reselect` may keep
+    state: AcceleratorState | None = None  # the backend, once an accelerator exists
+
+    @property
+    def hft(self) -> bool:
+        return self.config.method == "hft"
+
+    @property
+    def elements(self) -> bool:
+        return self.hft and (self.config.in_part or (self.after_elements and self.config.reselect != "fresh"))
+
+    @property
+    def calibrated(self) -> str | None:
+        """The importance that rows are run through the model for."""
+        return None if self.elements else self.config.calibrated
+
+    @cached_property
+    def sharded(self) -> str | None:
+        return sharded_by(self.args)
+
+    @property
+    def fsdp(self) -> int | None:
+        if self.state is None:
+            return fsdp_version(self.args)
+        return self.state.fsdp_plugin.fsdp_version if self.state.distributed_type == DistributedType.FSDP else None
+
+    @property
+    def loads_in_first_process(self) -> bool:
+        """Whether FSDP2 leaves the weights of the other processes empty."""
+        # transformers and accelerate set this variable too
+        return self.fsdp == 2 and bool(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
+
+    @property
+    def autocast(self) -> str:
+        return {"bfloat16": "bf16", "float16": "fp16", None: "no"}[self.config.frozen_dtype]
+
+    @property
+    def init(self) -> dict[str, Any]:
+        init = vars(self.args).get("model_init_kwargs") if self.args is not None else None
+        return init if isinstance(init, dict) else {}
+
+    @property
+    def parallel(self) -> str:
+        """The first size of a parallelism that is above 1, such as `"tp_size 2"`; empty if none is."""
+        asked = (self.state or self.args).parallelism_config if self.state or self.args else None
+        if asked is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+            asked = ParallelismConfig()  # of the launch configuration
+        sizes = {name: vars(asked)[name] for name in ("tp_size", "cp_size", "sp_size")} if asked else {}
+        return next((f"{name} {size}" for name, size in sizes.items() if size > 1), "")
+
+    @property
+    def spread(self) -> int:
+        """GPUs over which TRL would divide a model's layers: it loads with `device_map="auto"` in one process."""
+        placed = isinstance(self.given.get("model"), torch.nn.Module) or "device_map" in self.init
+        if placed or (self.args is not None and self.args.use_cpu) or torch.cuda.device_count() < 2:
+            return 0
+        return torch.cuda.device_count() if PartialState().num_processes == 1 else 0
+
+    @property
+    def own_optimizer(self) -> str | None:
+        """The argument that passes an optimizer, which is used instead of `optim`."""
+        names = ("optimizers", "optimizer_cls_and_kwargs")
+        return next((name for name in names if (self.given.get(name) or (None,))[0] is not None), None)
+
+    @property
+    def optim(self) -> str:
+        """The name of the optimizer; empty if one is passed."""
+        return OptimizerNames(self.args.optim).value if self.args and not self.own_optimizer else ""
+
+    def asks(self, name: str) -> bool:
+        """Whether the trainer's arguments have a setting of this name, and it is on."""
+        return self.args is not None and bool(vars(self.args).get(name))
+
+    def stated(self, setting: str) -> str:
+        """A setting of [`HFTConfig`] with its value, as an error states it."""
+        name = setting.removeprefix("hft.")
+        value = vars(self.config)[name]
+        if name == "strategy" and self.config.granularity == "column":
+            return "hft.granularity is 'column'"
+        if name == "strategy" and value != "element":
+            return f"hft.reselect is {self.config.reselect!r} after strategy element"
+        return f"{setting} is {'true' if value is True else repr(value)}"
