@@ -14,7 +14,7 @@ from hft_trl.files import write_json, write_text, writing
 from hft_trl.report import Report
 from hft_trl.report.figures import plain, save_figure
 from hft_trl.report.plots import evaluation_figure
-from hft_trl.report.tables import Grid, evaluation_grid, rich_table, table
+from hft_trl.report.tables import Grid, evaluation_grids, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def _report(evaluation: Evaluation, suites: Iterable[str]) -> Report:
 def score_grids(evaluation: Evaluation) -> list[Grid]:
     """Return a table for each suite: a row for each model, a column for each score, then the average."""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
-    grids = {suite: evaluation_grid(_report(evaluation, [suite])) for suite in evaluation.scores}
+    grids = {suite: evaluation_grids(_report(evaluation, [suite]))[0] for suite in evaluation.scores}
     return [
         replace(grid, title=f"{suite}{grid.title.removeprefix('Evaluation').removesuffix(')')}{limit})", note="")
         for suite, grid in grids.items()
