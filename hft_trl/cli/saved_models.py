@@ -39,11 +39,12 @@ def half_reset_command(
     """
     config = HFTConfig(**given(**locals()))
     with quiet():
-        from hft_trl.saved_models.half_reset import half_reset
+        from hft_trl.saved_models.half_reset import reset
 
-        selection = half_reset(base, tuned, out, config)
+        selection, changed = reset(base, tuned, out, config)
     stays, seed = selection.share, selection.config.seed
     text = f"{out}: {stays['layers']:.2%} of the layers stay {tuned}'s ({stays['model']:.2%} of the model)"
+    text += f"; {changed:,} bytes changed"
     if seed != config.seed:
         text += f" (seed {seed}, since {tuned} was trained with the half of seed {config.seed})"
     typer.echo(text)

@@ -50,6 +50,11 @@ def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFT
         [`HFTError`]: If the two models differ in architecture, vocabulary or shapes, if the tuned model's type cannot
             hold the base's values, or if `out` is not empty or cannot be written.
     """
+    return reset(base, tuned, out, config)[0]
+
+
+def reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None) -> tuple[Selection, int]:
+    """Do what [`half_reset`] does, and return also the number of changed bytes."""
     config = config if config is not None else HFTConfig()
     chosen, possible = (config.method, config.reselect, config.strategy), ("category", "layer", "model")
     if chosen[:2] != ("hft", "fresh") or config.strategy not in possible:
@@ -80,8 +85,10 @@ def draw(after: SavedModel, config: HFTConfig) -> Selection:
     return selection
 
 
-def write_half(before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None) -> Selection:
-    """Write a Half-Reset, and return its selection. `record` is as in [`write`]."""
+def write_half(
+    before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None
+) -> tuple[Selection, int]:
+    """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
     start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
     selection = dataclasses.replace(half, start_model=start)
     text = (
@@ -90,8 +97,7 @@ def write_half(before: SavedModel, after: SavedModel, out: Path, half: Selection
         f"{described(selection, 'stayed tuned')}"
     )
     shares = dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(selection.trainable, 1.0)
-    write(before, after, out, shares, text, selection, record)
-    return selection
+    return selection, write(before, after, out, shares, text, selection, record)
 
 
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
@@ -142,8 +148,12 @@ def write(
     text: str,
     selection: Selection | None = None,
     record: Any = None,
-) -> None:
-    """Write a mixture whole or not at all. `shares` are those of the tuned values, by parameter."""
+) -> int:
+    """
+    Write a mixture whole or not at all, and return the number of changed bytes.
+
+    `shares` are those of the tuned values, by parameter.
+    """
     title = "Average" if selection is None else "Half-Reset"
     with writing(out, resumes=False):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +173,7 @@ def write(
             flush(folder)
             folder.replace(out)
             sync(out.parent)
+    return changed
 
 
 def _write_weights(before: SavedModel, after: SavedModel, shares: Mapping[str, float], folder: Path) -> int:

@@ -39,7 +39,7 @@ def check_given(init: Callable[..., None], args: Any, kwargs: Any, config: HFTCo
             given[name] = value
     settings = given.get("args")
     check(settings, config, given)
-    if settings is not None:
+    if settings is not None and not settings.accelerator_config.use_configured_state:
         # accelerate would keep the mixed precision and torch_compile of an earlier trainer of this process
         AcceleratorState._reset_state()
     if sharded_by(settings) == "DeepSpeed":
