@@ -1,6 +1,5 @@
 """The scores of an evaluation, and their output: tables on the terminal, and `evaluation.json`, `.md` and `.png`."""
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import sqrt
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hft_trl import demo
+from hft_trl.evaluation.suites import headings
 from hft_trl.files import write_json, write_text, writing
 from hft_trl.report import Report
 from hft_trl.report.figures import plain, save_figure
@@ -79,12 +79,13 @@ class Evaluation:
         return {"base": self.base, **content, "meanings": self.meanings}
 
 
-def _report(evaluation: Evaluation, suites: Iterable[str]) -> Report:
-    """Return the scores of suites as a run's report has them. Averages of several are named after their suite."""
+def as_report(evaluation: Evaluation) -> Report:
+    """Return the scores as a run's report has them, where averages are named after their suite."""
     report = Report([], {model: {} for model in evaluation.models}, {model: {} for model in evaluation.models})
-    for suite in (suites := list(suites)):
-        average = f"{suite} {AVERAGE}" if len(suites) > 1 else AVERAGE
-        report.suites[suite] = [*evaluation.scores[suite][evaluation.base], average]
+    for suite, found in evaluation.scores.items():
+        skipped = [heading for heading in evaluation.skipped if heading in headings(suite)]
+        average = f"{suite} {AVERAGE}" + (f" without {', '.join(skipped)}" if skipped else "")
+        report.suites[suite] = [*found[evaluation.base], average]
         for model in evaluation.models:
             for heading, score in zip(report.suites[suite], evaluation.columns(suite, model).values(), strict=True):
                 report.evaluation[model][heading] = score.value
@@ -95,10 +96,9 @@ def _report(evaluation: Evaluation, suites: Iterable[str]) -> Report:
 def score_grids(evaluation: Evaluation) -> list[Grid]:
     """Return a table for each suite: a row for each model, a column for each score, then the average."""
     limit = "" if evaluation.limit is None else f", at most {evaluation.limit} of each task's items"
-    grids = {suite: evaluation_grids(_report(evaluation, [suite]))[0] for suite in evaluation.scores}
     return [
         replace(grid, title=f"{suite}{grid.title.removeprefix('Evaluation').removesuffix(')')}{limit})", note="")
-        for suite, grid in grids.items()
+        for suite, grid in zip(evaluation.scores, evaluation_grids(as_report(evaluation)), strict=True)
     ]
 
 
@@ -139,7 +139,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def score_figure(evaluation: Evaluation) -> "Figure | None":
     """Draw scores as bars with standard errors, nothing if all models diverged."""
-    report = _report(evaluation, evaluation.scores)
+    report = as_report(evaluation)
     # A legend omits names that begin with an underscore
     scores, errors = (
         {f" {plain(model)}": figures for model, figures in found.items()}

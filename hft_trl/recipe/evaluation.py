@@ -14,8 +14,7 @@ from hft_trl.backends.zero import whole_models
 from hft_trl.demo.probes import evaluate, probe_rows
 from hft_trl.errors import HFTError, first_line
 from hft_trl.evaluation.run import evaluate_models, find_models, sample_answers
-from hft_trl.evaluation.scores import AVERAGE
-from hft_trl.evaluation.suites import headings
+from hft_trl.evaluation.scores import as_report
 from hft_trl.recipe.arguments import ModelArguments
 
 logger = logging.get_logger(__name__)
@@ -45,16 +44,8 @@ def evaluate_stages(
         return probed, {}, {}
     folders = find_models(models.values())
     folders = {name: folders[model] for name, model in models.items()}
-    evaluation = evaluate_models(folders, suites, chat_template=start.chat_template)
-    scores, errors, shown = {model: {} for model in models}, {model: {} for model in models}, {}
-    for suite, found in evaluation.scores.items():
-        skipped = [name for name in evaluation.skipped if name in headings(suite)]
-        average = f"{suite} {AVERAGE}" + (f" without {', '.join(skipped)}" if skipped else "")
-        shown[suite] = [*found["base"], average]
-        for model in models:
-            for heading, score in {**found[model], average: evaluation.average(suite, model)}.items():
-                scores[model][heading], errors[model][heading] = score.value, score.stderr
-    return scores, errors, shown
+    report = as_report(evaluate_models(folders, suites, chat_template=start.chat_template))
+    return report.evaluation, report.standard_errors, report.suites
 
 
 def sample_stages(

@@ -242,7 +242,7 @@ def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_
 def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
     evaluation = fake(["Llama", "runs/a/long/path/to/sft"], ["HumanEval"])
     general, knowledge = score_grids(evaluation)
-    assert general.columns == ["model", "MMLU", "GSM8K", "average"]
+    assert general.columns == ["model", "MMLU", "GSM8K", "general average without HumanEval"]
     assert general.rows[0] == ["Llama", "10.0±1.5", "11.0±1.5", "10.5±1.1"]
     assert general.rows[1][1:] == ["20.0±1.5 (+10.0)", "21.0±1.5 (+10.0)", "20.5±1.1 (+10.0)"]
     assert knowledge.rows[0] == ["Llama", "10.0", "10.0"]
