@@ -59,15 +59,17 @@ TOWERS = {
 # Models with units that are neither attention nor feed-forward, norm or mixer, and what those are.
 OTHER = {
     "doge": {"input_residual", "post_attention_residual"},
+    "dory": {"lambda_1", "lambda_2"},
     "gemma3n_text": {"altup", "laurel", "per_layer_input_gate", "per_layer_projection"},
     "gemma4": {"per_layer_input_gate", "per_layer_projection"},
     "gemma4_text": {"per_layer_input_gate", "per_layer_projection"},
+    "inkling2_loop_text": {"k_message_gate", "q_message_gate", "v_message_gate"},
     "zamba": {"linear"},
     "zamba2": {"linear"},
     "zaya": {"post_attention_residual_scale", "post_mlp_residual_scale"},
 }
 MIXERS = {
-    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_text", "inkling_text", "jamba", "lfm2_moe",
+    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling2_loop_text", "inkling2_text", "inkling_text", "jamba", "lara_mini", "lfm2_moe",
     "lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
     "qwen3_next", "qwen4_exp_text", "recurrent_gemma", "xlstm", "zamba", "zamba2",
 }  # fmt: skip
@@ -82,6 +84,7 @@ LAYERS_FIRST = {
     "glm_moe_dsa": {"feed_forward"},
     "laguna": {"feed_forward"},
     "mimo_v2_flash": {"feed_forward"},
+    "sarvam_mla": {"feed_forward"},
 }
 
 CONFIGS = {f"{config.model_type}-{config.__name__}": config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
