@@ -44,9 +44,6 @@ class HFTConfig:
         source_texts (`str`, *optional*):
             Text of what the model shall keep, for `"wanda"`. A text file, or a `.jsonl` file with a `text` in each
             row. By default (and with `"demo"`) the embedded world's own text, if the start model is the embedded one.
-        granularity (`str`, *optional*, defaults to `"matrix"`):
-            Choose whole matrices by `"wanda"`, or input columns of every matrix. `"column"` saves neither memory nor
-            time.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
@@ -89,7 +86,6 @@ class HFTConfig:
     importance_order: Literal["most", "least"] = "most"
     calibration_samples: int = 32
     source_texts: str | None = None
-    granularity: Literal["matrix", "column"] = "matrix"
     seed: int = 42
     train_embeddings: bool = True
     train_lm_head: bool = True
@@ -143,17 +139,11 @@ class HFTConfig:
         asked = self.method == "hft" and self.strategy == "importance" and self.importance in CALIBRATED
         return self.importance if asked else None
 
-    @property
-    def in_part(self) -> bool:
-        """Whether every matrix learns in part."""
-        return self.strategy == "element" or self.granularity == "column"
-
     def _unused(self) -> set[str]:
         """Settings of a strategy that is not asked for."""
         if self.strategy != "importance":
-            return {"importance", "importance_order", "calibration_samples", "granularity"}
-        unused = set() if self.importance in CALIBRATED else {"calibration_samples"}
-        return unused if self.importance == "wanda" else {*unused, "granularity"}
+            return {"importance", "importance_order", "calibration_samples"}
+        return set() if self.importance in CALIBRATED else {"calibration_samples"}
 
     def selecting(self) -> dict[str, Any]:
         """The settings that the selection depends on: no other strategy's, none that only save memory or traffic."""
@@ -163,9 +153,8 @@ class HFTConfig:
         """The settings of a half with the same shares that can be drawn without weights or data."""
         if self.strategy != "importance":
             return self
-        strategy = "element" if self.in_part else "category"
-        names = ("importance", "importance_order", "calibration_samples", "granularity")
-        return replace(self, strategy=strategy, **{name: vars(HFTConfig)[name] for name in names})
+        names = ("importance", "importance_order", "calibration_samples")
+        return replace(self, strategy="category", **{name: vars(HFTConfig)[name] for name in names})
 
 
 # A flag's help is the first sentence of its setting's entry in the docstring

@@ -57,8 +57,6 @@ def test_every_other_ratio_is_refused(ratio):
         ("importance", "wanda"),
         ("importance", "snr"),
         ("importance_order", "least"),
-        ("granularity", "row"),
-        ("granularity", "column"),
         ("calibration_samples", 0),
         ("calibration_samples", 64),
         ("calibration_samples", True),
@@ -79,8 +77,6 @@ def test_a_value_out_of_range_is_named(setting, value):
 def test_a_half_chosen_by_importance_has_settings_of_the_same_shares_without_weights():
     importance = HFTConfig(strategy="importance", importance="gradient_norm", importance_order="least", ratio=0.3)
     assert importance.by_shape() == HFTConfig(ratio=0.3)
-    columns = HFTConfig(strategy="importance", importance="wanda", granularity="column")
-    assert columns.by_shape() == HFTConfig(strategy="element")
     assert HFTConfig(strategy="layer").by_shape() == HFTConfig(strategy="layer")
 
 

@@ -16,7 +16,6 @@ for name in IMPORTANCES:
     HALVES[name] = {"strategy": "importance", "importance": name}
     HALVES[f"{name}:least"] = {**HALVES[name], "importance_order": "least"}
 HALVES["wanda"] = HALVES.pop("wanda:least")  # what matters most to the source is to stay
-HALVES["wanda:column"] = {**HALVES["wanda"], "granularity": "column"}
 
 ADAPTERS = ("lora", "lora:ffn", "oft", "shira")
 METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), *ADAPTERS)

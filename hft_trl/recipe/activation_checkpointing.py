@@ -81,7 +81,7 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
     planners: list[Planner | None] = []
     for stage in stages:
         hft, planner = stage.hft, None
-        if hft is not None and not (hft.method == "hft" and hft.in_part):
+        if hft is not None and not (hft.method == "hft" and hft.strategy == "element"):
             previous = None if hft.reselect == "fresh" else halves.get(stage.model.model_name_or_path)
             # Seed 0 stands for all fresh halves, which have about the same size
             planner = Planner(skeleton, dataclasses.replace(hft, seed=0), previous)
@@ -101,7 +101,7 @@ def _check_covered(stage: "Stage") -> None:
     reasons = {
         "covers only the stages sft and dpo": section not in CHECKPOINTING,
         "does not cover adapters": hft is None,
-        "does not cover the masks of strategy element": hft and hft.method == "hft" and hft.in_part,
+        "does not cover the masks of strategy element": hft and hft.method == "hft" and hft.strategy == "element",
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
         **{f"does not cover {section}.{name}": vars(args).get(name) for name in unplanned},
         f"does not cover {section}.optim {args.optim.value}": args.optim not in OPTIMIZERS,

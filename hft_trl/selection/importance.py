@@ -14,8 +14,8 @@ from hft_trl.errors import HFTError
 from hft_trl.selection.units import Unit
 from hft_trl.weights import full, named_parameters
 
-Squares = Mapping[str, float | list[float]]
-"""Sum over a parameter's elements, or over each column's, of the squares of what is measured, by parameter name."""
+Squares = Mapping[str, float]
+"""Sum over a parameter's elements of the squares of what is measured, by parameter name."""
 
 Calibrate = Callable[[list[str]], Squares]
 """Measures the parameters of these names on data."""
@@ -39,17 +39,6 @@ def unit_scores(
     return {unit: sign * score for unit, score in scores.items()}
 
 
-def column_scores(
-    model: PreTrainedModel, units: Iterable[Unit], config: HFTConfig, calibrate: Calibrate | None = None
-) -> dict[str, list[float]]:
-    """Score the input columns of the matrices in layers, by name; those with the highest scores are to learn."""
-    shapes = {name: parameter.shape for name, parameter in named_parameters(model)}
-    names = [name for unit in units if unit.layer is not None for name in unit.names if len(shapes[name]) > 1]
-    sign = 1 if config.importance_order == "most" else -1
-    found = _measure(model, names, config, calibrate)
-    return {name: [sign * score for score in found[name]] for name in names}
-
-
 def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibrate: Calibrate | None) -> Squares:
     """Measure the importance of the parameters. Numbers that are not finite are rejected."""
     if config.calibrated and calibrate is None:
@@ -69,7 +58,7 @@ def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibr
         measure = _signal_to_noise if config.importance == "snr" else _square
         found = {name: measure(full(parameters[name])) for name in names}
     for name in names:
-        if not torch.tensor(found[name]).isfinite().all():
+        if not math.isfinite(found[name]):
             raise HFTError(
                 f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's "
                 f"weights{' and the data' if config.calibrated else ''}."

@@ -5,9 +5,8 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hft_trl.errors import HFTError
@@ -26,15 +25,11 @@ class Masks:
     learning: dict[str, int]  # number of elements that learn, by parameter name
     digests: dict[str, str]  # SHA-256 (hex) of each drawn mask
     inverted: bool = False  # whether the drawn elements are frozen and the others learn
-    columns: dict[str, str] = field(default_factory=dict)  # where input columns are not drawn, a bit for each (hex)
 
     def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
         import torch
 
-        if name in self.columns:
-            bits = f"{int(self.columns[name], 16):0{shape[-1]}b}"
-            return torch.tensor([(bit == "1") is not self.inverted for bit in bits]).expand(*shape).contiguous()
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
@@ -46,7 +41,7 @@ class Masks:
 
     def of(self, names: Iterable[str]) -> "Masks":
         """The masks of these parameters alone, of those that have one."""
-        wanted, tables = set(names), ("learning", "digests", "columns")
+        wanted, tables = set(names), ("learning", "digests")
         kept = {key: {name: value for name, value in vars(self)[key].items() if name in wanted} for key in tables}
         return replace(self, **kept)
 
@@ -56,36 +51,22 @@ class Masks:
         return replace(self, learning=learning, inverted=not self.inverted)
 
 
-def draw_masks(
-    units: Iterable[Unit],
-    ratio: float,
-    seed: int,
-    sizes: Mapping[str, int],
-    columns: Mapping[str, Sequence[float]] = MappingProxyType({}),
-) -> Masks:
+def draw_masks(units: Iterable[Unit], ratio: float, seed: int, sizes: Mapping[str, int]) -> Masks:
     """
     Draw masks for the parameters of all units in layers.
 
     Of each category `ratio` of the elements learn, rounded to one element; of each parameter the same share, rounded
-    down or up by the largest remainders. `sizes` holds the number of elements of each parameter. Matrices with scores
-    of their `columns` are left out of that: in each of them the ratio of the columns learns, those that score highest.
+    down or up by the largest remainders. `sizes` holds the number of elements of each parameter.
     """
     categories: dict[str, list[str]] = defaultdict(list)
     for unit in units:
         if unit.layer is not None:
-            categories[unit.category].extend(name for name in unit.names if name not in columns)
+            categories[unit.category].extend(unit.names)
     learning: dict[str, int] = {}
     for category, names in sorted(categories.items()):
         learning |= _counts({name: sizes[name] for name in sorted(names)}, ratio, random.Random(f"{seed}/{category}"))
     digests = {name: _digest(_draw(seed, name, sizes[name], number)) for name, number in learning.items()}
-    bits = {}
-    for name, scores in columns.items():
-        number = math.floor(Fraction(str(ratio)) * len(scores) + Fraction(1, 2))
-        order = shuffled(range(len(scores)), random.Random(f"{seed}/{name}"))
-        chosen = set(sorted(order, key=lambda column: -scores[column])[:number])
-        bits[name] = f"{int(''.join('01'[column in chosen] for column in range(len(scores))), 2):x}"
-        learning[name] = number * (sizes[name] // len(scores))
-    return Masks(seed, learning, digests, columns=bits)
+    return Masks(seed, learning, digests)
 
 
 def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[str, int]:

@@ -38,7 +38,7 @@ class Selection:
             (`"layers"`) and of all parameters that could learn (`"model"`).
         start_model (`dict[str, str]`, *optional*): `{"name_or_path": ..., "weights_digest": ...}` of the stage's start
             model. It is not part of the digest.
-        masks ([`Masks`], *optional*): With strategy `"element"` and with columns, which elements of the trainable
+        masks ([`Masks`], *optional*): With strategy `"element"`, which elements of the trainable
             parameters in layers learn. The others are frozen.
     """
 
@@ -65,7 +65,7 @@ class Selection:
             "frozen": list(self.frozen),
         }
         if self.masks:
-            essence["masks"] = {key: value for key, value in asdict(self.masks).items() if key != "columns" or value}
+            essence["masks"] = asdict(self.masks)
         return essence
 
     @property
@@ -191,15 +191,10 @@ def select(
     else:
         if previous is not None:
             seed = _derived_seed(config.seed, previous)
-        if config.in_part and config.ratio < 1:
+        if config.strategy == "element" and config.ratio < 1:
             from hft_trl.selection.masks import draw_masks
 
-            columns = {}
-            if config.granularity == "column":
-                from hft_trl.selection.importance import column_scores
-
-                columns = column_scores(model, units, config, calibrate)
-            masks = draw_masks(units, config.ratio, seed, _sizes(model), columns)
+            masks = draw_masks(units, config.ratio, seed, _sizes(model))
             learning = {unit for unit in units if unit.layer is not None}
         else:
             from hft_trl.selection.choose import choose

@@ -44,7 +44,7 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     """
     by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
     rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
-    what = [config.importance, config.granularity, config.seed, rows]
+    what = [config.importance, config.seed, rows]
     file, key = Path(trainer.args.output_dir) / FILE, _key(trainer, model, names, what)
     squares = None
     if PartialState().is_main_process:
@@ -58,7 +58,7 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     if by_gradient:
         squares = gradient_squares(trainer, model, names, samples, config.seed)
     else:
-        squares = output_squares(model, names, rows, config.granularity == "column")
+        squares = output_squares(model, names, rows)
     # The last bits may differ between GPUs, and with them the choice
     (squares,) = broadcast_object_list([squares])
     if trainer.args.should_save:
@@ -124,15 +124,13 @@ def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str],
     return {name: total / len(rows) for name, total in squares.items()}
 
 
-def output_squares(
-    model: PreTrainedModel, names: list[str], blocks: list[list[int]], by_column: bool = False
-) -> Squares:
+def output_squares(model: PreTrainedModel, names: list[str], blocks: list[list[int]]) -> Squares:
     """
     Square the elements of the parameters times the inputs that they are multiplied with (Wanda, arXiv 2306.11695).
 
     The squared inputs of a linear layer are averaged over the tokens of the blocks, which are run one by one in eval
-    mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up, `by_column`
-    over each input column. The model is left as it was.
+    mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up. The
+    model is left as it was.
     """
     modules = {f"{name}.weight": module for name, module in named_modules(model).items()}
     linear = {name: modules[name] for name in names if type(modules.get(name)) in LINEAR}
@@ -141,11 +139,6 @@ def output_squares(
     def add(name: str, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs[name] += args[0].float().flatten(0, -2).square().sum(0, dtype=torch.float64)
 
-    if by_column and (others := [name for name in names if type(linear.get(name)) is not torch.nn.Linear]):
-        raise HFTError(
-            f"hft.granularity is 'column', but {others[0]} is not the weight of a torch.nn.Linear, so its input "
-            "columns are not known: set hft.granularity to matrix."
-        )
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in linear.items()]
     try:
         with measuring(model):
@@ -159,7 +152,7 @@ def output_squares(
         outputs = parameters[name].detach().double().square()
         if name in linear:
             outputs *= (inputs[name] / sum(map(len, blocks))).unsqueeze(LINEAR[type(linear[name])])
-        squares[name] = outputs.sum(0).tolist() if by_column else outputs.sum().item()
+        squares[name] = outputs.sum().item()
     return squares
 
 

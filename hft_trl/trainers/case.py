@@ -31,7 +31,9 @@ class Case:
 
     @property
     def elements(self) -> bool:
-        return self.hft and (self.config.in_part or (self.after_elements and self.config.reselect != "fresh"))
+        return self.hft and (
+            self.config.strategy == "element" or (self.after_elements and self.config.reselect != "fresh")
+        )
 
     @property
     def calibrated(self) -> str | None:
@@ -99,8 +101,6 @@ class Case:
         """A setting of [`HFTConfig`] with its value, as an error states it."""
         name = setting.removeprefix("hft.")
         value = vars(self.config)[name]
-        if name == "strategy" and self.config.granularity == "column":
-            return "hft.granularity is 'column'"
         if name == "strategy" and value != "element":
             return f"hft.reselect is {self.config.reselect!r} after strategy element"
         return f"{setting} is {'true' if value is True else repr(value)}"

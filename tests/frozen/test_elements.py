@@ -1,7 +1,7 @@
 """Strategy "element": masks of exactly the ratio that can be drawn again, and frozen elements that keep their bits."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from math import floor
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import tiny_llama
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_choose import RATIOS, SEEDS, groups_of, make_units
 from training import QUIET, dpo_trainer, losses, sft_trainer, weights
@@ -18,17 +17,9 @@ from trl import SFTConfig, SFTTrainer
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, select
 from hft_trl.saved_models.diff import compare
 from hft_trl.saved_models.diff_view import verdict
-from hft_trl.selection.masks import Masks, draw_masks
+from hft_trl.selection.masks import draw_masks
 
 ELEMENT = HFTConfig(strategy="element")
-COLUMN = HFTConfig(
-    strategy="importance",
-    importance="wanda",
-    importance_order="least",
-    granularity="column",
-    source_texts="demo",
-    calibration_samples=2,
-)
 
 
 @given(groups_of(60), RATIOS, SEEDS)
@@ -56,48 +47,6 @@ def test_the_complement_is_what_was_frozen(groups, ratio, seed):
     for name, size in sizes.items():
         assert torch.equal(masks.draw(name, (size,)), ~other.draw(name, (size,)))
     assert other.complement(sizes) == masks
-
-
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(1, 5), RATIOS, SEEDS, st.booleans())
-@settings(max_examples=100, deadline=None)
-def test_of_the_columns_those_with_the_highest_scores_learn_and_vectors_are_drawn(scores, rows, ratio, seed, turned):
-    matrix, vector = make_units([(1, [rows * len(scores), 12])])
-    name, sizes = matrix.names[0], {unit.names[0]: unit.size for unit in (matrix, vector)}
-    masks = draw_masks([matrix, vector], ratio, seed, sizes, {name: scores})
-    chosen = masks.draw(name, (rows, len(scores)))
-    assert torch.equal(chosen, chosen[:1].expand(rows, -1))  # whole columns
-    learning = [score for score, learns in zip(scores, chosen[0].tolist(), strict=True) if learns]
-    assert sorted(scores)[len(scores) - len(learning) :] == sorted(learning)
-    assert len(learning) == floor(Fraction(str(ratio)) * len(scores) + Fraction(1, 2))
-    assert masks.learning[name] == int(chosen.sum())
-    drawn = draw_masks([vector], ratio, seed, sizes)
-    assert torch.equal(masks.draw(vector.names[0], (12,)), drawn.draw(vector.names[0], (12,)))
-    other = masks.complement(sizes)
-    assert torch.equal(other.draw(name, chosen.shape), ~chosen)
-    assert other.complement(sizes) == masks == Masks(**asdict(masks))
-
-
-def test_columns_are_a_half_of_every_matrix_saved_loaded_and_turned(tmp_path):
-    model = tiny_llama(50)
-
-    def calibrate(names):
-        return {name: model.get_parameter(name).detach().square().sum(0).tolist() for name in names}
-
-    first = select(model, COLUMN, None, calibrate)
-    assert {first.share[part] for part in ("attention", "feed_forward", "norm", "layers")} == {0.5}
-    first.save(tmp_path)
-    assert Selection.load(tmp_path) == first
-    assert set(first.masks.columns) == {name for name in first.masked if "proj" in name}
-    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight").detach()
-    learns = first.masks.draw("model.layers.1.mlp.down_proj.weight", weight.shape)[0]
-    norms = torch.linalg.vector_norm(weight, dim=0)
-    assert norms[learns].max() <= norms[~learns].min()
-    other = select(model, replace(COLUMN, reselect="complement"), first)
-    assert other.share == first.share
-    most = select(model, replace(COLUMN, importance_order="most"), None, calibrate)
-    for name in first.masks.columns:
-        shape = model.get_parameter(name).shape
-        assert torch.equal(most.masks.draw(name, shape), other.masks.draw(name, shape))
 
 
 def test_masks_are_random_in_each_parameter_and_leave_global_random_state_alone():
@@ -167,13 +116,12 @@ def frozen_bits_are_kept(base, folder, selection: Selection) -> None:
         {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 1.0},
         {"optim": "adafactor"},
         {"optim": "adamw_bnb_8bit"},
-        {"optim": "adamw_torch", "hft": COLUMN},
     ],
     ids=lambda settings: settings["optim"],
 )
 def test_weight_decay_momentum_and_clipping_leave_frozen_elements_alone(base, tulu, tmp_path, settings):
-    settings = {"hft": ELEMENT, "weight_decay": 0.1, "max_grad_norm": 0.5, **settings}
-    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, **settings)
+    settings = {"weight_decay": 0.1, "max_grad_norm": 0.5, **settings}
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, ELEMENT, **settings)
     trainer.train()
     trainer.save_model()
     frozen_bits_are_kept(base, tmp_path, trainer.hft_selection)
@@ -199,17 +147,16 @@ def test_gradients_and_moments_of_frozen_elements_are_zero(base, tulu, tmp_path)
                 assert tensor[learns].any()
 
 
-@pytest.mark.parametrize("hft", [ELEMENT, COLUMN], ids=["element", "column"])
-def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path, hft):
+def test_resuming_is_identical_to_not_having_stopped(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.1}
     for folder, checkpoint in (("a", None), ("b", tmp_path / "a" / "checkpoint-2")):
-        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / folder, hft, **settings)
+        trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / folder, ELEMENT, **settings)
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     for another, differs in (
-        (HFTConfig(), f"strategy '{hft.strategy}' there, 'category' here"),
-        (replace(hft, seed=1), "seed 42"),
+        (HFTConfig(), "strategy 'element' there, 'category' here"),
+        (replace(ELEMENT, seed=1), "seed 42"),
     ):
         other = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "c", another, **settings)
         with pytest.raises(HFTError, match=differs):
