@@ -187,9 +187,8 @@ def complete(
         for i in logging.tqdm(range(0, len(order), batch_size), desc="Replies", disable=not progress):
             chosen = order[i : i + batch_size]
             batch = {"input_ids": [list(rows[j]) for j in chosen]}
-            inputs = tokenizer.pad(batch, padding_side="left", return_attention_mask=True, return_tensors="pt").to(
-                model.device
-            )
+            inputs = tokenizer.pad(batch, padding_side="left", return_attention_mask=True, return_tensors="pt")
+            inputs = inputs.to(model.device)
             width = inputs["input_ids"].shape[1]
             settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
             generated = model.generate(**inputs, generation_config=settings)

@@ -1,13 +1,13 @@
 """Define the settings of continual runs."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from hft_trl.errors import HFTError
-from hft_trl.recipe.arguments import RunArguments
+from hft_trl.recipe.arguments import RunArguments, key
 from hft_trl.recipe.folder import place
 from hft_trl.saved_models.digests import content_digest
 
@@ -26,13 +26,13 @@ NEEDED = {
 class ContinualArguments(RunArguments):
     """Define the settings of a continual run, in addition to those of every run."""
 
-    benchmark: str | None = None  # TRACE's folder, one with a tasks.yaml, "demo" (embedded) or "none"
-    tasks: str | None = None  # YAML file of users' own tasks, which are learned after the benchmark's
-    approach: Approach = "sequential"  # see `plan_rounds`
-    replay_share: float = 0.1  # share of each earlier task's rows that replay adds
-    gem_memory: int = 64  # rows of each earlier task in GEM's memory
-    max_new_tokens: int = 512  # of a prediction
-    eval_batch_size: int = 64  # prompts that a process answers at a time
+    benchmark: str | None = key("TRACE's folder, one with a tasks.yaml, demo (embedded) or none.", None)
+    tasks: str | None = key("YAML file of your own tasks, learned after the benchmark's.", None)
+    approach: Approach = key("How the tasks are learned, one after the other or in one round.", "sequential")
+    replay_share: float = key("Share of each earlier task's rows that replay adds.", 0.1)
+    gem_memory: int = key("Rows of each earlier task in GEM's memory.", 64)
+    max_new_tokens: int = key("Most tokens of a prediction.", 512)
+    eval_batch_size: int = key("Prompts that a process answers at a time.", 64)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +56,11 @@ class ContinualArguments(RunArguments):
 class LoRAArguments:
     """Define a LoRA adapter, with the names of PEFT's `LoraConfig`, whose types TRL's parser cannot read."""
 
-    r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])  # which are all but the head
-    o_lora_lambda: float = 0.5  # factor of O-LoRA's penalty, its lambda_1
+    r: int = key("Rank of the adapter.", 8)
+    lora_alpha: int = key("Its scale, times the rank.", 16)
+    lora_dropout: float = key("Dropout before the adapter.", 0.0)
+    target_modules: list[str] = key("Modules with an adapter; all-linear are all but the head.", ["all-linear"])
+    o_lora_lambda: float = key("Factor of O-LoRA's penalty, its lambda_1.", 0.5)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.recipe.arguments import key
 
 BASE = "base"
 STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in ("strategy", "importance"))
@@ -25,16 +26,16 @@ METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), *ADAPTERS)
 class FrontierArguments:
     """Define the grid of a frontier, and what is measured."""
 
-    methods: list[str] = field(default_factory=lambda: ["fft", "hft"])  # see `METHODS`
-    learning_rates: list[str] = field(default_factory=list)  # `lora=1e-3`: for LoRA only, in place of the others
-    ratios: list[float] = field(default_factory=lambda: [0.5])  # shares of the layers that learn with HFT
-    seeds: int = 1  # a seed decides the half and the order of the rows
-    average: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # weights of each FFT model over the base
-    half_reset: bool = True  # whether to set half of each FFT model back to the base
-    kept: Literal["text_loss", "base_kl", "facts"] = "text_loss"  # what is compared with what was learned
-    tasks: str | None = None  # suites of `hft-trl evaluate`, such as `general`, for every model; they take long
-    lora_rank: int = 16  # of LoRA, with twice the rank as `lora_alpha`, and of SHiRA
-    workers: int | None = None  # processes at a time, by default one per GPU, or per CPU core
+    methods: list[str] = key("Methods, such as fft, hft, hft:layer, lora.", ["fft", "hft"])  # see `METHODS`
+    learning_rates: list[str] = key("Of every method; lora=1e-3 is one for LoRA only, in place of the others.", [])
+    ratios: list[float] = key("Shares of the layers that learn with HFT.", [0.5])
+    seeds: int = key("Number of seeds; each decides the half and the order of the rows.", 1)
+    average: list[float] = key("Weights of each FFT model in averages with the base.", [0.25, 0.5, 0.75])
+    half_reset: bool = key("Set half of each FFT model back to the base.", True)
+    kept: Literal["text_loss", "base_kl", "facts"] = key("Compared with what was learned.", "text_loss")
+    tasks: str | None = key("Suites of hft-trl evaluate for every model, such as general; they take long.", None)
+    lora_rank: int = key("Rank of LoRA, with twice the rank as lora_alpha, and of SHiRA.", 16)
+    workers: int | None = key("Processes at a time, by default one per GPU, or per CPU core.", None)
 
     def __post_init__(self) -> None:
         unknown = [method for method in self.methods if method not in METHODS]

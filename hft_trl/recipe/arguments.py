@@ -26,7 +26,8 @@ LARGEST = 2**32 - 1
 
 def key(text: str, default: Any = MISSING) -> Any:
     """Return a field with its text for `--help`."""
-    return field(default=default, metadata={"help": text})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": text})
 
 
 EQUAL_PAIRS = "Drop pairs with equal sides instead of rejecting them."

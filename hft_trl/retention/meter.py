@@ -174,9 +174,8 @@ def _of_each(
             ids = pad_sequence([torch.tensor(rows[number]) for number in batch], batch_first=True)
             lengths = torch.tensor([len(rows[number]) for number in batch])
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            logits = model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            ).logits
+            given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            logits = model(**given, use_cache=False).logits
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
                     found[number] = result(number, row[: len(rows[number])].float())
