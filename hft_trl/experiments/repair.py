@@ -71,7 +71,6 @@ def repair(
         facts if facts is not None or base != "demo" else [row["fact"] for row in embedded],
         max_rows=max_rows,
     )
-    meter.check(after.skeleton)
     found: list[dict[str, Any]] = []
 
     def shares(outside: float, each: Sequence[float]) -> dict[str, float]:

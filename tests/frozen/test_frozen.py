@@ -203,6 +203,7 @@ def held(precision, deepspeed):
         parallelism_config=None,
         use_cpu=True,
         fsdp_plugin_args=None,
+        optim="adamw_torch",
     )
 
 

@@ -350,7 +350,7 @@ def test_the_picture_shows_the_models_side_by_side_on_one_scale(base, tmp_path, 
     assert hatched[1] == sum(
         unit.layer is not None for unit, found in compare(base, names)[1].units if not found.moved
     )
-    scales = {tuple(part.axes[2].get_ylim()) for part in drawn[0].subfigs}
+    scales = {tuple(part.axes[1].get_ylim()) for part in drawn[0].subfigs}
     assert len(scales) == 1
 
 

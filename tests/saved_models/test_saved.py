@@ -127,7 +127,7 @@ def quantised_and_not_said_so(folder):
         key: value.to(torch.float8_e4m3fn) if "q_proj" in key else value for key, value in load_file(path).items()
     }
     save_file(tensors, path)
-    return r"q_proj.weight is float8_e4m3fn .* quantised"
+    return r"q_proj.weight is float8_e4m3fn, .* quantised"
 
 
 def pickled(folder):
