@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar
 
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json, writing
@@ -18,12 +16,14 @@ REPORT_VERSION = 1
 KEPT = "retention/"  # prefix of the figures of `RetentionCallback` in log rows
 HISTORY = "history"
 MARGIN = "rewards/margins"
+ONLY_KNOWN = {"extra": "forbid"}  # as pydantic reads the files
 
 
 @dataclass
 class UnitChange:
     """Store how far one unit (a matrix with its bias) moved in a stage."""
 
+    __pydantic_config__: ClassVar = ONLY_KNOWN
     name: str
     layer: int | None
     category: str
@@ -37,6 +37,7 @@ class UnitChange:
 class StageRecord:
     """Store the measurements of one stage."""
 
+    __pydantic_config__: ClassVar = ONLY_KNOWN
     name: str
     method: str | None  # "hft" or "fft", None for an adapter
     selection_digest: str | None
@@ -70,6 +71,7 @@ class StageRecord:
 class Report:
     """Store all measurements of a run: the content of `report.json`."""
 
+    __pydantic_config__: ClassVar = ONLY_KNOWN
     stages: list[StageRecord]  # in the order in which they ran
     evaluation: dict[str, dict[str, float | None]] = field(default_factory=dict)  # in percent by model, "base" first
     standard_errors: dict[str, dict[str, float | None]] = field(default_factory=dict)  # the known ones
@@ -139,27 +141,13 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
 
 
 def from_json(hint: Any, value: Any, where: str) -> Any:
-    """Return what a JSON value holds by its type hint, dataclasses included. Errors name the place after `where`."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if isinstance(hint, UnionType):
-        for kind in inner:
-            with suppress(HFTError):
-                return from_json(kind, value, where)
-    elif origin is list and isinstance(value, list):
-        return [from_json(inner[0], entry, f"{where}[{number}]") for number, entry in enumerate(value)]
-    elif origin is dict and isinstance(value, dict):
-        return {name: from_json(inner[1], entry, f"{where}[{name!r}]") for name, entry in value.items()}
-    elif is_dataclass(hint) and isinstance(value, dict):
-        known = {entry.name: entry for entry in fields(hint)}
-        for name, entry in known.items():
-            if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
-                raise HFTError(f"{where} lacks the field {name!r}: run the recipe again to write it.")
-        if unknown := value.keys() - known:
-            raise HFTError(f"{where} has the unknown field {min(unknown)!r}: remove it, or run the recipe again.")
-        return hint(**{name: from_json(known[name].type, entry, f"{where}.{name}") for name, entry in value.items()})
-    # JSON may write a whole float as an int. A bool is an int in Python, but not a number here.
-    elif type(value) is hint or (hint is float and type(value) is int):
-        return value
-    raise HFTError(f"{where} is {value!r:.80}, not {getattr(hint, '__name__', hint)}: run the recipe again.")
+    """Return what a JSON value holds by its type hint, dataclasses included. An error names the first wrong place."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in first["loc"])
+        found = "" if first["type"] == "missing" else f" ({first['input']!r:.80})"
+        raise HFTError(f"{where}{place}{found}: {first['msg']}. Run the recipe again to write it.") from error
