@@ -154,7 +154,7 @@ def test_another_number_of_processes_or_backend_is_refused_before_a_step(run, tm
     command = (*command, "--output_dir", tmp_path / "run")
     one = launch(run.zero_stage, "watched.py", *command, num_processes=1, WATCH=tmp_path, check=False)
     assert one.returncode != 0
-    assert f"was saved by 2 processes, which DeepSpeed ZeRO-{run.zero_stage} cannot divide into 1" in one.stderr
+    assert f"was saved by 2 processes, and DeepSpeed ZeRO-{run.zero_stage} cannot divide it into 1" in one.stderr
     plain = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
