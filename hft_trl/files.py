@@ -172,7 +172,8 @@ def writing(folder: str | Path, resumes: bool = True) -> Iterator[None]:
         if reason is None:
             raise
         # For a name that is too long, os.path.exists returns False, but Path.exists raises
-        here = next(path for path in (Path(folder), *Path(folder).absolute().parents) if os.path.exists(path))  # noqa: PTH110
+        places = (Path(folder), *Path(folder).absolute().parents)
+        here = next(path for path in places if os.path.exists(path))  # noqa: PTH110
         raise HFTError(
             f"{folder} cannot be written ({reason}; {shutil.disk_usage(here).free / 1e6:,.1f} MB are free there): "
             "make room, or change the folder's permissions, and run the same command again"

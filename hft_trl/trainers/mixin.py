@@ -68,7 +68,10 @@ class HFTMixin:
         if self.hft_config.method == "hft" or self._storages:
             self.add_callback(_Begins(self))
 
-    def _reference_from_policy(self, given: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:  # noqa: ARG002
+    def _reference_from_policy(
+        self,
+        given: dict[str, Any],  # noqa: ARG002
+    ) -> AbstractContextManager[dict[str, Any] | None]:
         """Yield what to call the parent with if a trainer can make its reference from the policy, else `None`."""
         return nullcontext()
 
