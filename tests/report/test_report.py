@@ -123,7 +123,10 @@ def test_missing_stage_field_is_named(tmp_path, field):
         (lambda c: c.update(evaluation={"base": 3}), "evaluation.base (3): Input should be an object"),
         (lambda c: c.update(stages=[3]), "stages[0] (3): Input should be an object"),
         (lambda c: c.update(stages=3), "stages (3): Input should be a valid array"),
-        (lambda c: c["stages"][0]["share"].update(model="half"), "share.model ('half'): Input should be a valid number"),
+        (
+            lambda c: c["stages"][0]["share"].update(model="half"),
+            "share.model ('half'): Input should be a valid number",
+        ),
         (lambda c: c.update(command=[1]), "command[0] (1): Input should be a valid string"),
         (lambda c: c.update(suites={"general": 3}), "suites.general (3): Input should be a valid array"),
         (lambda c: c.update(version=2), "has version 2"),
