@@ -191,7 +191,8 @@ def complete(
             inputs = inputs.to(model.device)
             width = inputs["input_ids"].shape[1]
             settings.max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - width)
-            generated = model.generate(**inputs, generation_config=settings)
+            # Under ZeRO-3 it would wait for other processes, which may have nothing to generate
+            generated = model.generate(**inputs, generation_config=settings, synced_gpus=False)
             texts = tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
             for j, text in zip(chosen, texts, strict=True):
                 replies[j] = text.strip()

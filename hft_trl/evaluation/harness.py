@@ -79,7 +79,7 @@ def ask(lm: LM, task: Task, loaded: dict[str, Any], limit: int | None, run_code:
         part.set_fewshot_seed(DEFAULT_OTHER_SEED)  # set for each model, so that all see the same examples
     # In the chat form every special token comes from the template, as in training
     lm.add_bos_token = False if task.chat else None
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), whole_models():  # else generation waits for processes that have fewer items
         torch.manual_seed(DEFAULT_OTHER_SEED)
         try:
             found = evaluate(
