@@ -353,6 +353,7 @@ MEASURED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "method"), MEASURED)
 def test_the_plan_is_within_five_percent_of_what_a_gpu_needed(tmp_path, shape, method):
     """The benchmark's model has bfloat16 weights, whatever type the published one has."""

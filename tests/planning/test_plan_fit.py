@@ -13,6 +13,8 @@ from hft_trl.planning.fit import CHECKPOINTING, RESERVED, Planner, operations_ra
 from hft_trl.planning.memory import LAYOUTS, Storage, Task, held, sizes
 from hft_trl.planning.show import what_helps
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def skeleton():

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from train import train
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.long
+
 TRAININGS = {
     "ddp": [
         *("sft", "sft-resumed", "sft-mixed", "sft-mixed-resumed"),

@@ -14,6 +14,8 @@ from hft_trl import HFTError, demo
 from hft_trl.continual.tasks import Row
 from hft_trl.recipe.arguments import tokens_to_environment
 
+pytestmark = pytest.mark.long
+
 TOKEN = "hf_NOTSECRET"
 QUICK = ["--sft.max_steps", 1, "--sft.save_steps", 1, "--sft.report_to", "tensorboard"]
 

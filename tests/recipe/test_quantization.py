@@ -17,6 +17,8 @@ from hft_trl import HFTError
 from hft_trl.recipe.loading import check_quantizable
 from hft_trl.selection import Selection
 
+pytestmark = pytest.mark.long
+
 DPO = [
     "--dataset_name", "demo", "--dataset_train_split", "train_prefs", "--max_length", "64", "--max_steps", "4",
     "--save_steps", "2", "--logging_steps", "1", "--report_to", "none", "--gradient_checkpointing", "false",
