@@ -16,14 +16,14 @@ python benchmarks/step.py --shape 7b --stages sft --batch 4 --equal-memory 56   
 mask of `hft`, so that the two differ by what our trainer adds to a step. All have the same tokens and start weights.
 
 A step is an epoch of one batch in the trainer's own loop, callbacks and all. All variants of a stage take turns, in an
-order shuffled anew for each round, so that whatever else the machine does falls on all alike; where they don't fit
+order shuffled again for each round, so that whatever else the machine does falls on all alike; where they do not fit
 beside each other, they run one after the other and then once more (A B A B). Seconds are medians with quartiles. A
 quotient is the median over the rounds of the quotient of the two steps of one round.
 
 `--equal-memory` tries the settings of each variant alone: rows of a forward pass (divisors of the batch; the gradients
 of a whole batch are accumulated), checkpointing of no layer, every second one (SFT) or all, and on a GPU Liger on or
-off where it is installed. Those whose peak is too high, or that run out of memory, don't fit. On a CPU the peak is the
-resident memory of a child process.
+off where it is installed. Those whose peak is too high, or that run out of memory, do not fit. On a CPU the peak is
+the resident memory of a child process.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def spread(values: Iterable[float]) -> dict[str, float] | None:
 def measure(settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return records of the settings of one stage, each with its time as a quotient to another's."""
     records, blocks = take_turns(settings, options, options.blocks), options.blocks
-    if not blocks and not any(row["steps"] for row in records):  # they don't fit beside each other
+    if not blocks and not any(row["steps"] for row in records):  # they do not fit beside each other
         records, blocks = take_turns(settings, options, True), True
     steps = {(row["variant"], row["checkpointing"]): row["steps"] for row in records if row["variant"] != "hft"}
     for row in records:

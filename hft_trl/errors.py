@@ -81,7 +81,7 @@ def _end_with_launcher() -> None:
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
     first = os.environ.get("RANK", "0") == "0"
-    raise Stopped("SIGTERM came outside of training; the same command goes on from what is saved." if first else "")
+    raise Stopped("SIGTERM came outside of training; the same command resumes from what is saved." if first else "")
 
 
 # What libraries raise for a wrong setting, template or file

@@ -76,7 +76,7 @@ class StopAtStepEnd(TrainerCallback):
         trainer._finish_current_push()
         folder = f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir}"
         first = trainer.is_world_process_zero()
-        raise Stopped(f"SIGTERM; saved {folder}, the same command goes on from there." if first else "")
+        raise Stopped(f"SIGTERM; saved {folder}, the same command resumes from it." if first else "")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.put_away()

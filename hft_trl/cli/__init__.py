@@ -131,5 +131,5 @@ def _show(heading: str, selection: Selection, units: list[Unit], shares: list[Ca
     console.print(rich_table(category_grid(shares)))
     console.print(picture, soft_wrap=True)
     if selection.masks is not None:
-        text = f"In the layers {marks[0]} is a matrix of which {selection.share['layers']:.2%} of the elements learn."
+        text = f"In the layers {marks[0]} is a matrix with {selection.share['layers']:.2%} of its elements learning."
         console.print(text, soft_wrap=True)

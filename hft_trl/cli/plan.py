@@ -153,5 +153,5 @@ def parse_memory(text: str) -> int:
         raise HFTError(f"--gpu-memory is {text!r}: use a number with MB, GB, TB, MiB or GiB, such as 80GB.")
     size = int(float(match[1]) * UNITS[match[2].upper()])
     if size <= 10**9:
-        raise HFTError(f"--gpu-memory is {text!r}, of which 1 GB is reserved: use more, such as 24GB.")
+        raise HFTError(f"--gpu-memory is {text!r}, and 1 GB of it is reserved: use more, such as 24GB.")
     return size

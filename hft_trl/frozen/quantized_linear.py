@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The matrix in the type that it had, made anew, for code that looks at it."""
+        """The matrix dequantized to its original type, for code that reads it."""
         return self.whole(self.dtype)
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
@@ -90,7 +90,7 @@ class QuantizedLinear(nn.Module):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Load nothing: a checkpoint holds the start model's own matrix, of which this one was made."""
+        """Load nothing: a checkpoint holds the start model's own matrix, from which this one was quantized."""
 
 
 class _Product(torch.autograd.Function):

@@ -114,12 +114,12 @@ def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     if unexplained:  # such as the biases that correct a router, which their class creates frozen
-        unexplained -= {name for name, parameter in _built_anew(model).items() if not parameter.requires_grad}
+        unexplained -= {name for name, parameter in _rebuilt(model).items() if not parameter.requires_grad}
     return frozenset(unexplained)
 
 
-def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
-    """Build a model anew on the meta device, whose parameters are frozen and sized as its class makes them."""
+def _rebuilt(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
+    """Build a model again on the meta device, whose parameters are frozen and sized as its class makes them."""
     import torch
     from transformers.initialization import no_init_weights
 
@@ -129,7 +129,7 @@ def _built_anew(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
             return dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))
     except Exception as error:
         raise HFTError(
-            f"The model {type(model).__name__} cannot be built anew from its own config, which HFT needs to learn "
+            f"The model {type(model).__name__} cannot be rebuilt from its own config, which HFT needs to learn "
             f"what the class itself keeps frozen: {type(error).__name__}: {error}"
         ) from error
 
@@ -140,7 +140,7 @@ def _selectable_sizes(
     """Number of parameters by name, of those that could learn and that no pattern of `exclude` matches."""
     # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
     as_made = all(parameter.requires_grad and parameter.numel() for parameter in parameters.values())
-    twin = parameters if as_made else _built_anew(model)
+    twin = parameters if as_made else _rebuilt(model)
     unmatched = set(exclude)
     sizes = {}
     for name, parameter in parameters.items():

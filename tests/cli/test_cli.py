@@ -73,7 +73,7 @@ def test_flags_are_the_settings(folder, flags, setting):
 
 def test_single_elements_are_said_to_learn(folder):
     result = run("select", folder, "--strategy", "element", "--ratio", "0.25")
-    assert "of which 25.00% of the elements learn" in result.stdout
+    assert "a matrix with 25.00% of its elements learning" in result.stdout
     assert "25.00 %" in result.stdout
 
 

@@ -184,7 +184,7 @@ def test_sigterm_saves_at_the_steps_end_and_the_same_command_ends_in_the_same_by
     assert run.wait() == [143], run.output()[-2000:]
     folder = tmp_path / "run" / stage
     assert run.output().splitlines()[-1] == (
-        f"stopped: SIGTERM; saved checkpoint-{step} in {folder}, the same command goes on from there."
+        f"stopped: SIGTERM; saved checkpoint-{step} in {folder}, the same command resumes from it."
     )
     assert last_whole_checkpoint(folder) == str(folder / f"checkpoint-{step}")
     assert "Traceback" not in run.output()

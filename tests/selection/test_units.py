@@ -283,5 +283,5 @@ def test_a_class_that_cannot_be_built_from_its_config_is_named():
     model = tiny_llama(50)
     model.requires_grad_(False)
     model.config.hidden_act = "no-such-function"
-    with pytest.raises(HFTError, match="LlamaForCausalLM cannot be built anew from its own config"):
+    with pytest.raises(HFTError, match="LlamaForCausalLM cannot be rebuilt from its own config"):
         find_units(model)
