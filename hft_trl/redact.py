@@ -52,9 +52,5 @@ def redact(value: Any) -> Any:
 def redact_text(text: str) -> str:
     """Return a text, such as an error message, with `"***"` for every secret."""
     for pattern in (FLAG, ASSIGNED, QUOTED):
-        text = pattern.sub(_hide_value, text)
+        text = pattern.sub(lambda found: found["start"] + HIDDEN if is_secret(found["name"]) else found[0], text)
     return FORMS.sub(HIDDEN, text)
-
-
-def _hide_value(match: re.Match[str]) -> str:
-    return match["start"] + HIDDEN if is_secret(match["name"]) else match[0]

@@ -32,9 +32,9 @@ accelerate launch recipes/continual.py --approach lora --lora.r 8 --output_dir r
 
 Keys outside the sections: `output_dir`, `approach` (sequential, gem, replay, lora, o_lora, multitask, individual),
 `method`, `benchmark`, `tasks`, `replay_share`, `gem_memory`, `max_new_tokens`, `eval_batch_size`, `overwrite` and
-`evaluate` (suites to run after the last round). Sections: `model` and `hft` as in sft_then_dpo.py, `lora` (fields of
-peft.LoraConfig) and `sft` (fields of trl.SFTConfig). The same command resumes a run that was stopped, also in the
-middle of a round.
+`evaluate` (suites to run after the last round). Sections: `model`, `hft` and `retention` as in sft_then_dpo.py, `lora`
+(fields of peft.LoraConfig) and `sft` (fields of trl.SFTConfig). The same command resumes a run that was stopped, also
+in the middle of a round.
 """
 
 import sys

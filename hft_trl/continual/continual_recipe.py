@@ -20,7 +20,7 @@ from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
-from hft_trl.recipe.arguments import DataArguments, ModelArguments
+from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments
 from hft_trl.recipe.folder import lock, open_stages
 from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
@@ -42,6 +42,7 @@ KEYS = {
     "model": keys((ModelArguments,)),
     "hft": keys((HFTConfig,), RUN_LEVEL),
     "lora": keys((LoRAArguments,)),
+    "retention": keys((RetentionArguments,)),
     "sft": keys((SFTConfig,), OF_THE_RUN),
 }
 
@@ -55,6 +56,7 @@ class ContinualRecipe:
     sft: dict[str, Any]  # section sft of the file
     sft_flags: list[str]  # section sft of the command line
     auto_checkpointing: bool  # whether the recipe chooses the activation checkpointing
+    retention: RetentionArguments | None  # what to measure in every round of what the model keeps of the base
 
     def arguments(self, folder: str | Path, epochs: int) -> SFTConfig:
         """Build the trainer's arguments of a round. Epochs or `max_steps` in the settings override `epochs`."""
@@ -97,6 +99,7 @@ class ContinualRecipe:
                 raise HFTError(f"max_new_tokens is {run.max_new_tokens} and {name} {limit}: leave room for prompts.")
         max_length = min(filter(None, limits.values()), default=None)
         plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
+        measured = {"retention": self.retention, "first_folder": output / plans[0].name}
         for number, plan in enumerate(plans):
             rows = [row._asdict() for row in plan.rows]
             memory = [{"task": task, **row._asdict()} for task, kept in plan.memories.items() for row in kept]
@@ -116,7 +119,9 @@ class ContinualRecipe:
             base = None if model is self.model else self.model
             data, memory_file = DataArguments(str(files[0])), files[1] if memory else None
             planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
-            rounds.append(Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **planned))
+            rounds.append(
+                Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **measured, **planned)
+            )
 
         def write() -> None:
             with writing(output):
@@ -187,6 +192,8 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     check_evaluation(run, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
+    (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
+    retention = retention.of_model(model)
     unused = "hft." if run.approach in ADAPTERS else "lora."
     if run.approach in ADAPTERS and run.method == "hft" and "method" in (*values[""], *given):
         raise HFTError(f"method is hft, but {run.approach} trains an adapter, no half of the model: drop it.")
@@ -198,6 +205,6 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
     auto = leaves_checkpointing(values["sft"], flags["sft"])
     if auto and run.approach == "gem":
         raise HFTError("sft.activation_checkpointing is auto, which cannot plan gem: set it to true or false.")
-    recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto)
+    recipe = ContinualRecipe(run, model, hft, lora, values["sft"], flags["sft"], auto, retention)
     recipe.arguments(run.output_dir, 1)  # rejects mistakes in them now
     return recipe

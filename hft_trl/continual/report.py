@@ -11,7 +11,7 @@ from hft_trl.continual.run_folder import SCORES_FILE, Scores, read_scores
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved, write_text, writing
 from hft_trl.report.figures import PALE_TO_DARK, STAGE_COLOURS, panels, plain, save_figure
-from hft_trl.report.tables import NONE, Grid, meaning, rich_table, table
+from hft_trl.report.tables import NONE, Grid, meaning, retention_grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,6 +33,7 @@ def _markdown(scores: Scores) -> str:
         values = [f"{name.replace('_', ' ')} {NONE if v is None else f'{v:.1f}'}" for name, v in found.items()]
         probes.append(f"- {model}: {', '.join(values)}")
     meanings = {text for found in scores["probes"].values() if (text := meaning(found))}
+    kept = ["## Retention (in brackets the difference to base)", table(retention_grid(scores["retention"]))]
     parts = [
         "# Continual learning report",
         f"{run_name(scores)}, from `{scores['model']}`. Every figure comes from `{SCORES_FILE}`.",
@@ -45,6 +46,7 @@ def _markdown(scores: Scores) -> str:
         "![Overall performance and backward transfer](curves.png)",
         "## Forgetting",
         table(forgetting_grid(scores)),
+        *(kept if scores["retention"] else []),
         *(["## General abilities and knowledge", *meanings, "\n".join(probes)] if probes else []),
         f"At the end {sum(scores['empty_predictions'][-1])} predictions were empty (they score 0), and "
         f"{sum(scores['truncated_prompts'][-1])} prompts were truncated from the left.",

@@ -12,6 +12,7 @@ from hft_trl.errors import HFTError
 from hft_trl.files import read_json, read_object, write_json, write_json_once, writing
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.folder import STAGE_FILE, finished
+from hft_trl.report.record import HISTORY, retention_of
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.json"
@@ -108,9 +109,10 @@ def write_scores(
     """Write `scores.json`, which contains no times: the same rounds give the same bytes."""
     rows = score_rows(answered)
     matrix = [[task.score for task in row] for row in rows]
+    records = [finished(planned) for planned in rounds]
     described = []
-    for planned in rounds:
-        record, tasks = finished(planned), [task.name for task in planned.plan.tasks]
+    for planned, record in zip(rounds, records, strict=True):
+        tasks = [task.name for task in planned.plan.tasks]
         described.append({"name": planned.name, "tasks": tasks, **{key: vars(record)[key] for key in MEASURED}})
     content = {
         "version": VERSION,
@@ -118,6 +120,7 @@ def write_scores(
         "matrix": matrix,
         **curves(matrix),
         "probes": probes,
+        "retention": {name: figures for name, figures in retention_of(records).items() if name != HISTORY},
         "rounds": described,
         "empty_predictions": [[task.empty for task in row] for row in rows],
         "truncated_prompts": [[task.truncated for task in row] for row in rows],

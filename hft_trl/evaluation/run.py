@@ -86,7 +86,7 @@ def evaluate_models(
     check(None, HFTConfig())  # FSDP may leave every process but the first with empty weights
     state = PartialState(cpu=not torch.accelerator.is_available())
     if backend == "vllm" and find_spec("vllm") is None:
-        raise HFTError("--backend is vllm, which is not installed: pip install vllm, or leave --backend out.")
+        raise HFTError("--backend is vllm, which is not installed: see docs/evaluation.md, or leave --backend out.")
     if backend == "vllm" and state.num_processes > 1:
         raise HFTError(f"--backend is vllm in {state.num_processes} processes, but vLLM starts its own: launch one.")
     if limit is not None and limit < state.num_processes:

@@ -162,8 +162,6 @@ def prepare(stages: Sequence[Stage], overwrite: bool = False) -> None:
         stage.load_data()
     rehearse(stages)
     settle_checkpointing(*stages)
-    if stages[0].retention is not None:
-        stages[0].meter()  # for its checks
     open_stages(stages, overwrite)
 
 

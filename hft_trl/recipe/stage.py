@@ -235,7 +235,7 @@ class Stage:
         trainer.add_callback(first)
         if self.retention is not None:
             # In all stages against the run's base
-            base = self.first_folder / BASE_FILE if self.base is not None else None
+            base = self.first_folder / BASE_FILE if self.first_folder not in (None, self.folder) else None
             trainer.add_callback(RetentionCallback(**self.retention.settings(), base=base))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -44,6 +44,6 @@ def print_report(report: Report, console: "Console | None" = None) -> None:
     from hft_trl.report.tables import evaluation_grids, retention_grid, rich_table, stage_grid
 
     console = console or Console()
-    retention = [retention_grid(report)] if report.retention else []
+    retention = [retention_grid(report.retention)] if report.retention else []
     for grid in (stage_grid(report), *evaluation_grids(report), *retention):
         console.print(rich_table(grid, console.width))

@@ -77,7 +77,7 @@ def _kept(report: Report) -> list[Block]:
         blocks += [*([Block("heading", name)] if name else []), _table(grid)]
     if blocks:
         blocks.append(Block("picture", "evaluation.png"))
-    return blocks + ([_table(retention_grid(report))] if report.retention else [])
+    return blocks + ([_table(retention_grid(report.retention))] if report.retention else [])
 
 
 def _stages(report: Report) -> list[Block]:

@@ -1,6 +1,6 @@
 """Build the tables of a report as plain cells, and format them for the terminal and Markdown."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,9 +91,9 @@ def sample_grid(report: Report) -> Grid:
     return Grid("Sample answers", columns, rows, prose=True)
 
 
-def retention_grid(report: Report) -> Grid:
-    """Return what the base and each stage keep, with the differences from the base."""
-    models = {name: figures for name, figures in report.retention.items() if name != HISTORY}
+def retention_grid(retention: Mapping[str, Any]) -> Grid:
+    """Return what the base and each stage keep, with the differences from the base, from [`retention_of`]."""
+    models = {name: figures for name, figures in retention.items() if name != HISTORY}
     base = models.get("base", {})
     measures = [name for name in MEASURES if any(name in figures for figures in models.values())]
     rows = []

@@ -48,14 +48,15 @@ def _rows(name: str, source: Rows, read: Callable[[Any], Any], form: str) -> lis
 
 def _parse(name: str, path: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in _content(name, path).splitlines() if line.strip()]
+        # Not splitlines, which also splits at line separators inside of strings
+        return [json.loads(line) for line in _content(name, path).split("\n") if line.strip()]
     except ValueError as error:
         raise HFTError(f"{name} {str(path)!r} is not a JSON object per line: {explained(error)}.") from error
 
 
 def _content(name: str, path: Path) -> str:
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise HFTError(f"{name} {str(path)!r} cannot be read: {explained(error)}.") from error
     if not text.strip():

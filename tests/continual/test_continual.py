@@ -23,6 +23,7 @@ from hft_trl.continual.continual_recipe import parse_continual
 from hft_trl.continual.rounds import evaluate_tasks
 from hft_trl.continual.tasks import TRACE, Row, Task, read_benchmark, read_rows, rouge_l
 from hft_trl.errors import HFTError
+from hft_trl.retention.meter import BASE_FILE
 
 TASKS = """
 tasks:
@@ -42,13 +43,16 @@ def own(tmp_path_factory):
             rows = [Row(**row) for row in json.loads(path.read_text())[:16]]
             write_rows(folder / "tasks" / name / path.name, rows)
     (folder / "tasks" / "tasks.yaml").write_text(TASKS)
+    kept = [{"text": "Mara Stone lives in a town.", "prompt": "Where does Mara Stone live?"}] * 2
+    (folder / "kept.jsonl").write_text("\n".join(map(json.dumps, kept)))
     return folder
 
 
 def flags(own, output, *more):
     return [
         *started_from(own / "model", demo.CONTINUAL_RECIPE), "--benchmark", own / "tasks", "--output_dir", output, "--sft.save_steps", 1,
-        "--sft.per_device_train_batch_size", 8, "--max_new_tokens", 8, "--sft.disable_tqdm", "true", *more,
+        "--sft.per_device_train_batch_size", 8, "--max_new_tokens", 8, "--sft.disable_tqdm", "true",
+        "--retention.texts", own / "kept.jsonl", "--retention.prompts", own / "kept.jsonl", *more,
     ]  # fmt: skip
 
 
@@ -110,6 +114,21 @@ def test_in_each_round_the_frozen_half_is_the_last_rounds_byte_for_byte(finished
         assert any(before[name].numpy().tobytes() != after[name].numpy().tobytes() for name in selection.trainable)
 
 
+def test_every_round_is_measured_against_the_runs_base_and_not_its_own_start(finished_run):
+    output, _ = finished_run
+    kept = json.loads((output / "scores.json").read_text())["retention"]
+    assert list(kept) == ["base", "round-1", "round-2", "round-3"]
+    assert [path.parent.name for path in output.rglob(BASE_FILE)] == ["round-1"]
+    starts = []
+    for number in (1, 2, 3):
+        record = json.loads((output / f"round-{number}" / "stage.json").read_text())["record"]
+        (start, *_, end) = [row for row in record["history"] if "retention/base_kl" in row]
+        starts.append(start["retention/base_kl"])
+        assert end["retention/base_kl"] == kept[f"round-{number}"]["base_kl"] > 0
+    assert starts == [0, kept["round-1"]["base_kl"], kept["round-2"]["base_kl"]]
+    assert "| round-3 |" in (output / "report.md").read_text().split("## Retention")[1]
+
+
 def left(output: Path) -> dict[str, bytes]:
     """What has to be the same however often a run was ended: weights, selections, scores and predictions."""
     wanted = ("model.safetensors", "hft_selection.json", "scores.json")
@@ -145,7 +164,8 @@ def test_a_killed_run_ends_in_the_same_bytes(where, finished_run, own, tmp_path)
 def test_a_second_run_in_the_same_folder_is_refused_before_it_changes_anything(own, tmp_path):
     """Also one of other tasks, whose rounds have other folders, and one that overwrites."""
     output = tmp_path / "run"
-    long = ["--sft.max_steps", 100000, "--sft.save_steps", 100000]
+    # Without measurements, as these write a file
+    long = ["--sft.max_steps", 100000, "--sft.save_steps", 100000, "--retention.max_rows", 0]
     first = Run(tmp_path / "log", "continual", *flags(own, output, *long))
     try:
         while not (output / "plan.json").exists():

@@ -317,6 +317,7 @@ def tasks(base, tmp_path_factory):
             write_rows(folder / name / f"{split}.json", pairs)
     lines = "".join(f"  - {{name: {name}, metric: accuracy, epochs: 1}}\n" for name in ("One", "Two"))
     (folder / "tasks.yaml").write_text(f"tasks:\n{lines}")
+    (folder / "kept.jsonl").write_text('{"prompt": "Where does One 1 live?"}')
     return folder
 
 
@@ -325,6 +326,7 @@ def words(tasks, base):
     return [
         *started_from(base, demo.CONTINUAL_RECIPE), "--benchmark", tasks, "--sft.save_steps", 1, "--sft.per_device_train_batch_size", 8,
         "--max_new_tokens", 2, "--sft.disable_tqdm", "true",
+        "--retention.prompts", tasks / "kept.jsonl",
     ]  # fmt: skip
 
 
@@ -380,6 +382,11 @@ def test_a_run_from_the_command_line(words, base, tmp_path, monkeypatch, capsys)
     assert (base / "model.safetensors").read_bytes() == before
     scores = json.loads((tmp_path / "c/scores.json").read_text())
     assert [len(row) for row in scores["matrix"]] == [1, 2]
+    # The second round trains the adapter of the first one further, but its base is the model without an adapter
+    history = json.loads((tmp_path / "c/round-2/stage.json").read_text())["record"]["history"]
+    kept = [row["retention/base_kl"] for row in history if "retention/base_kl" in row]
+    assert kept[0] == pytest.approx(scores["retention"]["round-1"]["base_kl"])
+    assert kept[0] > 0
     assert (tmp_path / "c/report.md").read_text().count("lora: ") == 0
     assert "lora, from" in (tmp_path / "c/report.md").read_text()
 

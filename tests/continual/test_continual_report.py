@@ -30,6 +30,7 @@ def scores_of(
         "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **curves(matrix),
         "settings": {"seed": 1, "test_sets": "x"} | (settings or {}),
         "probes": {"base": {"knowledge": 100.0, "other": None}},
+        "retention": {"base": {"text_loss": 2.0}, "round-1": {"text_loss": 2.5}},
         "rounds": [{"name": f"round-{t}"} for t in range(1, len(matrix) + 1)],
         "empty_predictions": [[0] * len(row) for row in matrix[:-1]] + [[3] + [0] * (len(matrix[-1]) - 1)],
         "truncated_prompts": [[0] * len(row) for row in matrix],
@@ -83,6 +84,7 @@ def test_a_report_names_its_pictures_counts_and_probes(tmp_path):
     assert "OP 50.2, BWT -9.8 after the last of 2 rounds" in text
     assert "3 predictions were empty" in text
     assert "- base: knowledge 100.0, other -" in text
+    assert "| round-1 | 2.5000 (+0.5000) |" in text
     assert text.count("knowledge: facts about people") == 1
     with pytest.raises(HFTError, match=r"has no scores\.json"):
         write_report(tmp_path)

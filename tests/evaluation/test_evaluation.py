@@ -463,7 +463,7 @@ def test_a_backend_that_is_not_installed_is_named(tmp_path):
     assert result.exit_code == 2
     assert (
         result.stderr
-        == "error: --backend is vllm, which is not installed: pip install vllm, or leave --backend out.\n"
+        == "error: --backend is vllm, which is not installed: see docs/evaluation.md, or leave --backend out.\n"
     )
 
 

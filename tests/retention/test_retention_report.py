@@ -71,7 +71,7 @@ def test_damaged_figures_are_rejected_with_their_place(tmp_path, damaged):
 
 def test_the_table_has_differences_from_the_base_and_the_plot_a_panel_for_each_measure():
     found = report(retention=RETENTION)
-    grid = retention_grid(found)
+    grid = retention_grid(found.retention)
     assert grid.rows == [
         ["base", "2.0000", "0.0000", "90.0"],
         ["sft", "2.5000 (+0.5000)", "0.2500", "80.0 (-10.0)"],

@@ -37,6 +37,14 @@ def test_files_and_rows_and_data_sets_give_the_same(tmp_path):
     assert read_prompts(lines(tmp_path / "p.jsonl", rows)) == [chat, chat, "Hello"]
 
 
+def test_a_row_is_a_line_of_the_file_whatever_its_text_holds(tmp_path):
+    """JSON allows line separators in strings, and some editors begin a file with a byte order mark."""
+    texts = ["One.\u2028Two.\x85Three.\x0bFour.", "Five."]
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert read_texts(tmp_path / "t.jsonl") == texts
+
+
 @pytest.mark.parametrize(
     ("read", "row"),
     [
