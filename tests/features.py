@@ -12,7 +12,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from trl.scripts.utils import DatasetConfig
 sys.path.extend(str(Path(__file__).parent / folder) for folder in ("processes", "trainers", "zero"))
 
 from conftest import tulu_row, ultrafeedback_row
-from test_trl_features import DPO, MATRICES, PACKAGES, SFT, conversation_with_a_tool
+from test_trl_features import DPO, MATRICES, SFT, conversation_with_a_tool
 from training import QUIET, ResumableDPOTrainer, ResumableSFTTrainer, weights
 
 from hft_trl import HFTConfig, demo
@@ -245,9 +244,6 @@ def check(launch: str, ranks: list[dict[str, dict]], stage: str, name: str) -> N
     if name in FAILS.get(launch, {}):
         assert all(rank[key]["error"].startswith(FAILS[launch][name]) for rank in ranks)
         return
-    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
-        assert all("You need to install" in rank[key]["error"] for rank in ranks)
-        pytest.skip(f"{PACKAGES[name]} is not installed")
     assert [rank[key].get("error") for rank in ranks] == [None, None]
     assert [(rank[key]["processes"], rank[key]["backend"]) for rank in ranks] == [(2, BACKENDS[launch])] * 2
     assert len({rank[key]["digest"] for rank in ranks}) == 1

@@ -80,7 +80,7 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
         ("--dpo.f_divergence_type jsd", "dpo: no loss .* f_divergence_type 'jsd'"),
         ("--dpo.loss_type exo_pair", "dpo: .*Label smoothing must be greater than 0"),
         ("--dpo.lr_scheduler_type cosine_with_min_lr", "dpo: no scheduler .* lr_scheduler_type 'cosine_with_min_lr'"),
-        ("--dpo.optim galore_adamw", "dpo: no optimizer .* optim 'galore_adamw'.*pip install"),
+        ("--dpo.optim grokadamw", "dpo: no optimizer .* optim 'grokadamw'.*pip install"),
         ("--dpo.report_to wandb", "dpo: no trackers .* report_to .*pip install wandb"),
         ("--dpo.pad_token [NOPE]", r"dpo: .*`pad_token` \('\[NOPE\]'\)"),
         ("--sft.eos_token [NOPE]", r"sft: .*`eos_token` \('\[NOPE\]'\)"),

@@ -45,7 +45,7 @@ NOT_BUILDABLE = {
     "gemma4_unified_assistant": "a drafting head whose default config fails its own validation",
     "musicgen": "the config of three models; the causal one is built from its part for audio codes",
     "musicgen_melody": "the config of three models; the causal one is built from its part for audio codes",
-    "qwen4_exp": "its default config holds the text config that only qwen4_exp_text can mend",
+    "qwen4_exp": "its default config holds the text config that only qwen4_exp_text accepts",
 }
 # Parts that see pictures or sound, or that project them: not selectable. All other models are covered whole.
 TOWERS = {

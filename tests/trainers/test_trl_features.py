@@ -1,7 +1,6 @@
 """What TRL and transformers can do, a half can do too: what is frozen keeps its bits, and the rest is trained."""
 
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -22,8 +21,6 @@ BEST = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "l
 MATRICES = HFTConfig(train_final_norm=False, exclude=["norm"])
 """Muon takes matrices only."""
 LOW_RANK = {"optim_target_modules": "all-linear", "optim_args": "rank=4,update_proj_gap=1"}
-PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch"}
-"""What a feature needs beside the dependencies of this package."""
 
 SFT = {
     "plain": {},
@@ -117,10 +114,6 @@ def test_a_feature_of_sft_trains_the_chosen_half_only(base, tulu, tmp_path, plai
         hft_config=hft,
         **given,
     )
-    if feature in PACKAGES and find_spec(PACKAGES[feature]) is None:
-        with pytest.raises(ImportError, match=r"You need to install .*pip install"):
-            trainer.train()
-        pytest.skip(f"{PACKAGES[feature]} is not installed")
     found = check(trainer, base, tmp_path)
     if feature in ("loss_type dft", "neftune", "tool calls") or "packing" in feature:
         assert found[0] != pytest.approx(plain[0], abs=1e-6)
