@@ -118,10 +118,8 @@ class ContinualRecipe:
                 model = dataclasses.replace(model, model_name_or_path=str(start), model_revision="main")
             base = None if model is self.model else self.model
             data, memory_file = DataArguments(str(files[0])), files[1] if memory else None
-            planned = {"plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
-            rounds.append(
-                Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **measured, **planned)
-            )
+            planned = {**measured, "plan": plan, "max_length": max_length, "memory": memory_file, "adapter": adapter}
+            rounds.append(Round(plan.name, model, data, args, hft, None, base, self.auto_checkpointing, **planned))
 
         def write() -> None:
             with writing(output):
