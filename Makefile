@@ -21,8 +21,9 @@ test-deepspeed: $(VENV)/.installed-deepspeed
 
 # Every setting on one GPU, meant to take less than 5 minutes on an H100. Without CUDA all of it is skipped, and pytest
 # says why. Most of the bodies run on a CPU in `make test`.
-test-gpu: $(VENV)/.installed-test
+test-gpu: $(VENV)/.installed-deepspeed
 	HFT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/gpu
+	HFT_TEST_GPU=1 PYTHONPATH=$(abspath $(VENV)/deepspeed) $(BIN)/python -m pytest -m gpu tests/zero
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ WITHOUT: dict[str, Any] = {
 
 
 def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Try the trainers of all stages, if `TRAINERS` has them, on a tiny model. All processes must call it."""
+    """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
     if stages[0].retention is not None:
         stages[0].meter()  # for its checks

@@ -110,7 +110,7 @@ class ModelDiff:
     touched: list[str]  # of these, the ones with a changed frozen bit
     dtypes: tuple[str, str]  # in both models' files, of the frozen parameters (of all if none is frozen)
     is_start: bool | None  # whether training started from the base, by the digest in the selection; None if unknown
-    stage: "ModelDiff | None" = None  # to the start model of the last stage, if that is another one and exists
+    stage: "ModelDiff | None" = None  # against the start model of the last stage, if that is another one and exists
 
     @property
     def method(self) -> str | None:

@@ -6,16 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from devices import GPU, in_own_process, on, on_each_device
+from devices import GPU, ON_A_GPU, in_own_process, kept, log, needs_flash, needs_liger, on, on_each_device
 from training import dpo_trainer, losses, sft_trainer, weights
-from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 from trl import DPOTrainer, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 from hft_trl.weights import fingerprint
-
-needs_liger = pytest.mark.skipif(not is_liger_kernel_available(), reason="liger-kernel is not installed")
-needs_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
 
 KINDS = {"sft": (sft_trainer, HFTSFTTrainer, SFTTrainer), "dpo": (dpo_trainer, HFTDPOTrainer, DPOTrainer)}
 # Name: stage, settings of HFT (`None`: TRL's own trainer), arguments of the trainer
@@ -212,44 +208,27 @@ def killed_and_whole(base, folder, device, stage, **settings):
     return found
 
 
-def log(folder):
-    return (folder / "log").read_text()[-3000:]
+BACKENDS = {"ddp": "MULTI_{}", "fsdp2": "FSDP", "fsdp2, offloaded": "FSDP"}
+GPUS = {"cpu": "CPU", "cuda": "GPU"}
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 @pytest.mark.parametrize(
-    ("device", "offload"),
-    [("cpu", False), pytest.param("cuda", False, marks=GPU.marks), pytest.param("cuda", True, marks=GPU.marks)],
+    ("device", "launch"),
+    [("cpu", "ddp"), ("cpu", "fsdp2"), *(pytest.param("cuda", launch, marks=GPU.marks) for launch in BACKENDS)],
 )
-def test_fsdp2_with_one_rank_trains_saves_and_keeps_the_frozen_half(run, base, tmp_path, device, offload, stage):
-    """With CPU offload too, which needs pinned memory and so a GPU. Its losses are those of no sharding."""
+def test_one_rank_trains_saves_and_keeps_the_frozen_half(run, base, tmp_path, device, launch, stage):
+    """FSDP2 with CPU offload too, which needs pinned memory and so a GPU. The losses are those of no launch."""
     folder = tmp_path / "out"
-    assert in_own_process(folder, base, device, stage, offload=offload) == 0, log(folder)
-    seen, start, saved = json.loads((folder / "seen.json").read_text()), weights(base), weights(folder)
-    assert seen["fsdp"]
+    assert in_own_process(folder, base, device, stage, launch=launch) == 0, log(folder)
+    seen = kept(base, folder, BACKENDS[launch].format(GPUS[device]))
     assert seen["losses"] == pytest.approx(run(device, stage)[0], rel=0.05)
-    assert saved.keys() == start.keys()
-    assert all(fingerprint(saved[name]) == fingerprint(start[name]) for name in seen["frozen"])
 
 
-FLASH = {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "flash_attention_2"}}
-
-
-@pytest.mark.parametrize(
-    ("stage", "settings"),
-    [
-        *(pytest.param(stage, {"use_liger_kernel": True}, marks=needs_liger) for stage in ("sft", "dpo")),
-        *((stage, {"activation_offloading": True}) for stage in ("sft", "dpo")),
-        pytest.param("sft", {**FLASH, "packing": True, "max_length": 64}, marks=needs_flash),
-    ],
-    ids=["liger-sft", "liger-dpo", "activation_offloading-sft", "activation_offloading-dpo", "flash-sft"],
-)
+@pytest.mark.parametrize(("stage", "settings"), ON_A_GPU)
+@pytest.mark.parametrize("launch", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("device", [GPU])
-def test_what_needs_a_gpu_trains_under_fsdp2_with_one_rank(base, tmp_path, device, stage, settings):
+def test_what_needs_a_gpu_trains_with_one_rank(base, tmp_path, device, launch, stage, settings):
     folder = tmp_path / "out"
-    assert in_own_process(folder, base, device, stage, offload=False, settings=settings) == 0, log(folder)
-    seen, start, saved = json.loads((folder / "seen.json").read_text()), weights(base), weights(folder)
-    assert seen["fsdp"]
-    assert all(map(math.isfinite, seen["losses"]))
-    assert all(fingerprint(saved[name]) == fingerprint(start[name]) for name in seen["frozen"])
-    assert any(fingerprint(saved[name]) != fingerprint(start[name]) for name in saved.keys() - set(seen["frozen"]))
+    assert in_own_process(folder, base, device, stage, launch=launch, settings=settings) == 0, log(folder)
+    kept(base, folder, BACKENDS[launch].format(GPUS[device]))
