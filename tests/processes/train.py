@@ -104,8 +104,9 @@ class Witness(TrainerCallback):
         # Modules that are gathered together share one account
         states = {id(state): state for state in map(fsdp_state, model.modules()) if state is not None}
         parameters = [p for state in states.values() for group in state._fsdp_param_groups for p in group.fsdp_params]
-        held = [grad for p in parameters for grad in (p.unsharded_accumulated_grad, p.unsharded_param.grad)]
-        self.waiting_whole = max(self.waiting_whole, sum(grad.nbytes for grad in held if grad is not None))
+        # From torch 2.15 on, the first is the second
+        held = {id(grad): grad for p in parameters for grad in (p.unsharded_accumulated_grad, p.unsharded_param.grad)}
+        self.waiting_whole = max(self.waiting_whole, sum(grad.nbytes for grad in held.values() if grad is not None))
         sharded = [p.grad.to_local().nbytes for p in model.parameters() if isinstance(p.grad, DTensor)]
         self.waiting_sharded = max(self.waiting_sharded, sum(sharded))
 
