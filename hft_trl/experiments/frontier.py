@@ -77,9 +77,11 @@ class Frontier:
         sign = _sign(self.kept)
         seeds = max((difference.seeds for difference in self.differences.values()), default=0)
         if not self.differences:
+            ahead = dict.fromkeys(m.series for m in self.models if m.name in self.front and m.series != BASE)
             return (
-                f"No recommendation: it needs {AGAINST} and another method with at least two learning rates each, two "
-                "seeds, and a range of the task loss that both reach."
+                f"No test was possible: it needs {AGAINST} and another method with at least two learning rates each, "
+                "two seeds, and a range of the task loss that both reach"
+                + (f"; in the means over the seeds the front is of {' and '.join(ahead)} alone." if ahead else ".")
             )
         clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}
         better = {name: d for name, d in clear.items() if sign * d.mean < 0}
@@ -157,7 +159,7 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
     losses that both reach. Seeds that lack models are left out. `None` if fewer than two seeds remain.
     """
     differences, counts = [], Counter((series(point), point["seed"]) for point in points)
-    complete = {s: max(count for (name, _), count in counts.items() if name == s) for s in (ours, theirs)}
+    complete = {s: max((count for (name, _), count in counts.items() if name == s), default=1) for s in (ours, theirs)}
     for seed in sorted({point["seed"] for point in points if point["method"] != BASE}):
         if any(counts[s, seed] < count for s, count in complete.items()):
             continue

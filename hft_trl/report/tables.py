@@ -51,7 +51,7 @@ def stage_grid(report: Report) -> Grid:
         "optimizer state": lambda stage: size(stage.optimizer_state_bytes),
         "reference, beside the policy": lambda stage: size(stage.reference_memory_bytes),
         "reference, shared with the policy": lambda stage: size(stage.shared_reference_bytes),
-        "loss, first to last": lambda stage: f"{loss(stage.first_loss)} to {loss(stage.last_loss)}",
+        "loss, first to last": _losses,
         "evaluation loss": lambda stage: loss(_last(stage, "eval_loss")),
         "frozen part unchanged": lambda stage: UNCHANGED[stage.frozen_unchanged],
     }
@@ -212,6 +212,11 @@ def change(value: float | None) -> str:
 
 def _last(stage: StageRecord, key: str) -> Any:
     return next((row[key] for row in reversed(stage.history) if row.get(key) is not None), None)
+
+
+def _losses(stage: StageRecord) -> str:
+    rows = sum("loss" in row for row in stage.history)
+    return loss(stage.last_loss) if rows == 1 else f"{loss(stage.first_loss)} to {loss(stage.last_loss)}"
 
 
 def _steps(stage: StageRecord) -> str:

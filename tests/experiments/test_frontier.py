@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hft_trl import HFTError, demo
-from hft_trl.experiments.frontier import Difference, Frontier, Mean, compare_at_equal_loss, front, means, series
+from hft_trl.experiments.frontier import (
+    Difference,
+    Frontier,
+    Mean,
+    compare_at_equal_loss,
+    front,
+    means,
+    read_frontier,
+    series,
+)
 from hft_trl.experiments.frontier_report import grids
 from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier, run_trial
 from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
@@ -131,6 +140,13 @@ def test_methods_without_a_common_loss_are_not_compared():
     assert compare_at_equal_loss(points, "lora", "fft", "text_loss") is None
 
 
+def test_results_without_fft_are_read(tmp_path):
+    """A grid need not have it, and the results are written after each model."""
+    (tmp_path / "hft.json").write_text(json.dumps({"points": [point("hft", 1.0, 3.0, ratio=0.5)]}))
+    found = read_frontier([tmp_path / "hft.json", tmp_path / "fft.json"], "text_loss")
+    assert (found.front, found.differences) == (["hft 0.0001"], {})
+
+
 def test_a_seed_in_which_a_method_is_not_finished_is_left_out():
     """The results are written after each model."""
     points = [point("fft", loss, 4 - loss, rate=loss, seed=s) for loss in (0.5, 0.7) for s in (1, 2, 3)]
@@ -164,7 +180,7 @@ def difference(mean, p):
 @pytest.mark.parametrize(
     ("differences", "sentence"),
     [
-        ({}, "No recommendation: it needs fft and another method"),
+        ({}, "No test was possible: it needs fft and another method .* that both reach.$"),
         ({"hft": difference(-0.2, 0.01), "lora": difference(-0.1, 0.01)}, "Take hft: at an equal task loss it keeps"),
         ({"hft": difference(0.2, 0.01)}, "Take fft: .*; hft keeps less"),
         ({"hft": difference(-0.2, 0.3)}, "Take fft: .*; hft cannot be told from it with 3 seeds"),
@@ -172,6 +188,13 @@ def difference(mean, p):
 )
 def test_the_recommendation_says_only_what_the_tests_show(differences, sentence):
     assert re.match(sentence, Frontier([], [], [], differences, "text_loss").recommendation)
+
+
+def test_without_a_test_the_recommendation_names_what_the_front_is_of():
+    points = [point(BASE, 2.0, 1.0, rate=None), point("fft", 0.5, 2.0), point("hft", 0.6, 3.0)]
+    models = means(points, "text_loss")
+    found = Frontier(points, models, front(models, "text_loss"), {}, "text_loss")
+    assert found.recommendation.endswith("in the means over the seeds the front is of fft alone.")
 
 
 QUICK = ["--methods", "fft", "hft", "lora", "--learning_rates", "1e-3", "--average", "1", "--seeds", "1"]

@@ -394,6 +394,12 @@ def test_the_stages_table_has_what_a_run_is_compared_by():
     assert "evaluation loss" not in dict.fromkeys(row[0] for row in stage_grid(report(stage(history=[]))).rows)
 
 
+def test_a_single_log_row_has_one_loss():
+    one = stage(history=[{"step": 1, "loss": 2.0}], first_loss=2.0, last_loss=2.0)
+    found = [dict(stage_grid(report(each)).rows)["loss, first to last"] for each in (one, stage())]
+    assert found == ["2.0000", "4.0000 to 0.0667"]
+
+
 def test_samples_stand_side_by_side_in_both_views():
     whole = Report([], samples=[{"prompt": "Q | 1?", "base": "one\ntwo", "sft": "", "dpo": "three"}])
     assert "| prompt | base | sft | dpo |" in report_markdown(whole, [])
