@@ -68,7 +68,11 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         raise HFTError(f"{adapters[0]} needs peft: run pip install -c constraints.txt -e '.[frontier]'.")
     stage.check()
     _load_data(stage)
-    _meter(stage)
+    meter = _meter(stage)
+    needed = {"text_loss": meter.texts, "base_kl": meter.prompts, "facts": meter.facts}
+    if not needed[grid.kept]:
+        given = [name for name, rows in needed.items() if rows]
+        raise HFTError(f"kept is {grid.kept}, which retention has no rows for: add them, or give --kept {given[0]}.")
     rows = ("texts", "facts", "prompts", "max_rows")
     same = settings(stage) | {
         GRID: {key: vars(grid)[key] for key in ("average", "half_reset", "lora_rank", "tasks")},

@@ -320,11 +320,13 @@ def test_the_tables_show_every_model_once(small):
 
 
 def test_a_frontier_without_an_evaluation_split_or_anything_to_keep_is_rejected_first(tmp_path):
-    config = tmp_path / "own.yaml"
-    text = demo.ASSETS.joinpath("frontier.yaml").read_text()
+    config, texts = tmp_path / "own.yaml", tmp_path / "texts.txt"
+    texts.write_text("Ada lives in Rome.")
+    text = demo.ASSETS.joinpath("frontier.yaml").read_text().replace("frontier:\n", "frontier:\n  kept: facts\n", 1)
     for wrong, message in (
         (text.replace("  eval_split: train[:200]\n", ""), "sft.eval_split is missing"),
         (text + "\nretention:\n  max_rows: 0\n", "retention is missing"),
+        (f"{text}\nretention:\n  texts: {texts}\n", "kept is facts, .*add them, or give --kept text_loss"),
     ):
         config.write_text(wrong)
         recipe, grid, flags = parse_frontier(["--config", str(config), "--output_dir", str(tmp_path / "out")])
