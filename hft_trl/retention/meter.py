@@ -29,6 +29,7 @@ from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prom
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
 BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
+PIECE = 16 * LONGEST  # characters, of which texts that are too long to be tokenized whole are made
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
 BASE_FILE = "retention_base.safetensors"
@@ -116,7 +117,9 @@ class Meter:
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], most: int) -> list[list[int]]:
     start = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     size = LONGEST - len(start)
-    blocks = []
+    blocks, pieces = [], max(512, most)
+    if sum(map(len, texts)) > pieces * PIECE:
+        texts = choose([text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)], pieces)
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         blocks += [start + ids[i : i + size] for i in range(0, len(ids), size)]

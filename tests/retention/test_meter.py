@@ -95,6 +95,22 @@ def test_max_rows_bounds_the_rows(tokenizer, max_rows):
     assert (len(meter.facts), len(meter.prompts)) == (min(5, max_rows), min(12, max_rows))
 
 
+@pytest.mark.parametrize("rows", [["word " * 600_000], ["A row. "] * 400_000], ids=["one text", "short rows"])
+def test_of_long_texts_only_pieces_are_tokenized(tokenizer, monkeypatch, rows):
+    """Whole, a file of 25 MB takes 40 s and 4 GB in every process."""
+    lengths = []
+
+    def count(text, **kwargs):
+        lengths.append(len(text))
+        return tokenizer(text, **kwargs)
+
+    monkeypatch.setattr(module, "begins_with_bos", lambda _: False)
+    found = module._blocks(count, rows, 600)
+    assert len(found) == 600
+    assert len(lengths) == 600
+    assert max(lengths) <= module.PIECE
+
+
 def test_the_figures_do_not_depend_on_the_batches(model, tokenizer, monkeypatch):
     meter, other = Meter(tokenizer, TEXTS, FACTS, PROMPTS), shifted(model, 0.1)
     together = meter.measure(other, meter.base(model))
