@@ -53,6 +53,7 @@ def half_reset_command(
 @app.command("repair")
 @exit_on_user_error()
 def repair_command(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(help=BASE)],
     tuned: Annotated[str, typer.Argument(help="The tuned model.")],
     out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
@@ -62,9 +63,8 @@ def repair_command(
     ] = None,
     facts: Annotated[str | None, typer.Option(help="Facts to report: .jsonl, text, answer and others.")] = None,
     weights: Annotated[
-        list[float] | None, typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.25 0.5 0.75]")
+        list[float] | None, typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.1 to 0.9]")
     ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of layers with a weight of their own.")] = 1,
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     tolerance: Annotated[
@@ -84,8 +84,11 @@ def repair_command(
     """
     config = HFTConfig(**given(ratio=ratio, seed=seed))
     if weight is not None:
-        if any((texts, task, facts, weights, ratio, seed, as_json)):
-            raise HFTError(f"--weight {weight:g} measures nothing: drop the options on the choice.")
+        # Of what the user gave: defaults have values too
+        options = {each.name: each.opts[0] for each in context.command.params if each.opts[0].startswith("--")}
+        by_user = [name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if unused := [options[name] for name in by_user if name not in ("out", "weight")]:
+            raise HFTError(f"--weight {weight:g} measures nothing: drop {' and '.join(unused)}.")
         with quiet():
             from hft_trl.saved_models.half_reset import average
 
@@ -96,7 +99,7 @@ def repair_command(
         from hft_trl.experiments.repair import WEIGHTS, repair
 
         rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
-        tried = {"weights": weights or WEIGHTS, "groups": groups, "tolerance": tolerance}
+        tried = {"weights": weights or WEIGHTS, "tolerance": tolerance}
         record = repair(base, tuned, out, config, **rows, **tried)
     if as_json:
         typer.echo(json.dumps(record, indent=2))

@@ -75,7 +75,6 @@ class Frontier:
     def recommendation(self) -> str:
         """Say in one sentence which method keeps most at an equal task loss, and how certain that is."""
         sign = _sign(self.kept)
-        seeds = max((difference.seeds for difference in self.differences.values()), default=0)
         if not self.differences:
             ahead = dict.fromkeys(m.series for m in self.models if m.name in self.front and m.series != BASE)
             return (
@@ -97,6 +96,7 @@ class Frontier:
         unclear = [name for name in self.differences if name not in worse]
         text = f"Take {AGAINST}: at an equal task loss no method is shown to keep more"
         text += f"; {', '.join(worse)} keep{'s' if len(worse) == 1 else ''} less" if worse else ""
+        seeds = " or ".join(sorted({str(self.differences[name].seeds) for name in unclear}))
         text += f"; {', '.join(unclear)} cannot be told from it with {seeds} seeds" if unclear else ""
         return text + f" (paired t-tests, p < {LEVEL})."
 

@@ -21,13 +21,12 @@ from hft_trl.recipe.loading import load_split
 from hft_trl.recipe.rows import check_rendered, sft_dataset, untrained_rows
 from hft_trl.retention.meter import Meter
 from hft_trl.retention.retention_rows import choose
-from hft_trl.saved_models.half_reset import average_text, check_weight, draw, mixed, open_models, write, write_half
+from hft_trl.saved_models.half_reset import check_weight, draw, mixed, open_models, write_average, write_half
 from hft_trl.saved_models.saved_model import SavedModel
-from hft_trl.selection import find_units
 from hft_trl.skeleton import load
 from hft_trl.weights import rounds
 
-WEIGHTS = (0.25, 0.5, 0.75)
+WEIGHTS = tuple(tenth / 10 for tenth in range(1, 10))
 LONGEST = 1024  # tokens of a row of the task
 
 
@@ -41,16 +40,14 @@ def repair(
     task: str | None = None,
     facts: str | None = None,
     weights: Sequence[float] = WEIGHTS,
-    groups: int = 1,
     tolerance: float = 0.02,
     max_rows: int = 128,
 ) -> dict[str, Any]:
     """
     Write the mixture with the least loss on general text among those that do the task nearly as the tuned model.
 
-    Averages with each of `weights` are measured, then those with one group of layers at another weight, and the
-    Half-Reset of `config`. The task loss may be above the tuned model's by the share `tolerance`. Returned is the
-    content of `repair.json`.
+    Averages with each of `weights` and the Half-Reset of `config` are measured. The task loss may be above the tuned
+    model's by the share `tolerance`. Returned is the content of `repair.json`.
     """
     for weight in weights:
         check_weight(weight)
@@ -59,10 +56,6 @@ def repair(
         raise HFTError(f"{missing} is missing, so no model can be chosen: add it, or give the average with --weight.")
     before, after, out = open_models(base, tuned, out)
     check_output("--out", out)
-    layers = {name: unit.layer for unit in find_units(after.skeleton) for name in unit.names if unit.layer is not None}
-    number = max(layers.values()) + 1
-    if groups > number:
-        raise HFTError(f"groups is {groups}, but the model has {number} layers: give at most {number}.")
     half, options = draw(after, config), sorted({0.0, *map(float, weights), 1.0})
     tokenizer, embedded = chat.load_tokenizer(str(after.path)), probe_rows("retention")
     meter = Meter(
@@ -73,40 +66,29 @@ def repair(
     )
     found: list[dict[str, Any]] = []
 
-    def shares(outside: float, each: Sequence[float]) -> dict[str, float]:
-        if not each:
-            return dict.fromkeys(after.parameters, 0.0) | dict.fromkeys(half.trainable, 1.0)
-        inside = {name: each[layer * groups // number] for name, layer in layers.items()}
-        return dict.fromkeys(after.parameters, outside) | inside
-
-    def measure(name: str, outside: float, each: Sequence[float]) -> None:
-        mix(trainer.model, before, after, shares(outside, each))
+    def measure(name: str, weight: float | None) -> None:
+        reset = weight is None
+        shares = dict.fromkeys(after.parameters, weight or 0.0) | dict.fromkeys(half.trainable if reset else (), 1.0)
+        mix(trainer.model, before, after, shares)
         losses = {"task_loss": trainer.evaluate()["eval_loss"], **meter.measure(trainer.model)}
         if not all(map(math.isfinite, losses.values())):
             raise HFTError(f"{name} has {losses}, which cannot be compared: check the models, or give other rows.")
-        found.append({"name": name, "outside": outside, "groups": list(each), **losses})
+        found.append({"name": name, "weight": weight, **losses})
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(after, tokenizer, _task_rows(task, max_rows), folder)
         for weight in logging.tqdm(options, desc="Averages", disable=None):
             name = {0: "base", 1: "tuned"}.get(weight, f"average {weight:g}")
-            measure(name, weight, [weight] * groups)
-        for group in logging.tqdm(range(groups) if groups > 1 else (), desc="Groups", disable=None):
-            chosen = best(found, tolerance)
-            for weight in options:
-                each = [*chosen["groups"][:group], weight, *chosen["groups"][group + 1 :]]
-                if each != chosen["groups"]:
-                    measure(f"groups {' '.join(f'{share:g}' for share in each)}", chosen["outside"], each)
+            measure(name, weight)
         if not any(rounds(before.dtypes()[name], dtype) for name, dtype in after.dtypes().items()):
-            measure(f"half-reset {half.config.ratio:g}", 1.0, [])
+            measure(f"half-reset {half.config.ratio:g}", None)
     chosen = best(found, tolerance)
     names = {"base": base, "tuned": tuned, "tolerance": tolerance, "chosen": chosen["name"]}
     record = {**names, "candidates": found}
-    if not chosen["groups"]:
+    if chosen["weight"] is None:
         write_half(before, after, out, half, record)
-        return record
-    text = average_text(before, after, chosen["outside"], chosen["groups"])
-    write(before, after, out, shares(chosen["outside"], chosen["groups"]), text, record=record)
+    else:
+        write_average(before, after, out, chosen["weight"], record)
     return record
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +103,18 @@ def write_half(
 def average(base: str | Path, tuned: str | Path, out: str | Path, weight: float) -> None:
     """Write `(1 - weight) * base + weight * tuned`, computed in float64, in the tuned model's types."""
     check_weight(weight)
-    before, after, out = open_models(base, tuned, out)
-    shares = dict.fromkeys(after.parameters, float(weight))
-    write(before, after, out, shares, average_text(before, after, weight))
+    write_average(*open_models(base, tuned, out), weight)
+
+
+def write_average(before: SavedModel, after: SavedModel, out: Path, weight: float, record: Any = None) -> None:
+    """Write an average. `record` is as in [`write`]."""
+    text = f"Every parameter is {1 - weight:g} times that of `{before.name}` plus {weight:g} times that of "
+    write(before, after, out, dict.fromkeys(after.parameters, weight), f"{text}`{after.name}`.", record=record)
 
 
 def check_weight(weight: float) -> None:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= 1:
         raise HFTError(f"weight is {weight!r}: it must be a number in [0, 1], such as 0.5.")
-
-
-def average_text(before: SavedModel, after: SavedModel, weight: float, groups: Sequence[float] = ()) -> str:
-    """Return the text of an average's card. `groups` are the weights in groups of layers."""
-    text = f"{1 - weight:g} times that of `{before.name}` plus {weight:g} times that of `{after.name}`."
-    if {*groups} <= {weight}:
-        return f"Every parameter is {text}"
-    each = ", ".join(f"{share:g}" for share in groups)
-    return (
-        f"The layers are divided into {len(groups)} groups, from the first to the last, in which the weight of "
-        f"`{after.name}` is {each}. Every parameter outside of the layers is {text}"
-    )
 
 
 def open_models(base: str | Path, tuned: str | Path, out: str | Path) -> tuple[SavedModel, SavedModel, Path]:

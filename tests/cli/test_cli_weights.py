@@ -123,7 +123,7 @@ def test_repair_writes_the_average_of_a_weight(runs, tmp_path):
 
 def test_repair_shows_what_it_measured_and_writes_what_it_chose(runs, tmp_path):
     """The embedded world has rows of its own; standard output is one JSON object, or the table."""
-    flags = ("--max-rows", "4", "--weights", "0.5", "--groups", "2", "--tolerance", "9")
+    flags = ("--max-rows", "4", "--weights", "0.5", "--tolerance", "9")
     result = run("repair", "demo", runs / "fft", *flags, "--out", tmp_path / "a", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -132,7 +132,7 @@ def test_repair_shows_what_it_measured_and_writes_what_it_chose(runs, tmp_path):
     flags = ("--max-rows", "4", "--texts", tmp_path / "texts.txt", "--ratio", "0.3")
     result = run("repair", "demo", runs / "fft", *flags, "--out", tmp_path / "b")
     assert result.exit_code == 0, result.output
-    for name in ("base", "average 0.25", "average 0.5", "average 0.75", "tuned", "half-reset 0.3", "general text"):
+    for name in ("base", "average 0.1", "average 0.5", "average 0.9", "tuned", "half-reset 0.3", "general text"):
         assert name in result.stdout
     chosen = json.loads((tmp_path / "b" / "repair.json").read_text())["chosen"]
     assert [line.split("  ")[0].strip() for line in result.stdout.splitlines() if line.endswith(" yes ")] == [chosen]
@@ -142,9 +142,9 @@ def test_repair_shows_what_it_measured_and_writes_what_it_chose(runs, tmp_path):
     ("flags", "words"),
     [
         (["--weight", "2"], "weight is 2.0"),
-        (["--weight", "0.5", "--texts", "t.txt"], "drop the options"),
+        (["--weight", "0.5", "--texts", "t.txt", "--seed", "0"], "drop --texts and --seed."),
+        (["--weight", "0.5", "--tolerance", "0.02", "--json"], "drop --tolerance and --json."),
         (["--weights", "nan"], "weight is nan"),
-        (["--groups", "9"], "8 layers"),
         (["--texts", "./nowhere"], "nowhere"),
         (["--task", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--ratio", "0"], "hft.ratio"),

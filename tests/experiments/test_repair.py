@@ -47,14 +47,6 @@ def save(folder, noise) -> str:
     return str(folder)
 
 
-def layer(name) -> int | None:
-    return int(name.split(".")[2]) if ".layers." in name else None
-
-
-def in_last_layers(name) -> bool:
-    return layer(name) is not None and layer(name) >= 4
-
-
 @cache
 def stays_tuned() -> set[str]:
     return set(select(AutoModelForCausalLM.from_pretrained(demo.MODEL), CONFIG).trainable)
@@ -67,10 +59,6 @@ def in_the_half(name) -> bool:
 # Noise of the base and of the tuned model, and the mixture in which it cancels
 CASES = {
     "average 0.5": (lambda name: 1, lambda name: -1),
-    "groups 0.5 1": (
-        lambda name: 0 if layer(name) is None else 1,
-        lambda name: 0 if layer(name) is None or in_last_layers(name) else -1,
-    ),
     "half-reset 0.5": (in_the_half, lambda name: not in_the_half(name)),
 }
 
@@ -82,9 +70,7 @@ def case(request, rows, tmp_path_factory):
     base, tuned = (
         save(folder / name, noise) for name, noise in zip(("base", "tuned"), CASES[request.param], strict=True)
     )
-    groups = 2 if request.param.startswith("groups") else 1
-    given = {"weights": [0.5], "groups": groups}
-    record = module.repair(base, tuned, folder / "out", CONFIG, **rows, **given)
+    record = module.repair(base, tuned, folder / "out", CONFIG, **rows, weights=[0.5])
     return request.param, folder, record
 
 
@@ -113,18 +99,16 @@ def test_every_tensor_is_what_the_record_and_the_card_say(case):
     chosen = next(each for each in record["candidates"] if each["name"] == record["chosen"])
     base, tuned, out = (tensors(folder / part) for part in ("base", "tuned", "out"))
     card = (folder / "out" / "README.md").read_text()
-    if not chosen["groups"]:
+    if chosen["weight"] is None:
         stays = half_reset(folder / "base", folder / "tuned", folder / "reset", CONFIG).trainable
         assert all(value.equal((tuned if key in stays else base)[key]) for key, value in out.items())
         files = {path.name for path in (folder / "reset").iterdir()} | {"repair.json"}
         assert {path.name for path in (folder / "out").iterdir()} == files
         assert (folder / "out" / "README.md").read_text() == (folder / "reset" / "README.md").read_text()
         return
-    assert f"{chosen['outside']:g} times that of `{folder / 'tuned'}`" in card
+    assert f"{chosen['weight']:g} times that of `{folder / 'tuned'}`" in card
     for key, value in out.items():
-        group = None if layer(key) is None else layer(key) * len(chosen["groups"]) // 8
-        weight = chosen["outside"] if group is None else chosen["groups"][group]
-        assert value.equal(torch.lerp(base[key].double(), tuned[key].double(), weight).float()), key
+        assert value.equal(torch.lerp(base[key].double(), tuned[key].double(), chosen["weight"]).float()), key
 
 
 def test_what_was_measured_is_what_was_written(case, rows):
@@ -153,23 +137,6 @@ def test_the_task_loss_is_that_of_the_answers_tokens(case, rows):
         losses += [-logits[place - 1, whole[place]].item() for place in range(len(prompt), len(whole))]
     chosen = next(each for each in record["candidates"] if each["name"] == record["chosen"])
     assert chosen["task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-
-
-def test_groups_begin_with_the_best_whole_weight_and_never_end_worse(rows, tmp_path):
-    """By the rule, for a tuned model that is better in its last layers only."""
-    base, tuned = (
-        save(tmp_path / name, CASES["groups 0.5 1"][number]) for number, name in enumerate(("base", "tuned"))
-    )
-    repaired = partial(module.repair, base, tuned, **rows, weights=[0.5])
-    records = [repaired(tmp_path / str(groups), CONFIG, groups=groups) for groups in (1, 2)]
-    losses = []
-    for record in records:
-        losses += [each["text_loss"] for each in record["candidates"] if each["name"] == record["chosen"]]
-    assert losses[1] <= losses[0]
-    assert records[1]["candidates"][:3] != records[0]["candidates"][:3]  # the groups of each are listed
-    assert [each["task_loss"] for each in records[1]["candidates"][:3]] == [
-        each["task_loss"] for each in records[0]["candidates"][:3]
-    ]
 
 
 def test_a_tolerance_that_no_mixture_keeps_leaves_the_tuned_model(rows, tmp_path):
@@ -222,7 +189,6 @@ def test_rows_of_messages_need_a_template_that_marks_the_answers(tmp_path):
     [
         ({"texts": None}, "--texts is missing"),
         ({"task": None}, "--task is missing.*--weight"),
-        ({"groups": 9}, "groups is 9.*8 layers"),
         ({"weights": [0.5, 1.5]}, "weight is 1.5"),
         ({"texts": "nowhere.txt"}, "texts 'nowhere.txt'"),
         ({"task": "nowhere.jsonl"}, "dataset 'nowhere.jsonl'"),
