@@ -120,7 +120,7 @@ def series(point: Point) -> str:
     return f"{_method(point)}{made}"
 
 
-def name(point: Point) -> str:
+def model_name(point: Point) -> str:
     """Return the name of a model without its seed, such as `fft 3e-05, average 0.5`."""
     rate = "" if point["learning_rate"] is None else f" {point['learning_rate']:g}"
     made = "" if point["post_hoc"] is None else f", {point['post_hoc']}"
@@ -134,7 +134,7 @@ def _method(point: Point) -> str:
 def means(points: Sequence[Point], kept: str) -> list[Mean]:
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(name(point), []).append(point)
+        groups.setdefault(model_name(point), []).append(point)
     found = []
     for key, group in groups.items():
         learned, held = [p["learned"]["loss"] for p in group], [p["kept"][kept] for p in group]

@@ -1,20 +1,21 @@
 """Write the frontier's results: `frontier.json`, `frontier.png` and `frontier.md`."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from hft_trl.experiments.frontier import AGAINST, KEPT, Frontier, means, read_frontier
+from hft_trl.experiments.frontier import AGAINST, KEPT, Frontier, model_name, read_frontier
 from hft_trl.experiments.grid import BASE, FrontierArguments
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
 from hft_trl.report.figures import GREY, panels, plain, save_figure, stage_colours
-from hft_trl.report.tables import Grid, rich_table, table
+from hft_trl.report.tables import NONE, Grid, rich_table, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,21 +57,22 @@ def print_frontier(found: Frontier, output: Path) -> None:
 
 
 def grids(found: Frontier) -> list[Grid]:
-    names = list(dict.fromkeys(key for point in found.points for key in point["kept"]))
-    others = {kept: {m.name: m for m in means(found.points, kept)} for kept in names if kept in KEPT}
-    rows = [
-        [
-            model.name,
-            str(model.seeds),
-            _value(model.learned, model.learned_spread),
-            *(_value(others[kept][model.name].kept, others[kept][model.name].kept_spread) for kept in others),
-            "yes" if model.name in found.front else "",
-        ]
-        for model in found.models
-    ]
-    headings = [kept.replace("_", " ") for kept in others]
+    points = {model.name: [each for each in found.points if model_name(each) == model.name] for model in found.models}
+    keys = {part: dict.fromkeys(key for point in found.points for key in point[part]) for part in ("learned", "kept")}
+
+    def cells(model: str, part: str, names: Iterable[str]) -> list[str]:
+        return [_value([point[part][each] for point in points[model]]) for each in names]
+
+    rows = []
+    for model in found.models:
+        losses = cells(model.name, "learned", ["loss"]) + cells(model.name, "kept", keys["kept"])
+        rows.append([model.name, str(model.seeds), *losses, "yes" if model.name in found.front else ""])
+    headings = [kept.replace("_", " ") for kept in keys["kept"]]
     compared = [[name, *difference.cells(4)] for name, difference in found.differences.items()]
     tables = [Grid("Mean (standard deviation) over the seeds", ["", "seeds", "task loss", *headings, "front"], rows)]
+    if tasks := [key for key in keys["learned"] if key not in ("loss", "mean_token_accuracy")]:
+        rows = [[model.name, *cells(model.name, "learned", tasks)] for model in found.models]
+        tables.append(Grid("Scores of lm-evaluation-harness, mean (standard deviation)", ["", *tasks], rows))
     if compared:
         title = f"Difference to {AGAINST} at an equal task loss: {KEPT[found.kept]}"
         tables.append(Grid(title, ["", "mean", "95 % interval", "p", "seeds that keep more"], compared))
@@ -104,5 +106,9 @@ def frontier_figure(found: Frontier) -> "Figure":
     return figure
 
 
-def _value(mean: float, spread: float) -> str:
-    return f"{mean:.3f}" + (f" ({spread:.3f})" if spread else "")
+def _value(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    if not found:
+        return NONE
+    spread = stdev(found) if len(found) > 1 else 0
+    return f"{fmean(found):.3f}" + (f" ({spread:.3f})" if spread else "")

@@ -123,7 +123,7 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in wanted}
         kept = meter.measure(trainer.model, base)
         if grid.tasks:
-            kept |= _tasks(trainer, folder / "evaluated", grid.tasks)
+            learned |= _tasks(trainer, folder / "evaluated", grid.tasks)
         found = {"post_hoc": post_hoc, "learned": learned, "kept": kept, "seconds": seconds, "peak_memory_bytes": peak}
         points.append({**vars(trial), "learning_rate": rate, **found})
     write_json(result_file(output, trial.name), {"points": points})

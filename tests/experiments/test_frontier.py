@@ -319,6 +319,18 @@ def test_the_tables_show_every_model_once(small):
     assert table.columns == ["", "seeds", "task loss", "text loss", "base kl", "facts", "front"]
 
 
+def test_scores_of_tasks_are_what_was_learned_and_have_a_table(tmp_path):
+    (tmp_path / "scores").mkdir()
+    words = [*QUICK[QUICK.index("--sft.max_steps") : -2], "--tasks", "demo", "--output_dir", str(tmp_path)]
+    run_trial(Trial(BASE), tmp_path, words)
+    found = read_frontier([tmp_path / "scores" / "base.json"], "text_loss")
+    (point,) = found.points
+    assert set(point["kept"]) == {"text_loss", "base_kl", "facts"}
+    _, table = grids(found)
+    (row,) = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert row["knowledge"] == f"{point['learned']['knowledge']:.3f}" == "100.000"
+
+
 def test_a_frontier_without_an_evaluation_split_or_anything_to_keep_is_rejected_first(tmp_path):
     config, texts = tmp_path / "own.yaml", tmp_path / "texts.txt"
     texts.write_text("Ada lives in Rome.")
