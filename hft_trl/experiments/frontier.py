@@ -154,9 +154,9 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
     """
     Compare what two series keep at an equal task loss, seed by seed.
 
-    In each seed, the best that a series keeps at a task loss of at most so much is interpolated between its own points.
-    The difference (ours minus theirs, in the unit of `kept`) is the mean over the losses that both reach. Seeds that
-    lack models are left out. `None` if fewer than two seeds remain.
+    In each seed, the best that a series keeps at such a task loss or a lower one is interpolated between its own
+    points. The difference (ours minus theirs, in the unit of `kept`) is the mean over the losses that both reach.
+    Seeds that lack models are left out. `None` if fewer than two seeds remain.
     """
     differences, counts = [], Counter((series(point), point["seed"]) for point in points)
     complete = {s: max((count for (name, _), count in counts.items() if name == s), default=1) for s in (ours, theirs)}
@@ -174,7 +174,7 @@ def compare_at_equal_loss(points: Sequence[Point], ours: str, theirs: str, kept:
 
 
 def _curve(points: Sequence[Point], kept: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best that a series keeps at a task loss of at most so much, by rising task loss."""
+    """Return task losses of a series, rising, and the best that it keeps at each or at a lower one."""
     places = {(point["learned"]["loss"], _sign(kept) * point["kept"][kept]) for point in points}
     best = sorted(_undominated(places))
     # A model that a better one dominates does not end the range in which the better one is compared

@@ -37,9 +37,9 @@ def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments,
 {tables}
 
 A model is on the front if no other has a task loss at most as high and keeps at least as much, in the means over the
-seeds. The comparison at an equal task loss interpolates, seed by seed, between the learning rates of each method, and
-takes the mean over the losses that both reach. p is from a two-sided paired t-test over the seeds, not corrected for
-multiple comparisons.
+seeds. The comparison at an equal task loss interpolates, seed by seed, between the learning rates of each method: the
+best that it keeps at such a loss or a lower one. It takes the mean over the losses that both reach. p is from a
+two-sided paired t-test over the seeds, not corrected for multiple comparisons.
 
 Made by `python recipes/frontier.py {shlex.join(redact(list(argv)))}` on {datetime.now(UTC):%Y-%m-%d} with torch \
 {versions["torch"]}, transformers {versions["transformers"]}, trl {versions["trl"]}.
