@@ -84,7 +84,7 @@ def repair_command(
     """
     config = HFTConfig(**given(ratio=ratio, seed=seed))
     if weight is not None:
-        # Of what the user gave: defaults have values too
+        # Only what the user gave counts: defaults have values too
         options = {each.name: each.opts[0] for each in context.command.params if each.opts[0].startswith("--")}
         by_user = [name for name in options if context.get_parameter_source(name).name == "COMMANDLINE"]
         if unused := [options[name] for name in by_user if name not in ("out", "weight")]:

@@ -78,8 +78,8 @@ class Frontier:
         if not self.differences:
             ahead = dict.fromkeys(m.series for m in self.models if m.name in self.front and m.series != BASE)
             return (
-                f"No test was possible: it needs {AGAINST} and another method with at least two learning rates each, "
-                "two seeds, and a range of the task loss that both reach"
+                f"No test was possible: it needs {AGAINST} and another method, two seeds, and a range of the task "
+                "loss that both reach (more learning rates widen it)"
                 + (f"; in the means over the seeds the front is of {' and '.join(ahead)} alone." if ahead else ".")
             )
         clear = {name: d for name, d in self.differences.items() if d.p < LEVEL}

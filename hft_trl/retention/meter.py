@@ -29,7 +29,7 @@ from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prom
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
 BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
-PIECE = 16 * LONGEST  # characters, of which texts that are too long to be tokenized whole are made
+PIECE = 16 * LONGEST  # characters of a piece, where texts are too long to be tokenized whole
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
 BASE_FILE = "retention_base.safetensors"

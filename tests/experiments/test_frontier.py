@@ -181,7 +181,7 @@ def difference(mean, p):
 @pytest.mark.parametrize(
     ("differences", "sentence"),
     [
-        ({}, "No test was possible: it needs fft and another method .* that both reach.$"),
+        ({}, "No test was possible: it needs fft and another method, two seeds, .* widen it\\)[.]$"),
         ({"hft": difference(-0.2, 0.01), "lora": difference(-0.1, 0.01)}, "Take hft: at an equal task loss it keeps"),
         ({"hft": difference(0.2, 0.01)}, "Take fft: .*; hft keeps less"),
         ({"hft": difference(-0.2, 0.3)}, "Take fft: .*; hft cannot be told from it with 3 seeds"),
