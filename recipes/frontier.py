@@ -17,8 +17,8 @@ python recipes/frontier.py --config recipes/configs/frontier-smollm2.yaml --mode
 
 The sections are those of `sft_then_dpo.py` without `dpo`, and `frontier` (also as flags without a section, such as
 `--methods` and `--seeds`): methods, learning_rates, ratios, seeds, average, half_reset, kept, tasks, lora_rank,
-workers. Each FFT model is also averaged with the base and half reset, which costs no training. The same command again
-resumes where it stopped. In `output_dir`: `frontier.json`, `frontier.png` and `frontier.md`.
+workers. Each FFT and HFT model is also averaged with the base, and each FFT model half reset, which costs no training.
+The same command again resumes where it stopped. In `output_dir`: `frontier.json`, `frontier.png` and `frontier.md`.
 """
 
 import sys

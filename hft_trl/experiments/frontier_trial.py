@@ -157,9 +157,9 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 
 @torch.no_grad()
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
-    """Put a model and its averages and Half-Reset (of FFT) into `model`, and yield each name."""
+    """Put a model, its averages with the base and (of FFT) its Half-Reset into `model`, and yield each name."""
     yield None
-    if trial.method != "fft":
+    if trial.method in (BASE, *ADAPTERS):
         return
     tuned = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     kwargs = stage.args.model_init_kwargs
@@ -169,7 +169,7 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
         yield f"average {share:g}"
-    if grid.half_reset:
+    if grid.half_reset and trial.method == "fft":
         stays = set(select(base, HFTConfig(seed=trial.seed)).trainable)
         for name, parameter in model.named_parameters():
             parameter.copy_((tuned if name in stays else before)[name])

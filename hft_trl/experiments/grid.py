@@ -17,6 +17,7 @@ for name in IMPORTANCES:
     HALVES[name] = {"strategy": "importance", "importance": name}
     HALVES[f"{name}:least"] = {**HALVES[name], "importance_order": "least"}
 HALVES["wanda"] = HALVES.pop("wanda:least")  # what matters most to the source is to stay
+HALVES["frozen_embeddings"] = {"train_embeddings": "false", "train_lm_head": "false"}
 
 ADAPTERS = ("lora", "lora:ffn", "oft", "shira")
 METHODS = ("fft", "hft", *(f"hft:{half}" for half in HALVES), *ADAPTERS)
@@ -30,7 +31,7 @@ class FrontierArguments:
     learning_rates: list[str] = key("Of every method; lora=1e-3 is one for LoRA only, in place of the others.", [])
     ratios: list[float] = key("Shares of the layers that learn with HFT.", [0.5])
     seeds: int = key("Number of seeds; each decides the half and the order of the rows.", 1)
-    average: list[float] = key("Weights of each FFT model in averages with the base.", [0.25, 0.5, 0.75])
+    average: list[float] = key("Weights of each FFT and HFT model in averages with the base.", [0.25, 0.5, 0.75])
     half_reset: bool = key("Set half of each FFT model back to the base.", True)
     kept: Literal["text_loss", "base_kl", "facts"] = key("Compared with what was learned.", "text_loss")
     tasks: str | None = key("Suites of hft-trl evaluate for every model, such as general; they take long.", None)

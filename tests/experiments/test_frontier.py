@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from hft_trl import HFTError, demo
+from hft_trl import HFTConfig, HFTError, demo, select
 from hft_trl.experiments.frontier import (
     Difference,
     Frontier,
@@ -23,7 +25,14 @@ from hft_trl.experiments.frontier import (
     series,
 )
 from hft_trl.experiments.frontier_report import grids
-from hft_trl.experiments.frontier_trial import _load_data, frontier_points, make_trainer, parse_frontier, run_trial
+from hft_trl.experiments.frontier_trial import (
+    _load_data,
+    frontier_points,
+    make_trainer,
+    parse_frontier,
+    run_trial,
+    versions,
+)
 from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +78,9 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
     if kind == "hft":
         assert stage.hft.ratio == 0.25
         shown = {stage.hft.strategy, stage.hft.importance if stage.hft.strategy == "importance" else None}
-        assert (half.split(":")[0] or "category") in shown
+        frozen = half == "frozen_embeddings"
+        assert (stage.hft.train_embeddings, stage.hft.train_lm_head) == (not frozen, not frozen)
+        assert ("category" if frozen or not half else half.split(":")[0]) in shown
         assert (stage.hft.importance_order == "least") is (half == "wanda" or half.endswith(":least"))
 
 
@@ -229,6 +240,24 @@ def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained
     assert trainer.state.global_step == 2
 
 
+def test_averages_of_a_half_keep_the_frozen_bits(tmp_path):
+    words = [*QUICK[QUICK.index("--average") :], "--average", "0.25", "0.7", "--output_dir", str(tmp_path)]
+    recipe, grid, _ = parse_frontier(words)
+    stage = recipe.stages["sft"]
+    model = AutoModelForCausalLM.from_pretrained(stage.model.model_name_or_path)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    learns = set(select(model, HFTConfig(seed=1)).trainable)
+    with torch.no_grad():
+        for name in learns:
+            model.get_parameter(name).add_(torch.randn_like(before[name]))
+    found = []
+    for name in versions(model, stage, Trial("hft", "1e-3", 0.5), grid):
+        found.append(name)
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert moved == learns
+    assert found == [None, "average 0.25", "average 0.7"]
+
+
 def test_texts_alone_are_enough_to_measure(tmp_path):
     (tmp_path / "general.txt").write_text("Ada lives in Rome. " * 9)
     (tmp_path / "scores").mkdir()
@@ -261,6 +290,7 @@ def test_a_frontier_has_its_points_its_front_and_its_figure(small):
         ("fft", "average 1"),
         ("fft", "half-reset"),
         ("hft", None),
+        ("hft", "average 1"),
         ("lora", None),
     }
     for p in found["points"]:
@@ -270,8 +300,9 @@ def test_a_frontier_has_its_points_its_front_and_its_figure(small):
     assert by_name["base", None]["kept"]["base_kl"] == pytest.approx(0, abs=1e-6)
     assert by_name["hft", None]["kept"]["base_kl"] > 0
     # A weight of 1 is the tuned model itself; half of it set back lies elsewhere
-    assert by_name["fft", "average 1"]["learned"] == pytest.approx(by_name["fft", None]["learned"])
-    assert by_name["fft", "average 1"]["kept"] == pytest.approx(by_name["fft", None]["kept"])
+    for method in ("fft", "hft"):
+        assert by_name[method, "average 1"]["learned"] == pytest.approx(by_name[method, None]["learned"])
+        assert by_name[method, "average 1"]["kept"] == pytest.approx(by_name[method, None]["kept"])
     assert by_name["fft", "half-reset"]["kept"]["base_kl"] < by_name["fft", None]["kept"]["base_kl"]
     names = {model.name for model in means(found["points"], "text_loss")}
     assert set(found["front"]) <= names
