@@ -47,8 +47,8 @@ class HFTConfig:
         seed (`int`, *optional*, defaults to `42`):
             Seed of the selection. It is used by a generator of its own: no global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether the input embedding learns. Freezing it costs ability in the paper, and keeps more of an instruct
-            model here (docs/halves.md). If it is tied to the output head, they learn only if both may.
+            Whether the input embedding learns. The paper loses ability with it frozen, an instruct model kept more
+            (docs/halves.md). An embedding that is tied to the output head learns only if both may.
         train_lm_head (`bool`, *optional*, defaults to `True`):
             Whether the output head learns.
         train_final_norm (`bool`, *optional*, defaults to `True`):
