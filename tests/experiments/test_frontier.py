@@ -241,8 +241,7 @@ def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained
 
 
 def test_averages_of_a_half_keep_the_frozen_bits(tmp_path):
-    words = [*QUICK[QUICK.index("--average") :], "--average", "0.25", "0.7", "--output_dir", str(tmp_path)]
-    recipe, grid, _ = parse_frontier(words)
+    recipe, grid, _ = parse_frontier(["--average", "0.25", "0.7", "--output_dir", str(tmp_path)])
     stage = recipe.stages["sft"]
     model = AutoModelForCausalLM.from_pretrained(stage.model.model_name_or_path)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
