@@ -15,7 +15,7 @@ from hft_trl.continual.continual_arguments import ADAPTERS, Adapter, ContinualAr
 from hft_trl.continual.gem import check_gem
 from hft_trl.continual.rounds import Round, plan_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
-from hft_trl.continual.tasks import Row, Task, read_benchmark, read_replay, read_tasks
+from hft_trl.continual.tasks import Row, Task, constant_score, read_benchmark, read_replay, read_tasks
 from hft_trl.errors import HFTError
 from hft_trl.files import write_json_once, writing
 from hft_trl.processes import by_first_process
@@ -155,6 +155,7 @@ class ContinualRecipe:
             "model": demo.shown(self.model.model_name_or_path),
             "tasks": [task.name for task in tasks],
             "metrics": [task.metric for task in tasks],
+            "constant_answer": [constant_score(task) for task in tasks],
             "settings": {key: v for key, v in settings.items() if USED_BY.get(key, run.approach) == run.approach},
         }
 

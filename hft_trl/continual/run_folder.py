@@ -19,7 +19,7 @@ SCORES_FILE = "scores.json"
 VERSION = 1
 FIELDS = {
     **dict.fromkeys(("approach", "model"), str),
-    **dict.fromkeys(("tasks", "metrics", "matrix", "op", "bwt", "rounds"), list),
+    **dict.fromkeys(("tasks", "metrics", "constant_answer", "matrix", "op", "bwt", "rounds"), list),
     **dict.fromkeys(("settings", "probes"), dict),
     "method": str | None,
 }

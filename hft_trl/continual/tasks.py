@@ -1,6 +1,7 @@
 """Tasks: TRACE's folders or users' own from a YAML file, their metrics, and the tokens of their rows."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -209,3 +210,10 @@ METRICS = {metric.__name__: metric for metric in (accuracy, choice_accuracy, edi
 
 def mean_score(metric: str, predictions: Sequence[str], answers: Sequence[str]) -> float:
     return fmean(map(METRICS[metric], predictions, answers))
+
+
+def constant_score(task: Task) -> float:
+    """Compute the test score of always giving the most frequent answer of the training rows."""
+    counted = slice(1) if task.metric == choice_accuracy.__name__ else slice(None)
+    answer, _ = Counter(row.answer.strip()[counted] for row in task.train).most_common(1)[0]
+    return mean_score(task.metric, [answer] * len(task.test), [row.answer for row in task.test])

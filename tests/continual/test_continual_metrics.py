@@ -10,7 +10,7 @@ from rapidfuzz.distance import Indel
 from rouge_score.rouge_scorer import RougeScorer
 
 from hft_trl.continual.continual_arguments import NEEDED, check_installed
-from hft_trl.continual.tasks import METRICS, mean_score
+from hft_trl.continual.tasks import METRICS, Row, Task, constant_score, mean_score
 from hft_trl.errors import HFTError
 
 
@@ -89,3 +89,13 @@ def test_a_missing_library_is_said_with_what_to_install(monkeypatch):
             check_installed(["accuracy", "sequential"])
             with pytest.raises(HFTError, match=rf"{name} needs {library}: run pip install .*-e '\.\[continual\]'"):
                 check_installed(["accuracy", name])
+
+
+def test_a_constant_answer_is_the_most_frequent_of_the_training_rows_and_a_letter_where_only_that_counts():
+    def task(metric, train, test):
+        rows = (tuple(Row("", answer) for answer in answers) for answers in (train, test))
+        return Task("T", *rows, metric, 1)
+
+    assert constant_score(task("accuracy", ["B", "A", "B "], ["A", "B", "C", "C"])) == 25
+    assert constant_score(task("choice_accuracy", ["A x", "B y", "B z"], ["B other", "A x"])) == 50
+    assert constant_score(task("edit_similarity", ["ab", "ab", "cd"], ["ab", "xy"])) == 50

@@ -27,7 +27,7 @@ def scores_of(
 ):
     return {
         "version": 1, "approach": approach, "method": method, "model": model, "tasks": list(tasks),
-        "metrics": ["accuracy"] * len(tasks), "matrix": [list(row) for row in matrix], **curves(matrix),
+        "metrics": ["accuracy"] * len(tasks), "constant_answer": [53.0] * len(tasks), "matrix": [list(row) for row in matrix], **curves(matrix),
         "settings": {"seed": 1, "test_sets": "x"} | (settings or {}),
         "probes": {"base": {"knowledge": 100.0, "other": None}},
         "retention": {"base": {"text_loss": 2.0}, "round-1": {"text_loss": 2.5}},
@@ -46,12 +46,14 @@ def save(folder, **scores):
 def test_the_matrix_is_shown_with_what_is_not_yet_seen_left_out():
     grid = score_grid(scores_of())
     assert grid.columns == ["after", "A", "B", "OP", "BWT"]
-    assert grid.rows == [["round-1", "80.0", "-", "80.0", "+0.0"], ["round-2", "60.5", "40.0", "50.2", "-9.8"]]
+    constant, *rounds = grid.rows
+    assert constant == ["most frequent answer", "53.0", "53.0", "-", "-"]
+    assert rounds == [["round-1", "80.0", "-", "80.0", "+0.0"], ["round-2", "60.5", "40.0", "50.2", "-9.8"]]
 
 
 def test_where_no_task_comes_after_another_there_is_no_transfer(tmp_path):
     scores = scores_of("individual", matrix=((80.0,), (80.0, 40.0)))
-    assert [row[-1] for row in score_grid(scores).rows] == ["-", "-"]
+    assert [row[-1] for row in score_grid(scores).rows] == ["-", "-", "-"]
     assert "OP 50.2, BWT - after" in write_report(save(tmp_path / "a", approach="individual")).read_text()
 
 
