@@ -135,7 +135,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # Inference mode would leave tensors that a later backward pass rejects. Compiled code would be compiled again
+        # for these shapes, and then also for those of training.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(was_training)

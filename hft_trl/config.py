@@ -122,7 +122,7 @@ class HFTConfig:
                 cause = "importance" if self.strategy == "importance" else "strategy"
                 raise HFTError(
                     f"hft.{name} is {vars(self)[name]!r}, which is not used with hft.{cause} {vars(self)[cause]!r}: "
-                    f"drop it, or change hft.{cause}."
+                    f"drop it (in a stage's own section, set it to {vars(HFTConfig)[name]!r}), or change hft.{cause}."
                 )
         if isinstance(self.exclude, str):
             raise HFTError(f"hft.exclude is the string {self.exclude!r}: give a list of regular expressions.")

@@ -11,6 +11,7 @@ import typer
 
 from hft_trl import demo
 from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.files import check_output
 
 PACKAGE = Path(__file__).parents[1]
 COMMANDS = {"sft": "sft", "dpo": "dpo", "chain": "sft_then_dpo"}  # and the recipe of each
@@ -115,6 +116,7 @@ def copy_command(
     for copy in copies:
         if copy.exists():
             raise HFTError(f"{str(copy)!r} exists, and no file is overwritten: give another folder, or remove it.")
+    check_output("PATH", path)
     path.mkdir(parents=True, exist_ok=True)
     for copy, source in copies.items():
         shutil.copyfile(source, copy)

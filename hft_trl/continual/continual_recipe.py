@@ -24,7 +24,7 @@ from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArg
 from hft_trl.recipe.folder import lock, open_stages
 from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
-from hft_trl.recipe.rehearsal import rehearse
+from hft_trl.recipe.rehearsal import check_fills_batch, rehearse
 from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest
 
@@ -167,6 +167,8 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
     if not run.overwrite:
         check_plan(run.output_dir, plan)
     rounds = recipe.rounds(tasks, general)
+    for planned in rounds:
+        check_fills_batch(planned, len(planned.plan.rows))
     first = rounds[0]
     first.check()
     first.load_data()

@@ -29,7 +29,7 @@ from hft_trl.recipe import Recipe, Stage, parse_recipe
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
-from hft_trl.retention.meter import Meter
+from hft_trl.retention.meter import MEASURED, Meter
 from hft_trl.saved_models.digests import content_digest
 from hft_trl.selection import find_units, select
 from hft_trl.skeleton import build_on_meta
@@ -66,10 +66,12 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     adapters = [method for method in grid.methods if method in ADAPTERS]
     if adapters and find_spec("peft") is None:
         raise HFTError(f"{adapters[0]} needs peft: run pip install -c constraints.txt -e '.[frontier]'.")
-    stage.check()
+    found = (Trial(BASE), *trials(grid))
+    for trial in {trial.method: trial for trial in found}.values():
+        parse_frontier([*flags, *trial.flags()])[0].stages["sft"].check()
     _load_data(stage)
     meter = _meter(stage)
-    needed = {"text_loss": meter.texts, "base_kl": meter.prompts, "facts": meter.facts}
+    needed = {figure: vars(meter)[kind] for kind, figure in MEASURED.items()}
     if not needed[grid.kept]:
         given = [name for name, rows in needed.items() if rows]
         raise HFTError(f"kept is {grid.kept}, which retention has no rows for: add them, or give --kept {given[0]}.")
@@ -94,7 +96,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
             (*start, trial.method, trial.learning_rate, str(trial.ratio or ""), str(trial.seed), *flags),
             result_file(output, trial.name),
         )
-        for trial in (Trial(BASE), *trials(grid))
+        for trial in found
     ]
 
 
@@ -167,7 +169,8 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
     before = dict(base.named_parameters())
     for share in grid.average:
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
+            if name in before:  # else it is quantised, and so frozen
+                parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
         yield f"average {share:g}"
     if grid.half_reset and trial.method == "fft":
         stays = set(select(base, HFTConfig(seed=trial.seed)).trainable)
@@ -177,8 +180,10 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
 
 
 def _load_data(stage: Stage) -> None:
-    if not stage.data.eval_split and stage.mixture is None:
+    if not stage.data.eval_split:
         raise HFTError("sft.eval_split is missing: set the split on which the task loss is measured.")
+    if stage.args.load_best_model_at_end:
+        raise HFTError("sft.load_best_model_at_end is true, but a frontier measures each model's last step: drop it.")
     stage.args.eval_strategy = IntervalStrategy.EPOCH  # so that the evaluation rows are loaded and checked
     stage.load_data()
     stage.args.eval_strategy = IntervalStrategy.NO  # they are measured after training

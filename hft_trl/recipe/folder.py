@@ -38,8 +38,13 @@ VOLATILE = re.compile(
     r"|metric_for_best_model|greater_is_better|skip_memory_metrics|enable_jit_checkpoint"
 )
 
-# The division of the global batch may change too: it only affects how sums are rounded
-DIVIDING = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Recorded, but a resumed run may change them too: the division of the global batch only affects how sums are rounded,
+# and the others cost memory or time
+MAY_DIFFER = {
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+    *("prediction_loss_only", "ddp_timeout", "torch_empty_cache_steps", "activation_offloading"),
+    *(f"{name}{suffix}" for name in CHECKPOINTING for suffix in ("", "_kwargs")),
+}
 # Digests of the start model, and what has changed if they differ
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
 
@@ -94,10 +99,6 @@ def settings(stage: "Stage") -> Settings:
         for key, value in sorted(args.items())
         if not VOLATILE.fullmatch(key) or (best and key.startswith(("eval_", "save_s", "metric_", "greater_")))
     }
-    if stage.auto_checkpointing:  # the choice depends on the machine, and the weights do not depend on it
-        for name in CHECKPOINTING:
-            del kept[name], kept[f"{name}_kwargs"]
-        kept[CHECKPOINTING[0]] = "auto"
     rows = stage.args.train_batch_size * stage.args.gradient_accumulation_steps
     kept["global_batch_size"] = rows * stage.args.world_size
     content = {"model": dataclasses.asdict(stage.model), "data": dataclasses.asdict(stage.data), stage.section: kept}
@@ -142,7 +143,21 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
+def _check_inputs(stages: list["Stage"]) -> None:
+    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete."""
+    for stage in stages:
+        start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
+        read = [start.model_name_or_path, start.chat_template, stage.data.dataset]
+        read += [files.get(name) for name in ("texts", "facts", "prompts")]
+        read += [stage.hft.source_texts] if stage.hft is not None else []
+        for path in filter(None, read):
+            folders = [other.folder for other in stages if resolved(path).is_relative_to(resolved(other.folder))]
+            if folders and Path(path).exists():
+                raise HFTError(f"output_dir {str(folders[0])!r} holds {path!r}, which the run reads: choose another.")
+
+
 def _open(stages: list["Stage"], overwrite: bool) -> None:
+    _check_inputs(stages)
     for stage in stages:
         with writing(stage.folder):
             _take(stage.folder)
@@ -195,10 +210,10 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
 
 
 def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
-    """Describe the settings that differ, except those in `DIVIDING`."""
+    """Describe the settings that differ, except those in `MAY_DIFFER`."""
     old, new, found = dict(_flat(before)), dict(_flat(now)), []
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) == new.get(name) or name.rpartition(".")[2] in DIVIDING:
+        if old.get(name) == new.get(name) or not MAY_DIFFER.isdisjoint(name.split(".")):
             continue
         if name in START:
             start = stage.model.model_name_or_path

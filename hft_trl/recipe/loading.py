@@ -1,5 +1,6 @@
 """Load data sets (from the hub, a folder, a file, or TRL's mixture of several) and quantized references."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.files import is_missing
 from hft_trl.saved_models.digests import content_digest
 
+SPLIT_SEED = 42  # not a trainer's seed, so that all seeds are evaluated on the same rows
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -83,9 +85,15 @@ def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
 
 
 def load_mixture(mixture: DatasetMixtureConfig, split: str) -> Dataset:
-    """Load one split of TRL's mixture of data sets, and reject a split that it does not have."""
+    """
+    Load one split of TRL's mixture of data sets, and reject a split that it does not have.
+
+    With `test_split_size` the split is the same in every call: TRL would draw another one each time.
+    """
     with as_user_error("the mixture of data sets"):
-        parts = get_dataset(mixture)
+        parts = get_dataset(dataclasses.replace(mixture, test_split_size=None))
+        if mixture.test_split_size is not None:
+            parts = parts["train"].train_test_split(mixture.test_split_size, seed=SPLIT_SEED)
     if split not in parts:
         raise HFTError(
             f"the mixture has the splits {sorted(parts)}, not {split!r}: set test_split_size to make a test split."

@@ -35,12 +35,14 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 from hft_trl.backends import zero
 from hft_trl.backends.fsdp import fsdp_version
-from hft_trl.chat import check_ids
+from hft_trl.chat import check_ids, mark_answers
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.rows import check_rendered
+from hft_trl.retention.callback import PREFIX
+from hft_trl.retention.meter import MEASURED
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -88,19 +90,26 @@ def check_chain(stages: Sequence["Stage"]) -> None:
             )
 
 
+def check_fills_batch(stage: "Stage", rows: int) -> None:
+    """Reject a stage of so few rows that `dataloader_drop_last` leaves it no step."""
+    batch = stage.args.train_batch_size * stage.args.world_size
+    if stage.args.dataloader_drop_last and rows < batch and not vars(stage.args).get("packing"):
+        raise HFTError(
+            f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a "
+            f"batch of {batch} (per_device_train_batch_size x processes), so there is no step: set it to false, "
+            "or reduce the batch."
+        )
+
+
 def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
     # Trainers change it, and the next stage starts from what the last one saves
     own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
     for stage in stages:
         if tokenizer is None and stage.base is not None:
             stage.load_tokenizer(of_base=True)  # for its checks
-        rows, batch = len(stage.train_dataset), stage.args.train_batch_size * stage.args.world_size
-        if stage.args.dataloader_drop_last and rows < batch and not vars(stage.args).get("packing"):
-            raise HFTError(
-                f"{stage.name}: dataloader_drop_last is true, and the {rows} rows of {stage.source} do not fill a "
-                f"batch of {batch} (per_device_train_batch_size x processes), so there is no step: set it to false, "
-                "or reduce the batch."
-            )
+            if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
+                mark_answers(own)  # as loading does, where the stage before had plain text
+        check_fills_batch(stage, len(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             _rehearse(stage, stages[0].model, own, folder)
 
@@ -133,6 +142,9 @@ def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokeni
         if first := trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list():
             batch = send_to_device(trainer.data_collator(first), trainer.args.device)
             trainer.compute_loss(trainer.model.train(), batch)
+    if args.metric_for_best_model is not None and stage.eval_dataset is not None:
+        with _naming(stage, "evaluation can be made"):
+            _check_metric(stage, trainer.evaluate())
     with _naming(stage, "optimizer can be made", "optim", "optim_args", "learning_rate"):
         trainer.create_optimizer()
     with _naming(stage, "scheduler can be made", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"):
@@ -143,6 +155,18 @@ def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokeni
         align_special_tokens(trainer.model, tokenizer)  # as at the start of training
         trainer.save_model(folder)
         trainer.create_model_card(dataset_name=stage.data.dataset)
+
+
+def _check_metric(stage: "Stage", metrics: dict[str, float]) -> None:
+    """Reject a `metric_for_best_model` that no evaluation has."""
+    rows = stage.retention.settings() if stage.retention is not None else {}
+    kept = [f"eval_{PREFIX}{figure}" for kind, figure in MEASURED.items() if rows.get(kind)]
+    name = stage.args.metric_for_best_model
+    if f"eval_{name.removeprefix('eval_')}" not in (valid := [*metrics, *kept]):
+        raise HFTError(
+            f"{stage.name}: metric_for_best_model is {name!r}, which an evaluation does not have: choose one of "
+            f"{', '.join(valid)} (retention/ figures need a section retention)."
+        )
 
 
 def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:

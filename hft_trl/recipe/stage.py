@@ -29,8 +29,10 @@ from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.report import StageRecord
 from hft_trl.retention.callback import RetentionCallback
 from hft_trl.retention.meter import BASE_FILE, Meter
+from hft_trl.retention.retention_rows import read_texts
 from hft_trl.selection import find_units
 from hft_trl.skeleton import build_on_meta
+from hft_trl.trainers.calibration import source_rows
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import check_readable, weight_files
@@ -70,6 +72,9 @@ class Stage:
         if self.data.dataset == "demo":
             rows = demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA
             self.data = dataclasses.replace(self.data, dataset=str(rows))
+        start = (self.base or self.model).model_name_or_path
+        if self.hft is not None and self.hft.calibrated == "wanda" and start == str(demo.MODEL):
+            self.hft = dataclasses.replace(self.hft, source_texts=self.hft.source_texts or "demo")
         args.trust_remote_code = self.model.trust_remote_code
         tokens_to_environment(args)
         args.model_init_kwargs = {
@@ -100,9 +105,15 @@ class Stage:
         return self.data.dataset or "the mixture"
 
     def check(self) -> None:
-        """Check the run's start model and the requested reference before anything is loaded."""
+        """Check the run's start model, the source's text and the requested reference before anything is loaded."""
         if self.base is None:
             self._check_model()
+        if self.hft is not None and self.hft.calibrated == "wanda":
+            read_texts(source_rows(self.hft))
+        if self.hft is not None:
+            start = self.base or self.model
+            structure = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
+            find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
         if self.data.reference_quantization is not None:
             check_quantizable(self.data.reference_quantization, self.args)
 
@@ -114,11 +125,9 @@ class Stage:
                 "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
                 "that folder."
             )
-        structure = build_on_meta(name, self.model.model_revision, self.model.trust_remote_code)
+        build_on_meta(name, self.model.model_revision, self.model.trust_remote_code)  # for its checks
         if Path(name).is_dir():
             check_readable(weight_files(name).values())
-        if self.hft is not None:
-            find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
 
     def load_data(self) -> None:
         """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
@@ -186,9 +195,7 @@ class Stage:
         """Return whether an earlier run finished the stage."""
         return folder.finished(self) is not None
 
-    def train(
-        self, trainer: ResumableMixin, rows: int | None = None, truncated_rows: int | None = None
-    ) -> StageRecord:
+    def train(self, trainer: ResumableMixin, truncated_rows: int | None = None) -> StageRecord:
         """Train or resume, save the model, mark the folder as finished, and return the measurements."""
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
@@ -196,7 +203,7 @@ class Stage:
                 f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put "
                 f"ResumableMixin before its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
             )
-        model, rows = trainer.accelerator.unwrap_model(trainer.model), rows or len(self.train_dataset)
+        model, rows = trainer.accelerator.unwrap_model(trainer.model), len(self.train_dataset)
         # Neither is in the arguments of every trainer
         longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
         dropped = untrained_rows(rows, trainer.train_dataset, self.source, longest, packing)

@@ -156,7 +156,7 @@ class RetentionCallback(TrainerCallback):
         if state.log_history and "train_loss" in state.log_history[-1]:
             best = state.best_global_step if args.load_best_model_at_end else None
             self._measure(args, state, control, again=best not in (None, state.global_step))
-        self._handler = self._meter = None  # frees the model
+        self._handler = self._meter = self._base = None  # frees the model; another trainer has another base
 
     def _measure(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, again: bool = False

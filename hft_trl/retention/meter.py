@@ -9,8 +9,7 @@ Measure what a model keeps of its base.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hft_trl.chat import begins_with_bos, most_tokens
+from hft_trl.chat import begins_with_bos, evaluating, most_tokens
 from hft_trl.errors import HFTError, first_line
 from hft_trl.files import replacing, writing
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
@@ -33,6 +32,7 @@ PIECE = 16 * LONGEST  # characters of a piece, where texts are too long to be to
 LIKELIEST = 128  # tokens of the base that are compared one by one
 SMALLEST = 1e-10  # probability below which the rest of the tokens counts as this
 BASE_FILE = "retention_base.safetensors"
+MEASURED = {"texts": "text_loss", "prompts": "base_kl", "facts": "facts"}  # figures by the rows that they need
 
 Result = TypeVar("Result")
 
@@ -169,7 +169,7 @@ def _of_each(
     if positions is not None and longest > positions:
         raise HFTError(f"a row of {longest} tokens is longer than the model's {positions} positions: remove it.")
     found = {}
-    with measuring(model):
+    with evaluating(model):
         for first in range(0, len(batches), state.num_processes):
             mine = first + state.process_index
             batch = batches[min(mine, len(batches) - 1)]
@@ -178,26 +178,14 @@ def _of_each(
             lengths = torch.tensor([len(rows[number]) for number in batch])
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            logits = model(**given, use_cache=False).logits
+            logits = model(**given, use_cache=False).logits[
+                :, -ids.shape[1] :
+            ]  # PEFT may put prompts of its own first
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
                     found[number] = result(number, row[: len(rows[number])].float())
     gathered = {number: value for part in gather_object([found]) for number, value in part.items()}
     return [gathered[number] for number in range(len(rows))]
-
-
-@contextmanager
-def measuring(model: PreTrainedModel) -> Iterator[None]:
-    """Run a model in eval mode and without gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        # Inference mode would leave tensors that a later backward pass rejects. Compiled code would be compiled again
-        # for these shapes, and then also for those of training.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ def select(
     Args:
         model ([`~transformers.PreTrainedModel`]): A decoder-only causal language model, on any device; the meta device
             too, except for strategy `"importance"`. It is not changed.
-        config ([`HFTConfig`]): The settings. Method `"fft"` selects all parameters, whatever the other settings say.
+        config ([`HFTConfig`]): The settings. Method `"fft"` selects all other parameters, whatever they say.
         previous ([`Selection`], *optional*): The selection that the start model was trained with. With
             `config.reselect` `"fresh"` the draw differs from that of the same seed without it (of whole layers, those
             that did not learn come first, as in the paper). `"same"` keeps which units of the layers learn,
@@ -179,7 +179,8 @@ def select(
             `previous` is of another model, or the importance cannot be measured.
     """
     if config.method == "fft":
-        units = find_units(model)
+        kept = frozen_by_user(model)
+        units = [unit for unit in find_units(model) if kept.isdisjoint(unit.names)]
         return _selection(config, config.seed, units, set(units))
     units = find_units(model, config.exclude, frozen_by_user(model))
     seed, masks = config.seed, None

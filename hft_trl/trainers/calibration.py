@@ -18,13 +18,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from hft_trl import demo, reference
-from hft_trl.chat import most_tokens
+from hft_trl import reference
+from hft_trl.chat import evaluating, most_tokens
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
-from hft_trl.retention.meter import Meter, measuring
+from hft_trl.retention.meter import Meter
 from hft_trl.retention.retention_rows import Rows
 from hft_trl.selection.counts import shuffled
 from hft_trl.selection.importance import Squares
@@ -141,7 +141,7 @@ def output_squares(model: PreTrainedModel, names: list[str], blocks: list[list[i
 
     handles = [module.register_forward_pre_hook(partial(add, name)) for name, module in linear.items()]
     try:
-        with measuring(model):
+        with evaluating(model):
             for ids in blocks:
                 model(torch.tensor([ids], device=model.device), use_cache=False)
     finally:
@@ -156,19 +156,21 @@ def output_squares(model: PreTrainedModel, names: list[str], blocks: list[list[i
     return squares
 
 
-def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) -> list[list[int]]:
-    """The token ids of blocks of the source's text, or an [`HFTError`] if there is none."""
-    texts: Rows | None = config.source_texts
-    if texts == "demo" or (texts is None and model.config._name_or_path == str(demo.MODEL)):
-        texts = [row["text"] for row in probe_rows("source")]
-    if texts is None:
+def source_rows(config: HFTConfig) -> Rows:
+    """Return the source's text that `config.source_texts` names, or an [`HFTError`] if it names none."""
+    if config.source_texts is None:
         raise HFTError(
             "hft.importance is 'wanda', but hft.source_texts is missing: give a text file of what the model shall "
             "keep (or a .jsonl file with a text in each row), or set hft.importance to weight_norm or snr."
         )
+    return [row["text"] for row in probe_rows("source")] if config.source_texts == "demo" else config.source_texts
+
+
+def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) -> list[list[int]]:
+    """The token ids of blocks of the source's text."""
     tokenizer = trainer.processing_class
     tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
-    meter = Meter(tokenizer, texts=texts, max_rows=config.calibration_samples)
+    meter = Meter(tokenizer, texts=source_rows(config), max_rows=config.calibration_samples)
     return [ids[: most_tokens(model)] for ids in meter.texts]
 
 

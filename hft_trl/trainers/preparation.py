@@ -13,6 +13,7 @@ from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.frozen.half import FrozenHalf, Storage
+from hft_trl.frozen.quantized_linear import QuantizedLinear
 from hft_trl.selection import Selection, select
 from hft_trl.selection.importance import Squares
 from hft_trl.selection.previous import selection_of
@@ -58,6 +59,11 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
     A model that was loaded in a type that rounds its weights is rejected.
     """
+    if any(isinstance(module, QuantizedLinear) for module in policy.modules()):
+        raise HFTError(
+            "the model's matrices were quantised by hft.frozen_quantization in an earlier stage, and it cannot be "
+            "trained further as it is: save that stage, and pass its folder."
+        )
     config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
     if previous is not None and previous.masks is not None:
         check(trainer.args, config, after_elements=True)
@@ -68,7 +74,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
         return measured_once(trainer, policy, names, config)
 
     selection = select(policy, config, previous, calibrate)
-    if hft and (kept := frozen_by_user(policy)):
+    if kept := frozen_by_user(policy):
         trainer.accelerator.print(
             f"{len(kept)} parameters, such as {min(kept)}, were frozen before and stay so, outside of the shares."
         )

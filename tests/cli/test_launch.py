@@ -122,6 +122,14 @@ def test_a_copy_that_cannot_be_whole_writes_nothing(tmp_path, taken):
     assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
+@pytest.mark.parametrize("place", ["file", "file/sub"])
+def test_a_copy_into_a_file_is_rejected(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    result = run("recipe", "copy", "sft_then_dpo", tmp_path / place)
+    assert result.exit_code == 2
+    assert "which cannot be written" in result.output
+
+
 def test_the_copied_config_is_what_the_recipe_runs_without_one(tmp_path):
     run("recipe", "copy", "sft_then_dpo", tmp_path)
     stages = {"sft": SFTConfig, "dpo": DPOConfig}

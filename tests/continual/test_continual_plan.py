@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hft_trl import demo
-from hft_trl.continual.continual_recipe import parse_continual
+from hft_trl.continual.continual_recipe import parse_continual, prepare_rounds
 from hft_trl.continual.run_folder import check_plan, rows_file, write_plan
 from hft_trl.continual.tasks import Row, Task
 from hft_trl.errors import HFTError
@@ -81,3 +81,17 @@ def test_what_a_trainer_writes_into_a_round_s_settings_stays_in_that_round(tmp_p
     first, second = (recipe.arguments(tmp_path / name, 1).accelerator_config for name in "AB")
     first.gradient_accumulation_kwargs["num_steps"] = 1
     assert second.gradient_accumulation_kwargs == {"sync_each_batch": True}
+
+
+def test_a_later_task_that_fills_no_batch_is_found_before_the_first_is_trained(tmp_path):
+    few = [{"prompt": "p", "answer": "a"}]
+    for name, rows in (("first", few * 20), ("second", few * 3)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / name / f"{split}.json").write_text(json.dumps(rows))
+    tasks = [{"name": name, "metric": "accuracy", "epochs": 1} for name in ("first", "second")]
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"tasks": tasks}))
+    words = ["--tasks", str(tmp_path / "tasks.yaml"), "--output_dir", str(tmp_path / "run")]
+    recipe = parse_continual([*words, "--sft.dataloader_drop_last", "true"], default_config=demo.CONTINUAL_RECIPE)
+    with pytest.raises(HFTError, match=r"^round-2: dataloader_drop_last is true, and the 3 rows"):
+        prepare_rounds(recipe)

@@ -257,6 +257,25 @@ def test_averages_of_a_half_keep_the_frozen_bits(tmp_path):
     assert found == [None, "average 0.25", "average 0.7"]
 
 
+def test_averages_of_a_quantised_half_change_only_what_learns(tmp_path):
+    words = ["--average", "0.5", "--hft.frozen_quantization", "nf4", "--output_dir", str(tmp_path)]
+    trial = Trial("hft", "1e-3", 0.5)
+    recipe, grid, _ = parse_frontier([*words, *trial.flags()])
+    stage = recipe.stages["sft"]
+    _load_data(stage)
+    trainer = make_trainer(stage, trial, grid)
+    model, before, moved = trainer.model, {}, []
+    for name, parameter in model.named_parameters():
+        before[name] = parameter.detach().clone()
+        if parameter.requires_grad:
+            parameter.data.add_(1)
+    for name in versions(model, stage, trial, grid):
+        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        moved.append((name, changed))
+    learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert moved == [(None, learns), ("average 0.5", learns)]
+
+
 def test_texts_alone_are_enough_to_measure(tmp_path):
     (tmp_path / "general.txt").write_text("Ada lives in Rome. " * 9)
     (tmp_path / "scores").mkdir()
@@ -366,8 +385,11 @@ def test_a_frontier_without_an_evaluation_split_or_anything_to_keep_is_rejected_
     config, texts = tmp_path / "own.yaml", tmp_path / "texts.txt"
     texts.write_text("Ada lives in Rome.")
     text = demo.ASSETS.joinpath("frontier.yaml").read_text().replace("frontier:\n", "frontier:\n  kept: facts\n", 1)
+    best = "  load_best_model_at_end: true\n  eval_strategy: steps\n  eval_steps: 2\n  save_strategy: steps\n"
+    best += "  save_steps: 2\n"
     for wrong, message in (
         (text.replace("  eval_split: train[:200]\n", ""), "sft.eval_split is missing"),
+        (re.sub(r"  (eval|save)_(strategy|steps): .*\n", "", text).replace("sft:\n", f"sft:\n{best}"), "load_best"),
         (text + "\nretention:\n  max_rows: 0\n", "retention is missing"),
         (f"{text}\nretention:\n  texts: {texts}\n", "kept is facts, .*add them, or give --kept text_loss"),
     ):
@@ -376,6 +398,21 @@ def test_a_frontier_without_an_evaluation_split_or_anything_to_keep_is_rejected_
         with pytest.raises(HFTError, match=message):
             frontier_points(recipe, grid, flags)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hft.source_texts", "none.txt"], r"none\.txt.* cannot be read"),
+        (["--hft.exclude", "nothing"], "exclude"),
+    ],
+)
+def test_what_only_one_method_rejects_is_found_before_another_is_trained(tmp_path, flags, message):
+    words = ["--methods", "fft", "hft:wanda", "--output_dir", str(tmp_path / "out"), *flags]
+    recipe, grid, words = parse_frontier(words)
+    with pytest.raises(HFTError, match=message):
+        frontier_points(recipe, grid, words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_grid_is_the_default():

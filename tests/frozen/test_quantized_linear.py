@@ -139,6 +139,17 @@ def test_what_is_saved_is_whole_and_its_frozen_half_has_the_bits_of_the_base(
     assert digest(base) == files
 
 
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_a_stage_chained_in_memory_after_it_is_rejected(base, tulu, tmp_path, method):
+    """It would save none of the quantised matrices: they are in no state dict, and the stage before held the files."""
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(frozen_quantization="nf4"))
+    first.train()
+    with pytest.raises(
+        HFTError, match=r"quantised by hft\.frozen_quantization .* save that stage, and pass its folder"
+    ):
+        sft_trainer(HFTSFTTrainer, first.model, tulu, tmp_path / "b", HFTConfig(method=method))
+
+
 @KINDS
 def test_storage_that_moves_is_found(base, tulu, tmp_path, kind):
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(frozen_quantization=kind))

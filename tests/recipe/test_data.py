@@ -122,6 +122,16 @@ def test_a_mixture_gives_its_splits_and_names_what_is_missing(tmp_path, tulu):
         load_mixture(DatasetMixtureConfig(datasets=[DatasetConfig(path="nobody/nothing")]), "train")
 
 
+def test_a_test_split_of_a_mixture_is_apart_from_what_is_trained_and_the_same_in_every_call(tmp_path):
+    rows = Dataset.from_dict({"prompt": [f"p{n}" for n in range(50)], "completion": ["c"] * 50})
+    rows.to_json(tmp_path / "rows.jsonl")
+    part = DatasetConfig(path="json", data_files=str(tmp_path / "rows.jsonl"))
+    mixture = DatasetMixtureConfig(datasets=[part], test_split_size=0.2)
+    train, test, again = (load_mixture(mixture, split)["prompt"] for split in ("train", "test", "test"))
+    assert (len(train), len(test), test[:]) == (40, 10, again[:])
+    assert {*train, *test} == {f"p{n}" for n in range(50)}
+
+
 def parts(flags):
     stage, _ = parse_stage("sft", SFTConfig, flags)
     stage.load_data()

@@ -248,11 +248,18 @@ def test_a_folder_left_by_a_kill_and_a_broken_stage_file_can_be_mended(tmp_path)
         "--sft.report_to none",
         "--sft.disable_tqdm true",
         "--sft.save_total_limit 5",
+        "--sft.per_device_eval_batch_size 1",
+        "--sft.ddp_timeout 7200",
+        r"--sft.gradient_checkpointing true --sft.gradient_checkpointing_kwargs {\"use_reentrant\":false}",
+        "--sft.activation_checkpointing true",
+        "--sft.per_device_train_batch_size 8 --sft.gradient_accumulation_steps 4",
     ],
 )
 def test_settings_that_leave_the_weights_alone_may_change(tmp_path, flags):
     open_stages([stage(tmp_path)])
+    (tmp_path / "sft" / "checkpoint-1").mkdir()
     open_stages([stage(tmp_path, flags)])
+    assert (tmp_path / "sft" / "checkpoint-1").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -289,6 +296,23 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
     with pytest.raises(HFTError, match="holds files of something else"):
         open_stages([stage(tmp_path / "other")], overwrite=True)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--retention.texts"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_holds_what_the_run_reads_is_rejected_and_keeps_it(run, tmp_path, flag, overwrite):
+    """The start model of a run in its own folder would be deleted by overwrite."""
+    finished_run = run()
+    finished_run.open()
+    for name in ("sft", "dpo"):
+        finished_run.train(name, 1.0)
+    source = tmp_path / "dpo" if flag == "--model" else tmp_path / "dpo" / "model.safetensors"
+    before = sorted(tmp_path.rglob("*"))
+    words = ["--config", str(demo.RECIPE), "--output_dir", str(tmp_path), flag, str(source)]
+    stages = parse_recipe(words).stages.values()
+    with pytest.raises(HFTError, match=r"holds .*dpo.*, which the run reads: choose another"):
+        open_stages(stages, overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):

@@ -14,16 +14,21 @@ from conftest import one_line, parse_recipe
 from datasets import Dataset
 from transformers import AutoConfig
 from transformers.utils import logging
+from trl import SFTConfig
 
 from hft_trl import HFTError, demo
 from hft_trl.chat import check_ids
-from hft_trl.recipe import rehearsal
+from hft_trl.recipe import recipe, rehearsal
 from hft_trl.recipe.rehearsal import LONGEST, rehearse
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"
     "[{{ m.role }}]{% generation %}{{ m.content + eos_token }}{% endgeneration %}{%- endfor -%}"
 )
+
+
+BEST = "--sft.eval_strategy epoch --sft.save_strategy epoch --sft.split train[5%:] --sft.eval_split train[:5%]"
+BEST += " --sft.load_best_model_at_end true"
 
 
 @pytest.fixture
@@ -85,6 +90,14 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
         ("--dpo.pad_token [NOPE]", r"dpo: .*`pad_token` \('\[NOPE\]'\)"),
         ("--sft.eos_token [NOPE]", r"sft: .*`eos_token` \('\[NOPE\]'\)"),
         (
+            f"{BEST} --sft.metric_for_best_model eval_accuracy",
+            "sft: metric_for_best_model is 'eval_accuracy'.*eval_loss",
+        ),
+        (
+            f"{BEST} --sft.metric_for_best_model retention/text_loss --retention.max_rows 0",
+            "sft: metric_for_best_model is 'retention/text_loss'.*need a section retention",
+        ),
+        (
             "--sft.dataloader_drop_last true --sft.split train[:3]",
             "sft: dataloader_drop_last .* 3 rows .* batch of 32",
         ),
@@ -103,6 +116,8 @@ def test_a_mistake_in_any_stage_is_one_line_that_names_it(stages_of, flags, said
         "--sft.max_length 8 --dpo.max_length 8 --dpo.precompute_ref_log_probs true",
         "--dpo.sync_ref_model true --dpo.torch_compile true --sft.torch_compile true",
         "--sft.eval_strategy epoch --sft.split train[5%:] --sft.eval_split train[:5%]",
+        f"{BEST} --sft.metric_for_best_model retention/text_loss",
+        f"{BEST} --sft.metric_for_best_model mean_token_accuracy",
         "--sft.router_aux_loss_coef 0.1 --dpo.router_aux_loss_coef 0.1 --sft.dataset_num_proc 2",
     ],
 )
@@ -173,3 +188,19 @@ def test_long_texts_are_cut_for_the_trainer_and_not_for_the_template(stages_of, 
     stages, tokenizer = stages_of("--sft.dataset", str(data))
     sample = rehearsal._sample(stages[0].train_dataset, "long", tokenizer)
     assert [len(turn["content"]) for turn in sample[0]["messages"]] == [LONGEST, LONGEST]
+
+
+def test_chats_after_plain_text_get_the_marks_that_their_template_lacks(tmp_path):
+    """The first stage's tokenizer is rehearsed with, and loading marks only a stage of chats."""
+    template = (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>'"
+    )
+    template += " + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    (tmp_path / "chatml.jinja").write_text(template)
+    Dataset.from_dict({"text": [f"City {n} is large." for n in range(40)]}).to_json(tmp_path / "text.jsonl")
+    words = ["--model", "demo", "--model.chat_template", str(tmp_path / "chatml.jinja"), "--cpt.dataset"]
+    words += [str(tmp_path / "text.jsonl"), "--sft.dataset", "demo", "--output_dir", str(tmp_path / "run")]
+    stages = list(recipe.parse_recipe(words, {"cpt": SFTConfig, "sft": SFTConfig}).stages.values())
+    for stage in stages:
+        stage.load_data()
+    rehearse(stages)

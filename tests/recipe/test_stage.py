@@ -97,3 +97,26 @@ def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage
     with pytest.raises(ValueError, match="nothing works\nat all") as error:
         sft.train(trainer)
     assert not isinstance(error.value, HFTError)
+
+
+def test_the_source_text_of_wanda_is_checked_before_anything_is_trained(stage_of, base, tmp_path):
+    """The embedded model has its own, in every stage of a run that starts from it."""
+    wanda = ("--hft.strategy", "importance", "--hft.importance", "wanda")
+    with pytest.raises(HFTError, match=r"hft\.source_texts is missing"):
+        stage_of(base, *wanda).check()
+    with pytest.raises(HFTError, match=r"none\.txt.* cannot be read"):
+        stage_of(base, *wanda, "--hft.source_texts", str(tmp_path / "none.txt")).check()
+    (tmp_path / "source.txt").write_text("Ada lives in Rome.")
+    stage_of(base, *wanda, "--hft.source_texts", str(tmp_path / "source.txt")).check()
+    words = ["--output_dir", str(tmp_path / "run"), *wanda]
+    for stage in parse_recipe(words, default_config=demo.RECIPE).stages.values():
+        assert stage.hft.source_texts == "demo"
+        stage.check()
+
+
+def test_a_pattern_that_only_a_later_stage_excludes_is_checked_before_anything_is_trained(tmp_path):
+    words = ["--output_dir", str(tmp_path / "run"), "--dpo.hft.exclude", "nothing"]
+    stages = parse_recipe(words, default_config=demo.RECIPE).stages
+    stages["sft"].check()
+    with pytest.raises(HFTError, match=r"hft\.exclude holds 'nothing'"):
+        stages["dpo"].check()

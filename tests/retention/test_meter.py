@@ -7,6 +7,7 @@ import torch
 from conftest import one_line, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from hft_trl import HFTError
@@ -140,6 +141,19 @@ def test_a_chat_needs_a_template_and_a_row_must_fit_into_the_model(model, tokeni
     long = Meter(tokenizer, texts=["word " * 2000])
     with pytest.raises(HFTError, match="a row of 256 tokens is longer than the model's 128 positions"):
         long.measure(model)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, PrefixTuningConfig, PromptTuningConfig])
+def test_an_adapter_of_peft_is_measured_at_the_rows_own_tokens(model, tokenizer, kind):
+    """Prompt tuning puts the logits of its virtual tokens before theirs."""
+    number = {} if kind is LoraConfig else {"num_virtual_tokens": 4}
+    adapted = get_peft_model(LlamaForCausalLM(model.config), kind(task_type="CAUSAL_LM", **number)).eval()
+    meter = Meter(tokenizer, texts=TEXTS[:1])
+    ids = torch.tensor(meter.texts)
+    with torch.no_grad():
+        logits = adapted(input_ids=ids).logits[:, -ids.shape[1] :]
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item()
+    assert meter.measure(adapted, None)["text_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_to_measure_is_rejected(tokenizer):

@@ -267,3 +267,14 @@ def test_a_trainer_that_was_hidden_from_the_garbage_collector_is_an_error_of_one
 def test_only_keywords_are_taken():
     with pytest.raises(TypeError, match="positional"):
         RetentionCallback(["One two."])
+
+
+def test_a_second_trainer_with_the_same_callback_has_a_base_of_its_own(base, tulu, tmp_path):
+    callback = RetentionCallback(**ROWS)
+    first = sft(base, tulu, tmp_path / "a", callback)
+    first.train()
+    second = sft(first.model, tulu, tmp_path / "b", callback)
+    second.train()
+    start, end = measured(second)
+    assert abs(start["retention/base_kl"]) < 1e-6 < end["retention/base_kl"]
+    assert (tmp_path / "b" / BASE_FILE).is_file()
