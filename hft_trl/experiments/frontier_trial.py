@@ -161,7 +161,8 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
     """Put a model, its averages with the base and (of FFT) its Half-Reset into `model`, and yield each name."""
     yield None
-    if trial.method in (BASE, *ADAPTERS):
+    half_reset = grid.half_reset and trial.method == "fft"
+    if trial.method in (BASE, *ADAPTERS) or not (grid.average or half_reset):
         return
     tuned = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     kwargs = stage.args.model_init_kwargs
@@ -172,7 +173,7 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
             if name in before:  # else it is quantised, and so frozen
                 parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
         yield f"average {share:g}"
-    if grid.half_reset and trial.method == "fft":
+    if half_reset:
         stays = set(select(base, HFTConfig(seed=trial.seed)).trainable)
         for name, parameter in model.named_parameters():
             parameter.copy_((tuned if name in stays else before)[name])

@@ -157,10 +157,10 @@ def _check_inputs(stages: list["Stage"]) -> None:
 
 
 def _open(stages: list["Stage"], overwrite: bool) -> None:
-    _check_inputs(stages)
     for stage in stages:
         with writing(stage.folder):
             _take(stage.folder)
+    _check_inputs(stages)
     unfinished: set[Path] = set()
     for stage in stages:
         if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):

@@ -106,28 +106,23 @@ class Stage:
 
     def check(self) -> None:
         """Check the run's start model, the source's text and the requested reference before anything is loaded."""
-        if self.base is None:
-            self._check_model()
-        if self.hft is not None and self.hft.calibrated == "wanda":
-            read_texts(source_rows(self.hft))
-        if self.hft is not None:
-            start = self.base or self.model
-            structure = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-            find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
-        if self.data.reference_quantization is not None:
-            check_quantizable(self.data.reference_quantization, self.args)
-
-    def _check_model(self) -> None:
-        name = self.model.model_name_or_path
+        start = self.base or self.model
+        name = start.model_name_or_path
         if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
             raise HFTError(
                 f"model folder {name!r} is an adapter, no whole model: merge it into the model that it was trained on "
                 "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
                 "that folder."
             )
-        build_on_meta(name, self.model.model_revision, self.model.trust_remote_code)  # for its checks
-        if Path(name).is_dir():
+        structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
+        if self.base is None and Path(name).is_dir():
             check_readable(weight_files(name).values())
+        if self.hft is not None:
+            find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
+            if self.hft.calibrated == "wanda":
+                read_texts(source_rows(self.hft))
+        if self.data.reference_quantization is not None:
+            check_quantizable(self.data.reference_quantization, self.args)
 
     def load_data(self) -> None:
         """Load and check the training rows, and the evaluation rows if an `eval_strategy` is set."""
