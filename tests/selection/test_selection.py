@@ -122,13 +122,13 @@ def test_excluded_parameters_are_frozen_and_count_nowhere():
     assert not model.model.embed_tokens.weight.requires_grad
 
 
-def test_fft_selects_everything_and_changes_nothing():
+def test_fft_selects_all_that_the_user_did_not_freeze_and_changes_nothing():
     model = tiny_llama(50)
     model.model.norm.weight.requires_grad_(False)
     selection = select(model, HFTConfig(method="fft", ratio=0.2, exclude=["mlp"], train_lm_head=False))
     assert selection.frozen == ()
     assert set(selection.share.values()) == {1.0}
-    assert sorted(selection.trainable) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(selection.trainable) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     selection.apply(model)
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
 
