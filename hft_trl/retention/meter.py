@@ -178,9 +178,7 @@ def _of_each(
             lengths = torch.tensor([len(rows[number]) for number in batch])
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            logits = model(**given, use_cache=False).logits[
-                :, -ids.shape[1] :
-            ]  # PEFT may put prompts of its own first
+            logits = model(**given, use_cache=False).logits[:, -ids.shape[1] :]  # prompt tuning adds some before them
             if mine < len(batches):
                 for number, row in zip(batch, logits, strict=True):
                     found[number] = result(number, row[: len(rows[number])].float())

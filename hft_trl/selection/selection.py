@@ -166,7 +166,7 @@ def select(
     Args:
         model ([`~transformers.PreTrainedModel`]): A decoder-only causal language model, on any device; the meta device
             too, except for strategy `"importance"`. It is not changed.
-        config ([`HFTConfig`]): The settings. Method `"fft"` selects all other parameters, whatever they say.
+        config ([`HFTConfig`]): The settings. Method `"fft"` selects all that can learn, whatever the others say.
         previous ([`Selection`], *optional*): The selection that the start model was trained with. With
             `config.reselect` `"fresh"` the draw differs from that of the same seed without it (of whole layers, those
             that did not learn come first, as in the paper). `"same"` keeps which units of the layers learn,
