@@ -42,7 +42,7 @@ def _markdown(scores: Scores) -> str:
         table(score_grid(scores)),
         "![Score on each task after each round](matrix.png)",
         "OP is the mean of a row. BWT is the sum of the changes of earlier tasks since their own round (negative if "
-        "forgotten), divided by the number of tasks seen. The first row is the score of always giving a task's most "
+        "forgotten), divided by the number of tasks seen. `constant` is the score of always giving a task's most "
         "frequent training answer: a model that scores no more may have learned nothing else.",
         "![Overall performance and backward transfer](curves.png)",
         "## Forgetting",
@@ -105,7 +105,7 @@ def transfer(scores: Scores, number: int = -1) -> str:
 
 def score_grid(scores: Scores) -> Grid:
     """Show the matrix with OP and BWT: a row per round, a column per task, and what a constant answer scores."""
-    rows = [["most frequent answer", *(f"{score:.1f}" for score in scores["constant_answer"]), NONE, NONE]]
+    rows = [["constant", *(f"{score:.1f}" for score in scores["constant_answer"]), NONE, NONE]]
     for number, (planned, row) in enumerate(zip(scores["rounds"], scores["matrix"], strict=True)):
         cells = [f"{score:.1f}" for score in row] + [NONE] * (len(scores["tasks"]) - len(row))
         rows.append([planned["name"], *cells, f"{scores['op'][number]:.1f}", transfer(scores, number)])

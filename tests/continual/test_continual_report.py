@@ -47,7 +47,7 @@ def test_the_matrix_is_shown_with_what_is_not_yet_seen_left_out():
     grid = score_grid(scores_of())
     assert grid.columns == ["after", "A", "B", "OP", "BWT"]
     constant, *rounds = grid.rows
-    assert constant == ["most frequent answer", "53.0", "53.0", "-", "-"]
+    assert constant == ["constant", "53.0", "53.0", "-", "-"]
     assert rounds == [["round-1", "80.0", "-", "80.0", "+0.0"], ["round-2", "60.5", "40.0", "50.2", "-9.8"]]
 
 
