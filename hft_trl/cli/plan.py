@@ -11,7 +11,6 @@ from rich.console import Console
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import rich_table
 
 app = typer.Typer()
 
@@ -82,6 +81,7 @@ def plan_command(
         from hft_trl.planning.memory import Storage, Task
         from hft_trl.planning.show import heading, memory_grid, new_files, plan_json, task_json, what_helps
         from hft_trl.planning.show import write as write_plan
+        from hft_trl.report.tables import rich_table
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from hft_trl.cli.shared import AsJson, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
 app = typer.Typer()
 
@@ -97,6 +96,7 @@ def repair_command(
         return
     with quiet():
         from hft_trl.experiments.repair import WEIGHTS, repair
+        from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
         rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
         tried = {"weights": weights or WEIGHTS, "tolerance": tolerance}
@@ -129,6 +129,7 @@ def diff_command(
     Exit code 1 says that a frozen half differs from the base.
     """
     with quiet():
+        from hft_trl.report.tables import rich_table
         from hft_trl.saved_models import diff_view
         from hft_trl.saved_models.diff import compare
 

@@ -6,14 +6,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer.models import OptionInfo
 
 from hft_trl.config import HFTConfig
-
-if TYPE_CHECKING:
-    from typer.models import OptionInfo
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -23,7 +21,7 @@ TrustRemoteCode = Annotated[
 FIELDS = HFTConfig.__dataclass_fields__
 
 
-def setting(name: str, text: str | None = None) -> "OptionInfo":
+def setting(name: str, text: str | None = None) -> OptionInfo:
     """Make the option for a field of [`HFTConfig`], with its default and `text` or its help."""
     default = "none" if FIELDS[name].default is dataclasses.MISSING else str(FIELDS[name].default).lower()
     return typer.Option(help=f"{text or FIELDS[name].metadata['help']} [default: {default}]")
