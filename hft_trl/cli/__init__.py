@@ -10,7 +10,7 @@ from rich.text import Text
 
 from hft_trl.cli import evaluate, launch, plan, saved_models
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
-from hft_trl.config import HFTConfig
+from hft_trl.config import HFTConfig, Importance, Strategy
 from hft_trl.demo import model_path
 from hft_trl.environment import package_version
 from hft_trl.errors import exit_on_user_error
@@ -53,12 +53,8 @@ def select_command(
         str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; importance reads its weights.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model", "importance", "element"] | None, setting("strategy")
-    ] = None,
-    importance: Annotated[
-        Literal["weight_norm", "gradient_norm", "wanda", "snr"] | None, setting("importance")
-    ] = None,
+    strategy: Annotated[Strategy | None, setting("strategy")] = None,
+    importance: Annotated[Importance | None, setting("importance")] = None,
     importance_order: Annotated[Literal["most", "least"] | None, setting("importance_order")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude")] = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.cli.shared import AsJson, OfMatrices, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 
@@ -53,9 +53,7 @@ def plan_command(
         bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio applies to.")
-    ] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio applies to.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")

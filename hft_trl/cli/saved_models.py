@@ -1,12 +1,12 @@
 """`hft-trl half-reset`, `repair` and `diff`: commands for the files of saved models."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from hft_trl.cli.shared import AsJson, given, quiet, setting
+from hft_trl.cli.shared import AsJson, OfMatrices, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
 
@@ -22,9 +22,7 @@ def half_reset_command(
     tuned: Annotated[str, typer.Option(help="The tuned model.")],
     out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned, in (0, 1].")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio is a share of.")
-    ] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio is a share of.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude", "Regular expressions on names: always reset.")] = None,
     train_embeddings: Annotated[bool | None, setting("train_embeddings", "Keep the input embedding tuned.")] = None,

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.models import OptionInfo
@@ -18,6 +18,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
 ]
+OfMatrices = Literal["category", "layer", "model"]  # strategies that take matrices by their shapes alone
 FIELDS = HFTConfig.__dataclass_fields__
 
 
