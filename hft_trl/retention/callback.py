@@ -12,7 +12,6 @@ from transformers import (
     ProcessorMixin,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -88,9 +87,7 @@ class RetentionCallback(TrainerCallback):
         self._meter: Meter | None = None
         self._trainer: Trainer | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, processing_class: Any, **__: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, processing_class: Any, **__: Any) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise HFTError(
@@ -107,45 +104,36 @@ class RetentionCallback(TrainerCallback):
         # one that is called now keep their places.
         self._trainer.callback_handler.callbacks.remove(self)
         self._trainer.callback_handler.callbacks.insert(0, self)
-        if self._meter.prompts and (self._base_file is not None or state.global_step > 0):
+        if self._meter.prompts and (self._base_file is not None or self._trainer.state.global_step > 0):
             # Now, so that a missing file is found before the first step
-            file = self._base_file or Path(args.output_dir) / BASE_FILE
+            file = self._base_file or Path(self._trainer.args.output_dir) / BASE_FILE
             found = [by_first_process(partial(read_base, file, self._meter))]
             (self._base,) = broadcast_object_list(found)
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
-        if state.global_step == 0:
-            self._measure(args, state, control)
+        if self._trainer.state.global_step == 0:
+            self._measure()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._every is not None and state.global_step % self._every == 0:
-            self._measure(args, state, control)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self._every is not None and self._trainer.state.global_step % self._every == 0:
+            self._measure()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: Any,
-    ) -> None:
+    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
         if self._trainer is not None:  # else an evaluation outside of training
-            figures = self._measure(args, state, control)
+            figures = self._measure()
             metrics.update({f"eval_{name}": value for name, value in figures.items()})
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         # After a SIGTERM, when little time is left, training ends without its last log row
         if state.log_history and "train_loss" in state.log_history[-1]:
             best = state.best_global_step if args.load_best_model_at_end else None
-            self._measure(args, state, control, again=best not in (None, state.global_step))
+            self._measure(again=best not in (None, state.global_step))
         self._trainer = self._meter = self._base = None  # frees the model; another trainer has another base
 
-    def _measure(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, again: bool = False
-    ) -> dict[str, float]:
+    def _measure(self, again: bool = False) -> dict[str, float]:
         """Measure and log, unless it was done at this step, and return the figures."""
-        model = self._trainer.callback_handler.model
+        trainer, state, model = self._trainer, self._trainer.state, self._trainer.callback_handler.model
         here = [row for row in state.log_history if row["step"] == state.global_step and f"{PREFIX}seconds" in row]
         if here and not again:
             known = {name: value for name, value in here[-1].items() if name.startswith(PREFIX)}
@@ -154,11 +142,11 @@ class RetentionCallback(TrainerCallback):
         started = time.perf_counter()
         if self._meter.prompts and self._base is None:  # nothing is trained yet
             self._base = self._meter.base(model)
-            file = Path(args.output_dir) / BASE_FILE
+            file = Path(trainer.args.output_dir) / BASE_FILE
             by_first_process(partial(write_base, file, self._base, self._meter))
         figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, self._base).items()}
-        should_log, seconds = control.should_log, round(time.perf_counter() - started, 3)
+        should_log, seconds = trainer.control.should_log, round(time.perf_counter() - started, 3)
         # The `log` of TRL's trainers would also log, and forget, what they have collected so far
-        Trainer.log(self._trainer, {**figures, f"{PREFIX}seconds": seconds})
-        control.should_log = should_log
+        Trainer.log(trainer, {**figures, f"{PREFIX}seconds": seconds})
+        trainer.control.should_log = should_log
         return figures
