@@ -8,7 +8,7 @@ from functools import partial
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -34,7 +34,6 @@ def settle_checkpointing(*stages: Stage) -> None:
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
     plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
-    (plans,) = broadcast_object_list([plans])
     for stage, plan in zip(undecided, plans, strict=True):
         args, kwargs = stage.args, dict(stage.args.activation_checkpointing_kwargs or {})
         kwargs.pop("every_n_layers", None)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -107,8 +106,7 @@ class RetentionCallback(TrainerCallback):
         if self._meter.prompts and (self._base_file is not None or self._trainer.state.global_step > 0):
             # Now, so that a missing file is found before the first step
             file = self._base_file or Path(self._trainer.args.output_dir) / BASE_FILE
-            found = [by_first_process(partial(read_base, file, self._meter))]
-            (self._base,) = broadcast_object_list(found)
+            self._base = by_first_process(partial(read_base, file, self._meter))
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
