@@ -60,9 +60,6 @@ class Storage:
     `train`; `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
     """
 
-    frees_gradients = False
-    """Whether no gradient is left after the backward pass."""
-
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
         """Store the policy, and the `reference` where it follows the policy, in this way."""
 

@@ -110,8 +110,7 @@ class HFTMixin:
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | torch.Tensor | None:
         """Return the norm that the parent logs, none where the gradients are freed by then."""
-        freed = any(storage.frees_gradients for storage in self._storages)
-        return None if freed else super()._get_grad_norm(*args, **kwargs)
+        return None if self.hft_config.optimizer_in_backward else super()._get_grad_norm(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """Run the parent's step in the context that the storages need."""
