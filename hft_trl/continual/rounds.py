@@ -108,8 +108,8 @@ def evaluate_tasks(
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
         }
-        predictions, truncated = _read(path, made_with) if state.is_main_process else (None, 0)
-        if not any(gather_object([predictions is not None])):
+        predictions, truncated = by_first_process(partial(_read, path, made_with))
+        if predictions is None:
             if model is None:
                 with whole_models():
                     model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
