@@ -132,7 +132,7 @@ class HFTMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save as the parent does, in the start model's types, and its own tensors if memory holds others."""
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
-        saves = self.args.should_save and bool(self.frozen_half.learning_types)
+        saves = self.args.should_save and self.hft_config.method == "hft"
         if saves:
             if state_dict is not None:
                 self.frozen_half.in_start_types(state_dict)
