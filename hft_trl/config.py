@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hft_trl.errors import HFTError
 
+Strategy = Literal["category", "layer", "model", "importance", "element"]
+Importance = Literal["weight_norm", "gradient_norm", "wanda", "snr"]
 CALIBRATED = ("gradient_norm", "wanda")
 PATH = "source_texts"  # which another machine may have elsewhere
 
@@ -81,8 +83,8 @@ class HFTConfig:
 
     method: Literal["hft", "fft"] = "hft"
     ratio: float = 0.5
-    strategy: Literal["category", "layer", "model", "importance", "element"] = "category"
-    importance: Literal["weight_norm", "gradient_norm", "wanda", "snr"] = "weight_norm"
+    strategy: Strategy = "category"
+    importance: Importance = "weight_norm"
     importance_order: Literal["most", "least"] = "most"
     calibration_samples: int = 32
     source_texts: str | None = None

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -40,20 +40,15 @@ def all_see(file: Path | None) -> bool:
     return all(seen)
 
 
-def by_first_process(work: Callable[[], Result]) -> Result | None:
-    """
-    Run `work` in the first process while all wait. All of them have to call it.
-
-    The first process gets the result, the others `None`. An [`HFTError`] is raised in all processes.
-    """
-    problem: list[str | None] = [None]
-    found = None
+def by_first_process(work: Callable[[], Result]) -> Result:
+    """Run `work` in the first process while all wait, which get its result or [`HFTError`]. All have to call it."""
+    outcome: list[Any] = [None, None]  # the result, and the message of an error
     if PartialState().is_main_process:
         try:
-            found = work()
+            outcome[0] = work()
         except HFTError as error:
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise HFTError(problem[0])
-    return found
+            outcome[1] = str(error)
+    result, problem = broadcast_object_list(outcome)
+    if problem is not None:
+        raise HFTError(problem)
+    return result

@@ -20,6 +20,7 @@ from transformers.utils import (
 )
 
 from hft_trl.errors import HFTError
+from hft_trl.files import read_object
 
 # What torch.compile and FSDP's activation checkpointing put into names, at the start and in between
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
@@ -147,8 +148,6 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
 
 def _listed(index: Path) -> dict[str, Path]:
     """The file of every tensor that an index lists. All have to lie beside it."""
-    from hft_trl.files import read_object
-
     try:
         names = read_object(index, weight_map=dict)["weight_map"]
     except (OSError, ValueError) as error:

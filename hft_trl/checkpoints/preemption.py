@@ -1,16 +1,13 @@
 """A checkpoint at the end of the current step when a SIGTERM arrives during training."""
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hft_trl.errors import Stopped
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 
 class StopAtStepEnd(TrainerCallback):
@@ -22,12 +19,12 @@ class StopAtStepEnd(TrainerCallback):
     handler is active only during training.
     """
 
-    def __init__(self, trainer: "Trainer") -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.active = self.asked = self.stopping = False
 
     @classmethod
-    def install(cls, trainer: "Trainer") -> "StopAtStepEnd | None":
+    def install(cls, trainer: Trainer) -> "StopAtStepEnd | None":
         """Replace transformers' callback, if the trainer has it."""
         callbacks = trainer.callback_handler.callbacks
         for position, callback in enumerate(callbacks):

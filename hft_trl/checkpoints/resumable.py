@@ -48,14 +48,10 @@ class ResumableMixin:
             if checkpoint is not None:
                 checkpoint, here = os.fspath(checkpoint), whole.layout(self)
                 whole.check_whole(checkpoint, here["processes"], here["backend"])
-                self._check_same_training(checkpoint)
                 whole.check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)
                 ends.enter_context(whole.resuming(self, checkpoint))
                 moving_reference.load(self, checkpoint)
             return super().train(checkpoint, *args, **kwargs)
-
-    def _check_same_training(self, checkpoint: str) -> None:
-        """Reject a complete checkpoint of another training. Subclasses override this."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, but skip the step that the parent takes even if none remains."""

@@ -10,14 +10,10 @@ from rich.text import Text
 
 from hft_trl.cli import evaluate, launch, plan, saved_models
 from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
-from hft_trl.config import HFTConfig
+from hft_trl.config import HFTConfig, Importance, Strategy
 from hft_trl.demo import model_path
 from hft_trl.environment import package_version
 from hft_trl.errors import exit_on_user_error
-from hft_trl.report.layer_map import ASCII, SQUARES, layer_picture
-from hft_trl.report.tables import category_grid, rich_table
-from hft_trl.selection import SELECTION_FILE, Selection, Unit, find_units, select
-from hft_trl.selection.shares import CategoryShare, category_shares
 
 app = typer.Typer(
     name="hft-trl",
@@ -57,12 +53,8 @@ def select_command(
         str, typer.Argument(help="Hub id or folder of a causal LM, demo or smollm2; importance reads its weights.")
     ],
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model", "importance", "element"] | None, setting("strategy")
-    ] = None,
-    importance: Annotated[
-        Literal["weight_norm", "gradient_norm", "wanda", "snr"] | None, setting("importance")
-    ] = None,
+    strategy: Annotated[Strategy | None, setting("strategy")] = None,
+    importance: Annotated[Importance | None, setting("importance")] = None,
     importance_order: Annotated[Literal["most", "least"] | None, setting("importance_order")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude")] = None,
@@ -83,7 +75,11 @@ def select_command(
     settings = given(**locals())
     config = HFTConfig(**settings)
     with quiet():
+        from hft_trl.report.layer_map import ASCII, SQUARES, layer_picture
+        from hft_trl.report.tables import category_grid, rich_table
+        from hft_trl.selection import SELECTION_FILE, find_units, select
         from hft_trl.selection.previous import selection_of
+        from hft_trl.selection.shares import category_shares
         from hft_trl.skeleton import build_on_meta, load, shape_of
 
         path = model_path(model) if revision else shape_of(model)
@@ -115,10 +111,6 @@ def select_command(
         heading = f"What the next stage from {model} would train, {selection.config.reselect} selection"
     else:
         heading = f"What a first stage from {model} would train"
-    _show(heading, selection, units, shares)
-
-
-def _show(heading: str, selection: Selection, units: list[Unit], shares: list[CategoryShare]) -> None:
     console = Console(highlight=False)
     marks = ASCII if console.options.ascii_only else SQUARES
     trainable = set(selection.trainable)

@@ -13,9 +13,7 @@ from rich.text import Text
 
 from hft_trl.cli.shared import AsJson, quiet
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
 from hft_trl.files import check_output, read_texts, resolved, write_json, writing
-from hft_trl.report.tables import rich_table
 
 app = typer.Typer()
 continual_app = typer.Typer(
@@ -60,11 +58,12 @@ def evaluate_command(
 
     Finished tasks are read from the cache. For several processes, launch recipes/evaluate.py.
     """
-    suites = parse_suites(suite)
     with quiet(logging.WARNING):  # the harness warns of prompts that it truncates
+        from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
         from hft_trl.evaluation.run import evaluate_models, find_models
         from hft_trl.processes import speaks
 
+        suites = parse_suites(suite)
         if speaks():
             check_output("--output", output)
         options = {"chat_template": chat_template, "dtype": dtype, "batch_size": batch_size, "limit": limit}
@@ -152,6 +151,7 @@ def compare_command(
     """Compare overall performance and backward transfer after the last round."""
     with quiet():
         from hft_trl.continual.report import compare, comparison_grid, other_settings, write_comparison
+        from hft_trl.report.tables import rich_table
 
         found = compare(runs)
         written = write_comparison(found, out or resolved(runs[0]).parent) if out or not as_json else None

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from hft_trl.cli.shared import AsJson, Revision, TrustRemoteCode, given, quiet, setting
+from hft_trl.cli.shared import AsJson, OfMatrices, Revision, TrustRemoteCode, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import rich_table
 
 app = typer.Typer()
 
@@ -54,9 +53,7 @@ def plan_command(
         bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio applies to.")
-    ] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio applies to.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
         bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
@@ -82,6 +79,7 @@ def plan_command(
         from hft_trl.planning.memory import Storage, Task
         from hft_trl.planning.show import heading, memory_grid, new_files, plan_json, task_json, what_helps
         from hft_trl.planning.show import write as write_plan
+        from hft_trl.report.tables import rich_table
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 

@@ -1,15 +1,14 @@
 """`hft-trl half-reset`, `repair` and `diff`: commands for the files of saved models."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from hft_trl.cli.shared import AsJson, given, quiet, setting
+from hft_trl.cli.shared import AsJson, OfMatrices, given, quiet, setting
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError, exit_on_user_error
-from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
 app = typer.Typer()
 
@@ -23,9 +22,7 @@ def half_reset_command(
     tuned: Annotated[str, typer.Option(help="The tuned model.")],
     out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned, in (0, 1].")] = None,
-    strategy: Annotated[
-        Literal["category", "layer", "model"] | None, setting("strategy", "What the ratio is a share of.")
-    ] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio is a share of.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude", "Regular expressions on names: always reset.")] = None,
     train_embeddings: Annotated[bool | None, setting("train_embeddings", "Keep the input embedding tuned.")] = None,
@@ -97,6 +94,7 @@ def repair_command(
         return
     with quiet():
         from hft_trl.experiments.repair import WEIGHTS, repair
+        from hft_trl.report.tables import MEASURES, Grid, loss, rich_table
 
         rows = {"texts": texts, "task": task, "facts": facts, "max_rows": max_rows}
         tried = {"weights": weights or WEIGHTS, "tolerance": tolerance}
@@ -129,6 +127,7 @@ def diff_command(
     Exit code 1 says that a frozen half differs from the base.
     """
     with quiet():
+        from hft_trl.report.tables import rich_table
         from hft_trl.saved_models import diff_view
         from hft_trl.saved_models.diff import compare
 

@@ -6,24 +6,23 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.models import OptionInfo
 
 from hft_trl.config import HFTConfig
-
-if TYPE_CHECKING:
-    from typer.models import OptionInfo
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow code from the model's repository to run.")
 ]
+OfMatrices = Literal["category", "layer", "model"]  # strategies that take matrices by their shapes alone
 FIELDS = HFTConfig.__dataclass_fields__
 
 
-def setting(name: str, text: str | None = None) -> "OptionInfo":
+def setting(name: str, text: str | None = None) -> OptionInfo:
     """Make the option for a field of [`HFTConfig`], with its default and `text` or its help."""
     default = "none" if FIELDS[name].default is dataclasses.MISSING else str(FIELDS[name].default).lower()
     return typer.Option(help=f"{text or FIELDS[name].metadata['help']} [default: {default}]")

@@ -94,7 +94,7 @@ def evaluate_tasks(
     folder: Path, tasks: Iterable[Task], max_new_tokens: int, max_length: int | None, batch_size: int, **loading: Any
 ) -> dict[str, Answered]:
     """
-    Generate greedy answers to test sets, and return their scores by task in the main process only.
+    Generate greedy answers to test sets, and return their scores by task.
 
     All processes must call it and share the work. Predictions are written to `predictions/<task>.json`, and reused for
     the same settings. In half precision, batch size and number of processes can change them. `max_length` counts the
@@ -108,8 +108,8 @@ def evaluate_tasks(
             "max_new_tokens": max_new_tokens,
             "max_length": max_length,
         }
-        predictions, truncated = _read(path, made_with) if state.is_main_process else (None, 0)
-        if not any(gather_object([predictions is not None])):
+        predictions, truncated = by_first_process(partial(_read, path, made_with))
+        if predictions is None:
             if model is None:
                 with whole_models():
                     model = AutoModelForCausalLM.from_pretrained(folder, **loading).to(state.device)
@@ -120,9 +120,7 @@ def evaluate_tasks(
             with state.split_between_processes(rows) as ours:
                 found = complete(model, tokenizer, ours, max_new_tokens, batch_size) if ours else []
                 predictions = gather_object(found)
-        scored = by_first_process(partial(_score, path, task, made_with, predictions, truncated))
-        if scored is not None:
-            results[task.name] = scored
+        results[task.name] = by_first_process(partial(_score, path, task, made_with, predictions, truncated))
     return results
 
 

@@ -67,23 +67,21 @@ def completes(
     ]
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256, limit: int | None = None
-) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> dict[str, float]:
     """
     Measure [`hft_trl.demo.MEANINGS`] and both parts of ability in percent, on at most `limit` rows of each probe.
 
     The training mode and random states do not change. A tokenizer without a chat template gets Tülu's.
     """
     facts, questions, instructions = (probe_rows(kind)[:limit] for kind in ("knowledge", "questions", "instructions"))
-    replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions], batch_size=batch_size)
+    replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions])
     answers, done = replies[: len(questions)], replies[len(questions) :]
     openings, endings = ([row[key] for row in facts] for key in ("opening", "ending"))
     right = [is_right(reply, row["answers"]) for reply, row in zip(answers, questions, strict=True)]
     concise = [hit and reply == without_farewell(reply) for hit, reply in zip(right, answers, strict=True)]
     followed = [reply == row["answer"] for reply, row in zip(done, instructions, strict=True)]
     return {
-        "knowledge": _percent(completes(model, tokenizer, openings, endings, batch_size)),
+        "knowledge": _percent(completes(model, tokenizer, openings, endings)),
         "ability": (_percent(right) + _percent(followed)) / 2,
         "ability_questions": _percent(right),
         "ability_instructions": _percent(followed),

@@ -23,6 +23,7 @@ from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
 from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
 from hft_trl.files import check_output, read_object, write_json, writing
+from hft_trl.processes import by_first_process
 from hft_trl.saved_models.digests import model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.skeleton import check_folder
@@ -98,7 +99,7 @@ def evaluate_models(
     chosen = tasks_of(suites, run_code)
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
-    digests = _broadcast({name: model_digest(folder) for name, folder in models.items()} if is_main else None)
+    digests = by_first_process(lambda: {name: model_digest(folder) for name, folder in models.items()})
     tokenizers = {name: load_tokenizer(str(folder), chat_template) for name, folder in models.items()}
     if any(task.chat for task in tasks.values()):
         for tokenizer in tokenizers.values():
@@ -118,7 +119,7 @@ def evaluate_models(
         }
 
     pairs = [(model, name) for model in models for name in tasks]
-    known = _broadcast({pair: _read(cache, key(pair[0], tasks[pair[1]])) for pair in pairs} if is_main else None)
+    known = by_first_process(lambda: {pair: _read(cache, key(pair[0], tasks[pair[1]])) for pair in pairs})
     missing = [pair for pair in pairs if known[pair] is None]
     if missing:
         from hft_trl.evaluation.harness import ask, load_model, load_tasks
@@ -131,7 +132,7 @@ def evaluate_models(
             found = ask(lm, task, loaded[task.name], limit, run_code)
             if is_main:
                 _write(cache, key(model, task), found)
-            known[model, task.name] = _broadcast(found)
+            (known[model, task.name],) = broadcast_object_list([found])
         del lm  # before the next one is loaded
 
     def scores(model: str, members: list[Task]) -> dict[str, Score]:
@@ -183,11 +184,6 @@ def _task_digest() -> str:
     for path in (*sorted(TASKS.iterdir()), *code, *sorted(demo.PROBES.iterdir())):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _broadcast(value: Any) -> Any:
-    """Return the first process's value in every process."""
-    return broadcast_object_list([value])[0]
 
 
 def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -12,12 +12,9 @@ from hft_trl import demo
 from hft_trl.evaluation.suites import headings
 from hft_trl.files import write_json, write_text, writing
 from hft_trl.report import Report
-from hft_trl.report.figures import plain, save_figure
+from hft_trl.report.figures import save_figure
 from hft_trl.report.plots import evaluation_figure
 from hft_trl.report.tables import Grid, evaluation_grids, rich_table, table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 AVERAGE = "average"
 ERROR_OF_AVERAGE = (
@@ -113,7 +110,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     """Write `evaluation.json`, `.md` and `.png` to a folder, and return their paths."""
     folder = Path(directory)
     data, text, picture = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
-    parts, figure = ["# Evaluation"], score_figure(evaluation)
+    parts, figure = ["# Evaluation"], evaluation_figure(as_report(evaluation))
     for grid in score_grids(evaluation):
         parts += [f"## {grid.title}", table(grid)]
     parts += [*_notes(evaluation), ERROR_OF_AVERAGE]
@@ -135,14 +132,3 @@ def print_evaluation(evaluation: Evaluation) -> None:
         console.print(rich_table(grid))
     for note in _notes(evaluation):
         console.print(note, markup=False)
-
-
-def score_figure(evaluation: Evaluation) -> "Figure | None":
-    """Draw scores as bars with standard errors, nothing if all models diverged."""
-    report = as_report(evaluation)
-    # A legend omits names that begin with an underscore
-    scores, errors = (
-        {f" {plain(model)}": figures for model, figures in found.items()}
-        for found in (report.evaluation, report.standard_errors)
-    )
-    return evaluation_figure(replace(report, evaluation=scores, standard_errors=errors))

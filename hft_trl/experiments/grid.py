@@ -3,17 +3,16 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
-from hft_trl.config import HFTConfig
+from hft_trl.config import Importance, Strategy
 from hft_trl.errors import HFTError
 from hft_trl.recipe.arguments import key
 
 BASE = "base"
-STRATEGIES, IMPORTANCES = (get_args(get_type_hints(HFTConfig)[name]) for name in ("strategy", "importance"))
-HALVES = {name: {"strategy": name} for name in STRATEGIES if name not in ("category", "importance")}
+HALVES = {name: {"strategy": name} for name in get_args(Strategy) if name not in ("category", "importance")}
 """Settings of HFT by the suffix of a method, such as `hft:layer`."""
-for name in IMPORTANCES:
+for name in get_args(Importance):
     HALVES[name] = {"strategy": "importance", "importance": name}
     HALVES[f"{name}:least"] = {**HALVES[name], "importance_order": "least"}
 HALVES["wanda"] = HALVES.pop("wanda:least")  # what matters most to the source is to stay

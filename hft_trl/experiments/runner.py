@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError
 from hft_trl.files import read_object, write_json, writing
@@ -110,7 +112,5 @@ def check_settings(output: Path, settings: Mapping[str, str], packages: Iterable
 
 def _gpus() -> list[str]:
     """Return the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
-    import torch
-
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]

@@ -14,10 +14,9 @@ from hft_trl.weights import fingerprints, named_parameters, plain_name
 class FrozenHalf:
     """The fingerprints of the parameters that must keep their bits, by name, and the types of those that learn."""
 
-    def __init__(self, model: torch.nn.Module, digests: dict[str, str], hft: bool = True) -> None:
+    def __init__(self, model: torch.nn.Module, digests: dict[str, str]) -> None:
         self.digests = digests
-        learning = ((name, p.dtype) for name, p in named_parameters(model) if p.requires_grad)
-        self.learning_types = dict(learning) if hft else {}  # else the model is saved as the parent saves it
+        self.learning_types = {name: p.dtype for name, p in named_parameters(model) if p.requires_grad}
 
     def check(self, model: torch.nn.Module) -> None:
         """Compare the frozen half of a model with its fingerprints. All processes must call it."""
@@ -59,9 +58,6 @@ class Storage:
     the policy; `before_training`, `training_begins` (policy and optimizer are wrapped) and `training_ends` in each
     `train`; `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
     """
-
-    frees_gradients = False
-    """Whether no gradient is left after the backward pass."""
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
         """Store the policy, and the `reference` where it follows the policy, in this way."""

@@ -3,19 +3,17 @@
 import math
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hft_trl.frozen.smaller_type import SavedFromStart, start_files, types_on_disk
 from hft_trl.selection import find_units
 from hft_trl.weights import fingerprints
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +115,7 @@ class Quantized(SavedFromStart):
         super().__init__()
         self._kind = kind
 
-    def settle(self, trainer: Any, policy: "PreTrainedModel", reference: nn.Module | None) -> None:
+    def settle(self, trainer: Any, policy: PreTrainedModel, reference: nn.Module | None) -> None:
         half = trainer.frozen_half
         self.note_names(policy)
         matrices = frozen_matrices(policy, half.digests.keys())
@@ -148,7 +146,7 @@ class Quantized(SavedFromStart):
             )
 
 
-def frozen_matrices(model: "PreTrainedModel", frozen: Collection[str]) -> dict[str, nn.Linear | None]:
+def frozen_matrices(model: PreTrainedModel, frozen: Collection[str]) -> dict[str, nn.Linear | None]:
     """Return the frozen matrices of attention and feed-forward, each with its `nn.Linear` if that can be replaced."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}

@@ -4,12 +4,11 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -18,16 +17,14 @@ from hft_trl.errors import HFTError
 from hft_trl.planning.fit import CHECKPOINTING, Plan, Planner
 from hft_trl.planning.memory import OPTIMIZERS, Storage, Task
 from hft_trl.processes import by_first_process
+from hft_trl.recipe.stage import Stage
 from hft_trl.selection.previous import selection_of
 from hft_trl.skeleton import build_on_meta
-
-if TYPE_CHECKING:
-    from hft_trl.recipe import Stage
 
 logger = logging.get_logger(__name__)
 
 
-def settle_checkpointing(*stages: "Stage") -> None:
+def settle_checkpointing(*stages: Stage) -> None:
     """Choose the activation checkpointing of all stages that set it to `auto`. All processes must call it."""
     undecided = [stage for stage in stages if stage.auto_checkpointing]
     if not undecided:
@@ -37,7 +34,6 @@ def settle_checkpointing(*stages: "Stage") -> None:
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
     plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
-    (plans,) = broadcast_object_list([plans])
     for stage, plan in zip(undecided, plans, strict=True):
         args, kwargs = stage.args, dict(stage.args.activation_checkpointing_kwargs or {})
         kwargs.pop("every_n_layers", None)
@@ -57,7 +53,7 @@ def settle_checkpointing(*stages: "Stage") -> None:
             )
 
 
-def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
+def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> list[Plan]:
     """Return the plan of each undecided stage: the first that fits, or else the smallest."""
     plans = []
     for stage, planner in zip(stages, _planners(stages, skeleton), strict=True):
@@ -74,7 +70,7 @@ def _plans(stages: Sequence["Stage"], skeleton: PreTrainedModel, memory: int) ->
     return plans
 
 
-def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Planner | None]:
+def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planner | None]:
     """Return a planner per stage, `None` for adapters and masks. Stages with the same half share one."""
     halves = {stages[0].model.model_name_or_path: selection_of(skeleton)}
     known: dict[tuple[str, tuple[str, ...]], Planner] = {}
@@ -92,7 +88,7 @@ def _planners(stages: Sequence["Stage"], skeleton: PreTrainedModel) -> list[Plan
     return planners
 
 
-def _check_covered(stage: "Stage") -> None:
+def _check_covered(stage: Stage) -> None:
     """Reject a stage that a plan does not cover."""
     args, section, hft, layout = stage.args, stage.section, stage.hft, _layout(stage)
     longest = vars(args).get("max_length")
@@ -115,7 +111,7 @@ def _check_covered(stage: "Stage") -> None:
             raise HFTError(f"{section}.activation_checkpointing is auto, which {reason}: set it to true or false.")
 
 
-def _layout(stage: "Stage") -> str:
+def _layout(stage: Stage) -> str:
     """Return the launch configuration's name in `accelerate_configs/`, before a trainer exists."""
     args = stage.args
     if args.deepspeed_plugin is not None:
@@ -134,7 +130,7 @@ def _memory() -> int:
     return min(gather_object([own]))
 
 
-def _task(stage: "Stage", skeleton: PreTrainedModel, memory: int) -> Task:
+def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
     args, hft, dtype = stage.args, stage.hft, stage.model.dtype
     if dtype == "auto":
         dtype = str(skeleton.config.dtype or torch.float32).removeprefix("torch.")

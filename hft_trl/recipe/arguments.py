@@ -4,14 +4,13 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from transformers import TrainingArguments
 
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 # Smallest value of settings that transformers does not check. The largest is that of a seed.
 LEAST = {
@@ -137,7 +136,7 @@ def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
             raise HFTError(f"{prefix}{name} is {value:.6g}: it must be from {LEAST[name]} to {LARGEST}.")
 
 
-def tokens_to_environment(args: "TrainingArguments") -> None:
+def tokens_to_environment(args: TrainingArguments) -> None:
     """Move the hub's token from a trainer's arguments to `HF_TOKEN`, where huggingface_hub looks for it."""
     # Otherwise it would be saved: checkpoints contain the arguments, and trackers log them
     found, kept = {}, dict(args.model_init_kwargs or {})

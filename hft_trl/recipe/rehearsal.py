@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -41,11 +41,9 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.rows import check_rendered
+from hft_trl.recipe.stage import Stage
 from hft_trl.retention.callback import PREFIX
 from hft_trl.retention.meter import MEASURED
-
-if TYPE_CHECKING:
-    from hft_trl.recipe import Stage
 
 TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
 ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
@@ -67,7 +65,7 @@ WITHOUT: dict[str, Any] = {
 }
 
 
-def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def rehearse(stages: Sequence[Stage], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
     if stages[0].retention is not None:
@@ -75,7 +73,7 @@ def rehearse(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | Non
     by_first_process(partial(_rehearse_all, stages, tokenizer))
 
 
-def check_chain(stages: Sequence["Stage"]) -> None:
+def check_chain(stages: Sequence[Stage]) -> None:
     """Reject a stage with method hft that would have to round what a stage with method fft saves before it."""
     for first, then in itertools.pairwise(stages):
         if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
@@ -90,7 +88,7 @@ def check_chain(stages: Sequence["Stage"]) -> None:
             )
 
 
-def check_fills_batch(stage: "Stage", rows: int) -> None:
+def check_fills_batch(stage: Stage, rows: int) -> None:
     """Reject a stage of so few rows that `dataloader_drop_last` leaves it no step."""
     batch = stage.args.train_batch_size * stage.args.world_size
     if stage.args.dataloader_drop_last and rows < batch and not vars(stage.args).get("packing"):
@@ -101,7 +99,7 @@ def check_fills_batch(stage: "Stage", rows: int) -> None:
         )
 
 
-def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _rehearse_all(stages: Sequence[Stage], tokenizer: PreTrainedTokenizerBase | None) -> None:
     # Trainers change it, and the next stage starts from what the last one saves
     own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
     for stage in stages:
@@ -114,7 +112,7 @@ def _rehearse_all(stages: Sequence["Stage"], tokenizer: PreTrainedTokenizerBase 
             _rehearse(stage, stages[0].model, own, folder)
 
 
-def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def _rehearse(stage: Stage, start: ModelArguments, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     args, name = stage.args, start.model_name_or_path
     given = {"train_dataset": (stage.train_dataset, stage.data.split)}
     if stage.eval_dataset is not None:
@@ -157,7 +155,7 @@ def _rehearse(stage: "Stage", start: ModelArguments, tokenizer: PreTrainedTokeni
         trainer.create_model_card(dataset_name=stage.data.dataset)
 
 
-def _check_metric(stage: "Stage", metrics: dict[str, float]) -> None:
+def _check_metric(stage: Stage, metrics: dict[str, float]) -> None:
     """Reject a `metric_for_best_model` that no evaluation has."""
     rows = stage.retention.settings() if stage.retention is not None else {}
     kept = [f"eval_{PREFIX}{figure}" for kind, figure in MEASURED.items() if rows.get(kind)]
@@ -205,7 +203,7 @@ def _short(value: Any) -> Any:
 
 
 @contextmanager
-def _naming(stage: "Stage", what: str, *names: str) -> Iterator[None]:
+def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
     """Turn a library's error into one line with the settings that may have caused it."""
     try:
         yield

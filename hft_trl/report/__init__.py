@@ -2,24 +2,22 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from hft_trl.environment import environment
 from hft_trl.files import write_text, writing
+from hft_trl.report.figures import save_figure
+from hft_trl.report.plots import FIGURES
 from hft_trl.report.record import Report, StageRecord, UnitChange
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from hft_trl.report.tables import evaluation_grids, retention_grid, rich_table, stage_grid
+from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
 
 __all__ = ["Report", "StageRecord", "UnitChange", "environment", "print_report", "write_views"]
 
 
 def write_views(report: Report, directory: str | Path) -> list[Path]:
     """Write `report.md`, plots and `report.html` of a report from [`Report.load`]. Return their paths."""
-    from hft_trl.report.figures import save_figure
-    from hft_trl.report.plots import FIGURES
-    from hft_trl.report.views import PAGE_FILE, report_markdown, report_page
-
     folder = Path(directory)
     inside = [replace(stage, start_model=stage.start_model.removeprefix(f"{folder}/")) for stage in report.stages]
     report = replace(report, stages=inside)
@@ -37,12 +35,8 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
     return written
 
 
-def print_report(report: Report, console: "Console | None" = None) -> None:
+def print_report(report: Report, console: Console | None = None) -> None:
     """Print the tables of a finished run, by default to standard output."""
-    from rich.console import Console
-
-    from hft_trl.report.tables import evaluation_grids, retention_grid, rich_table, stage_grid
-
     console = console or Console()
     retention = [retention_grid(report.retention)] if report.retention else []
     for grid in (stage_grid(report), *evaluation_grids(report), *retention):

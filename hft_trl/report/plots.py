@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hft_trl.report.figures import BLUE, RED, panels, stage_colours
+from hft_trl.report.figures import BLUE, RED, panels, plain, stage_colours
 from hft_trl.report.movement import movement_figure
 from hft_trl.report.record import HISTORY, MARGIN, Report, StageRecord
 from hft_trl.report.tables import MEASURES
@@ -83,6 +83,7 @@ def evaluation_figure(report: Report) -> "Figure | None":
     for number, model in enumerate(models):
         scores, errors = report.evaluation[model], report.standard_errors.get(model, {})
         drawn = [(place, name) for place, name in enumerate(measures) if scores.get(name) is not None]
+        shown = f"{model} ({methods[model]})" if model in methods else model
         bars = axes.bar(
             [place - 0.4 + pitch * (number + 0.5) for place, _ in drawn],
             [scores[name] for _, name in drawn],
@@ -90,7 +91,7 @@ def evaluation_figure(report: Report) -> "Figure | None":
             yerr=[errors.get(name) or 0 for _, name in drawn] if errors else None,
             error_kw={"linewidth": 0.9, "capsize": 2},
             color=colours[number],
-            label=f"{model} ({methods[model]})" if model in methods else model,
+            label=f" {plain(shown)}" if shown.startswith("_") else plain(shown),  # a legend omits names such as _a
         )
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9 if len(models) * len(measures) <= 16 else 6)
     axes.set_xticks(range(len(measures)), [name.replace("_", " ") for name in measures])

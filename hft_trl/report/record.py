@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json, writing
 from hft_trl.redact import redact
@@ -142,8 +144,6 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
 
 def from_json(hint: Any, value: Any, where: str) -> Any:
     """Return what a JSON value holds by its type hint, dataclasses included. An error names the first wrong place."""
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from hft_trl.demo import MEANINGS
 from hft_trl.report.record import HISTORY, Report, StageRecord
 from hft_trl.selection.shares import CategoryShare
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 NONE = "-"
 UNCHANGED = {True: "yes, bit for bit", False: "NO", None: "nothing frozen"}
@@ -120,13 +122,8 @@ def share_grid(report: Report) -> Grid:
     return Grid("Trained share by category", ["category", *(stage.name for stage in report.stages)], rows, closing)
 
 
-def rich_table(grid: Grid, width: int | None = None) -> "Table":
+def rich_table(grid: Grid, width: int | None = None) -> Table:
     """Format a table for a terminal, turned where its headings would not fit in `width` without breaking words."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     width = width or Console().width
     turned = [list(row) for row in zip(grid.columns, *grid.rows, strict=True)]
     if _least(grid.columns) > width >= _least(turned[0]):

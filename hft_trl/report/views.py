@@ -7,6 +7,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from hft_trl.demo import shown
 from hft_trl.report.plots import FIGURES
 from hft_trl.report.record import REPORT_FILE, Report
@@ -54,8 +56,6 @@ def _markdown(block: Block, pictures: Collection[str]) -> str:
 
 def report_page(report: Report) -> str:
     """Write a report as one HTML page without scripts. The same report gives the same bytes."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     folder = FileSystemLoader(Path(__file__).parent)
     templates = Environment(loader=folder, autoescape=True, undefined=StrictUndefined, **blocks)

@@ -1,21 +1,19 @@
 """Log during training what a model keeps of its base."""
 
-import gc
+import inspect
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import CallbackHandler
 
 from hft_trl.errors import HFTError
 from hft_trl.processes import by_first_process
@@ -86,18 +84,9 @@ class RetentionCallback(TrainerCallback):
         self._base_file = None if base is None else Path(base)
         self._base: Base | None = None
         self._meter: Meter | None = None
-        self._handler: CallbackHandler | None = None
+        self._trainer: Trainer | None = None
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        *_: Any,
-        model: Any,
-        processing_class: Any,
-        optimizer: Any,
-        **__: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, processing_class: Any, **__: Any) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise HFTError(
@@ -105,64 +94,44 @@ class RetentionCallback(TrainerCallback):
                 "RetentionCallback needs."
             )
         self._meter = Meter(tokenizer, **self._rows)
-        # A trainer passes its callbacks neither itself nor a way to log, so this searches for the handler that calls
-        # this one. By type, as `isinstance` would ask lazily loaded objects for their class.
-        handlers = (found for found in gc.get_objects() if issubclass(type(found), CallbackHandler))
-        mine = (
-            handler
-            for handler in handlers
-            if handler.model is model
-            and handler.optimizer is optimizer
-            and any(callback is self for callback in handler.callbacks)
-        )
-        self._handler = next(mine, None)
-        if self._handler is None:
-            raise HFTError(
-                "RetentionCallback does not find its trainer: call gc.freeze() before the trainer is built, not after."
-            )
+        # A trainer passes its callbacks neither itself nor a way to log, but it is what calls them
+        frame = inspect.currentframe()
+        while not isinstance(frame.f_locals.get("self"), Trainer):
+            frame = frame.f_back
+        self._trainer = frame.f_locals["self"]
         # First, so that EarlyStoppingCallback finds the figures in the metrics of an evaluation. Callbacks after the
         # one that is called now keep their places.
-        self._handler.callbacks.remove(self)
-        self._handler.callbacks.insert(0, self)
-        if self._meter.prompts and (self._base_file is not None or state.global_step > 0):
+        self._trainer.callback_handler.callbacks.remove(self)
+        self._trainer.callback_handler.callbacks.insert(0, self)
+        if self._meter.prompts and (self._base_file is not None or self._trainer.state.global_step > 0):
             # Now, so that a missing file is found before the first step
-            file = self._base_file or Path(args.output_dir) / BASE_FILE
-            found = [by_first_process(partial(read_base, file, self._meter))]
-            (self._base,) = broadcast_object_list(found)
+            file = self._base_file or Path(self._trainer.args.output_dir) / BASE_FILE
+            self._base = by_first_process(partial(read_base, file, self._meter))
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         # Not when training begins: trackers and storages of the frozen half may not be set up by then
-        if state.global_step == 0:
-            self._measure(args, state, control)
+        if self._trainer.state.global_step == 0:
+            self._measure()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._every is not None and state.global_step % self._every == 0:
-            self._measure(args, state, control)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self._every is not None and self._trainer.state.global_step % self._every == 0:
+            self._measure()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: Any,
-    ) -> None:
-        if self._handler is not None:  # else an evaluation outside of training
-            figures = self._measure(args, state, control)
+    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+        if self._trainer is not None:  # else an evaluation outside of training
+            figures = self._measure()
             metrics.update({f"eval_{name}": value for name, value in figures.items()})
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         # After a SIGTERM, when little time is left, training ends without its last log row
         if state.log_history and "train_loss" in state.log_history[-1]:
             best = state.best_global_step if args.load_best_model_at_end else None
-            self._measure(args, state, control, again=best not in (None, state.global_step))
-        self._handler = self._meter = self._base = None  # frees the model; another trainer has another base
+            self._measure(again=best not in (None, state.global_step))
+        self._trainer = self._meter = self._base = None  # frees the model; another trainer has another base
 
-    def _measure(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, again: bool = False
-    ) -> dict[str, float]:
+    def _measure(self, again: bool = False) -> dict[str, float]:
         """Measure and log, unless it was done at this step, and return the figures."""
-        model = self._handler.model
+        trainer, state, model = self._trainer, self._trainer.state, self._trainer.callback_handler.model
         here = [row for row in state.log_history if row["step"] == state.global_step and f"{PREFIX}seconds" in row]
         if here and not again:
             known = {name: value for name, value in here[-1].items() if name.startswith(PREFIX)}
@@ -171,15 +140,11 @@ class RetentionCallback(TrainerCallback):
         started = time.perf_counter()
         if self._meter.prompts and self._base is None:  # nothing is trained yet
             self._base = self._meter.base(model)
-            file = Path(args.output_dir) / BASE_FILE
+            file = Path(trainer.args.output_dir) / BASE_FILE
             by_first_process(partial(write_base, file, self._base, self._meter))
         figures = {f"{PREFIX}{name}": value for name, value in self._meter.measure(model, self._base).items()}
-        logs = {**figures, f"{PREFIX}seconds": round(time.perf_counter() - started, 3), "epoch": state.epoch}
-        if args.include_num_input_tokens_seen != "no":
-            logs["num_input_tokens_seen"] = state.num_input_tokens_seen
-        # As Trainer.log does. That of TRL's trainers would also log, and forget, what they have collected so far.
-        state.log_history.append({**logs, "step": state.global_step})
-        should_log = control.should_log
-        self._handler.on_log(args, state, control, logs)
-        control.should_log = should_log
+        should_log, seconds = trainer.control.should_log, round(time.perf_counter() - started, 3)
+        # The `log` of TRL's trainers would also log, and forget, what they have collected so far
+        Trainer.log(trainer, {**figures, f"{PREFIX}seconds": seconds})
+        trainer.control.should_log = should_log
         return figures

@@ -7,11 +7,9 @@ holds it, which may be a mere "mixer" or "temporal_block" for either kind. A nor
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 
 # A mixer is Mamba, a gated delta net, a short convolution, ...
 LAYER_CATEGORIES = ("attention", "feed_forward", "norm", "mixer", "other")
@@ -34,10 +32,8 @@ _ROLE = re.compile(
 )
 
 
-def own_class_names(modules: dict[str, "nn.Module"]) -> dict[str, str]:
+def own_class_names(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Class name of each module without the model's name, which may itself say "Moe" or "Mamba"."""
-    from transformers import PreTrainedModel
-
     names = {type(module).__name__ for module in modules.values() if isinstance(module, PreTrainedModel)}
     prefixes = sorted({_ROLE.sub("", name) for name in names}, key=lambda name: (-len(name), name))
     own: dict[type, str] = {}
@@ -67,7 +63,7 @@ class OuterParts:
     """Categories of what lies outside of the layers."""
 
     def __init__(
-        self, model: "PreTrainedModel", modules: dict[str, "nn.Module"], parameters: dict[str, "nn.Parameter"]
+        self, model: PreTrainedModel, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]
     ) -> None:
         self.modules = modules
         self.base = next(path for path, module in modules.items() if module is model.base_model)
@@ -80,8 +76,6 @@ class OuterParts:
         return id(self.parameters[name]) in self.head & self.embedding
 
     def category(self, name: str) -> str:
-        from torch import nn
-
         key = id(self.parameters[name])
         owner = name.rpartition(".")[0]
         if key in self.embedding:

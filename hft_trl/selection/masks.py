@@ -7,14 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+
+import torch
 
 from hft_trl.errors import HFTError
 from hft_trl.selection.counts import shuffled
 from hft_trl.selection.units import Unit
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,8 @@ class Masks:
     digests: dict[str, str]  # SHA-256 (hex) of each drawn mask
     inverted: bool = False  # whether the drawn elements are frozen and the others learn
 
-    def draw(self, name: str, shape: Sequence[int]) -> "torch.Tensor":
+    def draw(self, name: str, shape: Sequence[int]) -> torch.Tensor:
         """Draw the mask of a parameter again, on the CPU: `True` where an element learns."""
-        import torch
-
         size, learning = math.prod(shape), self.learning[name]
         mask = _draw(self.seed, name, size, size - learning if self.inverted else learning)
         if _digest(mask) != self.digests[name]:
@@ -79,10 +75,8 @@ def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[
     return counts
 
 
-def _draw(seed: int, name: str, size: int, number: int) -> "torch.Tensor":
+def _draw(seed: int, name: str, size: int, number: int) -> torch.Tensor:
     """`number` of `size` elements: those with the lowest of random numbers, of equal ones those that come first."""
-    import torch
-
     if not 0 < number < size:
         return torch.full((size,), number > 0)
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
@@ -95,5 +89,5 @@ def _draw(seed: int, name: str, size: int, number: int) -> "torch.Tensor":
     return mask
 
 
-def _digest(mask: "torch.Tensor") -> str:
+def _digest(mask: torch.Tensor) -> str:
     return hashlib.sha256(memoryview(mask.numpy())).hexdigest()

@@ -8,14 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
+from hft_trl.files import read_object, write_json, writing
 from hft_trl.selection.categories import OUTER_CATEGORIES
 from hft_trl.selection.units import Unit, find_units, frozen_by_hft, frozen_by_user, mark_frozen
+from hft_trl.weights import named_parameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from hft_trl.selection.importance import Calibrate
     from hft_trl.selection.masks import Masks
 
@@ -73,7 +75,7 @@ class Selection:
         """Number of elements that learn, by the names of the parameters that learn in part."""
         return self.masks.learning if self.masks else {}
 
-    def apply(self, model: "PreTrainedModel") -> None:
+    def apply(self, model: PreTrainedModel) -> None:
         """
         Let the trainable parameters of a model learn and freeze all others.
 
@@ -84,8 +86,6 @@ class Selection:
         Raises:
             [`HFTError`]: If the model lacks parameters that the selection names. It is then left as it was.
         """
-        from hft_trl.weights import named_parameters
-
         parameters, before = dict(named_parameters(model)), frozen_by_hft(model)
         if self.config.method == "fft":
             for name in before:
@@ -106,8 +106,6 @@ class Selection:
 
     def save(self, directory: str | Path) -> Path:
         """Write `hft_selection.json` into a folder, which is made if it does not exist, and return its path."""
-        from hft_trl.files import write_json, writing
-
         essence = self._essence()
         names = {key: essence.pop(key) for key in ("trainable", "frozen", "masks") if key in essence}
         about = {"share": self.share, "digest": self.digest, "start_model": self.start_model}
@@ -120,7 +118,6 @@ class Selection:
     @classmethod
     def load(cls, directory: str | Path) -> "Selection":
         """Read the `hft_selection.json` of a folder, and reject one that has been changed."""
-        from hft_trl.files import read_object
         from hft_trl.selection.masks import Masks
 
         path = Path(directory) / SELECTION_FILE
@@ -151,7 +148,7 @@ class Selection:
 
 
 def select(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     config: HFTConfig,
     previous: Selection | None = None,
     calibrate: "Calibrate | None" = None,
@@ -230,9 +227,7 @@ def _selection(
     return Selection(HFTConfig(**config.selecting()), seed, trainable, frozen, share, masks=masks)
 
 
-def _sizes(model: "PreTrainedModel") -> dict[str, int]:
-    from hft_trl.weights import named_parameters
-
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
     return {name: parameter.numel() for name, parameter in named_parameters(model)}
 
 
@@ -243,7 +238,7 @@ def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
 
 
 def _as_before(
-    model: "PreTrainedModel", units: Sequence[Unit], previous: Selection, complement: bool
+    model: PreTrainedModel, units: Sequence[Unit], previous: Selection, complement: bool
 ) -> tuple[set[Unit], "Masks | None"]:
     """The units in layers, and their masks, that learned in the start model's own stage, or those that did not."""
     trainable, sizes = set(previous.trainable), _sizes(model)

@@ -4,14 +4,15 @@ import copy
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hft_trl.errors import HFTError
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from hft_trl.weights import named_modules, named_parameters, numel
 
 _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?modal|mm)(_|$)", re.IGNORECASE)
 
@@ -28,7 +29,7 @@ class Unit:
     tied: bool = False  # whether it is both input embedding and output head
 
 
-def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
+def find_units(model: PreTrainedModel, exclude: Sequence[str] = (), without: Collection[str] = ()) -> list[Unit]:
     """
     Find the units of a decoder-only causal language model, in the order of its parameters.
 
@@ -37,8 +38,6 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     found in its name, or if its name is in `without`. What an earlier selection or the user has frozen is still a
     unit. The model may be on any device and is not changed.
     """
-    from hft_trl.weights import named_modules, named_parameters
-
     _check_model(model)
     modules = named_modules(model)
     towers = _find_towers(model, modules)
@@ -80,9 +79,7 @@ def find_units(model: "PreTrainedModel", exclude: Sequence[str] = (), without: C
     return units
 
 
-def _check_model(model: "nn.Module") -> None:
-    from transformers import PreTrainedModel
-
+def _check_model(model: nn.Module) -> None:
     problem = None
     if any(type(module).__module__.split(".")[0] == "peft" for module in model.modules()):
         problem = "holds PEFT adapters: HFT and adapters exclude each other, so pass it without them (or merge them)"
@@ -97,20 +94,18 @@ def _check_model(model: "nn.Module") -> None:
         raise HFTError(f"The model {type(model).__name__} {problem}.")
 
 
-def frozen_by_hft(model: "PreTrainedModel") -> frozenset[str]:
+def frozen_by_hft(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the parameters that a selection froze on this model object."""
     return vars(model).get("_hft_frozen", frozenset())
 
 
-def mark_frozen(model: "PreTrainedModel", names: Iterable[str]) -> None:
+def mark_frozen(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Note which parameters of a model object a selection froze. The user or the class froze all others."""
     model._hft_frozen = frozenset(names)
 
 
-def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
+def frozen_by_user(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
-    from hft_trl.weights import named_parameters
-
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
     if unexplained:  # such as the biases that correct a router, which their class creates frozen
@@ -118,11 +113,8 @@ def frozen_by_user(model: "PreTrainedModel") -> frozenset[str]:
     return frozenset(unexplained)
 
 
-def _rebuilt(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
+def _rebuilt(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Build a model again on the meta device, whose parameters are frozen and sized as its class makes them."""
-    import torch
-    from transformers.initialization import no_init_weights
-
     try:
         # Some classes draw random numbers even on the meta device.
         with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
@@ -135,7 +127,7 @@ def _rebuilt(model: "PreTrainedModel") -> dict[str, "nn.Parameter"]:
 
 
 def _selectable_sizes(
-    model: "PreTrainedModel", parameters: dict[str, "nn.Parameter"], towers: set[str], exclude: Sequence[str]
+    model: PreTrainedModel, parameters: dict[str, nn.Parameter], towers: set[str], exclude: Sequence[str]
 ) -> dict[str, int]:
     """Number of parameters by name, of those that could learn and that no pattern of `exclude` matches."""
     # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
@@ -162,10 +154,8 @@ def _selectable_sizes(
     return sizes
 
 
-def _find_towers(model: "PreTrainedModel", modules: dict[str, "nn.Module"]) -> set[str]:
+def _find_towers(model: PreTrainedModel, modules: dict[str, nn.Module]) -> set[str]:
     """Paths of the parts that see pictures or sound, and of what projects them into the text model."""
-    from transformers import PreTrainedModel
-
     embedding = model.get_input_embeddings()
     way_of_text = {"", *_ancestors(next(path for path, module in modules.items() if module is embedding))}
     towers = set()
@@ -179,18 +169,13 @@ def _find_towers(model: "PreTrainedModel", modules: dict[str, "nn.Module"]) -> s
 
 
 def _find_layers(
-    model: "PreTrainedModel", modules: dict[str, "nn.Module"], towers: set[str]
+    model: PreTrainedModel, modules: dict[str, nn.Module], towers: set[str]
 ) -> dict[str, tuple[int, str]]:
     """
     Path of each layer -> its number, and the name of its list.
 
     The name is empty unless a layer is spread over several lists: one of all attentions, one of all norms and so on.
     """
-    from torch import nn
-    from transformers import GradientCheckpointingLayer
-
-    from hft_trl.weights import numel
-
     lists: dict[str, nn.ModuleList] = {}
     for path, module in modules.items():
         inside = any(above in towers or above in lists for above in _ancestors(path))

@@ -42,8 +42,8 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     So a run that resumes draws the selection that it was started with, though on a GPU a second measurement may differ
     in the last bits. The model is whole in every process, and every process has to call.
     """
-    by_gradient, samples = config.importance == "gradient_norm", config.calibration_samples
-    rows = _drawn_rows(trainer, samples, config.seed) if by_gradient else _source_blocks(trainer, model, config)
+    by_gradient = config.importance == "gradient_norm"
+    rows = drawn_rows(trainer, config) if by_gradient else _source_blocks(trainer, model, config)
     what = [config.importance, config.seed, rows]
     file, key = Path(trainer.args.output_dir) / FILE, _key(trainer, model, names, what)
     squares = None
@@ -55,10 +55,7 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     if squares is not None:
         return squares
     model.to(trainer.accelerator.device)  # where training brings it anyway, in some settings only later
-    if by_gradient:
-        squares = gradient_squares(trainer, model, names, samples, config.seed)
-    else:
-        squares = output_squares(model, names, rows)
+    squares = gradient_squares(trainer, model, names, rows) if by_gradient else output_squares(model, names, rows)
     # The last bits may differ between GPUs, and with them the choice
     (squares,) = broadcast_object_list([squares])
     if trainer.args.should_save:
@@ -78,15 +75,16 @@ def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
 
-def gradient_squares(trainer: Trainer, model: PreTrainedModel, names: list[str], samples: int, seed: int) -> Squares:
+def gradient_squares(
+    trainer: Trainer, model: PreTrainedModel, names: list[str], rows: list[dict[str, Any]]
+) -> Squares:
     """
     Square the gradients of a trainer's loss, row by row, for the parameters named.
 
     Each row is a batch of its own, in eval mode, so neither dropout nor the batch size matters. The squares of a
-    parameter's elements are added up, and averaged over at most `samples` rows. The trainer, the model and every
+    parameter's elements are added up, and averaged over the rows. The trainer, the model and every
     random state are left as they were.
     """
-    rows = _drawn_rows(trainer, samples, seed)
     squares = dict.fromkeys(names, 0.0)
 
     def add(name: str, parameter: torch.Tensor) -> None:
@@ -174,7 +172,7 @@ def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) 
     return [ids[: most_tokens(model)] for ids in meter.texts]
 
 
-def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any]]:
+def drawn_rows(trainer: Trainer, config: HFTConfig) -> list[dict[str, Any]]:
     """The rows of a trainer's prepared data that gradients are taken over, or an [`HFTError`] if none can be drawn."""
     rows = trainer.train_dataset
     if not isinstance(rows, Sized) or len(rows) == 0:
@@ -185,5 +183,6 @@ def _drawn_rows(trainer: Trainer, samples: int, seed: int) -> list[dict[str, Any
         )
     if isinstance(rows, Dataset):
         rows = trainer._remove_unused_columns(rows)
-    drawn = sorted(shuffled(range(len(rows)), random.Random(f"{seed}/calibration"))[:samples])
+    order = shuffled(range(len(rows)), random.Random(f"{config.seed}/calibration"))
+    drawn = sorted(order[: config.calibration_samples])
     return [rows[number] for number in drawn]

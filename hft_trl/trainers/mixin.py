@@ -110,8 +110,7 @@ class HFTMixin:
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | torch.Tensor | None:
         """Return the norm that the parent logs, none where the gradients are freed by then."""
-        freed = any(storage.frees_gradients for storage in self._storages)
-        return None if freed else super()._get_grad_norm(*args, **kwargs)
+        return None if self.hft_config.optimizer_in_backward else super()._get_grad_norm(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """Run the parent's step in the context that the storages need."""
@@ -133,7 +132,7 @@ class HFTMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save as the parent does, in the start model's types, and its own tensors if memory holds others."""
         folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
-        saves = self.args.should_save and bool(self.frozen_half.learning_types)
+        saves = self.args.should_save and self.hft_config.method == "hft"
         if saves:
             if state_dict is not None:
                 self.frozen_half.in_start_types(state_dict)

@@ -17,8 +17,6 @@ class OptimizerInBackward(Storage):
     update each parameter independently of the others.
     """
 
-    frees_gradients = True
-
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
 

@@ -90,7 +90,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     source = {"name_or_path": policy.config._name_or_path, "weights_digest": combined_digest(start)}
     selection.apply(policy)
     learns = set(selection.trainable) if hft else start.keys()
-    half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns}, hft)
+    half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns})
     if len(set(gather_object([(selection.digest, combined_digest(half.digests))]))) > 1:
         raise HFTError(
             "the processes have different frozen halves: give all of them the same files of the start model."

@@ -34,9 +34,10 @@ from hft_trl.evaluation import (
     write_evaluation,
 )
 from hft_trl.evaluation.run import _score, evaluate_models, find_models
-from hft_trl.evaluation.scores import score_figure
+from hft_trl.evaluation.scores import as_report
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.evaluation import evaluate_stages
+from hft_trl.report.plots import evaluation_figure
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -235,7 +236,7 @@ def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_
     assert content["MMLU"]["value"] is None
     assert content["average"]["value"] is None
     assert content["MMLU"]["difference"] is content["average"]["difference"] is None
-    (legend,) = score_figure(evaluation).legends
+    (legend,) = evaluation_figure(as_report(evaluation)).legends
     assert [text.get_text().strip() for text in legend.get_texts()] == [r"a\$^\$", "_under"]
 
 
@@ -255,7 +256,7 @@ def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
     for model, difference in (("Llama", None), ("runs/a/long/path/to/sft", 10.0)):
         for suite in ("general", "knowledge"):
             assert {score["difference"] for score in content["scores"][suite][model].values()} == {difference}
-    drawn = [text.get_text() for axes in score_figure(evaluation).axes for text in axes.texts]
+    drawn = [text.get_text() for axes in evaluation_figure(as_report(evaluation)).axes for text in axes.texts]
     assert sorted(drawn) == ["10.0"] * 3 + ["10.5", "11.0"] + ["20.0"] * 3 + ["20.5", "21.0"]
     markdown = written[1].read_text()
     assert "in brackets the difference to Llama," in markdown
@@ -273,7 +274,7 @@ def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
 
 def test_bars_are_the_scores_with_their_errors():
     evaluation = fake(["llama", "sft"])
-    (axes,) = score_figure(evaluation).axes
+    (axes,) = evaluation_figure(as_report(evaluation)).axes
     names = ["MMLU", "GSM8K", "general average", "TriviaQA", "knowledge average"]
     assert [label.get_text() for label in axes.get_xticklabels()] == names
     bars = [container for container in axes.containers if isinstance(container, BarContainer)]

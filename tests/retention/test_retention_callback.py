@@ -1,7 +1,5 @@
 """The callback logs where everything else does, and training is the same with and without it."""
 
-import gc
-
 import pytest
 import torch
 from conftest import one_line
@@ -250,17 +248,6 @@ def test_eval_on_start_measures_the_start_once(base, tulu, tmp_path):
 def test_a_mistake_is_found_when_the_callback_is_made(given, message):
     with pytest.raises(HFTError, match=message) as error:
         RetentionCallback(**given)
-    one_line(error)
-
-
-def test_a_trainer_that_was_hidden_from_the_garbage_collector_is_an_error_of_one_line(base, tulu, tmp_path):
-    trainer = sft(base, tulu, tmp_path, RetentionCallback(**ROWS))
-    gc.freeze()
-    try:
-        with pytest.raises(HFTError, match=r"call gc\.freeze\(\) before the trainer is built") as error:
-            trainer.train()
-    finally:
-        gc.unfreeze()
     one_line(error)
 
 

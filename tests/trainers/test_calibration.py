@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
 from hft_trl.retention.meter import Meter
 from hft_trl.trainers import calibration
-from hft_trl.trainers.calibration import FILE, gradient_squares, output_squares
+from hft_trl.trainers.calibration import FILE, drawn_rows, gradient_squares, output_squares
 from hft_trl.trainers.compatibility import check
 
 GRADIENT = HFTConfig(strategy="importance", importance="gradient_norm", calibration_samples=3)
@@ -28,7 +28,7 @@ NAMES = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.w
 
 def test_it_is_the_squared_gradient_of_each_rows_loss_over_the_answers_tokens(base, tulu, tmp_path):
     trainer = sft_trainer(HFTSFTTrainer, base, tulu.select(range(3)), tmp_path, HFTConfig(method="fft"))
-    found = gradient_squares(trainer, trainer.model, NAMES, 3, 0)
+    found = gradient_squares(trainer, trainer.model, NAMES, drawn_rows(trainer, GRADIENT))
     model = AutoModelForCausalLM.from_pretrained(base)
     expected = dict.fromkeys(NAMES, 0.0)
     for row in trainer.train_dataset:
@@ -109,7 +109,8 @@ def test_least_is_the_other_end_and_the_seed_draws_the_rows(base, tulu, tmp_path
     squares = {}
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
     for seed in (1, 1, 2):
-        squares.setdefault(seed, []).append(gradient_squares(trainer, trainer.model, NAMES, 2, seed))
+        rows = drawn_rows(trainer, replace(TWO_ROWS, seed=seed))
+        squares.setdefault(seed, []).append(gradient_squares(trainer, trainer.model, NAMES, rows))
     assert squares[1][0] == squares[1][1] != squares[2][0]
     halves = [
         sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(strategy="importance", importance="gradient_norm", importance_order=order)).hft_selection
@@ -133,7 +134,7 @@ def test_no_whole_gradient_is_kept(base, tulu, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "vector_norm", norm)
     names = [name for name, _ in model.named_parameters() if ".layers." in name]
-    gradient_squares(trainer, model, names, 2, 0)
+    gradient_squares(trainer, model, names, drawn_rows(trainer, TWO_ROWS))
     assert alive == [1] * 2 * len(names)
 
 
@@ -142,7 +143,7 @@ def test_streamed_rows_are_refused(base, tulu, tmp_path):
     for rows in (tulu.to_iterable_dataset(), None, Dataset.from_list([])):
         trainer.train_dataset = rows
         with pytest.raises(HFTError, match="no rows can be drawn"):
-            gradient_squares(trainer, trainer.model, NAMES, 2, 0)
+            drawn_rows(trainer, TWO_ROWS)
 
 
 @pytest.mark.parametrize("hft", [GRADIENT, WANDA, HFTConfig(strategy="element")])
