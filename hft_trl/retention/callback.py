@@ -120,6 +120,11 @@ class RetentionCallback(TrainerCallback):
             raise HFTError(
                 "RetentionCallback does not find its trainer: call gc.freeze() before the trainer is built, not after."
             )
+        if sum(isinstance(callback, RetentionCallback) for callback in self._handler.callbacks) > 1:
+            raise HFTError(
+                "callbacks has more than one RetentionCallback, and their figures have the same names: give all rows "
+                "to one."
+            )
         # First, so that EarlyStoppingCallback finds the figures in the metrics of an evaluation. Callbacks after the
         # one that is called now keep their places.
         self._handler.callbacks.remove(self)
