@@ -59,10 +59,12 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
     A model that was loaded in a type that rounds its weights is rejected.
     """
-    if any(isinstance(module, QuantizedLinear) for module in policy.modules()):
+    quantized = any(isinstance(module, QuantizedLinear) for module in policy.modules())
+    if quantized or vars(policy).get("_hft_rounded"):
+        what = "quantised by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
         raise HFTError(
-            "the model's matrices were quantised by hft.frozen_quantization in an earlier stage, and it cannot be "
-            "trained further as it is: save that stage, and pass its folder."
+            f"the model's matrices were {what} in an earlier stage, and it cannot be trained further as it is: save "
+            "that stage, and pass its folder."
         )
     config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
     if previous is not None and previous.masks is not None:
