@@ -130,14 +130,17 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     """Set what depends on the half: a user's optimizer and the inputs' gradients."""
     if trainer.hft_config.method != "hft":
         return
-    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    frozen = [name for name, p in named_parameters(policy) if not p.requires_grad and id(p) in held]
-    if frozen:
-        raise HFTError(
-            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
-            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
-        )
+    if trainer.optimizer is not None:
+        held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        wrong = [(name, p.requires_grad) for name, p in named_parameters(policy) if p.requires_grad != (id(p) in held)]
+        for learns, what in ((False, "holds {} frozen parameters"), (True, "lacks {} parameters that are to learn")):
+            names = [name for name, found in wrong if found is learns]
+            if names:
+                raise HFTError(
+                    f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer "
+                    "(use optim, or optimizer_cls_and_kwargs), or build it from "
+                    "select(model, hft_config).trainable."
+                )
     # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
     # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -399,7 +399,7 @@ def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):
             ResumableSFTTrainer(model=str(base), args=args, train_dataset=tulu, hft_config=HFTConfig(), **extra)
 
 
-def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_path):
+def test_an_optimizer_that_holds_other_parameters_than_those_that_learn_is_refused(base, tulu, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
     common = {
@@ -411,6 +411,9 @@ def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_pa
     }
     with pytest.raises(HFTError, match="optimizers holds"):
         ResumableSFTTrainer(**common, optimizers=(everything, None))
+    head = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    with pytest.raises(HFTError, match=r"optimizers lacks 20 .* such as model\.embed_tokens"):
+        ResumableSFTTrainer(**common, optimizers=(head, None))
     chosen = set(select(model, HFTConfig()).trainable)
     half = torch.optim.AdamW([p for name, p in model.named_parameters() if name in chosen], lr=1e-3)
     ResumableSFTTrainer(**common, optimizers=(half, None)).train()
