@@ -88,6 +88,13 @@ class HFTMixin:
         from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
+        try:  # not only at the end, when the training is lost
+            self.check_frozen()
+        except RuntimeError as error:
+            raise HFTError(
+                f"{str(error).partition(' during')[0]} after the trainer was built: change a model (its type, its "
+                "vocabulary, its weights) before, and then build the trainer."
+            ) from error
         with ExitStack() as ends:
             for storage in self._storages:
                 storage.before_training(self)

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import one_line, tiny_llama
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -203,8 +203,20 @@ def test_a_frozen_half_that_moved_ends_in_an_error_and_is_not_saved(base, tulu, 
     with pytest.raises(RuntimeError, match=name):
         trainer.save_model()
     assert not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(RuntimeError, match=name):
+
+
+@pytest.mark.parametrize("change", ["type", "vocabulary"])
+def test_a_model_that_changed_after_the_trainer_was_built_is_named_before_the_first_step(base, tulu, tmp_path, change):
+    """Not only at the end, when the training is lost."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(train_embeddings=False))
+    if change == "type":
+        trainer.model.to(torch.bfloat16)
+    else:
+        trainer.model.resize_token_embeddings(len(trainer.processing_class) + 8)
+    with pytest.raises(HFTError, match=r"frozen parameter .* moved after the trainer was built: change") as error:
         trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
 
 
 def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_error(base, tulu, tmp_path):
@@ -451,4 +463,14 @@ def test_a_frozen_parameter_that_is_made_trainable_again_is_named_when_training_
     trainer.model.get_parameter(name).requires_grad_(True)
     with pytest.raises(HFTError, match=f"1 frozen parameters, such as {name}, require gradients again"):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_parameter_that_was_frozen_later_is_named_when_training_begins(base, tulu, tmp_path):
+    """It would be recorded as trained. Another trainer of the same model freezes its own half, too."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    trainer.model.lm_head.requires_grad_(False)
+    with pytest.raises(HFTError, match=r"1 parameters .* such as lm_head\.weight, were frozen") as error:
+        trainer.train()
+    one_line(error)
     assert trainer.state.global_step == 0
