@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
+from trl import BEMACallback
 
 from hft_trl import reference
 from hft_trl.config import HFTConfig
@@ -88,6 +89,12 @@ class HFTMixin:
         from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
+        averaged = any(isinstance(callback, BEMACallback) for callback in self.callback_handler.callbacks)
+        if averaged and self.hft_config.method == "hft":
+            raise HFTError(
+                "BEMACallback takes the parameters that learn for all parameters, and fails at its first update: "
+                "remove the callback, or set hft_config.method to fft."
+            )
         try:  # not only at the end, when the training is lost
             self.check_frozen()
         except RuntimeError as error:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
+from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
@@ -471,6 +471,16 @@ def test_a_parameter_that_was_frozen_later_is_named_when_training_begins(base, t
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
     trainer.model.lm_head.requires_grad_(False)
     with pytest.raises(HFTError, match=r"1 parameters .* such as lm_head\.weight, were frozen") as error:
+        trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
+
+
+def test_an_average_of_all_parameters_is_rejected_before_the_first_step(base, tulu, tmp_path):
+    """TRL's callback fails at its first update, after 400 steps by default, where parameters are frozen."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    trainer.add_callback(BEMACallback())
+    with pytest.raises(HFTError, match=r"BEMACallback takes .*: remove the callback, or set") as error:
         trainer.train()
     one_line(error)
     assert trainer.state.global_step == 0
