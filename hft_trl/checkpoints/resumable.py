@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 
 from hft_trl.checkpoints import moving_reference, whole
@@ -24,6 +25,13 @@ class ResumableMixin:
     current step. A NaN or infinite loss ends training before the optimizer uses it. Checkpoints include a moving
     reference (`sync_ref_model`). The mixin and HFT do not need each other.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(ResumableMixin):
+            raise HFTError(
+                f"{cls.__name__} names ResumableMixin after the trainer, which would ignore it: name it first."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
