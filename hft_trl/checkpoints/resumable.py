@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
+from transformers.training_args import OptimizerNames
 
 from hft_trl.checkpoints import moving_reference, whole
 from hft_trl.checkpoints.preemption import StopAtStepEnd
@@ -54,6 +55,12 @@ class ResumableMixin:
             if self._preemption is not None:
                 ends.callback(self._preemption.put_away)
             if checkpoint is not None:
+                optim = OptimizerNames(self.args.optim).value
+                if optim.endswith("_layerwise"):  # transformers saves a dummy in its place
+                    raise HFTError(
+                        f"optim is {optim}, whose state is in no checkpoint, so it would start again: train into "
+                        "another output_dir, with adamw_torch_fused if that run is to be resumed."
+                    )
                 checkpoint, here = os.fspath(checkpoint), whole.layout(self)
                 whole.check_whole(checkpoint, here["processes"], here["backend"])
                 self._check_same_training(checkpoint)

@@ -334,6 +334,15 @@ def test_what_goes_wrong_later_is_not_the_checkpoints_fault(base, tulu, sealed, 
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
 
 
+def test_an_optimizer_whose_state_is_in_no_checkpoint_is_not_resumed(base, tulu, sealed, tmp_path):
+    """It would start again without a word, and the run end in other weights."""
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    trainer = trained(base, tulu, folder, optim="galore_adamw_layerwise", optim_target_modules="all-linear")
+    with pytest.raises(HFTError, match="optim is galore_adamw_layerwise, whose state is in no checkpoint") as error:
+        trainer.train(resume_from_checkpoint=True)
+    one_line(error)
+
+
 @pytest.mark.parametrize("how", ["newest", "named", "from-the-hub"])
 def test_a_checkpoint_that_holds_only_the_model_is_resumed_with_a_warning(base, tulu, tmp_path, caplog, how):
     """From its weights and step, as stock TRL does; never from scratch."""
