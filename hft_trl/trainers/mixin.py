@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
-from trl import BEMACallback
+from trl import BEMACallback, SyncRefModelCallback
 
 from hft_trl import reference
 from hft_trl.config import HFTConfig
@@ -89,11 +89,16 @@ class HFTMixin:
         from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
-        averaged = any(isinstance(callback, BEMACallback) for callback in self.callback_handler.callbacks)
-        if averaged and self.hft_config.method == "hft":
+        callbacks = self.callback_handler.callbacks
+        if self.hft_config.method == "hft" and any(isinstance(callback, BEMACallback) for callback in callbacks):
             raise HFTError(
                 "BEMACallback takes the parameters that learn for all parameters, and fails at its first update: "
                 "remove the callback, or set hft_config.method to fft."
+            )
+        if self._shares_reference and any(isinstance(callback, SyncRefModelCallback) for callback in callbacks):
+            raise HFTError(
+                "SyncRefModelCallback would write into the frozen half, which the reference shares with the policy: "
+                "set sync_ref_model to true instead, or hft_config.share_reference to false."
             )
         try:  # not only at the end, when the training is lost
             self.check_frozen()

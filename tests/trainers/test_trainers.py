@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
+from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer, SyncRefModelCallback
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
@@ -481,6 +481,18 @@ def test_an_average_of_all_parameters_is_rejected_before_the_first_step(base, tu
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
     trainer.add_callback(BEMACallback())
     with pytest.raises(HFTError, match=r"BEMACallback takes .*: remove the callback, or set") as error:
+        trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
+
+
+def test_a_callback_that_would_write_into_a_shared_reference_is_rejected_before_the_first_step(
+    base, ultrafeedback, tmp_path
+):
+    """Its rounding would move the policy's frozen half. With `sync_ref_model` nothing is shared."""
+    trainer = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, ref_model_sync_steps=1)
+    trainer.add_callback(SyncRefModelCallback(trainer.ref_model, trainer.accelerator))
+    with pytest.raises(HFTError, match=r"SyncRefModelCallback would .*: set sync_ref_model to true instead") as error:
         trainer.train()
     one_line(error)
     assert trainer.state.global_step == 0
