@@ -69,11 +69,15 @@ def test_exact_resume_is_no_part_of_hft_and_works_without_it():
     assert not issubclass(ResumableMixin, Trainer)
 
 
-def test_bases_in_the_wrong_order_are_rejected_when_the_class_is_made():
-    """Otherwise the trainer's own methods would win, and everything would learn without a word."""
-    with pytest.raises(HFTError, match="Wrong names HFTMixin after the trainer"):
-        type("Wrong", (KTOTrainer, HFTMixin), {})
-    assert issubclass(type("Right", (HFTMixin, KTOTrainer), {}), KTOTrainer)
+@pytest.mark.parametrize(
+    ("mixin", "trainer"),
+    [(HFTMixin, KTOTrainer), (ResumableMixin, KTOTrainer), (ResumableMixin, HFTSFTTrainer)],
+)
+def test_bases_in_the_wrong_order_are_rejected_when_the_class_is_made(mixin, trainer):
+    """Otherwise the trainer's own methods would win, and the mixin would do nothing without a word."""
+    with pytest.raises(HFTError, match=f"Wrong names {mixin.__name__} after the trainer"):
+        type("Wrong", (trainer, mixin), {})
+    assert issubclass(type("Right", (mixin, trainer), {}), trainer)
 
 
 def imported(path: Path) -> set[str]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
+from transformers.training_args import OptimizerNames
 
 from hft_trl.checkpoints import moving_reference, whole
 from hft_trl.checkpoints.preemption import StopAtStepEnd
@@ -24,6 +26,13 @@ class ResumableMixin:
     current step. A NaN or infinite loss ends training before the optimizer uses it. Checkpoints include a moving
     reference (`sync_ref_model`). The mixin and HFT do not need each other.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(ResumableMixin):
+            raise HFTError(
+                f"{cls.__name__} names ResumableMixin after the trainer, which would ignore it: name it first."
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,6 +55,12 @@ class ResumableMixin:
             if self._preemption is not None:
                 ends.callback(self._preemption.put_away)
             if checkpoint is not None:
+                optim = OptimizerNames(self.args.optim).value
+                if optim.endswith("_layerwise"):  # transformers saves a dummy in its place
+                    raise HFTError(
+                        f"optim is {optim}, whose state is in no checkpoint, so it would start again: train into "
+                        "another output_dir, with adamw_torch_fused if that run is to be resumed."
+                    )
                 checkpoint, here = os.fspath(checkpoint), whole.layout(self)
                 whole.check_whole(checkpoint, here["processes"], here["backend"])
                 whole.check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)

@@ -29,12 +29,18 @@ class FrozenHalf:
                 )
 
     def check_untouched(self, model: torch.nn.Module) -> None:
-        """Reject frozen parameters that were made trainable after the trainer was built."""
+        """Reject parameters that were made trainable, or frozen, after the trainer was built."""
         learn = [name for name, p in named_parameters(model) if p.requires_grad and name in self.digests]
         if learn:
             raise HFTError(
                 f"{len(learn)} frozen parameters, such as {learn[0]}, require gradients again: leave requires_grad as "
                 "the trainer has set it, or set hft_config.ratio to train more."
+            )
+        rest = [name for name, p in named_parameters(model) if not p.requires_grad and name in self.learning_types]
+        if rest:
+            raise HFTError(
+                f"{len(rest)} parameters that are to learn, such as {rest[0]}, were frozen after the trainer was "
+                "built: freeze them before (they then do not count in the shares), or name them in hft_config.exclude."
             )
 
     def in_start_types(self, state_dict: dict[str, torch.Tensor]) -> None:

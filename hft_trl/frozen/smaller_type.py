@@ -108,6 +108,7 @@ class SmallerType(SavedFromStart):
             )
         self.note_names(policy)
         half.digests = half.digests | fingerprints(rounded.items())
+        policy._hft_rounded = bool(rounded)
 
     def evaluating(self, trainer: Any) -> AbstractContextManager:
         """Return autocast: before `train` accelerate has not put it around a model with halves of two types."""

@@ -99,6 +99,11 @@ class RetentionCallback(TrainerCallback):
         while not isinstance(frame.f_locals.get("self"), Trainer):
             frame = frame.f_back
         self._trainer = frame.f_locals["self"]
+        if sum(isinstance(callback, RetentionCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
+            raise HFTError(
+                "callbacks has more than one RetentionCallback, and their figures have the same names: give all rows "
+                "to one."
+            )
         # First, so that EarlyStoppingCallback finds the figures in the metrics of an evaluation. Callbacks after the
         # one that is called now keep their places.
         self._trainer.callback_handler.callbacks.remove(self)

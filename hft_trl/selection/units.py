@@ -72,9 +72,10 @@ def find_units(model: PreTrainedModel, exclude: Sequence[str] = (), without: Col
     if not any(unit.layer is not None for unit in units):
         why = f"hft.exclude {list(exclude)!r} matches all that it has" if exclude else "none was found"
         why = f"{len(without)} parameters had requires_grad=False before, such as {min(without)}" if without else why
+        remedy = ", such as one after model.requires_grad_(True)" if without else ""
         raise HFTError(
             f"The model {type(model).__name__} has no layers to select from ({why}): HFT needs a decoder whose layers "
-            "hold parameters that can learn."
+            f"hold parameters that can learn{remedy}."
         )
     return units
 

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
+from trl import BEMACallback, SyncRefModelCallback
 
 from hft_trl import reference
 from hft_trl.config import HFTConfig
@@ -88,6 +89,24 @@ class HFTMixin:
         from hft_trl.selection.previous import check_resumable, remember
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
+        callbacks = self.callback_handler.callbacks
+        if self.hft_config.method == "hft" and any(isinstance(callback, BEMACallback) for callback in callbacks):
+            raise HFTError(
+                "BEMACallback takes the parameters that learn for all parameters, and fails at its first update: "
+                "remove the callback, or set hft_config.method to fft."
+            )
+        if self._shares_reference and any(isinstance(callback, SyncRefModelCallback) for callback in callbacks):
+            raise HFTError(
+                "SyncRefModelCallback would write into the frozen half, which the reference shares with the policy: "
+                "set sync_ref_model to true instead, or hft_config.share_reference to false."
+            )
+        try:  # not only at the end, when the training is lost
+            self.check_frozen()
+        except RuntimeError as error:
+            raise HFTError(
+                f"{str(error).partition(' during')[0]} after the trainer was built: change a model (its type, its "
+                "vocabulary, its weights) before, and then build the trainer."
+            ) from error
         with ExitStack() as ends:
             for storage in self._storages:
                 storage.before_training(self)

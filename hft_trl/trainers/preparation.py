@@ -59,10 +59,12 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     The policy is not wrapped yet. Where DeepSpeed casts a whole model, it is cast here. Every process has to call.
     A model that was loaded in a type that rounds its weights is rejected.
     """
-    if any(isinstance(module, QuantizedLinear) for module in policy.modules()):
+    quantized = any(isinstance(module, QuantizedLinear) for module in policy.modules())
+    if quantized or vars(policy).get("_hft_rounded"):
+        what = "quantised by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
         raise HFTError(
-            "the model's matrices were quantised by hft.frozen_quantization in an earlier stage, and it cannot be "
-            "trained further as it is: save that stage, and pass its folder."
+            f"the model's matrices were {what} in an earlier stage, and it cannot be trained further as it is: save "
+            "that stage, and pass its folder."
         )
     config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
     if previous is not None and previous.masks is not None:
@@ -128,14 +130,17 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     """Set what depends on the half: a user's optimizer and the inputs' gradients."""
     if trainer.hft_config.method != "hft":
         return
-    groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
-    held = {id(parameter) for group in groups for parameter in group["params"]}
-    frozen = [name for name, p in named_parameters(policy) if not p.requires_grad and id(p) in held]
-    if frozen:
-        raise HFTError(
-            f"optimizers holds {len(frozen)} frozen parameters, such as {frozen[0]}: let the trainer build the "
-            "optimizer (use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
-        )
+    if trainer.optimizer is not None:
+        held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+        wrong = [(name, p.requires_grad) for name, p in named_parameters(policy) if p.requires_grad != (id(p) in held)]
+        for learns, what in ((False, "holds {} frozen parameters"), (True, "lacks {} parameters that are to learn")):
+            names = [name for name, found in wrong if found is learns]
+            if names:
+                raise HFTError(
+                    f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer "
+                    "(use optim, or optimizer_cls_and_kwargs), or build it from "
+                    "select(model, hft_config).trainable."
+                )
     # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
     # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):

@@ -210,10 +210,10 @@ def test_rotation_removes_the_last_whole_checkpoint_only_when_the_next_is_whole(
         trainer.train()
     monkeypatch.undo()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
-    assert trainer.args.save_total_limit == 1
     trained(base, tulu, tmp_path, save_total_limit=1).train(resume_from_checkpoint=True)
     names = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert names == ["_torn-checkpoint-2", "checkpoint-3"]
+    assert torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False).save_total_limit == 1
 
 
 def test_half_an_epoch_resumed_at_its_last_step_trains_no_step_more(base, tulu, tmp_path):
@@ -332,6 +332,15 @@ def test_what_goes_wrong_later_is_not_the_checkpoints_fault(base, tulu, sealed, 
     trainer.add_callback(Fails())
     with pytest.raises(RuntimeError, match=r"^of another kind$"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_an_optimizer_whose_state_is_in_no_checkpoint_is_not_resumed(base, tulu, sealed, tmp_path):
+    """It would start again without a word, and the run end in other weights."""
+    folder = Path(shutil.copytree(sealed, tmp_path / "run"))
+    trainer = trained(base, tulu, folder, optim="galore_adamw_layerwise", optim_target_modules="all-linear")
+    with pytest.raises(HFTError, match="optim is galore_adamw_layerwise, whose state is in no checkpoint") as error:
+        trainer.train(resume_from_checkpoint=True)
+    one_line(error)
 
 
 @pytest.mark.parametrize("how", ["newest", "named", "from-the-hub"])

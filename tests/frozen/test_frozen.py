@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import one_line, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_recipes import recipe  # noqa: F401, a fixture
 from training import dpo_trainer, losses, sft_trainer, weights
@@ -152,6 +152,16 @@ def test_a_stage_after_it_and_a_shared_reference_take_the_mixed_types(tulu, ultr
     before, after = weights(tmp_path / "sft"), weights(tmp_path / "shared")
     assert all(torch.equal(before[name], after[name]) for name in trainer.hft_selection.frozen)
     assert {before[name].dtype for name in trainer.hft_selection.frozen} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_a_stage_chained_in_memory_after_it_is_rejected(tulu, tmp_path, tokenizer, dtype):
+    """It would train half of the new half in the small type, where small steps are lost, or fail in its first step."""
+    base = start("bfloat16", tmp_path / "base", tokenizer)
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", BF16, **AUTOCAST)
+    with pytest.raises(HFTError, match=r"cast by hft\.frozen_dtype .* save that stage, and pass its folder") as error:
+        sft_trainer(HFTSFTTrainer, first.model, tulu, tmp_path / "b", HFTConfig(frozen_dtype=dtype), **AUTOCAST)
+    one_line(error)
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

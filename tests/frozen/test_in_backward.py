@@ -128,7 +128,7 @@ def test_runs_resume_to_the_same_bytes_with_and_without_it(base, tulu, tmp_path)
     assert states[0] == states[1]
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_updated(base, tulu, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_before_a_checkpoint_is_saved(base, tulu, tmp_path, monkeypatch):
     hft = HFTConfig(optimizer_in_backward=True)
     trainer = sft_trainer(
         ResumableSFTTrainer, base, tulu, tmp_path, hft, **UNCLIPPED, save_strategy="steps", save_steps=1

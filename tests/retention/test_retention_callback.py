@@ -251,6 +251,17 @@ def test_a_mistake_is_found_when_the_callback_is_made(given, message):
     one_line(error)
 
 
+def test_a_second_meter_in_one_trainer_is_rejected_before_the_first_step(base, tulu, tmp_path):
+    """Its rows would never be measured: the figures of the first one at that step count as its own."""
+    trainer = sft(base, tulu, tmp_path, RetentionCallback(texts=["a text"]), RetentionCallback(texts=["another"]))
+    with pytest.raises(
+        HFTError, match=r"callbacks has more than one RetentionCallback, .*: give all rows to one"
+    ) as e:
+        trainer.train()
+    one_line(e)
+    assert trainer.state.global_step == 0
+
+
 def test_only_keywords_are_taken():
     with pytest.raises(TypeError, match="positional"):
         RetentionCallback(["One two."])

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import one_line, tiny_llama
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import DPOTrainer, KTOConfig, SFTConfig, SFTTrainer
+from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer, SyncRefModelCallback
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
@@ -203,8 +203,20 @@ def test_a_frozen_half_that_moved_ends_in_an_error_and_is_not_saved(base, tulu, 
     with pytest.raises(RuntimeError, match=name):
         trainer.save_model()
     assert not (tmp_path / "model.safetensors").exists()
-    with pytest.raises(RuntimeError, match=name):
+
+
+@pytest.mark.parametrize("change", ["type", "vocabulary"])
+def test_a_model_that_changed_after_the_trainer_was_built_is_named_before_the_first_step(base, tulu, tmp_path, change):
+    """Not only at the end, when the training is lost."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(train_embeddings=False))
+    if change == "type":
+        trainer.model.to(torch.bfloat16)
+    else:
+        trainer.model.resize_token_embeddings(len(trainer.processing_class) + 8)
+    with pytest.raises(HFTError, match=r"frozen parameter .* moved after the trainer was built: change") as error:
         trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
 
 
 def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_error(base, tulu, tmp_path):
@@ -399,7 +411,7 @@ def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):
             ResumableSFTTrainer(model=str(base), args=args, train_dataset=tulu, hft_config=HFTConfig(), **extra)
 
 
-def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_path):
+def test_an_optimizer_that_holds_other_parameters_than_those_that_learn_is_refused(base, tulu, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base)
     everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
     common = {
@@ -411,6 +423,9 @@ def test_an_optimizer_that_holds_frozen_parameters_is_refused(base, tulu, tmp_pa
     }
     with pytest.raises(HFTError, match="optimizers holds"):
         ResumableSFTTrainer(**common, optimizers=(everything, None))
+    head = torch.optim.AdamW(model.lm_head.parameters(), lr=1e-3)
+    with pytest.raises(HFTError, match=r"optimizers lacks 20 .* such as model\.embed_tokens"):
+        ResumableSFTTrainer(**common, optimizers=(head, None))
     chosen = set(select(model, HFTConfig()).trainable)
     half = torch.optim.AdamW([p for name, p in model.named_parameters() if name in chosen], lr=1e-3)
     ResumableSFTTrainer(**common, optimizers=(half, None)).train()
@@ -448,4 +463,36 @@ def test_a_frozen_parameter_that_is_made_trainable_again_is_named_when_training_
     trainer.model.get_parameter(name).requires_grad_(True)
     with pytest.raises(HFTError, match=f"1 frozen parameters, such as {name}, require gradients again"):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_parameter_that_was_frozen_later_is_named_when_training_begins(base, tulu, tmp_path):
+    """It would be recorded as trained. Another trainer of the same model freezes its own half, too."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    trainer.model.lm_head.requires_grad_(False)
+    with pytest.raises(HFTError, match=r"1 parameters .* such as lm_head\.weight, were frozen") as error:
+        trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
+
+
+def test_an_average_of_all_parameters_is_rejected_before_the_first_step(base, tulu, tmp_path):
+    """TRL's callback fails at its first update, after 400 steps by default, where parameters are frozen."""
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path)
+    trainer.add_callback(BEMACallback())
+    with pytest.raises(HFTError, match=r"BEMACallback takes .*: remove the callback, or set") as error:
+        trainer.train()
+    one_line(error)
+    assert trainer.state.global_step == 0
+
+
+def test_a_callback_that_would_write_into_a_shared_reference_is_rejected_before_the_first_step(
+    base, ultrafeedback, tmp_path
+):
+    """Its rounding would move the policy's frozen half. With `sync_ref_model` nothing is shared."""
+    trainer = dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, ref_model_sync_steps=1)
+    trainer.add_callback(SyncRefModelCallback(trainer.ref_model, trainer.accelerator))
+    with pytest.raises(HFTError, match=r"SyncRefModelCallback would .*: set sync_ref_model to true instead") as error:
+        trainer.train()
+    one_line(error)
     assert trainer.state.global_step == 0
