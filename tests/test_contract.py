@@ -114,8 +114,6 @@ COUNTED_ON = {
         "self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, output.metrics)",
         "return output.metrics",
     ],
-    # Replaced while a checkpoint is saved, so that older ones go only when it is whole
-    (Trainer, "_save_checkpoint"): ["rotate_checkpoints("],
     # The last log row of a training that was not stopped by a signal
     (Trainer, "_finalize_training"): [
         'metrics["train_loss"] = train_loss',

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from transformers import Trainer, TrainerState
-from transformers import trainer as transformers_trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
@@ -54,9 +52,12 @@ def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
             (checkpoint / MARK_FILE).write_text(f"{MANIFEST_FILE} is written last.\n", encoding="utf-8")
             sync(checkpoint)
     trainer.accelerator.wait_for_everyone()  # no process may write into the folder while it is moved
-    # transformers rotates before all files exist. The arguments are saved too, so they stay
-    with writing(checkpoint), patch.object(transformers_trainer, "rotate_checkpoints"):
-        yield
+    limit, args.save_total_limit = args.save_total_limit, None  # transformers rotates before all files exist
+    try:
+        with writing(checkpoint):
+            yield
+    finally:
+        args.save_total_limit = limit
     trainer.accelerator.wait_for_everyone()
     if not args.should_save:
         return
@@ -67,8 +68,7 @@ def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         write_json(checkpoint / MANIFEST_FILE, {"version": VERSION, **layout(trainer), "files": files})
         for other in sort_checkpoints(str(run)):
             set_aside(Path(other))  # so that rotation neither counts nor deletes an incomplete one
-        best = trainer.state.best_model_checkpoint
-        rotate_checkpoints(str(run), args.save_total_limit, best, use_mtime=True)
+        rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
 
 def read(checkpoint: str | Path) -> dict[str, Any] | None:
