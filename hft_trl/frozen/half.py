@@ -17,6 +17,7 @@ class FrozenHalf:
     def __init__(self, model: torch.nn.Module, digests: dict[str, str]) -> None:
         self.digests = digests
         self.learning_types = {name: p.dtype for name, p in named_parameters(model) if p.requires_grad}
+        self.forms: dict[str, tuple[torch.dtype, int]] = {}
 
     def check(self, model: torch.nn.Module) -> None:
         """Compare the frozen half of a model with its fingerprints. All processes must call it."""
@@ -27,6 +28,19 @@ class FrozenHalf:
                 raise RuntimeError(
                     f"the frozen parameter {name} {how} during training: nothing was saved as a success"
                 )
+
+    def note_forms(self, model: torch.nn.Module) -> None:
+        """Note the types and sizes of the frozen parameters as they are to train."""
+        self.forms = {name: (p.dtype, p.numel()) for name, p in named_parameters(model) if name in self.digests}
+
+    def check_forms(self, model: torch.nn.Module) -> None:
+        """Reject frozen parameters that were cast or resized after the trainer was built. No bits are compared."""
+        found = {name: (p.dtype, p.numel()) for name, p in named_parameters(model)}
+        if changed := [name for name, form in self.forms.items() if found.get(name) != form]:
+            raise HFTError(
+                f"{len(changed)} frozen parameters, such as {changed[0]}, were cast, resized or removed after the "
+                "trainer was built: change a model before, and then build the trainer."
+            )
 
     def check_untouched(self, model: torch.nn.Module) -> None:
         """Reject parameters that were made trainable, or frozen, after the trainer was built."""

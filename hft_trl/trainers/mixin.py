@@ -59,6 +59,7 @@ class HFTMixin:
         self.hft_selection, self.frozen_half = preparation.draw_half(self, policy)
         self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
+        self.frozen_half.note_forms(policy)
         preparation.finish(self, policy)
         if self.hft_config.method == "hft" and self.is_world_process_zero():
             share, config = self.hft_selection.share["layers"], self.hft_config
@@ -100,13 +101,8 @@ class HFTMixin:
                 "SyncRefModelCallback would write into the frozen half, which the reference shares with the policy: "
                 "set sync_ref_model to true instead, or hft_config.share_reference to false."
             )
-        try:  # not only at the end, when the training is lost
-            self.check_frozen()
-        except RuntimeError as error:
-            raise HFTError(
-                f"{str(error).partition(' during')[0]} after the trainer was built: change a model (its type, its "
-                "vocabulary, its weights) before, and then build the trainer."
-            ) from error
+        if not self.is_deepspeed_enabled:  # ZeRO-3 takes parameters apart
+            self.frozen_half.check_forms(self.accelerator.unwrap_model(self.model))
         with ExitStack() as ends:
             for storage in self._storages:
                 storage.before_training(self)
