@@ -215,7 +215,9 @@ def test_a_model_that_changed_after_the_trainer_was_built_is_named_before_the_fi
         trainer.model.to(torch.bfloat16)
     else:
         trainer.model.resize_token_embeddings(len(trainer.processing_class) + 8)
-    with pytest.raises(HFTError, match=r"frozen parameters, such as .*, were cast, resized or removed after the") as error:
+    with pytest.raises(
+        HFTError, match=r"frozen parameters, such as .*, were cast, resized or removed after the"
+    ) as error:
         trainer.train()
     one_line(error)
     assert trainer.state.global_step == 0
