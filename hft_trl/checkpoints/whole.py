@@ -4,6 +4,7 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers import trainer as transformers_trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
@@ -69,6 +70,20 @@ def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
             set_aside(Path(other))  # so that rotation neither counts nor deletes an incomplete one
         best = trainer.state.best_model_checkpoint
         rotate_checkpoints(str(run), args.save_total_limit, best, use_mtime=True)
+
+
+@contextmanager
+def own_names(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Save a model in this context under the names that it has in memory.
+
+    transformers saves experts under the names of their hub format, and does not find them when it resumes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    with patch.object(model, "save_pretrained", partial(model.save_pretrained, save_original_format=False)):
+        yield
 
 
 def read(checkpoint: str | Path) -> dict[str, Any] | None:
