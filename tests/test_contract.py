@@ -28,6 +28,7 @@ METHODS = {
     (Trainer, "_get_grad_norm"): "model grad_norm",
     (Trainer, "_save"): "output_dir state_dict",
     (Trainer, "_load_from_checkpoint"): "resume_from_checkpoint model",
+    (Trainer, "_issue_warnings_after_load"): "load_result",
     (Trainer, "_run_epoch"): ALL_OF_RUN_EPOCH,
     (Trainer, "_save_checkpoint"): "model trial",
     (Trainer, "_get_output_dir"): "trial",

@@ -81,9 +81,24 @@ class ResumableMixin:
         """Save as the parent does, then seal the checkpoint, then rotate older ones."""
         run = Path(self._get_output_dir(trial=trial))
         checkpoint = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with whole.sealing(self, checkpoint):
+        with whole.sealing(self, checkpoint), whole.own_names(self.accelerator.unwrap_model(self.model)):
             moving_reference.save(self, checkpoint)  # before the parent uploads the checkpoint
             super()._save_checkpoint(model, trial)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Reject weights that lack parameters, such as experts that transformers has saved under other names."""
+        names: dict[int, list[str]] = {}  # tied parameters have several, and files one of them
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        missing = set(load_result.missing_keys)
+        lacking = [own[0] for own in names.values() if missing.issuperset(own)]
+        if lacking:
+            raise HFTError(
+                f"the checkpoint holds no weights named {lacking[0]} (and {len(lacking) - 1} others of the model), "
+                "which would stay those of the start model: train into another output_dir, starting from the "
+                "checkpoint as a model if you like."
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the parent's step, and reject a NaN or infinite loss before it is used."""

@@ -4,14 +4,16 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
@@ -69,6 +71,20 @@ def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
         for other in sort_checkpoints(str(run)):
             set_aside(Path(other))  # so that rotation neither counts nor deletes an incomplete one
         rotate_checkpoints(str(run), limit, trainer.state.best_model_checkpoint, use_mtime=True)
+
+
+@contextmanager
+def own_names(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Save a model in this context under the names that it has in memory.
+
+    transformers saves experts under the names of their hub format, and does not find them when it resumes.
+    """
+    if not isinstance(model, PreTrainedModel):
+        yield
+        return
+    with patch.object(model, "save_pretrained", partial(model.save_pretrained, save_original_format=False)):
+        yield
 
 
 def read(checkpoint: str | Path) -> dict[str, Any] | None:

@@ -14,10 +14,10 @@ from conftest import one_line, tiny_llama
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from training import ResumableSFTTrainer
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from training import ResumableSFTTrainer, sft_trainer
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from hft_trl import HFTConfig, HFTError, select
 from hft_trl.checkpoints.whole import (
@@ -332,6 +332,30 @@ def test_what_goes_wrong_later_is_not_the_checkpoints_fault(base, tulu, sealed, 
     trainer.add_callback(Fails())
     with pytest.raises(RuntimeError, match=r"^of another kind$"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_experts_are_resumed_too_and_those_that_a_checkpoint_does_not_name_are_an_error(tokenizer, tulu, tmp_path):
+    """transformers saves them under the names of their hub format, and resumes with the start model's."""
+    start, settings = tmp_path / "start", {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mixture = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, **shape)
+    MixtralForCausalLM(mixture).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    files = set()
+    for name in ("a", "b"):
+        trainer = sft_trainer(ResumableSFTTrainer, start, tulu, tmp_path / name, HFTConfig(), **settings)
+        trainer.train(resume_from_checkpoint=tmp_path / "a" / "checkpoint-1" if name == "b" else None)
+        trainer.save_model()
+        files.add((tmp_path / name / "model.safetensors").read_bytes())
+    assert len(files) == 1
+    for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-2").named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name)), name
+    stock = sft_trainer(SFTTrainer, start, tulu, tmp_path / "stock", **settings)
+    stock.train()
+    trainer = sft_trainer(ResumableSFTTrainer, start, tulu, tmp_path / "c", HFTConfig(method="fft"), **settings)
+    with pytest.raises(HFTError, match=r"holds no weights named model\.layers\.0\.mlp\.") as error:
+        trainer.train(resume_from_checkpoint=tmp_path / "stock" / "checkpoint-1")
+    one_line(error)
 
 
 def test_an_optimizer_whose_state_is_in_no_checkpoint_is_not_resumed(base, tulu, sealed, tmp_path):
