@@ -23,7 +23,7 @@ from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.record import from_json
-from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, start_model
+from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, part_files, start_model
 from hft_trl.weights import check_readable
 
 if TYPE_CHECKING:
@@ -144,16 +144,25 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
 
 
 def _check_inputs(stages: list["Stage"]) -> None:
-    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete."""
+    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete, or lies in its data."""
     for stage in stages:
         start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
-        read = [start.model_name_or_path, start.chat_template, stage.data.dataset]
+        data = [stage.data.dataset]
+        data += [str(path) for part in stage.mixture.datasets for path in part_files(part)] if stage.mixture else []
+        read = [*data, start.model_name_or_path, start.chat_template, vars(stage.args).get("chat_template_path")]
         read += [files.get(name) for name in ("texts", "facts", "prompts")]
         read += [stage.hft.source_texts] if stage.hft is not None else []
         for path in filter(None, read):
-            folders = [other.folder for other in stages if resolved(path).is_relative_to(resolved(other.folder))]
-            if folders and Path(path).exists():
-                raise HFTError(f"output_dir {str(folders[0])!r} holds {path!r}, which the run reads: choose another.")
+            if not os.path.exists(path):  # noqa: PTH110
+                continue
+            for folder in (other.folder for other in stages):
+                if resolved(path).is_relative_to(resolved(folder)):
+                    raise HFTError(f"output_dir {str(folder)!r} holds {path!r}, which the run reads: choose another.")
+                if path in data and resolved(folder).is_relative_to(resolved(path)):
+                    raise HFTError(
+                        f"output_dir {str(folder)!r} lies in {path!r}, all of whose files count as data: choose "
+                        "another, or name a folder of data alone."
+                    )
 
 
 def _open(stages: list["Stage"], overwrite: bool) -> None:

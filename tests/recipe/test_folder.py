@@ -315,6 +315,34 @@ def test_a_folder_that_holds_what_the_run_reads_is_rejected_and_keeps_it(run, tm
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        "datasets: [{path: json, data_files: FOLDER/rows.jsonl}]",
+        "datasets: [{path: json, data_files: {train: [FOLDER/*.jsonl]}}]",
+        "datasets: [{path: FOLDER}]",
+        "dataset: demo, chat_template_path: FOLDER/rows.jsonl",
+    ],
+)
+def test_parts_of_a_mixture_and_templates_are_kept_too(tmp_path, read):
+    folder, config = tmp_path / "run" / "dpo", tmp_path / "config.yaml"
+    parse = ["--config", str(config), "--output_dir", str(folder.parent)]
+    config.write_text("model: demo\nsft: {dataset: demo}\ndpo: {dataset: demo, split: train_prefs}\n")
+    open_stages(parse_recipe(parse).stages.values())
+    (folder / "rows.jsonl").write_text("mine")
+    config.write_text(f"model: demo\nsft: {{{read.replace('FOLDER', str(folder))}}}\ndpo: {{dataset: demo}}\n")
+    with pytest.raises(HFTError, match=r"holds .*dpo.*, which the run reads: choose another"):
+        open_stages(parse_recipe(parse).stages.values(), overwrite=True)
+    assert (folder / "rows.jsonl").read_text() == "mine"
+
+
+def test_a_folder_within_the_data_is_rejected(tmp_path):
+    """What a run writes would count as changed data, and no run could be resumed."""
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(HFTError, match=r"lies in .*, all of whose files count as data"):
+        open_stages([stage(tmp_path / "runs", f"--sft.dataset {tmp_path}")])
+
+
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):
     """Also for root, whom permissions don't stop: a read-only file system does."""
 
