@@ -104,7 +104,9 @@ class RetentionCallback(TrainerCallback):
                 f"processing_class is a {type(tokenizer).__name__}: give the trainer the model's tokenizer, which "
                 "RetentionCallback needs."
             )
-        self._meter = Meter(tokenizer, **self._rows)
+        # Once, as texts may be long. Machines may also have different files of one name.
+        meter = [by_first_process(partial(Meter, tokenizer, **self._rows))]
+        (self._meter,) = broadcast_object_list(meter)
         # A trainer passes its callbacks neither itself nor a way to log, so this searches for the handler that calls
         # this one. By type, as `isinstance` would ask lazily loaded objects for their class.
         handlers = (found for found in gc.get_objects() if issubclass(type(found), CallbackHandler))

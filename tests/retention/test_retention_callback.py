@@ -1,6 +1,7 @@
 """The callback logs where everything else does, and training is the same with and without it."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,3 +279,14 @@ def test_a_second_trainer_with_the_same_callback_has_a_base_of_its_own(base, tul
     start, end = measured(second)
     assert abs(start["retention/base_kl"]) < 1e-6 < end["retention/base_kl"]
     assert (tmp_path / "b" / BASE_FILE).is_file()
+
+
+def test_only_the_first_process_tokenizes(tokenizer, monkeypatch):
+    """A second process is sent the rows of the first, which on another machine might come from another file."""
+    sent = Meter(tokenizer, texts=ROWS["texts"])
+    monkeypatch.setattr("hft_trl.processes.PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("hft_trl.retention.callback.broadcast_object_list", lambda _: [sent])
+    callback = RetentionCallback(texts=["of another machine"])
+    with pytest.raises(HFTError, match="does not find its trainer"):
+        callback.on_train_begin(None, None, model=None, processing_class=tokenizer, optimizer=None)
+    assert callback._meter is sent
