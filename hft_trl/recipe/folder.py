@@ -15,8 +15,9 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from huggingface_hub import whoami
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.files import flush, read_object, resolved, write_json, write_json_once, writing
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe.parsing import CHECKPOINTING
@@ -165,6 +166,20 @@ def _check_inputs(stages: list["Stage"]) -> None:
                     )
 
 
+def _check_push(stage: "Stage") -> None:
+    """Reject a push to the hub that no token allows. A trainer finds it after earlier stages were trained."""
+    try:
+        token = whoami(cache=True).get("auth", {}).get("accessToken", {}) if stage.args.push_to_hub else {}
+        problem = "its token may only read" if token.get("role") == "read" else None
+    except Exception as error:  # the hub's library and the one below it have errors of their own
+        problem = first_line(error)
+    if problem is not None:
+        raise HFTError(
+            f"{stage.name}: push_to_hub is true, but the hub takes no model ({problem}): log in with a token that may "
+            "write, or set push_to_hub to false."
+        )
+
+
 def _open(stages: list["Stage"], overwrite: bool) -> None:
     for stage in stages:
         with writing(stage.folder):
@@ -174,6 +189,7 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
     for stage in stages:
         if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):
             unfinished.add(stage.folder)
+            _check_push(stage)
     for stage in stages:
         with writing(stage.folder):
             for path in stage.folder.iterdir() if overwrite else ():

@@ -343,6 +343,24 @@ def test_a_folder_within_the_data_is_rejected(tmp_path):
         open_stages([stage(tmp_path / "runs", f"--sft.dataset {tmp_path}")])
 
 
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "Token is required"), ("hf_a", "offline mode"), ({"role": "read"}, "may only read")]
+)
+def test_a_push_that_cannot_work_is_found_before_an_earlier_stage_trains(run, monkeypatch, token, said):
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: token)
+    if isinstance(token, dict):
+        monkeypatch.setattr("hft_trl.recipe.folder.whoami", lambda **_: {"auth": {"accessToken": token}})
+    with pytest.raises(HFTError, match=f"dpo: push_to_hub is true, but the hub takes no model .*{said}"):
+        run("--dpo.push_to_hub true").open()
+
+
+def test_a_finished_stage_needs_no_hub(run):
+    both = run("--sft.push_to_hub true")
+    run().open()
+    both.train("sft", 1.0)
+    both.open()
+
+
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):
     """Also for root, whom permissions don't stop: a read-only file system does."""
 
