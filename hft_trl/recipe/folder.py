@@ -125,9 +125,9 @@ def settings(stage: "Stage") -> Settings:
 def place(source: str, folder: Path) -> str:
     """Return a path that does not depend on the working directory or the run's location. Keep hub ids."""
     path = resolved(source)
-    if path.parent == resolved(folder).parent:
-        return f"../{path.name}"
-    return str(path) if path.exists() else source
+    if not path.exists():
+        return source
+    return f"../{path.name}" if path.parent == resolved(folder).parent else str(path)
 
 
 def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:

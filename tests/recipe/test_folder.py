@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from trl import SFTConfig
 
 from hft_trl import HFTError, demo
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, settings
+from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, place, settings
 from hft_trl.report import StageRecord
 
 
@@ -70,6 +71,14 @@ def test_settings_without_anything_trained_with_them_are_replaced(tmp_path):
     train(tmp_path)
     with pytest.raises(HFTError, match="was made with other settings"):
         open_stages([stage(tmp_path, "--sft.learning_rate 0.25")])
+
+
+def test_a_name_on_the_hub_is_itself_in_every_working_directory(tmp_path, monkeypatch):
+    """Beside the output it was taken for a folder there, and the run could not be resumed from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert [place(name, Path("sft")) for name in ("imdb", "org/data")] == ["imdb", "org/data"]
+    (tmp_path / "base").mkdir()
+    assert [place("base", Path(folder)) for folder in ("sft", "runs/sft")] == ["../base", str(tmp_path / "base")]
 
 
 def test_a_changed_data_file_is_another_setting(tmp_path):
