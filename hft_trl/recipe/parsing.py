@@ -147,12 +147,14 @@ def read_sections(
 
     values = load_yaml(path) if path is not None else {}
     variables = values.pop("env", None) or {}
-    if not isinstance(variables, dict):
+    if not isinstance(variables, dict) or None in variables.values():
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
     os.environ.update({str(key): str(value) for key, value in variables.items()})
     dicts = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
     foreign = [key for key in dicts if OTHER_NAMES.get(key) != "datasets"]
-    if foreign:
+    if not names_config(argv):  # a copied recipe may have fewer stages than the file of its original
+        values = {key: value for key, value in values.items() if key not in foreign}
+    elif foreign:
         raise HFTError(
             f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: run the "
             "recipe that the file is for."
@@ -186,10 +188,22 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     return way == "auto"
 
 
+class _Loader(yaml.SafeLoader):
+    """Reject a key that a mapping has twice: the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{again[0][1]} is there twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of keys and values."""
     try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
     # ValueError: undecodable bytes, impossible dates and numbers
     except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
         raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error
@@ -218,6 +232,8 @@ def parse_section(
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
             raw[key] = copy.deepcopy(value)  # a trainer may change it, and the same values are parsed again
+            if isinstance(value, list) and (kind := _entries(hints[key])) in (str, float):
+                raw[key] = [_entry(f"{prefix}{key}", entry, kind) for entry in value]
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):
@@ -270,6 +286,8 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
         for name in (alone, OTHER_NAMES.get(alone), *difflib.get_close_matches(alone, every, n=1)):
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
+        if not section and key in places:
+            places = [f"{alone}, indented below the line {key.rpartition('.')[0]}:"]
         hint = NO_NAMES.get(key) or (f"did you mean {' or '.join(places)}?" if places else "--help lists the keys.")
         problems.append(f"unknown key {_dotted(section, key)}: {hint}")
     if problems:
@@ -278,6 +296,21 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
 
 def _dotted(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
+
+
+def _entries(hint: Any) -> Any:
+    """Return the type of the entries of a list, `None` if the hint has no list."""
+    return next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
+
+
+def _entry(name: str, value: Any, kind: type) -> Any:
+    """Convert a number or text of a list as a flag is converted."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError("it is neither text nor a number")
+        return kind(value)
+    except ValueError as error:
+        raise HFTError(f"{name} has {value!r}: each entry must be {_shown(kind)}.") from error
 
 
 def _accepts(hint: Any, kind: type) -> bool:

@@ -106,6 +106,15 @@ def test_a_wrong_grid_is_rejected_by_name(wrong, message):
         FrontierArguments(**{"learning_rates": ["1e-5"], **wrong})
 
 
+def test_numbers_of_a_file_are_what_they_are_as_flags(tmp_path):
+    """YAML reads 1e-5 as text and 1.0e-5 as a number."""
+    config = tmp_path / "config.yaml"
+    grid = "{learning_rates: [1.0e-5, 3e-5], ratios: ['0.3', 1]}"
+    config.write_text(f"model: demo\noutput_dir: o\nsft: {{dataset: demo}}\nfrontier: {grid}\n")
+    grid = parse_frontier(["--config", str(config)])[1]
+    assert (grid.learning_rates, grid.ratios) == (["1e-05", "3e-5"], [0.3, 1.0])
+
+
 def test_keys_of_the_grid_are_flags_with_and_without_their_section():
     words = ["--methods", "hft", "lora", "--seeds=3", "--frontier.learning_rates", "1e-4", "--sft.max_steps", "2"]
     recipe, grid, _ = parse_frontier(words)
