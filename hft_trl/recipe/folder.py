@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -144,7 +145,7 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
-def _check_inputs(stages: list["Stage"]) -> None:
+def _check_inputs(stages: list["Stage"], overwrite: bool) -> None:
     """Reject a stage's folder that holds what the run reads, which `overwrite` would delete, or lies in its data."""
     for stage in stages:
         start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
@@ -153,6 +154,8 @@ def _check_inputs(stages: list["Stage"]) -> None:
         read = [*data, start.model_name_or_path, start.chat_template, vars(stage.args).get("chat_template_path")]
         read += [files.get(name) for name in ("texts", "facts", "prompts")]
         read += [stage.hft.source_texts] if stage.hft is not None else []
+        # The file of settings may lie beside what was trained with it, but not be deleted
+        read += [word.rpartition("=")[2] for word in sys.argv if overwrite and word.endswith((".yaml", ".yml"))]
         for path in filter(None, read):
             if not os.path.exists(path):  # noqa: PTH110
                 continue
@@ -184,7 +187,7 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
     for stage in stages:
         with writing(stage.folder):
             _take(stage.folder)
-    _check_inputs(stages)
+    _check_inputs(stages, overwrite)
     unfinished: set[Path] = set()
     for stage in stages:
         if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):

@@ -345,6 +345,18 @@ def test_parts_of_a_mixture_and_templates_are_kept_too(tmp_path, read):
     assert (folder / "rows.jsonl").read_text() == "mine"
 
 
+@pytest.mark.parametrize("word", ["{}", "--config={}"])
+def test_the_file_of_settings_may_lie_in_the_folder_and_is_kept(tmp_path, monkeypatch, word):
+    open_stages([stage(tmp_path)])
+    config = tmp_path / "sft" / "mine.yaml"
+    config.write_text("mine")
+    monkeypatch.setattr("sys.argv", ["sft.py", word.format(config)])
+    open_stages([stage(tmp_path)])
+    with pytest.raises(HFTError, match=r"holds .*mine\.yaml', which the run reads"):
+        open_stages([stage(tmp_path)], overwrite=True)
+    assert config.exists()
+
+
 def test_a_folder_within_the_data_is_rejected(tmp_path):
     """What a run writes would count as changed data, and no run could be resumed."""
     (tmp_path / "train.jsonl").write_text("{}")
