@@ -13,7 +13,7 @@ Rows = str | Path | Sequence[Any]
 
 def read_texts(source: Rows) -> list[str]:
     """Read plain text: a text file, or `.jsonl` rows with a `text`."""
-    if isinstance(source, str | Path) and Path(source).suffix != ".jsonl":
+    if isinstance(source, str | Path) and Path(source).suffix.lower() not in (".jsonl", ".json"):
         return [_content("texts", Path(source))]
     return _rows("texts", source, _text, "a string, or a mapping with a `text`")
 

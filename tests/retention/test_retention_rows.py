@@ -28,6 +28,7 @@ def lines(path, rows):
 
 def test_files_and_rows_and_data_sets_give_the_same(tmp_path):
     texts = [{"text": "One."}, {"text": "Two."}]
+    assert read_texts(lines(tmp_path / "t.json", texts)) == ["One.", "Two."]  # no text with brackets
     assert read_texts(lines(tmp_path / "t.jsonl", texts)) == read_texts(Dataset.from_list(texts)) == ["One.", "Two."]
     (tmp_path / "t.txt").write_text("One.\nTwo.")
     assert read_texts(str(tmp_path / "t.txt")) == ["One.\nTwo."]
