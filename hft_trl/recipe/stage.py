@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME, logging
+from transformers.utils import logging
 from trl import DatasetMixtureConfig, SFTConfig
 from trl.data_utils import is_conversational
 
@@ -108,12 +108,6 @@ class Stage:
         """Check the run's start model, the source's text and the requested reference before anything is loaded."""
         start = self.base or self.model
         name = start.model_name_or_path
-        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
-            raise HFTError(
-                f"model folder {name!r} is an adapter, no whole model: merge it into the model that it was trained on "
-                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
-                "that folder."
-            )
         structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
         if self.base is None and Path(name).is_dir():
             check_readable(weight_files(name).values())
