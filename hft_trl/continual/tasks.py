@@ -97,9 +97,9 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
         raise HFTError(f"{where} has epochs {epochs!r}: it must be a whole number of at least 1.")
     if isinstance(files, str):
         files = {"train": f"{files}/train.json", "test": f"{files}/test.json"}
-    if not isinstance(files, dict) or not files.keys() >= {"train", "test"}:
+    if not isinstance(files, dict) or not all(isinstance(files.get(split), str) for split in ("train", "test")):
         raise HFTError(f"{where} has files {files!r}: give a folder, or a file each for train and test.")
-    return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
+    return Task(name, *(read_rows(folder / files[split]) for split in ("train", "test")), metric, epochs)
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:
