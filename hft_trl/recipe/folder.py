@@ -107,8 +107,11 @@ def settings(stage: "Stage") -> Settings:
     if stage.hft is not None:
         stored = {name: vars(stage.hft)[name] for name in ("frozen_dtype", "frozen_quantization")}
         content["hft"] = stage.hft.selecting() | stored
+        if stage.hft.calibrated == "wanda" and (texts := stage.hft.source_texts) not in (None, "demo"):
+            content["hft"]["source_texts_content"] = content_digest(Path(texts))  # it decides the half
     for section, values in stage.own_settings().items():
         content[section] = content.get(section, {}) | values
+    content["data"].pop("method")  # that of the stage or, without one, of the run is in hft
     if not best:
         content["data"].pop("eval_split")
     if stage.mixture is not None:

@@ -73,6 +73,23 @@ def test_settings_without_anything_trained_with_them_are_replaced(tmp_path):
         open_stages([stage(tmp_path, "--sft.learning_rate 0.25")])
 
 
+def test_a_changed_source_text_is_another_half(tmp_path):
+    source = tmp_path / "source.txt"
+    flags = f"--hft.strategy importance --hft.importance wanda --hft.source_texts {source}"
+    source.write_text("one")
+    before = settings(stage(tmp_path, flags))
+    assert settings(stage(tmp_path, flags)) == before
+    source.write_text("two")
+    assert settings(stage(tmp_path, flags)) != before
+    unread = [settings(stage(tmp_path, words)) for words in ("", "--hft.source_texts elsewhere")]
+    assert unread[0] == unread[1]
+
+
+def test_the_method_is_the_same_wherever_it_is_set(tmp_path):
+    assert settings(stage(tmp_path, "--method fft")) == settings(stage(tmp_path, "--sft.method fft"))
+    assert settings(stage(tmp_path, "--method fft")) != settings(stage(tmp_path))
+
+
 def test_a_name_on_the_hub_is_itself_in_every_working_directory(tmp_path, monkeypatch):
     """Beside the output it was taken for a folder there, and the run could not be resumed from elsewhere."""
     monkeypatch.chdir(tmp_path)
