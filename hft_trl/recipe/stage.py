@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import DatasetMixtureConfig, SFTConfig
+from trl import DatasetMixtureConfig, DPOConfig, SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, demo
@@ -92,7 +92,13 @@ class Stage:
     @property
     def section(self) -> str:
         """Return the section of its arguments: `"sft"` for a round of continual learning, else its name."""
-        return "sft" if isinstance(self.args, SFTConfig) else self.name
+        return self.name
+
+    @property
+    def kind(self) -> str | None:
+        """Return `"sft"` or `"dpo"`, whatever its name, and `None` for the config of another trainer."""
+        kinds = {"sft": SFTConfig, "dpo": DPOConfig}
+        return next((kind for kind, config in kinds.items() if isinstance(self.args, config)), None)
 
     @property
     def folder(self) -> Path:

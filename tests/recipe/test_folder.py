@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from trl import SFTConfig
 
-from hft_trl import HFTError, demo
+from hft_trl import HFTError, demo, recipe
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, place, settings
 from hft_trl.report import StageRecord
@@ -71,6 +71,17 @@ def test_settings_without_anything_trained_with_them_are_replaced(tmp_path):
     train(tmp_path)
     with pytest.raises(HFTError, match="was made with other settings"):
         open_stages([stage(tmp_path, "--sft.learning_rate 0.25")])
+
+
+def test_a_second_sft_stage_is_named_by_its_own_section(tmp_path):
+    def second(rate):
+        words = ["--output_dir", str(tmp_path), "--sft2.dataset", "demo", "--sft2.learning_rate", rate]
+        return recipe.parse_recipe(words, {"sft": SFTConfig, "sft2": SFTConfig}, demo.RECIPE).stages["sft2"]
+
+    open_stages([second("1e-4")])
+    (tmp_path / "sft2" / "checkpoint-1").mkdir()
+    with pytest.raises(HFTError, match=r"\(sft2\.learning_rate 0\.0001 there, 0\.0003 here"):
+        open_stages([second("3e-4")])
 
 
 def test_a_changed_source_text_is_another_half(tmp_path):
