@@ -20,7 +20,9 @@ def read_texts(source: Rows) -> list[str]:
 
 def read_facts(source: Rows) -> list[dict[str, Any]]:
     """Read cloze facts: `.jsonl` rows with a `text` to continue, its `answer`, and `others`, the wrong answers."""
-    return _rows("facts", source, _fact, "a mapping with `text`, `answer` and a list `others`, all of them not empty")
+    return _rows(
+        "facts", source, _fact, "a mapping with `text`, `answer` and a list `others` of wrong ones, not empty"
+    )
 
 
 def read_prompts(source: Rows) -> list[str | list[dict[str, Any]]]:
@@ -74,7 +76,8 @@ def _fact(row: Any) -> dict[str, Any] | None:
         return None
     fact = {"text": row.get("text"), "answer": row.get("answer"), "others": list(row["others"])}
     strings = [fact["text"], fact["answer"], *fact["others"]]
-    return fact if all(isinstance(string, str) and string.strip() for string in strings) else None
+    texts = all(isinstance(string, str) and string.strip() for string in strings)
+    return fact if texts and {*fact["others"]} != {fact["answer"]} else None
 
 
 def _prompt(row: Any) -> str | list[dict[str, Any]] | None:
