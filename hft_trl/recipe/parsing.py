@@ -203,7 +203,9 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of keys and values."""
     try:
-        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
+        # As a file, of which errors quote no line: it may hold a secret
+        with Path(path).expanduser().open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
     # ValueError: undecodable bytes, impossible dates and numbers
     except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
         raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error

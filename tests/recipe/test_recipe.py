@@ -176,6 +176,16 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         parse_recipe(["--config", str(tmp_path / "broken.yaml")])
 
 
+@pytest.mark.parametrize(
+    "text", ["env: {WANDB_API_KEY: hunter2, A: }}", "env: {WANDB_API_KEY: hunter2, WANDB_API_KEY: b}"]
+)
+def test_an_error_of_yaml_has_the_line_and_no_secret_of_it(tmp_path, text):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(HFTError, match=r"broken\.yaml.*line 1") as error:
+        parse_recipe(["--config", str(tmp_path / "broken.yaml")])
+    assert "hunter2" not in one_line(error)
+
+
 @pytest.mark.parametrize("again", ["sft: {dataset: demo}", "hft: {ratio: 0.3, ratio: 0.4}"])
 def test_a_key_that_is_there_twice_is_rejected(tmp_path, again):
     """The first value would be lost. A merged mapping may be overridden."""
