@@ -48,9 +48,7 @@ class FrontierArguments:
             raise HFTError("learning_rates is empty: give at least one, such as 1e-5 3e-5 lora=3e-4.")
         named = [rate.partition("=")[0] for rate in self.learning_rates if "=" in rate]
         if unknown := [name for name in named if name not in METHODS]:
-            raise HFTError(
-                f"learning_rates has a rate for {unknown[0]!r}: the valid methods are {', '.join(METHODS)}."
-            )
+            raise HFTError(f"learning_rates has a rate for {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
         for method in self.methods:
             self.rates(method)
         for name in ("seeds", "workers", "lora_rank"):
@@ -66,12 +64,10 @@ class FrontierArguments:
         found = own or [rate for rate in self.learning_rates if "=" not in rate]
         if not found:
             raise HFTError(f"learning_rates has none for {method}: add one, such as 1e-5 or {method}=1e-5.")
-        first: dict[float, str] = {}
         for rate in found:
             if not re.fullmatch(r"\d*\.?\d+([eE][+-]?\d+)?", rate) or not float(rate) > 0:
                 raise HFTError(f"learning_rates has {rate!r}: write numbers above 0, such as 3e-5 or lora=3e-4.")
-            first.setdefault(float(rate), rate)
-        return list(first.values())
+        return list({float(rate): rate for rate in reversed(found)}.values())[::-1]
 
 
 @dataclass(frozen=True)

@@ -159,31 +159,25 @@ def _check_inputs(stages: list["Stage"], overwrite: bool) -> None:
         read += [stage.hft.source_texts] if stage.hft is not None else []
         # The file of settings may lie beside what was trained with it, but not be deleted
         read += [word.rpartition("=")[2] for word in sys.argv if overwrite and word.endswith((".yaml", ".yml"))]
-        for path in filter(None, read):
-            if not os.path.exists(path):  # noqa: PTH110
-                continue
+        for path in (path for path in read if path and os.path.exists(path)):  # noqa: PTH110
             for folder in (other.folder for other in stages):
                 if resolved(path).is_relative_to(resolved(folder)):
                     raise HFTError(f"output_dir {str(folder)!r} holds {path!r}, which the run reads: choose another.")
                 if path in data and resolved(folder).is_relative_to(resolved(path)):
-                    raise HFTError(
-                        f"output_dir {str(folder)!r} lies in {path!r}, all of whose files count as data: choose "
-                        "another, or name a folder of data alone."
-                    )
+                    raise HFTError(f"output_dir {str(folder)!r} lies in the data, {path!r}: choose one outside of it.")
 
 
 def _check_push(stage: "Stage") -> None:
     """Reject a push to the hub that no token allows. A trainer finds it after earlier stages were trained."""
     try:
         token = whoami(cache=True).get("auth", {}).get("accessToken", {}) if stage.args.push_to_hub else {}
-        problem = "its token may only read" if token.get("role") == "read" else None
+        if token.get("role") == "read":
+            raise HFTError("its token may only read")
     except Exception as error:  # the hub's library and the one below it have errors of their own
-        problem = first_line(error)
-    if problem is not None:
         raise HFTError(
-            f"{stage.name}: push_to_hub is true, but the hub takes no model ({problem}): log in with a token that may "
-            "write, or set push_to_hub to false."
-        )
+            f"{stage.name}: push_to_hub is true, but the hub takes no model ({first_line(error)}): log in with a "
+            "token that may write, or set push_to_hub to false."
+        ) from error
 
 
 def _open(stages: list["Stage"], overwrite: bool) -> None:

@@ -31,12 +31,12 @@ def _reading(what: str) -> Iterator[None]:
     with as_user_error(what):
         try:
             yield
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, StopIteration) as error:
             cause = error.__cause__ or error
             reason = f"its files differ, {cause.details()}" if isinstance(cause, CastError) else first_line(cause)
-            raise HFTError(f"{what} cannot be read: {reason}") from error
-        except StopIteration as error:  # of the reader of JSON
-            raise HFTError(f"{what} cannot be read: its first file has no rows, so remove it.") from error
+            raise HFTError(
+                f"{what} cannot be read: {reason or 'its first file has no rows, so remove it'}."
+            ) from error
 
 
 def load_split(source: str, split: str = "train", config: str | None = None) -> Dataset:
@@ -60,8 +60,7 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
                     "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
                     "file for each split."
                 )
-            # Taken for a pattern, and in a working directory that would be one, too
-            file = glob.escape(str(path.absolute()))
+            file = glob.escape(str(path.absolute()))  # it would be read as a pattern
             dataset = load_dataset(FILE_FORMATS[suffix], data_files=file, split=split)
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = _select(load_from_disk(source), split)

@@ -194,9 +194,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if again := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(
-                problem=f"{again[0][1]} is there twice", problem_mark=node.start_mark
-            )
+            raise yaml.YAMLError(f"{again[0][1]} is there twice, in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 
@@ -234,8 +232,7 @@ def parse_section(
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
             raw[key] = copy.deepcopy(value)  # a trainer may change it, and the same values are parsed again
-            if isinstance(value, list) and (kind := _entries(hints[key])) in (str, float):
-                raw[key] = [_entry(f"{prefix}{key}", entry, kind) for entry in value]
+            raw[key] = _entries(f"{prefix}{key}", hints[key], raw[key]) if isinstance(value, list) else raw[key]
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):
@@ -288,8 +285,7 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
         for name in (alone, OTHER_NAMES.get(alone), *difflib.get_close_matches(alone, every, n=1)):
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
-        if not section and key in places:
-            places = [f"{alone}, indented below the line {key.rpartition('.')[0]}:"]
+        places = [f"{alone}, indented below {key.rpartition('.')[0]}:"] if not section and key in places else places
         hint = NO_NAMES.get(key) or (f"did you mean {' or '.join(places)}?" if places else "--help lists the keys.")
         problems.append(f"unknown key {_dotted(section, key)}: {hint}")
     if problems:
@@ -300,19 +296,15 @@ def _dotted(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def _entries(hint: Any) -> Any:
-    """Return the type of the entries of a list, `None` if the hint has no list."""
-    return next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
-
-
-def _entry(name: str, value: Any, kind: type) -> Any:
-    """Convert a number or text of a list as a flag is converted."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ValueError("it is neither text nor a number")
-        return kind(value)
-    except ValueError as error:
-        raise HFTError(f"{name} has {value!r}: each entry must be {_shown(kind)}.") from error
+def _entries(name: str, hint: Any, values: list[Any]) -> list[Any]:
+    """Convert the numbers and texts of a list as those of a flag are converted."""
+    kind = next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
+    if kind not in (str, float):
+        return values
+    with as_user_error(name):
+        if not {*map(type, values)} <= {str, int, float}:
+            raise ValueError(f"each entry of {values} must be {_shown(kind)}")
+        return [kind(value) for value in values]
 
 
 def _accepts(hint: Any, kind: type) -> bool:

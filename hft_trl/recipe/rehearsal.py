@@ -167,8 +167,8 @@ def _check_trained(stage: "Stage", given: dict[str, tuple[Dataset, str]], build:
         some = {key: chosen(rows) for key, (rows, _) in given.items()}
         prepared, packing = vars(build(**some)), vars(stage.args).get("packing")
         for key, (_, split) in given.items():
-            name = f"{stage.source}, split {split}"
-            untrained_rows(len(some[key]), prepared[key], name, stage.args.max_length, packing)
+            where = f"{stage.source}, split {split}", stage.args.max_length
+            untrained_rows(len(some[key]), prepared[key], *where, packing)
 
     try:
         count(lambda rows: rows.select(range(0, len(rows), max(len(rows) // ROWS, 1))))

@@ -97,8 +97,7 @@ class Stage:
     @property
     def kind(self) -> str | None:
         """Return `"sft"` or `"dpo"`, whatever its name, and `None` for the config of another trainer."""
-        kinds = {"sft": SFTConfig, "dpo": DPOConfig}
-        return next((kind for kind, config in kinds.items() if isinstance(self.args, config)), None)
+        return "sft" if isinstance(self.args, SFTConfig) else "dpo" if isinstance(self.args, DPOConfig) else None
 
     @property
     def folder(self) -> Path:

@@ -388,7 +388,7 @@ def test_the_file_of_settings_may_lie_in_the_folder_and_is_kept(tmp_path, monkey
 def test_a_folder_within_the_data_is_rejected(tmp_path):
     """What a run writes would count as changed data, and no run could be resumed."""
     (tmp_path / "train.jsonl").write_text("{}")
-    with pytest.raises(HFTError, match=r"lies in .*, all of whose files count as data"):
+    with pytest.raises(HFTError, match=r"lies in the data, .*: choose one outside"):
         open_stages([stage(tmp_path / "runs", f"--sft.dataset {tmp_path}")])
 
 

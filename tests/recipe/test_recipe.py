@@ -145,8 +145,11 @@ def test_a_mistake_on_the_command_line_is_named_in_one_line(flags, words):
         ({"sft": {"eval_strategy": False}}, ["sft.eval_strategy is False", "quote it"]),
         ({"output_dir": None}, ["output_dir"]),
         ({"learning_rate": 1e-5}, ["unknown key learning_rate: did you mean sft.learning_rate or dpo.learning_rate?"]),
-        ({"sft.seed": 1}, ["unknown key sft.seed: did you mean seed, indented below the line sft:?"]),
-        ({"hft": {"exclude": ["norm", None]}}, ["hft.exclude has None: each entry must be str"]),
+        ({"sft.seed": 1}, ["unknown key sft.seed: did you mean seed, indented below sft:?"]),
+        (
+            {"hft": {"exclude": ["norm", None]}},
+            ["hft.exclude cannot be set up: each entry of ['norm', None] must be str"],
+        ),
         ({"env": {"CUDA_VISIBLE_DEVICES": None}}, ["env of ", "write variables and their values"]),
     ],
 )
