@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hft_trl.errors import HFTError
-from hft_trl.files import read_texts
-from hft_trl.recipe.parsing import load_yaml
+from hft_trl.files import load_yaml, read_texts
 
 TASKS_FILE = "tasks.yaml"
 REPLAY_FOLDER = "Lima"  # general alignment data of a benchmark, TRACE's name for LIMA

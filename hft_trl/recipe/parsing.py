@@ -16,11 +16,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from hft_trl.errors import HFTError, as_user_error
+from hft_trl.files import load_yaml
 from hft_trl.recipe.arguments import check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
@@ -186,30 +186,6 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
         for name in CHECKPOINTING:
             values.pop(name, None)
     return way == "auto"
-
-
-class _Loader(yaml.SafeLoader):
-    """Reject a key that a mapping has twice: the first value would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if again := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{again[0][1]} is there twice, in line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values."""
-    try:
-        # As a file, of which errors quote no line: it may hold a secret
-        with Path(path).expanduser().open(encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
-    # ValueError: undecodable bytes, impossible dates and numbers
-    except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
-        raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise HFTError(f"config {str(path)!r} must hold keys and values.")
-    return values
 
 
 def parse_section(
