@@ -11,6 +11,8 @@ from tempfile import TemporaryFile
 from types import UnionType
 from typing import Any
 
+import yaml
+
 from hft_trl.errors import HFTError
 
 # Parts of messages of torch's and safetensors' writers, whose own error types hide the system's error
@@ -90,6 +92,30 @@ def read_texts(path: Path, *keys: str) -> list[dict[str, Any]]:
             if not isinstance(text, str) or not text.strip():
                 raise HFTError(f"row {number} of {str(path)!r} has no text named {key!r}: {row!s:.80}.")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Reject a key that a mapping has twice: the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{again[0][1]} is there twice, in line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values."""
+    try:
+        # As a file, of which errors quote no line: it may hold a secret
+        with Path(path).expanduser().open(encoding="utf-8") as file:
+            values = yaml.load(file, _Loader)
+    # ValueError: undecodable bytes, impossible dates and numbers
+    except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
+        raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise HFTError(f"config {str(path)!r} must hold keys and values.")
+    return values
 
 
 def write_json_once(path: Path, content: Any) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hft_trl import demo
 from hft_trl.backends.zero import whole_models
@@ -28,10 +29,16 @@ def shape_of(model: str) -> str:
 
 
 def check_folder(model: str) -> None:
-    """Reject the path of a model that does not exist, and the folder of a run, which holds several models."""
+    """Reject the path of a model that does not exist, an adapter, and the folder of a run with several models."""
     folder = Path(model)
     if is_missing(model):
         raise HFTError(f"model folder {model!r} does not exist: correct the path, or give a hub id.")
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise HFTError(
+            f"model folder {model!r} is an adapter, no whole model: merge it into the model that it was trained on "
+            "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
+            "that folder."
+        )
     stages = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
     if stages and not (folder / "config.json").is_file():
         raise HFTError(f"model folder {model!r} is a run: give one of its models, {' or '.join(stages)}.")

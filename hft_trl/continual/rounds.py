@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -156,6 +156,7 @@ def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Seque
 class Round(Stage):
     """Store a round as a stage. `load_data` sets `memories` (GEM's) and `truncated_rows`."""
 
+    section: ClassVar[str] = "sft"
     plan: RoundPlan | None = None
     max_length: int | None = None  # in tokens, of prompt and answer
     adapter: Adapter | None = None

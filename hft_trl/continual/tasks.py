@@ -14,8 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hft_trl.errors import HFTError
-from hft_trl.files import read_texts
-from hft_trl.recipe.parsing import load_yaml
+from hft_trl.files import load_yaml, read_texts
 
 TASKS_FILE = "tasks.yaml"
 REPLAY_FOLDER = "Lima"  # general alignment data of a benchmark, TRACE's name for LIMA
@@ -97,9 +96,9 @@ def _from_yaml(entry: Any, where: str, folder: Path) -> Task:
         raise HFTError(f"{where} has epochs {epochs!r}: it must be a whole number of at least 1.")
     if isinstance(files, str):
         files = {"train": f"{files}/train.json", "test": f"{files}/test.json"}
-    if not isinstance(files, dict) or not files.keys() >= {"train", "test"}:
+    if not isinstance(files, dict) or not all(isinstance(files.get(split), str) for split in ("train", "test")):
         raise HFTError(f"{where} has files {files!r}: give a folder, or a file each for train and test.")
-    return Task(name, *(read_rows(folder / str(files[split])) for split in ("train", "test")), metric, epochs)
+    return Task(name, *(read_rows(folder / files[split]) for split in ("train", "test")), metric, epochs)
 
 
 def read_rows(path: str | Path) -> tuple[Row, ...]:

@@ -38,11 +38,16 @@ class FrontierArguments:
     workers: int | None = key("Processes at a time, by default one per GPU, or per CPU core.", None)
 
     def __post_init__(self) -> None:
+        for name in ("methods", "ratios", "average"):  # twice the same model would count as two seeds
+            setattr(self, name, list(dict.fromkeys(vars(self)[name])))
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise HFTError(f"methods has {unknown}: the valid ones are {', '.join(METHODS)}.")
         if not self.learning_rates:
             raise HFTError("learning_rates is empty: give at least one, such as 1e-5 3e-5 lora=3e-4.")
+        named = [rate.partition("=")[0] for rate in self.learning_rates if "=" in rate]
+        if unknown := [name for name in named if name not in METHODS]:
+            raise HFTError(f"learning_rates has a rate for {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
         for method in self.methods:
             self.rates(method)
         for name in ("seeds", "workers", "lora_rank"):
@@ -61,7 +66,7 @@ class FrontierArguments:
         for rate in found:
             if not re.fullmatch(r"\d*\.?\d+([eE][+-]?\d+)?", rate) or not float(rate) > 0:
                 raise HFTError(f"learning_rates has {rate!r}: write numbers above 0, such as 3e-5 or lora=3e-4.")
-        return found
+        return list({float(rate): rate for rate in reversed(found)}.values())[::-1]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> l
         args, task, layout = stage.args, _task(stage, skeleton, memory), _layout(stage)
         sync = bool((args.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
         # With ZeRO-3, frozen parameters need reentrant checkpointing, which is of all layers or none
-        for way in (0, 1) if layout == "zero3" else CHECKPOINTING[stage.section]:
+        for way in (0, 1) if layout == "zero3" else CHECKPOINTING[stage.kind]:
             plan = planner.one(task, layout, args.per_device_train_batch_size, way, sync)
             if plan.fits:
                 break
@@ -95,7 +95,7 @@ def _check_covered(stage: Stage) -> None:
     # With these a step holds another reference or the full logits
     unplanned = ("sync_ref_model", "precompute_ref_log_probs", "label_smoothing_factor")
     reasons = {
-        "covers only the stages sft and dpo": section not in CHECKPOINTING,
+        "covers only SFTConfig and DPOConfig": stage.kind is None,
         "does not cover adapters": hft is None,
         "does not cover the masks of strategy element": hft and hft.method == "hft" and hft.strategy == "element",
         f"does not cover {section}.reference_quantization": stage.data.reference_quantization,
@@ -139,4 +139,4 @@ def _task(stage: Stage, skeleton: PreTrainedModel, memory: int) -> Task:
     optim, quantization = args.optim.value, hft.frozen_quantization
     storage = Storage(dtype, hft.frozen_dtype, optim, quantization, hft.optimizer_in_backward, replicates)
     autocast, device = args.mixed_precision != "no", "cpu" if PartialState().device.type == "cpu" else "cuda"
-    return Task(stage.section, args.world_size, memory, args.max_length, rows, storage, (), autocast, device)
+    return Task(stage.kind, args.world_size, memory, args.max_length, rows, storage, (), autocast, device)

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,16 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from huggingface_hub import whoami
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, first_line
 from hft_trl.files import flush, read_object, resolved, write_json, write_json_once, writing
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.record import from_json
-from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, start_model
+from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, part_files, start_model
 from hft_trl.weights import check_readable
 
 if TYPE_CHECKING:
@@ -105,8 +107,11 @@ def settings(stage: "Stage") -> Settings:
     if stage.hft is not None:
         stored = {name: vars(stage.hft)[name] for name in ("frozen_dtype", "frozen_quantization")}
         content["hft"] = stage.hft.selecting() | stored
+        if stage.hft.calibrated == "wanda" and (texts := stage.hft.source_texts) not in (None, "demo"):
+            content["hft"]["source_texts_content"] = content_digest(Path(texts))  # it decides the half
     for section, values in stage.own_settings().items():
         content[section] = content.get(section, {}) | values
+    content["data"].pop("method")  # that of the stage or, without one, of the run is in hft
     if not best:
         content["data"].pop("eval_split")
     if stage.mixture is not None:
@@ -124,9 +129,9 @@ def settings(stage: "Stage") -> Settings:
 def place(source: str, folder: Path) -> str:
     """Return a path that does not depend on the working directory or the run's location. Keep hub ids."""
     path = resolved(source)
-    if path.parent == resolved(folder).parent:
-        return f"../{path.name}"
-    return str(path) if path.exists() else source
+    if not path.exists():
+        return source
+    return f"../{path.name}" if path.parent == resolved(folder).parent else str(path)
 
 
 def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
@@ -143,28 +148,48 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
             PartialState().print(f"{stage.folder} is finished with these settings: skipped.")
 
 
-def _check_inputs(stages: list["Stage"]) -> None:
-    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete."""
+def _check_inputs(stages: list["Stage"], overwrite: bool) -> None:
+    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete, or lies in its data."""
     for stage in stages:
         start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
-        read = [start.model_name_or_path, start.chat_template, stage.data.dataset]
+        data = [stage.data.dataset]
+        data += [str(path) for part in stage.mixture.datasets for path in part_files(part)] if stage.mixture else []
+        read = [*data, start.model_name_or_path, start.chat_template, vars(stage.args).get("chat_template_path")]
         read += [files.get(name) for name in ("texts", "facts", "prompts")]
         read += [stage.hft.source_texts] if stage.hft is not None else []
-        for path in filter(None, read):
-            folders = [other.folder for other in stages if resolved(path).is_relative_to(resolved(other.folder))]
-            if folders and Path(path).exists():
-                raise HFTError(f"output_dir {str(folders[0])!r} holds {path!r}, which the run reads: choose another.")
+        # The file of settings may lie beside what was trained with it, but not be deleted
+        read += [word.rpartition("=")[2] for word in sys.argv if overwrite and word.endswith((".yaml", ".yml"))]
+        for path in (path for path in read if path and os.path.exists(path)):  # noqa: PTH110
+            for folder in (other.folder for other in stages):
+                if resolved(path).is_relative_to(resolved(folder)):
+                    raise HFTError(f"output_dir {str(folder)!r} holds {path!r}, which the run reads: choose another.")
+                if path in data and resolved(folder).is_relative_to(resolved(path)):
+                    raise HFTError(f"output_dir {str(folder)!r} lies in the data, {path!r}: choose one outside of it.")
+
+
+def _check_push(stage: "Stage") -> None:
+    """Reject a push to the hub that no token allows. A trainer finds it after earlier stages were trained."""
+    try:
+        token = whoami(cache=True).get("auth", {}).get("accessToken", {}) if stage.args.push_to_hub else {}
+        if token.get("role") == "read":
+            raise HFTError("its token may only read")
+    except Exception as error:  # the hub's library and the one below it have errors of their own
+        raise HFTError(
+            f"{stage.name}: push_to_hub is true, but the hub takes no model ({first_line(error)}): log in with a "
+            "token that may write, or set push_to_hub to false."
+        ) from error
 
 
 def _open(stages: list["Stage"], overwrite: bool) -> None:
     for stage in stages:
         with writing(stage.folder):
             _take(stage.folder)
-    _check_inputs(stages)
+    _check_inputs(stages, overwrite)
     unfinished: set[Path] = set()
     for stage in stages:
         if overwrite or not (stage.folder / STAGE_FILE).exists() or not _check(stage, unfinished):
             unfinished.add(stage.folder)
+            _check_push(stage)
     for stage in stages:
         with writing(stage.folder):
             for path in stage.folder.iterdir() if overwrite else ():

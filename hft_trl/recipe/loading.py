@@ -1,6 +1,9 @@
 """Load data sets (from the hub, a folder, a file, or TRL's mixture of several) and quantized references."""
 
 import dataclasses
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +25,20 @@ SPLIT_SEED = 42  # not a trainer's seed, so that all seeds are evaluated on the 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turn a library's error about data into an [`HFTError`] that names them."""
+    with as_user_error(what):
+        try:
+            yield
+        except (DatasetGenerationError, StopIteration) as error:
+            cause = error.__cause__ or error
+            reason = f"its files differ, {cause.details()}" if isinstance(cause, CastError) else first_line(cause)
+            raise HFTError(
+                f"{what} cannot be read: {reason or 'its first file has no rows, so remove it'}."
+            ) from error
+
+
 def load_split(source: str, split: str = "train", config: str | None = None) -> Dataset:
     """
     Load one split of a data set, and reject one that does not exist or has no rows.
@@ -30,34 +47,33 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     `Dataset`, has the split train only.
     """
     path = Path(source)
-    with as_user_error(f"dataset {source!r}, split {split!r}"):
-        try:
-            if path.is_file():
-                if path.suffix not in FILE_FORMATS:
-                    raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
-                if path.stat().st_size == 0:
-                    raise HFTError(f"dataset {source!r} is empty: give one with rows.")
-                if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
-                    raise HFTError(
-                        f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
-                        "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
-                        "file for each split."
-                    )
-                dataset = load_dataset(FILE_FORMATS[path.suffix], data_files=source, split=split)
-            elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-                dataset = _select(load_from_disk(source), split)
-            elif path.is_dir():
-                # datasets does not notice changed files if the folder's README.md lists them
-                cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
-                dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
-            elif is_missing(source) or path.suffix in FILE_FORMATS:
-                raise HFTError(f"dataset {source!r} does not exist as a file or folder: correct the path.")
-            else:
-                dataset = load_dataset(source, config, split=split)
-        except DatasetGenerationError as error:
-            cause = error.__cause__ or error
-            reason = f"its files differ, {cause.details()}" if isinstance(cause, CastError) else first_line(cause)
-            raise HFTError(f"dataset {source!r} cannot be read: {reason}") from error
+    suffix = path.suffix.lower()
+    with _reading(f"dataset {source!r}, split {split!r}"):
+        if path.is_file():
+            if suffix not in FILE_FORMATS:
+                raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
+            if path.stat().st_size == 0:
+                raise HFTError(f"dataset {source!r} is empty: give one with rows.")
+            if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
+                raise HFTError(
+                    f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
+                    "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
+                    "file for each split."
+                )
+            file = glob.escape(str(path.absolute()))  # it would be read as a pattern
+            dataset = load_dataset(FILE_FORMATS[suffix], data_files=file, split=split)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = _select(load_from_disk(source), split)
+        elif path.is_dir():
+            if glob.has_magic(str(path.resolve())):
+                raise HFTError(f"dataset {source!r} has *, ? or [ in its path, which datasets cannot read: rename it.")
+            # datasets does not notice changed files if the folder's README.md lists them
+            cache = Path(HF_DATASETS_CACHE) / f"local-{content_digest(path)}"
+            dataset = load_dataset(source, config, split=split, cache_dir=str(cache))
+        elif is_missing(source) or suffix in FILE_FORMATS:
+            raise HFTError(f"dataset {source!r} does not exist as a file or folder: correct the path.")
+        else:
+            dataset = load_dataset(source, config, split=split)
     if len(dataset) == 0:
         raise HFTError(f"dataset {source!r}, split {split!r} is empty: give one with rows.")
     return dataset
@@ -90,7 +106,7 @@ def load_mixture(mixture: DatasetMixtureConfig, split: str) -> Dataset:
 
     With `test_split_size` the split is the same in every call: TRL would draw another one each time.
     """
-    with as_user_error("the mixture of data sets"):
+    with _reading("the mixture of data sets"):
         parts = get_dataset(dataclasses.replace(mixture, test_split_size=None))
         if mixture.test_split_size is not None:
             parts = parts["train"].train_test_split(mixture.test_split_size, seed=SPLIT_SEED)

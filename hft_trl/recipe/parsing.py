@@ -16,11 +16,11 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
 
 from hft_trl.errors import HFTError, as_user_error
+from hft_trl.files import load_yaml
 from hft_trl.recipe.arguments import check_numbers
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
@@ -147,12 +147,14 @@ def read_sections(
 
     values = load_yaml(path) if path is not None else {}
     variables = values.pop("env", None) or {}
-    if not isinstance(variables, dict):
+    if not isinstance(variables, dict) or None in variables.values():
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
     os.environ.update({str(key): str(value) for key, value in variables.items()})
     dicts = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
     foreign = [key for key in dicts if OTHER_NAMES.get(key) != "datasets"]
-    if foreign:
+    if not names_config(argv):  # a copied recipe may have fewer stages than the file of its original
+        values = {key: value for key, value in values.items() if key not in foreign}
+    elif foreign:
         raise HFTError(
             f"config {str(path)!r} has the sections {', '.join(foreign)}, which this recipe does not have: run the "
             "recipe that the file is for."
@@ -186,18 +188,6 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     return way == "auto"
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values."""
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    # ValueError: undecodable bytes, impossible dates and numbers
-    except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
-        raise HFTError(f"config {str(path)!r} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise HFTError(f"config {str(path)!r} must hold keys and values.")
-    return values
-
-
 def parse_section(
     section: str,
     types: tuple[type, ...],
@@ -218,6 +208,7 @@ def parse_section(
     for key, value in values.items():
         if isinstance(value, dict | list | None) and _accepts(hints[key], type(value)):
             raw[key] = copy.deepcopy(value)  # a trainer may change it, and the same values are parsed again
+            raw[key] = _entries(f"{prefix}{key}", hints[key], raw[key]) if isinstance(value, list) else raw[key]
         elif isinstance(value, bool) and not _accepts(hints[key], bool):
             raise HFTError(f"{prefix}{key} is {value}: YAML reads a bare yes, no, on or off like this, so quote it.")
         elif isinstance(value, str | int | float):
@@ -270,6 +261,7 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
         for name in (alone, OTHER_NAMES.get(alone), *difflib.get_close_matches(alone, every, n=1)):
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
+        places = [f"{alone}, indented below {key.rpartition('.')[0]}:"] if not section and key in places else places
         hint = NO_NAMES.get(key) or (f"did you mean {' or '.join(places)}?" if places else "--help lists the keys.")
         problems.append(f"unknown key {_dotted(section, key)}: {hint}")
     if problems:
@@ -278,6 +270,17 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
 
 def _dotted(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
+
+
+def _entries(name: str, hint: Any, values: list[Any]) -> list[Any]:
+    """Convert the numbers and texts of a list as those of a flag are converted."""
+    kind = next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
+    if kind not in (str, float):
+        return values
+    with as_user_error(name):
+        if not {*map(type, values)} <= {str, int, float}:
+            raise ValueError(f"each entry of {values} must be {_shown(kind)}")
+        return [kind(value) for value in values]
 
 
 def _accepts(hint: Any, kind: type) -> bool:

@@ -8,7 +8,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
@@ -40,7 +41,7 @@ from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.rows import check_rendered
+from hft_trl.recipe.rows import check_rendered, untrained_rows
 from hft_trl.recipe.stage import Stage
 from hft_trl.retention.callback import PREFIX
 from hft_trl.retention.meter import MEASURED
@@ -69,7 +70,7 @@ def rehearse(stages: Sequence[Stage], tokenizer: PreTrainedTokenizerBase | None 
     """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
     if stages[0].retention is not None:
-        stages[0].meter()  # for its checks
+        by_first_process(stages[0].meter)  # for its checks
     by_first_process(partial(_rehearse_all, stages, tokenizer))
 
 
@@ -128,13 +129,15 @@ def _rehearse(stage: Stage, start: ModelArguments, tokenizer: PreTrainedTokenize
         model = LlamaForCausalLM(LlamaConfig(vocab_size=config.get_text_config().vocab_size, **TINY))
         with suppress(OSError):  # it is optional
             model.generation_config = GenerationConfig.from_pretrained(name, revision=start.model_revision)
-        trainer = TRAINERS[type(args)](
-            model,
-            args=_tried(args, folder),
-            processing_class=tokenizer,
-            **samples,
-            **({} if isinstance(args, SFTConfig) else {"ref_model": copy.deepcopy(model)}),
-        )
+
+        def build(least: int, **rows: Dataset) -> Trainer:
+            reference = {} if isinstance(args, SFTConfig) else {"ref_model": copy.deepcopy(model)}
+            tried, kind = _tried(args, folder, least), TRAINERS[type(args)]
+            return kind(copy.deepcopy(model), args=tried, processing_class=tokenizer, **rows, **reference)
+
+        if args.max_length is not None:
+            _check_trained(stage, given, partial(build, 0))
+        trainer = build(1024, **samples)  # trainers drop rows without a trained token
     check_ids(trainer.train_dataset, tokenizer, config, name)
     with _naming(stage, "loss can be computed", "loss_type", "f_divergence_type"), torch.no_grad():
         if first := trainer.train_dataset.select(range(min(2, len(trainer.train_dataset)))).to_list():
@@ -155,6 +158,22 @@ def _rehearse(stage: Stage, start: ModelArguments, tokenizer: PreTrainedTokenize
         trainer.create_model_card(dataset_name=stage.data.dataset)
 
 
+def _check_trained(stage: Stage, given: dict[str, tuple[Dataset, str]], build: Callable[..., Trainer]) -> None:
+    """Reject rows of which `max_length` leaves none with a token to train on. Mostly a few of them tell."""
+
+    def count(chosen: Callable[[Dataset], Dataset]) -> None:
+        some = {key: chosen(rows) for key, (rows, _) in given.items()}
+        prepared, packing = vars(build(**some)), vars(stage.args).get("packing")
+        for key, (_, split) in given.items():
+            where = f"{stage.source}, split {split}", stage.args.max_length
+            untrained_rows(len(some[key]), prepared[key], *where, packing)
+
+    try:
+        count(lambda rows: rows.select(range(0, len(rows), max(len(rows) // ROWS, 1))))
+    except HFTError:
+        count(lambda rows: rows)
+
+
 def _check_metric(stage: Stage, metrics: dict[str, float]) -> None:
     """Reject a `metric_for_best_model` that no evaluation has."""
     rows = stage.retention.settings() if stage.retention is not None else {}
@@ -167,8 +186,8 @@ def _check_metric(stage: Stage, metrics: dict[str, float]) -> None:
         )
 
 
-def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
-    """Copy a stage's arguments for one process, a temporary folder and another model."""
+def _tried(args: TrainingArguments, folder: str, least: int) -> TrainingArguments:
+    """Copy a stage's arguments for one process, a temporary folder, another model, and `least` tokens of a row."""
     tried = copy.copy(args)
     kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
     tried.__dict__ = {name: copy.deepcopy(value) for name, value in vars(args).items() if name in kept}
@@ -176,7 +195,7 @@ def _tried(args: TrainingArguments, folder: str) -> TrainingArguments:
     if args.optim_target_modules is not None:
         tried.optim_target_modules = "all-linear"  # the names are the real model's
     if args.max_length is not None and args.max_length > 0:
-        tried.max_length = max(args.max_length, 1024)  # trainers drop rows without a trained token
+        tried.max_length = max(args.max_length, least)
     tried.use_cpu = args.device.type == "cpu"
     tried._n_gpu = args.n_gpu if tried.device.type != "cpu" else 0
     return tried

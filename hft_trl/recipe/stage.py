@@ -9,8 +9,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import ADAPTER_CONFIG_NAME, logging
-from trl import DatasetMixtureConfig, SFTConfig
+from transformers.utils import logging
+from trl import DatasetMixtureConfig, DPOConfig, SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, demo
@@ -92,7 +92,12 @@ class Stage:
     @property
     def section(self) -> str:
         """Return the section of its arguments: `"sft"` for a round of continual learning, else its name."""
-        return "sft" if isinstance(self.args, SFTConfig) else self.name
+        return self.name
+
+    @property
+    def kind(self) -> str | None:
+        """Return `"sft"` or `"dpo"`, whatever its name, and `None` for the config of another trainer."""
+        return "sft" if isinstance(self.args, SFTConfig) else "dpo" if isinstance(self.args, DPOConfig) else None
 
     @property
     def folder(self) -> Path:
@@ -108,12 +113,6 @@ class Stage:
         """Check the run's start model, the source's text and the requested reference before anything is loaded."""
         start = self.base or self.model
         name = start.model_name_or_path
-        if (Path(name) / ADAPTER_CONFIG_NAME).is_file():
-            raise HFTError(
-                f"model folder {name!r} is an adapter, no whole model: merge it into the model that it was trained on "
-                "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
-                "that folder."
-            )
         structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
         if self.base is None and Path(name).is_dir():
             check_readable(weight_files(name).values())

@@ -93,7 +93,8 @@ class RetentionCallback(TrainerCallback):
                 f"processing_class is a {type(tokenizer).__name__}: give the trainer the model's tokenizer, which "
                 "RetentionCallback needs."
             )
-        self._meter = Meter(tokenizer, **self._rows)
+        # Once, as texts may be long. Machines may also have different files of one name.
+        self._meter = by_first_process(partial(Meter, tokenizer, **self._rows))
         # A trainer passes its callbacks neither itself nor a way to log, but it is what calls them
         frame = inspect.currentframe()
         while not isinstance(frame.f_locals.get("self"), Trainer):

@@ -13,14 +13,16 @@ Rows = str | Path | Sequence[Any]
 
 def read_texts(source: Rows) -> list[str]:
     """Read plain text: a text file, or `.jsonl` rows with a `text`."""
-    if isinstance(source, str | Path) and Path(source).suffix != ".jsonl":
+    if isinstance(source, str | Path) and Path(source).suffix.lower() not in (".jsonl", ".json"):
         return [_content("texts", Path(source))]
     return _rows("texts", source, _text, "a string, or a mapping with a `text`")
 
 
 def read_facts(source: Rows) -> list[dict[str, Any]]:
     """Read cloze facts: `.jsonl` rows with a `text` to continue, its `answer`, and `others`, the wrong answers."""
-    return _rows("facts", source, _fact, "a mapping with `text`, `answer` and a list `others`, all of them not empty")
+    return _rows(
+        "facts", source, _fact, "a mapping with `text`, `answer` and a list `others` of wrong ones, not empty"
+    )
 
 
 def read_prompts(source: Rows) -> list[str | list[dict[str, Any]]]:
@@ -74,7 +76,8 @@ def _fact(row: Any) -> dict[str, Any] | None:
         return None
     fact = {"text": row.get("text"), "answer": row.get("answer"), "others": list(row["others"])}
     strings = [fact["text"], fact["answer"], *fact["others"]]
-    return fact if all(isinstance(string, str) and string.strip() for string in strings) else None
+    texts = all(isinstance(string, str) and string.strip() for string in strings)
+    return fact if texts and {*fact["others"]} != {fact["answer"]} else None
 
 
 def _prompt(row: Any) -> str | list[dict[str, Any]] | None:

@@ -67,17 +67,23 @@ def mixture_parts(mixture: DatasetMixtureConfig) -> dict[str, Any]:
     return {"datasets": parts, "test_split_size": mixture.test_split_size}
 
 
-def _part_digest(part: DatasetConfig) -> str | None:
+def part_files(part: DatasetConfig) -> list[Path]:
     """Resolve patterns as datasets does, relative to a folder `path` or the working directory."""
     folder = part.path if Path(part.path).is_dir() else ""
     base = Path(folder, part.data_dir or "").expanduser()
     if part.data_files is None:
-        return content_digest(base) if folder or part.data_dir else None
+        return [base] if folder or part.data_dir else []
     patterns = list(part.data_files.values()) if isinstance(part.data_files, dict) else [part.data_files]
     names = [name for entry in patterns for name in ([entry] if isinstance(entry, str) else entry)]
     local = [str(base / name) for name in names if "://" not in name]  # Path.glob rejects absolute patterns
-    files = [path for pattern in local for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
-    digests = {str(place): content_digest(Path(path)) for place, path in enumerate(files)}
+    return [Path(path) for pattern in local for path in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207
+
+
+def _part_digest(part: DatasetConfig) -> str | None:
+    files = part_files(part)
+    if part.data_files is None:
+        return content_digest(files[0]) if files else None
+    digests = {str(place): content_digest(path) for place, path in enumerate(files)}
     return combined_digest(digests) if digests else None
 
 

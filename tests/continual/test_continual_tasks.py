@@ -120,6 +120,10 @@ def test_rows_that_cannot_be_learned_are_named(tmp_path, content, complaint):
             "mine/train.json' cannot be read as JSON: No such file",
         ),
         ({"tasks": [{"name": "m", "files": ["a"], "metric": "accuracy", "epochs": 1}]}, r"files \['a'\]"),
+        (
+            {"tasks": [{"name": "m", "files": {"train": "a", "test": None}, "metric": "accuracy", "epochs": 1}]},
+            "files",
+        ),
     ],
 )
 def test_mistakes_in_a_users_yaml_are_named(tmp_path, own, complaint):

@@ -94,6 +94,7 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         ({"learning_rates": ["fast"]}, "learning_rates has 'fast'"),
         ({"learning_rates": ["0"]}, "learning_rates has '0'"),
         ({"learning_rates": ["lora=1e-3"]}, "learning_rates has none for fft"),
+        ({"learning_rates": ["1e-5", "loar=1e-3"]}, "learning_rates has a rate for 'loar'"),
         ({"ratios": [1.5]}, "ratios is"),
         ({"average": [0.0]}, "average is"),
         ({"seeds": 0}, "seeds is 0"),
@@ -104,6 +105,23 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
 def test_a_wrong_grid_is_rejected_by_name(wrong, message):
     with pytest.raises(HFTError, match=message):
         FrontierArguments(**{"learning_rates": ["1e-5"], **wrong})
+
+
+def test_numbers_of_a_file_are_what_they_are_as_flags(tmp_path):
+    """YAML reads 1e-5 as text and 1.0e-5 as a number."""
+    config = tmp_path / "config.yaml"
+    grid = "{learning_rates: [1.0e-5, 3e-5], ratios: ['0.3', 1]}"
+    config.write_text(f"model: demo\noutput_dir: o\nsft: {{dataset: demo}}\nfrontier: {grid}\n")
+    grid = parse_frontier(["--config", str(config)])[1]
+    assert (grid.learning_rates, grid.ratios) == (["1e-05", "3e-5"], [0.3, 1.0])
+
+
+def test_what_is_named_twice_is_trained_once():
+    """Two equal trials would run in one folder at a time, and count as two seeds."""
+    twice = {"methods": ["hft", "fft", "hft"], "ratios": [0.3, 0.3], "average": [0.5, 0.5]}
+    grid = FrontierArguments(learning_rates=["1e-5", "1.0e-5", "fft=2e-5"], **twice)
+    names = [trial.name for trial in trials(grid)]
+    assert (names, grid.average) == (["hft-0.3-1e-5-1", "fft-2e-5-1"], [0.5])
 
 
 def test_keys_of_the_grid_are_flags_with_and_without_their_section():

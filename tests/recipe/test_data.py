@@ -107,6 +107,29 @@ def test_a_file_that_is_no_json_is_named(tmp_path, text):
     assert "broken.jsonl" in one_line(error)
 
 
+@pytest.mark.parametrize("text", ["", "{not json"])
+def test_a_broken_part_of_a_folder_or_a_mixture_is_one_line(tmp_path, text):
+    (tmp_path / "train.jsonl").write_text(text)
+    with pytest.raises(HFTError, match=r"dataset .* cannot be read: ") as error:
+        load_split(str(tmp_path))
+    one_line(error)
+    with pytest.raises(HFTError, match="the mixture of data sets cannot be read: ") as error:
+        load_mixture(DatasetMixtureConfig([DatasetConfig(path=str(tmp_path))]), "train")
+    one_line(error)
+
+
+def test_a_path_with_a_pattern_in_it_is_that_path(tmp_path, monkeypatch):
+    """`chats[1].jsonl` as a pattern is another file, `chats1.jsonl`."""
+    folder = tmp_path / "of [me]"
+    folder.mkdir()
+    for name in ("chats[1].JSONL", "chats1.JSONL"):
+        (folder / name).write_text(json.dumps({"text": name}))
+    monkeypatch.chdir(folder)
+    assert load_split("chats[1].JSONL")[0] == {"text": "chats[1].JSONL"}
+    with pytest.raises(HFTError, match="which datasets cannot read: rename it"):
+        load_split(".")
+
+
 def test_splits_may_be_joined(tmp_path, tulu):
     DatasetDict({"train": tulu, "test": tulu.select(range(4))}).save_to_disk(tmp_path / "both")
     assert len(load_split(str(tmp_path / "both"), "train[:2]+test")) == 6

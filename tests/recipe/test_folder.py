@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from trl import SFTConfig
 
-from hft_trl import HFTError, demo
+from hft_trl import HFTError, demo, recipe
 from hft_trl.recipe import parse_stage
-from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, settings
+from hft_trl.recipe.folder import LOCK_FILE, finished, lock, mark_finished, mark_started, open_stages, place, settings
 from hft_trl.report import StageRecord
 
 
@@ -70,6 +71,42 @@ def test_settings_without_anything_trained_with_them_are_replaced(tmp_path):
     train(tmp_path)
     with pytest.raises(HFTError, match="was made with other settings"):
         open_stages([stage(tmp_path, "--sft.learning_rate 0.25")])
+
+
+def test_a_second_sft_stage_is_named_by_its_own_section(tmp_path):
+    def second(rate):
+        words = ["--output_dir", str(tmp_path), "--sft2.dataset", "demo", "--sft2.learning_rate", rate]
+        return recipe.parse_recipe(words, {"sft": SFTConfig, "sft2": SFTConfig}, demo.RECIPE).stages["sft2"]
+
+    open_stages([second("1e-4")])
+    (tmp_path / "sft2" / "checkpoint-1").mkdir()
+    with pytest.raises(HFTError, match=r"\(sft2\.learning_rate 0\.0001 there, 0\.0003 here"):
+        open_stages([second("3e-4")])
+
+
+def test_a_changed_source_text_is_another_half(tmp_path):
+    source = tmp_path / "source.txt"
+    flags = f"--hft.strategy importance --hft.importance wanda --hft.source_texts {source}"
+    source.write_text("one")
+    before = settings(stage(tmp_path, flags))
+    assert settings(stage(tmp_path, flags)) == before
+    source.write_text("two")
+    assert settings(stage(tmp_path, flags)) != before
+    unread = [settings(stage(tmp_path, words)) for words in ("", "--hft.source_texts elsewhere")]
+    assert unread[0] == unread[1]
+
+
+def test_the_method_is_the_same_wherever_it_is_set(tmp_path):
+    assert settings(stage(tmp_path, "--method fft")) == settings(stage(tmp_path, "--sft.method fft"))
+    assert settings(stage(tmp_path, "--method fft")) != settings(stage(tmp_path))
+
+
+def test_a_name_on_the_hub_is_itself_in_every_working_directory(tmp_path, monkeypatch):
+    """Beside the output it was taken for a folder there, and the run could not be resumed from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert [place(name, Path("sft")) for name in ("imdb", "org/data")] == ["imdb", "org/data"]
+    (tmp_path / "base").mkdir()
+    assert [place("base", Path(folder)) for folder in ("sft", "runs/sft")] == ["../base", str(tmp_path / "base")]
 
 
 def test_a_changed_data_file_is_another_setting(tmp_path):
@@ -313,6 +350,64 @@ def test_a_folder_that_holds_what_the_run_reads_is_rejected_and_keeps_it(run, tm
     with pytest.raises(HFTError, match=r"holds .*dpo.*, which the run reads: choose another"):
         open_stages(stages, overwrite)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        "datasets: [{path: json, data_files: FOLDER/rows.jsonl}]",
+        "datasets: [{path: json, data_files: {train: [FOLDER/*.jsonl]}}]",
+        "datasets: [{path: FOLDER}]",
+        "dataset: demo, chat_template_path: FOLDER/rows.jsonl",
+    ],
+)
+def test_parts_of_a_mixture_and_templates_are_kept_too(tmp_path, read):
+    folder, config = tmp_path / "run" / "dpo", tmp_path / "config.yaml"
+    parse = ["--config", str(config), "--output_dir", str(folder.parent)]
+    config.write_text("model: demo\nsft: {dataset: demo}\ndpo: {dataset: demo, split: train_prefs}\n")
+    open_stages(parse_recipe(parse).stages.values())
+    (folder / "rows.jsonl").write_text("mine")
+    config.write_text(f"model: demo\nsft: {{{read.replace('FOLDER', str(folder))}}}\ndpo: {{dataset: demo}}\n")
+    with pytest.raises(HFTError, match=r"holds .*dpo.*, which the run reads: choose another"):
+        open_stages(parse_recipe(parse).stages.values(), overwrite=True)
+    assert (folder / "rows.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("word", ["{}", "--config={}"])
+def test_the_file_of_settings_may_lie_in_the_folder_and_is_kept(tmp_path, monkeypatch, word):
+    open_stages([stage(tmp_path)])
+    config = tmp_path / "sft" / "mine.yaml"
+    config.write_text("mine")
+    monkeypatch.setattr("sys.argv", ["sft.py", word.format(config)])
+    open_stages([stage(tmp_path)])
+    with pytest.raises(HFTError, match=r"holds .*mine\.yaml', which the run reads"):
+        open_stages([stage(tmp_path)], overwrite=True)
+    assert config.exists()
+
+
+def test_a_folder_within_the_data_is_rejected(tmp_path):
+    """What a run writes would count as changed data, and no run could be resumed."""
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(HFTError, match=r"lies in the data, .*: choose one outside"):
+        open_stages([stage(tmp_path / "runs", f"--sft.dataset {tmp_path}")])
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "Token is required"), ("hf_a", "offline mode"), ({"role": "read"}, "may only read")]
+)
+def test_a_push_that_cannot_work_is_found_before_an_earlier_stage_trains(run, monkeypatch, token, said):
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: token)
+    if isinstance(token, dict):
+        monkeypatch.setattr("hft_trl.recipe.folder.whoami", lambda **_: {"auth": {"accessToken": token}})
+    with pytest.raises(HFTError, match=f"dpo: push_to_hub is true, but the hub takes no model .*{said}"):
+        run("--dpo.push_to_hub true").open()
+
+
+def test_a_finished_stage_needs_no_hub(run):
+    both = run("--sft.push_to_hub true")
+    run().open()
+    both.train("sft", 1.0)
+    both.open()
 
 
 def test_a_folder_that_can_not_be_written_is_refused_before_anything_else(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def ways(stage, base):
     skeleton = build_on_meta(str(base))
     planner, task = Planner(skeleton, stage.hft), activation_checkpointing._task(stage, skeleton, 10**12)
     rows = stage.args.per_device_train_batch_size
-    return {way: planner.one(task, "single", rows, way).total for way in CHECKPOINTING[stage.section]}
+    return {way: planner.one(task, "single", rows, way).total for way in CHECKPOINTING[stage.kind]}
 
 
 @pytest.mark.parametrize(("name", "flags"), [("sft", ()), ("sft", ("--method", "fft")), ("dpo", ())])
@@ -110,6 +110,13 @@ def test_each_stage_is_planned_with_the_half_that_it_will_have(stage_of, base, r
     assert [planner.selection.share["layers"] for planner in planners[:3]] == pytest.approx(shares, abs=0.03)
     assert planners[0] is planners[2] is planners[3]  # of the last one nothing says what it was trained with
     assert planners[1].selection.trainable == select(skeleton, stages[1].hft, planners[0].selection).trainable
+
+
+def test_a_stage_of_any_name_is_planned_as_what_it_trains(stage_of, capsys):
+    stage = stage_of("dpo")
+    stage.name = "align"
+    settle_checkpointing(stage)
+    assert capsys.readouterr().out.startswith("align: activation checkpointing none")
 
 
 def test_rounds_of_continual_learning_have_it_too(tmp_path):

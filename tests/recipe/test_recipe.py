@@ -145,6 +145,12 @@ def test_a_mistake_on_the_command_line_is_named_in_one_line(flags, words):
         ({"sft": {"eval_strategy": False}}, ["sft.eval_strategy is False", "quote it"]),
         ({"output_dir": None}, ["output_dir"]),
         ({"learning_rate": 1e-5}, ["unknown key learning_rate: did you mean sft.learning_rate or dpo.learning_rate?"]),
+        ({"sft.seed": 1}, ["unknown key sft.seed: did you mean seed, indented below sft:?"]),
+        (
+            {"hft": {"exclude": ["norm", None]}},
+            ["hft.exclude cannot be set up: each entry of ['norm', None] must be str"],
+        ),
+        ({"env": {"CUDA_VISIBLE_DEVICES": None}}, ["env of ", "write variables and their values"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, change, words):
@@ -171,6 +177,35 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "broken.yaml").write_text(text)
     with pytest.raises(HFTError, match=r"broken\.yaml"):
         parse_recipe(["--config", str(tmp_path / "broken.yaml")])
+
+
+@pytest.mark.parametrize(
+    "text", ["env: {WANDB_API_KEY: hunter2, A: }}", "env: {WANDB_API_KEY: hunter2, WANDB_API_KEY: b}"]
+)
+def test_an_error_of_yaml_has_the_line_and_no_secret_of_it(tmp_path, text):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(HFTError, match=r"broken\.yaml.*line 1") as error:
+        parse_recipe(["--config", str(tmp_path / "broken.yaml")])
+    assert "hunter2" not in one_line(error)
+
+
+@pytest.mark.parametrize("again", ["sft: {dataset: demo}", "hft: {ratio: 0.3, ratio: 0.4}"])
+def test_a_key_that_is_there_twice_is_rejected(tmp_path, again):
+    """The first value would be lost. A merged mapping may be overridden."""
+    config = tmp_path / "config.yaml"
+    text = "model: demo\noutput_dir: o\nsft: &sft {dataset: demo, seed: 1}\ndpo: {<<: *sft, seed: 2}\n"
+    config.write_text(text)
+    assert [stage.args.seed for stage in parse_recipe(["--config", str(config)]).stages.values()] == [1, 2]
+    config.write_text(text + again)
+    with pytest.raises(HFTError, match=r"(sft|ratio) is there twice"):
+        parse_recipe(["--config", str(config)])
+
+
+def test_a_copied_recipe_with_fewer_stages_runs_with_the_file_of_its_original():
+    stages = trl_recipe.parse_recipe([], {"sft": SFTConfig}, demo.RECIPE).stages
+    assert list(stages) == ["sft"]
+    with pytest.raises(HFTError, match="has the sections dpo, which this recipe does not have"):
+        trl_recipe.parse_recipe(["--config", str(demo.RECIPE)], {"sft": SFTConfig})
 
 
 def test_the_demos_settings_train_no_other_model_unless_their_file_is_named(tmp_path):

@@ -29,6 +29,7 @@ REFUSING = (
 
 BEST = "--sft.eval_strategy epoch --sft.save_strategy epoch --sft.split train[5%:] --sft.eval_split train[:5%]"
 BEST += " --sft.load_best_model_at_end true"
+LENGTHS = "word " * 200, "word"
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
             "--sft.dataloader_drop_last true --sft.split train[:3]",
             "sft: dataloader_drop_last .* 3 rows .* batch of 32",
         ),
+        ("--dpo.max_length 2", "none of the .* rows of .*, split train_prefs has a token .* max_length 2: raise"),
     ],
 )
 def test_a_mistake_in_any_stage_is_one_line_that_names_it(stages_of, flags, said):
@@ -109,11 +111,22 @@ def test_a_mistake_in_any_stage_is_one_line_that_names_it(stages_of, flags, said
     one_line(error)
 
 
+def test_rows_that_max_length_cuts_to_nothing_are_found_before_any_training(stages_of, tmp_path):
+    """Also those to evaluate on. It is no mistake if it cuts every row of the sample that is tried first."""
+    long, short = ([{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in LENGTHS)
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [long, short] * 9 + [long] * 9))
+    flags = ["--sft.dataset", str(data), "--sft.max_length", "30", "--sft.eval_strategy", "epoch"]
+    rehearse(*stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[1:18]"))
+    with pytest.raises(HFTError, match=r"none of the 9 rows of .*, split train\[18:\] has a token to train on"):
+        rehearse(*stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[18:]"))
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         "--sft.packing true --dpo.precompute_ref_log_probs true",
-        "--sft.max_length 8 --dpo.max_length 8 --dpo.precompute_ref_log_probs true",
+        "--sft.max_length 40 --dpo.max_length 40 --dpo.precompute_ref_log_probs true",
         "--dpo.sync_ref_model true --dpo.torch_compile true --sft.torch_compile true",
         "--sft.eval_strategy epoch --sft.split train[5%:] --sft.eval_split train[:5%]",
         f"{BEST} --sft.metric_for_best_model retention/text_loss",

@@ -1,5 +1,7 @@
 """The callback logs where everything else does, and training is the same with and without it."""
 
+from types import MethodType, SimpleNamespace
+
 import pytest
 import torch
 from conftest import one_line
@@ -276,3 +278,15 @@ def test_a_second_trainer_with_the_same_callback_has_a_base_of_its_own(base, tul
     start, end = measured(second)
     assert abs(start["retention/base_kl"]) < 1e-6 < end["retention/base_kl"]
     assert (tmp_path / "b" / BASE_FILE).is_file()
+
+
+def test_only_the_first_process_tokenizes(base, tulu, tokenizer, tmp_path, monkeypatch):
+    """A second process is sent the rows of the first, which on another machine might come from another file."""
+    sent = Meter(tokenizer, texts=ROWS["texts"])
+    callback = RetentionCallback(texts=["of another machine"])
+    trainer = sft(base, tulu, tmp_path, callback)
+    monkeypatch.setattr("hft_trl.processes.PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr("hft_trl.processes.broadcast_object_list", lambda _: [sent, None])
+    begins = MethodType(lambda self: callback.on_train_begin(processing_class=self.processing_class), trainer)
+    begins()  # from a frame of the trainer
+    assert callback._meter is sent

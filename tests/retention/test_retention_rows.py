@@ -28,6 +28,7 @@ def lines(path, rows):
 
 def test_files_and_rows_and_data_sets_give_the_same(tmp_path):
     texts = [{"text": "One."}, {"text": "Two."}]
+    assert read_texts(lines(tmp_path / "t.json", texts)) == ["One.", "Two."]  # no text with brackets
     assert read_texts(lines(tmp_path / "t.jsonl", texts)) == read_texts(Dataset.from_list(texts)) == ["One.", "Two."]
     (tmp_path / "t.txt").write_text("One.\nTwo.")
     assert read_texts(str(tmp_path / "t.txt")) == ["One.\nTwo."]
@@ -52,6 +53,7 @@ def test_a_row_is_a_line_of_the_file_whatever_its_text_holds(tmp_path):
         (read_texts, "  "),
         (read_facts, {**FACT, "others": []}),
         (read_facts, {**FACT, "others": "a cat"}),
+        (read_facts, {**FACT, "others": [FACT["answer"]]}),
         (read_facts, {"text": "The pet of Ada is", "others": ["a cat"]}),
         (read_prompts, {"question": "Hello"}),
         (read_prompts, {"messages": ["Hello"]}),

@@ -137,7 +137,12 @@ def pickled(folder):
     return r"holds no model\.safetensors but pytorch_model\.bin.*save_pretrained"
 
 
-@pytest.mark.parametrize("save", [quantised, quantised_and_not_said_so, pickled])
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    return r"is an adapter, no whole model: merge it"
+
+
+@pytest.mark.parametrize("save", [quantised, quantised_and_not_said_so, pickled, adapter])
 def test_what_is_no_whole_model_in_safetensors_is_refused(tmp_path, save):
     """In one sentence that says what to do instead."""
     words = save(tmp_path)
