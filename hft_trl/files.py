@@ -100,7 +100,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if again := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{again[0][1]} is there twice, in line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"{again[0][1]} occurs twice, in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)
 
 

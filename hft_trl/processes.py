@@ -41,7 +41,7 @@ def all_see(file: Path | None) -> bool:
 
 
 def by_first_process(work: Callable[[], Result]) -> Result:
-    """Run `work` in the first process while all wait, which get its result or [`HFTError`]. All have to call it."""
+    """Run `work` in the first process, and return its result or raise its [`HFTError`] in every process."""
     outcome: list[Any] = [None, None]  # the result, and the message of an error
     if PartialState().is_main_process:
         try:

@@ -95,8 +95,8 @@ class ResumableMixin:
         if lacking:
             raise HFTError(
                 f"the checkpoint holds no weights named {lacking[0]} (and {len(lacking) - 1} others of the model), "
-                "which would stay those of the start model: train into another output_dir, starting from the "
-                "checkpoint as a model if you like."
+                "which would stay those of the start model: train into another output_dir. The checkpoint "
+                "can be its start model."
             )
         super()._issue_warnings_after_load(load_result)
 

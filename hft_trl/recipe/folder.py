@@ -175,8 +175,8 @@ def _check_push(stage: "Stage") -> None:
             raise HFTError("its token may only read")
     except Exception as error:  # the hub's library and the one below it have errors of their own
         raise HFTError(
-            f"{stage.name}: push_to_hub is true, but the hub takes no model ({first_line(error)}): log in with a "
-            "token that may write, or set push_to_hub to false."
+            f"{stage.name}: push_to_hub is true, but no model can be pushed ({first_line(error)}): log in with "
+            "a token that may write, or set push_to_hub to false."
         ) from error
 
 

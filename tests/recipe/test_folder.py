@@ -399,7 +399,7 @@ def test_a_push_that_cannot_work_is_found_before_an_earlier_stage_trains(run, mo
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: token)
     if isinstance(token, dict):
         monkeypatch.setattr("hft_trl.recipe.folder.whoami", lambda **_: {"auth": {"accessToken": token}})
-    with pytest.raises(HFTError, match=f"dpo: push_to_hub is true, but the hub takes no model .*{said}"):
+    with pytest.raises(HFTError, match=f"dpo: push_to_hub is true, but no model can be pushed .*{said}"):
         run("--dpo.push_to_hub true").open()
 
 

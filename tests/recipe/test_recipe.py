@@ -197,7 +197,7 @@ def test_a_key_that_is_there_twice_is_rejected(tmp_path, again):
     config.write_text(text)
     assert [stage.args.seed for stage in parse_recipe(["--config", str(config)]).stages.values()] == [1, 2]
     config.write_text(text + again)
-    with pytest.raises(HFTError, match=r"(sft|ratio) is there twice"):
+    with pytest.raises(HFTError, match=r"(sft|ratio) occurs twice"):
         parse_recipe(["--config", str(config)])
 
 
