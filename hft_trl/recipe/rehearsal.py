@@ -19,7 +19,7 @@ import torch
 from accelerate.logging import MultiProcessAdapter
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import send_to_device
-from datasets import Dataset
+from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -239,7 +239,7 @@ def _naming(stage: Stage, what: str, *names: str) -> Iterator[None]:
 def _unnoticed() -> Iterator[None]:
     """Run code as if in a process of its own, and restore output, seeds, states and environment."""
     verbosity, disabled = transformers_logging.get_verbosity(), logging.root.manager.disable
-    seeds = random.getstate(), np.random.get_state()
+    seeds, caching = (random.getstate(), np.random.get_state()), is_caching_enabled()
     gpus = torch.accelerator.device_count()
     device_type = torch.accelerator.current_accelerator().type if gpus else "cuda"
     with ExitStack() as stack:
@@ -254,9 +254,12 @@ def _unnoticed() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith(LAUNCHED) and name != "ACCELERATE_TORCH_DEVICE"]:
             del os.environ[name]
         logging.disable(logging.CRITICAL)
+        disable_caching()  # the temporary folder in the arguments makes each rehearsal's rows new to the cache
         try:
             yield
         finally:
+            if caching:
+                enable_caching()
             random.setstate(seeds[0])
             np.random.set_state(seeds[1])
             logging.disable(disabled)

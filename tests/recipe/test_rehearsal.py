@@ -5,13 +5,14 @@ import os
 import random
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from conftest import one_line, parse_recipe
-from datasets import Dataset
+from datasets import Dataset, is_caching_enabled
 from transformers import AutoConfig
 from transformers.utils import logging
 from trl import SFTConfig
@@ -59,14 +60,18 @@ def state_of_the_process():
         dict(os.environ),
         signal.getsignal(signal.SIGTERM),
         logging.get_verbosity(),
+        is_caching_enabled(),
         dict(PartialState._shared_state),
         dict(AcceleratorState._shared_state),
     )
 
 
 def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
-    """Seeds, environment, signals, states and arguments are as before, nothing is printed, and no folder is made."""
-    stages, tokenizer = stages_of("--sft.report_to", "tensorboard", "--dpo.loss_type", "ipo")
+    """State of the process and arguments are as before, nothing is printed, no folder or file of a cache is made."""
+    flags = "--sft.report_to tensorboard --dpo.loss_type ipo --sft.max_length 64 --dpo.max_length 64"
+    stages, tokenizer = stages_of(*flags.split())
+    caches = {Path(file["filename"]).parent for stage in stages for file in stage.train_dataset.cache_files}
+    cached = [sorted(cache.iterdir()) for cache in caches]
     arguments = [str(vars(stage.args)) for stage in stages]
     template, pad = tokenizer.chat_template, tokenizer.pad_token
     before = state_of_the_process()
@@ -76,6 +81,8 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
     assert [str(vars(stage.args)) for stage in stages] == arguments
     assert (tokenizer.chat_template, tokenizer.pad_token) == (template, pad)
     assert not (tmp_path / "run").exists()
+    assert cached
+    assert [sorted(cache.iterdir()) for cache in caches] == cached
     assert capfd.readouterr() == ("", "")
 
 
