@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
-from hft_trl.checkpoints import moving_reference, whole
+from hft_trl.checkpoints import generations, moving_reference, whole
 from hft_trl.checkpoints.preemption import StopAtStepEnd
 from hft_trl.errors import HFTError
 
@@ -64,6 +64,8 @@ class ResumableMixin:
                 checkpoint, here = os.fspath(checkpoint), whole.layout(self)
                 whole.check_whole(checkpoint, here["processes"], here["backend"])
                 whole.check_layout(checkpoint, here, any_batch=self.args.auto_find_batch_size)
+            generations.check(self.args, checkpoint)
+            if checkpoint is not None:
                 ends.enter_context(whole.resuming(self, checkpoint))
                 moving_reference.load(self, checkpoint)
             return super().train(checkpoint, *args, **kwargs)
