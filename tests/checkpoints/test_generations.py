@@ -55,5 +55,5 @@ def test_a_run_resumes_exactly_where_completions_are_generated_and_nowhere_else(
     with pytest.raises(HFTError, match=r"checkpoint-3 is of step 3 .*2 steps train on the same .* multiple of 2") as e:
         trained(kind, config, base, tmp_path / "d", tmp_path / "c" / "checkpoint-3", **settings)
     one_line(e)
-    with pytest.raises(HFTError, match="save_steps is 3 .* set it to a multiple of 2"):
+    with pytest.raises(HFTError, match=r"save_steps is 3 .* set it to a multiple of 2"):
         trained(kind, config, base, tmp_path / "d", **settings, save_steps=3)
