@@ -157,7 +157,7 @@ def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
     if selection is None or not selection.start_model or not selection.start_model["weights_digest"]:
         return None
     # The start model was hashed in the type of training
-    held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.parameters, torch.float32)]
+    held = [after.dtypes, before.dtypes, dict.fromkeys(after.parameters, torch.float32)]
     distinct = [dtypes for number, dtypes in enumerate(held) if dtypes not in held[:number]]
     return any(before.digest(dtypes) == selection.start_model["weights_digest"] for dtypes in distinct)
 
@@ -198,7 +198,7 @@ def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> Mo
         return change(old[frozen_elements], new[frozen_elements]).moved > 0
 
     def types(saved: SavedModel) -> str:
-        return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
+        return " and ".join(sorted({short(saved.dtypes[name]) for name in frozen or after.parameters}))
 
     units = find_units(after.skeleton)
     totals = [Change.total(part for name in unit.names for part in changes[name]) for unit in units]

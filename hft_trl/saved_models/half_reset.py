@@ -64,7 +64,7 @@ def reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfi
         )
     before, after, out = open_models(base, tuned, out)
     selection = draw(after, config)
-    stays, old, new = set(selection.trainable), before.dtypes(), after.dtypes()
+    stays, old, new = set(selection.trainable), before.dtypes, after.dtypes
     for name in after.parameters:
         if name not in stays and rounds(old[name], new[name]):
             raise HFTError(
@@ -89,7 +89,7 @@ def write_half(
     before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None
 ) -> tuple[Selection, int]:
     """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
-    start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
+    start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes)}
     selection = dataclasses.replace(half, start_model=start)
     text = (
         f"A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def after_two_stages(base, tmp_path) -> str:
     before = SavedModel(trained(tiny_llama(64), tmp_path / "run", name="first"))
     model = AutoModelForCausalLM.from_pretrained(first)
     trained(model, tmp_path / "run", HFTConfig(seed=7), "second")
-    start = {"name_or_path": str(first), "weights_digest": before.digest(before.dtypes())}
+    start = {"name_or_path": str(first), "weights_digest": before.digest(before.dtypes)}
     dataclasses.replace(Selection.load(second), start_model=start).save(second)
     return str(second)
 
@@ -283,6 +284,19 @@ def test_models_that_are_not_alike_are_an_error_before_anything_is_compared(base
     tiny_llama(65).save_pretrained(tmp_path / "other")
     with pytest.raises(HFTError, match="65"):
         compare(base, [trained(tiny_llama(64), tmp_path), str(tmp_path / "other")])
+
+
+def test_a_tensor_is_read_a_few_times_however_many_there_are(base, tmp_path, monkeypatch):
+    """Not once for each frozen parameter: with the experts of a mixture that takes hours."""
+    tuned, tensor, reads = trained(tiny_llama(64), tmp_path), SavedModel.tensor, Counter()
+
+    def counted(saved, key):
+        reads[saved.name, key] += 1
+        return tensor(saved, key)
+
+    monkeypatch.setattr(SavedModel, "tensor", counted)
+    (diff,) = compare(base, [tuned])
+    assert max(reads.values()) < len(diff.frozen) / 2
 
 
 def test_json_holds_every_figure_and_no_infinity(base, tmp_path):
