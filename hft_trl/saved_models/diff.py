@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.errors import HFTError
+from hft_trl.report.layer_map import category_rank
 from hft_trl.saved_models.saved_model import SavedModel, short
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Unit, find_units
+from hft_trl.selection import Selection, Unit, find_units
 from hft_trl.selection.previous import selection_of
 from hft_trl.weights import CHUNK
 
@@ -129,10 +130,9 @@ class ModelDiff:
             categories.setdefault(unit.category, []).append(moved)
             if unit.layer is not None:
                 cells.setdefault((unit.layer, unit.category), []).append(moved)
-        order = [name for name in (*LAYER_CATEGORIES, *OUTER_CATEGORIES) if name in categories]
         return (
             {place: Change.total(parts) for place, parts in sorted(cells.items())},
-            {name: Change.total(categories[name]) for name in order},
+            {name: Change.total(categories[name]) for name in sorted(categories, key=category_rank)},
         )
 
 

@@ -167,6 +167,16 @@ def test_only_what_is_new_is_asked(measured, tmp_path):
     assert [path for path in written if path.stat().st_mtime_ns != written[path]] == [torn]
 
 
+def test_a_task_that_runs_code_is_asked_only_where_that_is_allowed(monkeypatch, tmp_path):
+    knowledge, ability = SUITES["demo"]
+    monkeypatch.setitem(SUITES, "demo", (knowledge, replace(ability, runs_code=True)))
+    for run_code, skipped in ((False, list(ability.figures)), (True, [])):
+        found = evaluate_models({"demo": demo.MODEL}, ["demo"], limit=2, run_code=run_code, cache=tmp_path)
+        assert found.skipped == skipped
+        asked = set(found.scores["demo"]["demo"])
+        assert asked == {*knowledge.figures, *ability.figures} - set(skipped)
+
+
 def test_torchs_randomness_is_left_alone(tmp_path):
     """Though HumanEval samples from a seed."""
     state = torch.get_rng_state()
