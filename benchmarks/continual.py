@@ -36,7 +36,7 @@ from hft_trl.experiments.runner import Point, check_settings, result_file, run_p
 from hft_trl.files import replacing
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.figures import BLUE, GREY, ORANGE
+from hft_trl.report.figures import BLUE, GREY, ORANGE, panels
 from hft_trl.report.tables import Grid, rich_table, table
 
 if TYPE_CHECKING:
@@ -149,17 +149,11 @@ def mean_cell(values: Sequence[float]) -> str:
 
 def figure(runs: Iterable[Run], scores: Scores) -> "Figure":
     """A panel for each score with a bar for each run, every seed a point."""
-    from matplotlib.figure import Figure
-
     runs = [run for run in runs if scores.get(run.name)]
     shown = [key for key in MEASURED if key != "bwt_t_minus_1"]
-    drawing = Figure(figsize=(5.2 * len(shown), 4.4), layout="constrained")
-    for number, key in enumerate(shown, 1):
-        axes = drawing.add_subplot(1, len(shown), number)
+    drawing, drawn = panels(len(shown))
+    for key, axes in zip(shown, drawn, strict=True):
         axes.axhline(0, color="#999999", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-        axes.set_axisbelow(True)
         for place, run in enumerate(runs):
             values = [found[key] for found in scores[run.name].values() if key in found]
             if values:

@@ -95,11 +95,6 @@ class Setting:
             select(given["model"], half).apply(given["model"])
         return (SFTTrainer if sft else DPOTrainer)(**given)
 
-    def optimizer_tensors(self, trainer: SFTTrainer | DPOTrainer) -> list[torch.Tensor]:
-        """What the optimizer of this setting's trainer holds."""
-        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
-        return [value for value in state if isinstance(value, torch.Tensor)]
-
 
 def build(options: argparse.Namespace) -> PreTrainedModel:
     """The start model, the same at every call, made on the device."""
@@ -163,7 +158,6 @@ class Run:
         self.cuda = options.device == "cuda"
         if self.cuda:
             torch.cuda.empty_cache()
-        self.setting = setting
         handler = signal.getsignal(signal.SIGTERM)
         self.trainer = trainer = setting.make_trainer(options)
         # The handler of `enable_jit_checkpoint` holds its trainer for as long as the process lives
@@ -241,6 +235,7 @@ class Run:
                 loss = trainer.compute_loss(model, inputs)
             saved = sum(kept.values())
         trainer.accelerator.backward(loss)
+        state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
         own, trained = vars(trainer).get("ref_model"), [p for p in parameters if p.requires_grad]
         sizes = {
             "weight": sum(p.nbytes for p in parameters),
@@ -248,7 +243,7 @@ class Run:
             "trained": sum(p.nbytes for p in trained),
             "saved": saved,
             "gradient": sum(p.grad.nbytes for p in trained if p.grad is not None),
-            "optimizer": sum(tensor.nbytes for tensor in self.setting.optimizer_tensors(trainer)),
+            "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
             "trained_tensors": len(trained),
         }
         model.zero_grad()

@@ -78,15 +78,12 @@ class OLoRATrainer(AdapterTrainer):
             products = [(rows @ new[name].float().T).abs().sum() for name, rows in self._earlier.items()]
         return self._lambda * torch.stack(products).sum()
 
-    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the parent's loss. In training, the penalty is added once per optimizer step."""
-        found = super().compute_loss(model, *args, **kwargs)
-        if not model.training:
-            return found
+    def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the parent's loss in training, with the penalty once per optimizer step. There is no evaluation."""
         # With the number of tokens given, losses of micro-batches are summed and not averaged
         summed = kwargs.get("num_items_in_batch") is not None
         penalty = self.penalty() / (self.current_gradient_accumulation_steps if summed else 1)
-        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
+        return super().compute_loss(*args, **kwargs) + penalty
 
 
 def lora_config(lora: LoRAArguments) -> LoraConfig:

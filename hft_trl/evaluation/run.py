@@ -1,6 +1,5 @@
 """Evaluation of models on suites, with a cache of finished tasks, and greedy answers to prompts."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -21,10 +20,10 @@ from hft_trl.config import HFTConfig
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError, as_user_error, first_line
 from hft_trl.evaluation.scores import Evaluation, Score
-from hft_trl.evaluation.suites import SUITES, TASKS, Task, tasks_of
+from hft_trl.evaluation.suites import SUITES, TASKS, Task
 from hft_trl.files import check_output, read_object, write_json, writing
 from hft_trl.processes import by_first_process
-from hft_trl.saved_models.digests import model_digest
+from hft_trl.saved_models.digests import content_digest, model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.skeleton import check_folder
 from hft_trl.trainers.compatibility import check
@@ -96,7 +95,7 @@ def evaluate_models(
     is_main = state.is_main_process
     if is_main:
         check_output("--cache", cache)
-    chosen = tasks_of(suites, run_code)
+    chosen = {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}
     tasks = {task.name: task for members in chosen.values() for task in members}
     versions = {name: package_version(name) for name in MEASURED_WITH}
     digests = by_first_process(lambda: {name: model_digest(folder) for name, folder in models.items()})
@@ -178,12 +177,9 @@ def sample_answers(
 
 def _task_digest() -> str:
     """Return the SHA-256 (hex) of our tasks' files, grading code and probes."""
-    digest = hashlib.sha256()
-    here, world = Path(__file__).parent, Path(demo.__file__).parent
-    code = [here / "functions.py", here / "harness.py", world / "probes.py"]
-    for path in (*sorted(TASKS.iterdir()), *code, *sorted(demo.PROBES.iterdir())):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    here = Path(__file__).parent
+    code = (here / "functions.py", here / "harness.py", Path(demo.__file__).with_name("probes.py"))
+    return combined_digest([content_digest(source) for source in (TASKS, *code, demo.PROBES)])
 
 
 def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from hft_trl import demo
-from hft_trl.evaluation.suites import headings
+from hft_trl.evaluation.suites import SUITES
 from hft_trl.files import write_json, write_text, writing
 from hft_trl.report import Report
 from hft_trl.report.figures import save_figure
@@ -80,7 +80,7 @@ def as_report(evaluation: Evaluation) -> Report:
     """Return the scores as a run's report has them, where averages are named after their suite."""
     report = Report([], {model: {} for model in evaluation.models}, {model: {} for model in evaluation.models})
     for suite, found in evaluation.scores.items():
-        skipped = [heading for heading in evaluation.skipped if heading in headings(suite)]
+        skipped = [name for task in SUITES[suite] for name in task.figures if name in evaluation.skipped]
         average = f"{suite} {AVERAGE}" + (f" without {', '.join(skipped)}" if skipped else "")
         report.suites[suite] = [*found[evaluation.base], average]
         for model in evaluation.models:

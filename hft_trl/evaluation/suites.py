@@ -1,6 +1,5 @@
 """Suites of tasks of lm-evaluation-harness, with their prompts and scores."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,11 +60,3 @@ def parse_suites(names: str) -> list[str]:
     if find_spec("lm_eval") is None:
         raise HFTError("evaluation needs lm-eval: run pip install -c constraints.txt -e '.[eval]'.")
     return suites
-
-
-def headings(suite: str) -> list[str]:
-    return [heading for task in SUITES[suite] for heading in task.figures]
-
-
-def tasks_of(suites: Iterable[str], run_code: bool) -> dict[str, list[Task]]:
-    return {suite: [task for task in SUITES[suite] if run_code or not task.runs_code] for suite in suites}

@@ -80,7 +80,7 @@ def repair(
         for weight in logging.tqdm(options, desc="Averages", disable=None):
             name = {0: "base", 1: "tuned"}.get(weight, f"average {weight:g}")
             measure(name, weight)
-        if not any(rounds(before.dtypes()[name], dtype) for name, dtype in after.dtypes().items()):
+        if not any(rounds(before.dtypes[name], dtype) for name, dtype in after.dtypes.items()):
             measure(f"half-reset {half.config.ratio:g}", None)
     chosen = best(found, tolerance)
     names = {"base": base, "tuned": tuned, "tolerance": tolerance, "chosen": chosen["name"]}

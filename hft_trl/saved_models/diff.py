@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from hft_trl import demo
 from hft_trl.errors import HFTError
+from hft_trl.report.layer_map import category_rank
 from hft_trl.saved_models.saved_model import SavedModel, short
-from hft_trl.selection import LAYER_CATEGORIES, OUTER_CATEGORIES, Selection, Unit, find_units
+from hft_trl.selection import Selection, Unit, find_units
 from hft_trl.selection.previous import selection_of
 from hft_trl.weights import CHUNK
 
@@ -129,10 +130,9 @@ class ModelDiff:
             categories.setdefault(unit.category, []).append(moved)
             if unit.layer is not None:
                 cells.setdefault((unit.layer, unit.category), []).append(moved)
-        order = [name for name in (*LAYER_CATEGORIES, *OUTER_CATEGORIES) if name in categories]
         return (
             {place: Change.total(parts) for place, parts in sorted(cells.items())},
-            {name: Change.total(categories[name]) for name in order},
+            {name: Change.total(categories[name]) for name in sorted(categories, key=category_rank)},
         )
 
 
@@ -157,7 +157,7 @@ def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
     if selection is None or not selection.start_model or not selection.start_model["weights_digest"]:
         return None
     # The start model was hashed in the type of training
-    held = [after.dtypes(), before.dtypes(), dict.fromkeys(after.parameters, torch.float32)]
+    held = [after.dtypes, before.dtypes, dict.fromkeys(after.parameters, torch.float32)]
     distinct = [dtypes for number, dtypes in enumerate(held) if dtypes not in held[:number]]
     return any(before.digest(dtypes) == selection.start_model["weights_digest"] for dtypes in distinct)
 
@@ -198,7 +198,7 @@ def _compare(before: SavedModel, after: SavedModel, is_start: bool | None) -> Mo
         return change(old[frozen_elements], new[frozen_elements]).moved > 0
 
     def types(saved: SavedModel) -> str:
-        return " and ".join(sorted({short(saved.dtypes()[name]) for name in frozen or after.parameters}))
+        return " and ".join(sorted({short(saved.dtypes[name]) for name in frozen or after.parameters}))
 
     units = find_units(after.skeleton)
     totals = [Change.total(part for name in unit.names for part in changes[name]) for unit in units]

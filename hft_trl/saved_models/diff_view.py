@@ -125,7 +125,6 @@ def check_picture(path: str | Path) -> None:
 
 def write_picture(diffs: Sequence[ModelDiff], path: str | Path) -> None:
     """Draw heat maps of layers by modules, one for each model, on a common scale."""
-    check_picture(path)
     figure = change_figure([(plain(_title(diff, 32)), _unit_changes(diff)) for diff in diffs])
     if figure is None:
         raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no layer has a known change.")

@@ -25,6 +25,7 @@ from hft_trl.selection import SELECTION_FILE, Selection, select
 from hft_trl.weights import CHUNK, rounds
 
 COMPANIONS = (*FILES, utils.PROCESSOR_NAME, utils.FEATURE_EXTRACTOR_NAME)  # copied with the weights
+SEEDS = 100  # tried for another half than the one that was trained
 
 
 def half_reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfig | None = None) -> Selection:
@@ -64,7 +65,7 @@ def reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfi
         )
     before, after, out = open_models(base, tuned, out)
     selection = draw(after, config)
-    stays, old, new = set(selection.trainable), before.dtypes(), after.dtypes()
+    stays, old, new = set(selection.trainable), before.dtypes, after.dtypes
     for name in after.parameters:
         if name not in stays and rounds(old[name], new[name]):
             raise HFTError(
@@ -76,20 +77,24 @@ def reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfi
 
 def draw(after: SavedModel, config: HFTConfig) -> Selection:
     """Select what stays tuned: with the next seed if the model was trained with the same half."""
-    selection, root = select(after.skeleton, config), next(iter(after.files.values())).parent
-    trained = Selection.load(root) if (root / SELECTION_FILE).is_file() else None
-    while trained is not None and trained.trainable == selection.trainable and selection.frozen and config.ratio < 1:
+    root = next(iter(after.files.values())).parent
+    trained = Selection.load(root).trainable if (root / SELECTION_FILE).is_file() else None
+    for seed in range(config.seed, config.seed + SEEDS):
+        selection = select(after.skeleton, dataclasses.replace(config, seed=seed))
         # What would be set back was frozen in training, and nothing would change
-        config = dataclasses.replace(config, seed=config.seed + 1)
-        selection = select(after.skeleton, config)
-    return selection
+        if trained != selection.trainable or not selection.frozen or config.ratio == 1:
+            return selection
+    raise HFTError(
+        f"hft.ratio is {config.ratio}, at which {SEEDS} seeds select the half that {after.name!r} was trained with, "
+        "so nothing would change: choose another ratio."
+    )
 
 
 def write_half(
     before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None
 ) -> tuple[Selection, int]:
     """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
-    start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes())}
+    start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes)}
     selection = dataclasses.replace(half, start_model=start)
     text = (
         f"A random part of the parameters of `{after.name}` was set back to `{before.name}`, bit for bit; the rest is "

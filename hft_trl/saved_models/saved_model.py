@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,9 @@ class SavedModel:
             if theirs is not None and theirs.shape == ours.shape:
                 yield theirs, ours
 
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
+        """Types in the files, by parameter."""
         return {place.parameter: self.tensor(key).dtype for key, place in self.places.items()}
 
     def digest(self, dtypes: Mapping[str, torch.dtype]) -> str:

@@ -50,7 +50,8 @@ def shipped():
 
 
 def fine_tuning_texts() -> str:
-    return "".join(path.read_text(encoding="utf-8") for path in (demo.ASSETS / "data").rglob("*.jsonl"))
+    pairs = [gzip.decompress(path.read_bytes()).decode() for path in demo.DPO_DATA.glob("*.gz")]
+    return "".join([(demo.SFT_DATA / "train.jsonl").read_text(encoding="utf-8"), *pairs])
 
 
 def test_the_shipped_model_knows_at_least_99_percent_of_all_facts(shipped):

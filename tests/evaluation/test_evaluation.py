@@ -16,7 +16,6 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import PATIENCE, tiny_llama
-from matplotlib.container import BarContainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -167,6 +166,16 @@ def test_only_what_is_new_is_asked(measured, tmp_path):
     assert [path for path in written if path.stat().st_mtime_ns != written[path]] == [torn]
 
 
+def test_a_task_that_runs_code_is_asked_only_where_that_is_allowed(monkeypatch, tmp_path):
+    knowledge, ability = SUITES["demo"]
+    monkeypatch.setitem(SUITES, "demo", (knowledge, replace(ability, runs_code=True)))
+    for run_code, skipped in ((False, list(ability.figures)), (True, [])):
+        found = evaluate_models({"demo": demo.MODEL}, ["demo"], limit=2, run_code=run_code, cache=tmp_path)
+        assert found.skipped == skipped
+        asked = set(found.scores["demo"]["demo"])
+        assert asked == {*knowledge.figures, *ability.figures} - set(skipped)
+
+
 def test_torchs_randomness_is_left_alone(tmp_path):
     """Though HumanEval samples from a seed."""
     state = torch.get_rng_state()
@@ -270,17 +279,6 @@ def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "HumanEval was skipped" in out
     assert max(map(len, out.splitlines())) <= 80
-
-
-def test_bars_are_the_scores_with_their_errors():
-    evaluation = fake(["llama", "sft"])
-    (axes,) = evaluation_figure(as_report(evaluation)).axes
-    names = ["MMLU", "GSM8K", "general average", "TriviaQA", "knowledge average"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == names
-    bars = [container for container in axes.containers if isinstance(container, BarContainer)]
-    heights = [[bar.get_height() for bar in container] for container in bars]
-    assert heights == [[10, 11, 10.5, 10, 10], [20, 21, 20.5, 20, 20]]
-    assert all(container.errorbar is not None for container in bars)
 
 
 def test_an_unknown_suite_and_a_missing_harness_are_one_line(monkeypatch):

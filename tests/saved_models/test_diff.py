@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def after_two_stages(base, tmp_path) -> str:
     before = SavedModel(trained(tiny_llama(64), tmp_path / "run", name="first"))
     model = AutoModelForCausalLM.from_pretrained(first)
     trained(model, tmp_path / "run", HFTConfig(seed=7), "second")
-    start = {"name_or_path": str(first), "weights_digest": before.digest(before.dtypes())}
+    start = {"name_or_path": str(first), "weights_digest": before.digest(before.dtypes)}
     dataclasses.replace(Selection.load(second), start_model=start).save(second)
     return str(second)
 
@@ -285,6 +286,19 @@ def test_models_that_are_not_alike_are_an_error_before_anything_is_compared(base
         compare(base, [trained(tiny_llama(64), tmp_path), str(tmp_path / "other")])
 
 
+def test_a_tensor_is_read_a_few_times_however_many_there_are(base, tmp_path, monkeypatch):
+    """Not once for each frozen parameter: with the experts of a mixture that takes hours."""
+    tuned, tensor, reads = trained(tiny_llama(64), tmp_path), SavedModel.tensor, Counter()
+
+    def counted(saved, key):
+        reads[saved.name, key] += 1
+        return tensor(saved, key)
+
+    monkeypatch.setattr(SavedModel, "tensor", counted)
+    (diff,) = compare(base, [tuned])
+    assert max(reads.values()) < len(diff.frozen) / 2
+
+
 def test_json_holds_every_figure_and_no_infinity(base, tmp_path):
     """A change over a base of zeros, or of values that are not finite, has no figure: null."""
     model = tiny_llama(64, attention_bias=True)  # biases start at zero
@@ -355,9 +369,7 @@ def test_the_picture_shows_the_models_side_by_side_on_one_scale(base, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["file/diff.png", "diff.docx"])
-def test_a_picture_that_cannot_be_written_is_an_error(base, tmp_path, name):
+def test_a_picture_that_cannot_be_written_is_an_error(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(HFTError, match="plot"):
         check_picture(tmp_path / name)  # which the command asks before it compares
-    with pytest.raises(HFTError, match="plot"):
-        write_picture(compare(base, [trained(tiny_llama(64), tmp_path)]), tmp_path / name)

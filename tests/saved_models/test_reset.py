@@ -485,3 +485,13 @@ def test_a_model_of_the_same_half_is_reset_in_another_one(tmp_path, base):
     changed = sum(int((before[k] != after[k]).sum()) * after[k].element_size() for k in before)
     assert said == changed > 0
     assert f"{changed:,} bytes changed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_half_that_every_seed_selects_is_an_error(tmp_path):
+    """Such as a share below that of the smallest matrix, at which no matrix of the layers is selected."""
+    model, config = tiny_llama(64, num_hidden_layers=1), HFTConfig(ratio=0.01)
+    model.save_pretrained(tmp_path / "base")
+    moved(model).save_pretrained(tmp_path / "tuned")
+    select(model, config).save(tmp_path / "tuned")
+    with pytest.raises(HFTError, match=r"hft.ratio is 0.01, .* choose another ratio"):
+        half_reset(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", config)
