@@ -201,7 +201,7 @@ def _meter(stage: Stage) -> Meter:
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
     if isinstance(trainer, ResumableTrainer):
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(folder), _internal_call=True)  # with the start model's bits of a quantised half
+    trainer._save(str(folder))  # with the start model's bits of a quantised half
     found = evaluate_models({"model": folder}, parse_suites(suites))
     shutil.rmtree(folder)
     return {heading: score.value for scores in found.scores.values() for heading, score in scores["model"].items()}
