@@ -16,14 +16,9 @@ SHAPES = Path(__file__).parent / "shapes"
 """Configs of well-known models in folders `OWNER/NAME`, without weights or tokenizer, for use without a network."""
 
 
-def built_in() -> list[str]:
-    """Return the hub ids of the models in `SHAPES`, sorted."""
-    return sorted(str(path.parent.relative_to(SHAPES)) for path in SHAPES.glob("*/*/config.json"))
-
-
 def shape_of(model: str) -> str:
     """Return the folder of a built-in shape, `demo` or `smollm2`, else the folder or hub id itself."""
-    if model in built_in() and not Path(model).is_dir():
+    if (SHAPES / model / "config.json").is_file() and not Path(model).is_dir():
         return str(SHAPES / model)
     return demo.model_path(model)
 

@@ -190,7 +190,7 @@ def parse_continual(argv: list[str], default_config: str | Path | None = None, h
         if "tasks" in given:
             values[""].pop("benchmark", None)
     (run,) = parse_section("", (ContinualArguments,), values[""], flags[""])
-    check_evaluation(run, model)
+    check_evaluation("evaluate", run.evaluate, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (lora,) = parse_section("lora", (LoRAArguments,), values["lora"], flags["lora"])
     (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])

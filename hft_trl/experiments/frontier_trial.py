@@ -29,6 +29,7 @@ from hft_trl.recipe import Recipe, Stage, parse_recipe
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
+from hft_trl.recipe.recipe import check_evaluation
 from hft_trl.retention.meter import MEASURED, Meter
 from hft_trl.saved_models.digests import content_digest
 from hft_trl.selection import find_units, select
@@ -61,8 +62,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     """Check what all trials share before the first one runs, and return the commands of the trials, the base first."""
     stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
     check_tests()
-    if grid.tasks:
-        parse_suites(grid.tasks)
+    check_evaluation("tasks", grid.tasks, stage.model)
     adapters = [method for method in grid.methods if method in ADAPTERS]
     if adapters and find_spec("peft") is None:
         raise HFTError(f"{adapters[0]} needs peft: run pip install -c constraints.txt -e '.[frontier]'.")
@@ -150,9 +150,11 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
     if trial.method == "shira":
         return ResumableTrainer(**given, peft_config=ShiraConfig(r=grid.lora_rank, **common))
     if trial.method == "lora:ffn":
-        units = find_units(build_on_meta(stage.model.model_name_or_path, stage.model.model_revision))
+        model = stage.model
+        units = find_units(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code))
+        # Not the last parts alone: GPT-2's attention has a c_proj too
         slots = {unit.slot for unit in units if unit.layer is not None and unit.category == "feed_forward"}
-        common["target_modules"] = sorted(slot.rpartition(".")[2] for slot in slots)
+        common["target_modules"] = sorted(slots)
     adapter = LoraConfig(r=grid.lora_rank, lora_alpha=2 * grid.lora_rank, **common)
     return ResumableTrainer(**given, peft_config=adapter)
 
@@ -165,7 +167,7 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
     if trial.method in (BASE, *ADAPTERS) or not (grid.average or half_reset):
         return
     tuned = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
-    kwargs = stage.args.model_init_kwargs
+    kwargs = {"trust_remote_code": stage.model.trust_remote_code, **stage.args.model_init_kwargs}
     base = AutoModelForCausalLM.from_pretrained(stage.model.model_name_or_path, **kwargs)
     before = dict(base.named_parameters())
     for share in grid.average:
@@ -197,11 +199,9 @@ def _meter(stage: Stage) -> Meter:
 
 
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
-    model = trainer.model
     if isinstance(trainer, ResumableTrainer):
-        model = model.merge_and_unload()
-    model.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+        trainer.model = trainer.model.merge_and_unload()
+    trainer._save(str(folder))  # with the start model's bits of a quantised half
     found = evaluate_models({"model": folder}, parse_suites(suites))
     shutil.rmtree(folder)
     return {heading: score.value for scores in found.scores.values() for heading, score in scores["model"].items()}

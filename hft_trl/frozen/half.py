@@ -1,6 +1,5 @@
 """The half that must keep its bits: its fingerprints, and the interface of what stores it in another way."""
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -76,7 +75,7 @@ class Storage:
 
     Each method does nothing by default. A trainer calls them in this order: `settle` once, before anything has wrapped
     the policy; `before_training`, `training_begins` (policy and optimizer are wrapped) and `training_ends` in each
-    `train`; `check` and `saved` whenever the model is saved; `evaluating` around each evaluation step.
+    `train`; `check` and `saved` whenever the model is saved.
     """
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
@@ -99,7 +98,3 @@ class Storage:
     ) -> dict[str, torch.Tensor] | None:
         """Return the state dict to save into a folder in place of the given one; `None` stands for the model's own."""
         return state_dict
-
-    def evaluating(self, trainer: Any) -> AbstractContextManager:  # noqa: ARG002
-        """Return the context that an evaluation step needs."""
-        return nullcontext()

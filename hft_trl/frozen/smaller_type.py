@@ -1,7 +1,6 @@
 """The frozen half in a smaller type, and saving the tensors of the start model's file where memory holds others."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +108,6 @@ class SmallerType(SavedFromStart):
         self.note_names(policy)
         half.digests = half.digests | fingerprints(rounded.items())
         policy._hft_rounded = bool(rounded)
-
-    def evaluating(self, trainer: Any) -> AbstractContextManager:
-        """Return autocast: before `train` accelerate has not put it around a model with halves of two types."""
-        return trainer.accelerator.autocast()
 
 
 def kept_in_their_type(model: torch.nn.Module) -> set[int]:

@@ -105,10 +105,10 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
         if half and storage.frozen_quantization is None:
             changes += [frozen, {**frozen, **eight}, *([] if storage.frozen_dtype else [{**nf4, **eight}])]
     for change in changes:
-        changed = dataclasses.replace(storage, **change)
-        if changed != storage:
-            other = dataclasses.replace(task, storage=changed, layouts=(plan.layout,))
-            found.append((_flags(change), planner.one(other, plan.layout, plan.micro_batch, 1)))
+        other = dataclasses.replace(task, storage=dataclasses.replace(storage, **change), layouts=(plan.layout,))
+        smaller = planner.one(other, plan.layout, plan.micro_batch, 1)
+        if smaller.total not in (plan.total, *(known.total for _, known in found)):  # else a flag saves nothing
+            found.append((_flags(change), smaller))
     if any(other.fits for _, other in found):
         return found
     if half and task.gpus == 1:

@@ -61,7 +61,7 @@ def parse_recipe(
         example = "qwen3-4b" if "dpo" in stages else "frontier-smollm2"
         check_defaults_model(values["model"], model, f"recipes/configs/{example}.yaml")
     (run,) = parse_section("", (RunArguments,), values[""], flags[""])
-    check_evaluation(run, model)
+    check_evaluation("evaluate", run.evaluate, model)
     (hft,) = parse_section("hft", (HFTConfig,), values["hft"], flags["hft"])
     (retention,) = parse_section("retention", (RetentionArguments,), values["retention"], flags["retention"])
     parsed: dict[str, Stage] = {}
@@ -115,11 +115,11 @@ def check_defaults_model(default: dict[str, Any], model: ModelArguments, example
         )
 
 
-def check_evaluation(run: RunArguments, model: ModelArguments) -> None:
-    """Check that the suites of `run.evaluate` exist, are installed, and can be run on the model."""
-    if run.evaluate and parse_suites(run.evaluate) and model.trust_remote_code:
+def check_evaluation(setting: str, suites: str | None, model: ModelArguments) -> None:
+    """Check that the suites of a setting exist, are installed, and can be run on the model."""
+    if suites and parse_suites(suites) and model.trust_remote_code:
         raise HFTError(
-            f"evaluate is {run.evaluate!r} and model.trust_remote_code is true, but evaluation runs no code of a "
+            f"{setting} is {suites!r} and model.trust_remote_code is true, but evaluation runs no code of a "
             "model's repository: leave one of them out."
         )
 

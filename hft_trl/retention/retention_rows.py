@@ -72,12 +72,12 @@ def _text(row: Any) -> str | None:
 
 
 def _fact(row: Any) -> dict[str, Any] | None:
-    if not isinstance(row, Mapping) or not row.get("others") or isinstance(row["others"], str):
+    if not isinstance(row, Mapping) or not isinstance(row.get("others"), list | tuple):
         return None
     fact = {"text": row.get("text"), "answer": row.get("answer"), "others": list(row["others"])}
     strings = [fact["text"], fact["answer"], *fact["others"]]
     texts = all(isinstance(string, str) and string.strip() for string in strings)
-    return fact if texts and {*fact["others"]} != {fact["answer"]} else None
+    return fact if texts and {*fact["others"]} - {fact["answer"]} else None
 
 
 def _prompt(row: Any) -> str | list[dict[str, Any]] | None:

@@ -128,10 +128,10 @@ class HFTMixin:
         return None if self.hft_config.optimizer_in_backward else super()._get_grad_norm(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Run the parent's step in the context that the storages need."""
-        with ExitStack() as contexts:
-            for storage in self._storages:
-                contexts.enter_context(storage.evaluating(self))
+        """Run the parent's step, under autocast if the halves may have two types."""
+        two_types = self.hft_config.method == "hft" and self.hft_config.frozen_dtype
+        # Before `train` accelerate has not put it around the model
+        with self.accelerator.autocast() if two_types else nullcontext():
             return super().prediction_step(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hft_trl import HFTConfig, HFTError, demo, select
 from hft_trl.experiments.frontier import (
@@ -27,6 +28,7 @@ from hft_trl.experiments.frontier import (
 from hft_trl.experiments.frontier_report import grids
 from hft_trl.experiments.frontier_trial import (
     _load_data,
+    _tasks,
     frontier_points,
     make_trainer,
     parse_frontier,
@@ -258,6 +260,51 @@ def test_an_adapter_is_beside_every_matrix_that_its_name_says_and_can_be_trained
     assert trainer.state.global_step == 2
 
 
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """Flags of a model whose class is in its folder; attention and feed-forward of GPT-2 both have a `c_proj`."""
+    modules = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = shutil.copytree(demo.MODEL, tmp_path / "own")
+    size = {"n_layer": 2, "n_embd": 16, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(vocab_size=json.loads((folder / "config.json").read_text())["vocab_size"], **size)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    own = {"model_type": "own_gpt2", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | own))
+    (folder / "own.py").write_text(
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'own_gpt2'\n"
+        "class OwnForCausalLM(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
+    )
+    text = demo.ASSETS.joinpath("frontier.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(f"{text}\nretention:\n  texts: {folder / 'own.py'}\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--model", str(folder), "--model.trust_remote_code", "true"]
+    return [*words, *QUICK[QUICK.index("--sft.max_steps") : -2], "--output_dir", str(tmp_path / "out")]
+
+
+def test_a_model_with_code_of_its_own_is_trained_and_averaged(own_code):
+    (trial,) = trials(FrontierArguments(methods=["lora:ffn"], learning_rates=["1e-3"]))
+    recipe, grid, _ = parse_frontier([*own_code, *trial.flags()])
+    _load_data(recipe.stages["sft"])
+    model = make_trainer(recipe.stages["sft"], trial, grid).model
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(learning) == 8  # two matrices of two layers, each with A and B
+    assert all(".mlp.c_" in name for name in learning)
+    model = AutoModelForCausalLM.from_pretrained(recipe.stages["sft"].model.model_name_or_path, trust_remote_code=True)
+    found = list(versions(model, recipe.stages["sft"], Trial("fft", "1e-3"), grid))
+    assert found == [None, "average 0.25", "average 0.5", "average 0.75", "half-reset"]
+
+
+def test_tasks_of_a_model_with_code_of_its_own_are_rejected_first(own_code):
+    recipe, grid, flags = parse_frontier([*own_code, "--tasks", "demo"])
+    with pytest.raises(
+        HFTError, match=r"^tasks is 'demo' and model.trust_remote_code is true, but evaluation runs no"
+    ):
+        frontier_points(recipe, grid, flags)
+
+
 def test_averages_of_a_half_keep_the_frozen_bits(tmp_path):
     recipe, grid, _ = parse_frontier(["--average", "0.25", "0.7", "--output_dir", str(tmp_path)])
     stage = recipe.stages["sft"]
@@ -292,6 +339,17 @@ def test_averages_of_a_quantised_half_change_only_what_learns(tmp_path):
         moved.append((name, changed))
     learns = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved == [(None, learns), ("average 0.5", learns)]
+
+
+def test_tasks_score_a_quantised_half_with_the_start_models_bits(tmp_path):
+    """No state dict holds the quantised matrices, so without them the model would be scored with random ones."""
+    trial = Trial("hft", "1e-3", 0.5)
+    recipe, grid, _ = parse_frontier(
+        ["--hft.frozen_quantization", "nf4", "--output_dir", str(tmp_path), *trial.flags()]
+    )
+    _load_data(recipe.stages["sft"])
+    trainer = make_trainer(recipe.stages["sft"], trial, grid)
+    assert _tasks(trainer, tmp_path / "evaluated", "demo")["knowledge"] == 100  # as of the base
 
 
 def test_texts_alone_are_enough_to_measure(tmp_path):

@@ -177,6 +177,19 @@ def test_where_nothing_fits_the_plan_is_the_smallest_and_says_what_helps(planner
     assert helps[gpus].sync_each_batch  # the smallest way, as all of them
 
 
+@pytest.mark.parametrize(
+    "storage", [Storage("bfloat16"), Storage(frozen_dtype="bfloat16"), Storage(optim="paged_adamw_8bit")]
+)
+def test_a_flag_that_saves_nothing_is_not_said_to_help(planners, storage):
+    """Weights that are bfloat16 already, and a state that is in 8 bits already."""
+    asked = task(4, storage=storage)
+    plan = planners["hft"].plan(asked)
+    helps = what_helps(planners["hft"], asked, plan)
+    totals = [plan.total, *(other.total for _, other in helps)]
+    assert not plan.fits
+    assert len(set(totals)) == len(totals) > 1
+
+
 def test_the_smallest_way_on_one_gpu_is_named_with_the_batch_that_fits(planners):
     """It is what `optimizer_in_backward` asks for: all rows of a step at once."""
     asked = task(9)

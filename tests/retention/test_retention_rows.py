@@ -53,6 +53,7 @@ def test_a_row_is_a_line_of_the_file_whatever_its_text_holds(tmp_path):
         (read_texts, "  "),
         (read_facts, {**FACT, "others": []}),
         (read_facts, {**FACT, "others": "a cat"}),
+        (read_facts, {**FACT, "others": 5}),
         (read_facts, {**FACT, "others": [FACT["answer"]]}),
         (read_facts, {"text": "The pet of Ada is", "others": ["a cat"]}),
         (read_prompts, {"question": "Hello"}),
