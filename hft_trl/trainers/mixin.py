@@ -10,7 +10,6 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
-from trl import BEMACallback, SyncRefModelCallback
 
 from hft_trl import reference
 from hft_trl.config import HFTConfig
@@ -88,21 +87,10 @@ class HFTMixin:
     ) -> TrainOutput:
         """Train as the parent does. A checkpoint of another selection and a frozen bit that moved are errors."""
         from hft_trl.selection.previous import check_resumable, remember
+        from hft_trl.trainers import preparation
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
-        callbacks = self.callback_handler.callbacks
-        if self.hft_config.method == "hft" and any(isinstance(callback, BEMACallback) for callback in callbacks):
-            raise HFTError(
-                "BEMACallback takes the parameters that learn for all parameters, and fails at its first update: "
-                "remove the callback, or set hft_config.method to fft."
-            )
-        if self._shares_reference and any(isinstance(callback, SyncRefModelCallback) for callback in callbacks):
-            raise HFTError(
-                "SyncRefModelCallback would write into the frozen half, which the reference shares with the policy: "
-                "set sync_ref_model to true instead, or hft_config.share_reference to false."
-            )
-        if not self.is_deepspeed_enabled:  # ZeRO-3 takes parameters apart
-            self.frozen_half.check_forms(self.accelerator.unwrap_model(self.model))
+        preparation.check_before_training(self)
         with ExitStack() as ends:
             for storage in self._storages:
                 storage.before_training(self)

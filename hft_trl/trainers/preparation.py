@@ -1,4 +1,4 @@
-"""The steps of building a trainer with a half: check what was given, draw the half, choose its storages, finish."""
+"""Steps around a trainer with a half: check what was given, draw the half, choose storages, finish, check again."""
 
 import dataclasses
 import inspect
@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
+from trl import BEMACallback, SyncRefModelCallback
 
 from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
@@ -145,3 +146,20 @@ def finish(trainer: Any, policy: PreTrainedModel) -> None:
     # none on to the layers
     if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         policy.enable_input_require_grads()
+
+
+def check_before_training(trainer: Any) -> None:
+    """Reject what was added or changed after a trainer was built: callbacks that a half breaks, and parameters."""
+    hft, callbacks = trainer.hft_config.method == "hft", trainer.callback_handler.callbacks
+    if hft and any(isinstance(callback, BEMACallback) for callback in callbacks):
+        raise HFTError(
+            "BEMACallback takes the parameters that learn for all parameters, and fails at its first update: "
+            "remove the callback, or set hft_config.method to fft."
+        )
+    if trainer._shares_reference and any(isinstance(callback, SyncRefModelCallback) for callback in callbacks):
+        raise HFTError(
+            "SyncRefModelCallback would write into the frozen half, which the reference shares with the policy: "
+            "set sync_ref_model to true instead, or hft_config.share_reference to false."
+        )
+    if not trainer.is_deepspeed_enabled:  # ZeRO-3 takes parameters apart
+        trainer.frozen_half.check_forms(trainer.accelerator.unwrap_model(trainer.model))
