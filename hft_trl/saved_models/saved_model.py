@@ -153,9 +153,7 @@ def _cached(name: str) -> str:
 
 def _tensor_files(path: str, name: str) -> dict[str, Path]:
     """Return the file of every tensor, sorted by file. Index and files must agree."""
-    files = weight_files(path)
-    check_readable(files.values())
-    found = set()
+    files, found = weight_files(path), set()
     for file in set(files.values()):
         with safe_open(file, framework="pt") as opened:
             found |= {(key, file) for key in opened.keys()}  # noqa: SIM118 (no mapping)
