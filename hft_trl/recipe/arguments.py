@@ -127,9 +127,11 @@ class StageArguments(HFTConfig):
     retention_max_rows: int = key(MAX_ROWS, 128)
 
 
-def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
-    """Reject numbers with which training would fail late or never end, in a section such as `"sft."`."""
+def check_values(prefix: str, given: Mapping[str, Any]) -> None:
+    """Reject values with which training would fail late or never end, in a section such as `"sft."`."""
     for name, value in given.items():
+        if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
+            raise HFTError(f"{prefix}{name} is {value!r}: give keys and values, such as '{{\"key\": true}}'.")
         if isinstance(value, float) and not math.isfinite(value):
             raise HFTError(f"{prefix}{name} is {value}: it must be a finite number.")
         if name in LEAST and isinstance(value, int | float) and not LEAST[name] <= value <= LARGEST:
