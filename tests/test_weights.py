@@ -146,8 +146,8 @@ def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
 def test_a_file_that_an_index_lists_and_that_is_torn_or_missing_is_named(tmp_path):
     folder = sharded(tmp_path / "model", {"a": torch.ones(1000), "b": torch.ones(1)})
     file = weight_files(folder)["a"]
-    for change in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
-        change()
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
+        damage()
         with pytest.raises(HFTError, match=f"{file.name} is missing or torn"):
             weight_files(folder)
 

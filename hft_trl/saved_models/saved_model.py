@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hft_trl import demo
 from hft_trl.errors import HFTError, first_line
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
+from hft_trl.weights import combined_digest, fingerprint, weight_files
 
 FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
