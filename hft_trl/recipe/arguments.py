@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -66,6 +67,12 @@ class ModelArguments:
     attn_implementation: str | None = key("Such as sdpa or flash_attention_2.", None)
     trust_remote_code: bool = key("Run code of the model's repository.", False)
     chat_template: str | None = key(TEMPLATE, None)
+
+    @property
+    def address(self) -> str:
+        """Return the folder, or the hub id with its revision, `id@revision`, unless this is main."""
+        name, revision = self.model_name_or_path, self.model_revision
+        return name if Path(name).is_dir() or revision == "main" else f"{name}@{revision}"
 
 
 @dataclass

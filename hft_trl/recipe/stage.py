@@ -225,7 +225,7 @@ class Stage:
             trainer.create_model_card(dataset_name=self.data.dataset or [part.path for part in self.mixture.datasets])
             PartialState().wait_for_everyone()  # until the main process has saved
             if isinstance(trainer, HFTMixin):
-                record.moved = movements(self, trainer.hft_selection, (self.base or self.model).model_name_or_path)
+                record.moved = movements(self, trainer.hft_selection)
             if PartialState().is_main_process:
                 folder.mark_finished(self, record)
         PartialState().wait_for_everyone()
