@@ -202,6 +202,14 @@ def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages
         check_ids(plain, tokenizer, config, "m")
 
 
+def test_rows_of_another_tokenizer_s_tokens_are_refused(stages_of, tmp_path):
+    data = tmp_path / "tokens.jsonl"
+    data.write_text(json.dumps({"input_ids": [1, 99999]}) + "\n")
+    with pytest.raises(HFTError, match="a row has the token None as number 99999") as error:
+        rehearse(stages_of("--sft.dataset", str(data)))
+    one_line(error)
+
+
 def test_long_texts_are_cut_for_the_trainer_and_not_for_the_template(stages_of, tmp_path):
     long = [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "yes " * 5000}]
     data = tmp_path / "long.jsonl"
