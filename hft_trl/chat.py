@@ -115,17 +115,15 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
     A tokenizer may have more tokens than its model if they are never used (Gemma 3 1B has one for images).
     """
     rows = config.get_text_config().vocab_size
-    if max(tokenizer.get_vocab().values()) < rows:
-        return
     largest = max(token or 0 for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
     columns = [column for column in prepared.column_names if column.endswith("_ids")]
     for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
         largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
     if largest >= rows:
         raise HFTError(
-            f"the tokenizer of {model!r} has the token {tokenizer.convert_ids_to_tokens(largest)!r} as number "
-            f"{largest}, but the model has {rows} embeddings: give it the tokenizer that belongs to it, or load the "
-            f"model, call resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
+            f"the tokenizer of {model!r} or a row has the token {tokenizer.convert_ids_to_tokens(largest)!r} "
+            f"as number {largest}, but the model has {rows} embeddings: use the tokenizer that belongs to it, or load "
+            f"the model, call resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
         )
 
 

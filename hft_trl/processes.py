@@ -32,7 +32,9 @@ def all_see(file: Path | None) -> bool:
     state, mark = PartialState(), [None]
     if state.is_main_process:
         with suppress(OSError):
-            mark = [tempfile.mkstemp(prefix="_seen-", dir=file.parent)[1]]
+            handle, name = tempfile.mkstemp(prefix="_seen-", dir=file.parent)
+            os.close(handle)  # a network file system would keep a file that is removed while it is open
+            mark = [name]
     broadcast_object_list(mark)
     seen = gather_object([mark[0] is not None and Path(mark[0]).exists()])
     if state.is_main_process and mark[0] is not None:

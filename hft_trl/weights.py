@@ -147,7 +147,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
 
 
 def _listed(index: Path) -> dict[str, Path]:
-    """The file of every tensor that an index lists. All have to lie beside it."""
+    """The file of every tensor that an index lists. All have to lie beside it, and be readable."""
     try:
         names = read_object(index, weight_map=dict)["weight_map"]
     except (OSError, ValueError) as error:
@@ -158,7 +158,9 @@ def _listed(index: Path) -> dict[str, Path]:
                 f"the index {index} says that {name} is in {file!r}, which is no file beside it: download the model "
                 "again."
             )
-    return {name: index.with_name(file) for name, file in names.items()}
+    files = {name: index.with_name(file) for name, file in names.items()}
+    check_readable(files.values())
+    return files
 
 
 def check_readable(files: Iterable[Path]) -> None:

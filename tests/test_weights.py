@@ -15,7 +15,6 @@ from hft_trl.saved_models.diff import Change, change
 from hft_trl.weights import (
     CHUNK,
     PIECE,
-    check_readable,
     combined_digest,
     fingerprint,
     fingerprints,
@@ -137,11 +136,20 @@ def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
     with pytest.raises(HFTError, match=r"holds no model\.safetensors"):
         weight_files(str(tmp_path))
     save_file({"a": torch.ones(1000)}, tmp_path / "model.safetensors")
-    check_readable(weight_files(str(tmp_path)).values())
+    assert weight_files(str(tmp_path)) == {"a": tmp_path / "model.safetensors"}
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
     with pytest.raises(HFTError, match=r"model\.safetensors is missing or torn"):
-        check_readable([tmp_path / "model.safetensors"])
+        weight_files(str(tmp_path))
+
+
+def test_a_file_that_an_index_lists_and_that_is_torn_or_missing_is_named(tmp_path):
+    folder = sharded(tmp_path / "model", {"a": torch.ones(1000), "b": torch.ones(1)})
+    file = weight_files(folder)["a"]
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
+        damage()
+        with pytest.raises(HFTError, match=f"{file.name} is missing or torn"):
+            weight_files(folder)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
     first = rounds[0]
     first.check()
     first.load_data()
-    rehearse([first], first.load_tokenizer())
+    rehearse([first])
     settle_checkpointing(*rounds)
     open_stages(rounds, run.overwrite)
     write_plan(run.output_dir, plan, rounds, run.overwrite)

@@ -24,7 +24,7 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe import Stage
 from hft_trl.report import StageRecord
 from hft_trl.saved_models.digests import content_digest
-from hft_trl.weights import combined_digest
+from hft_trl.weights import check_readable, combined_digest
 
 WITHOUT_TRANSFER = ("multitask", "individual")
 """Approaches in which no task is learned after another one in the same model, so that none can be forgotten."""
@@ -174,9 +174,10 @@ class Round(Stage):
     def sources(self) -> set[Path]:
         return super().sources() | set(self.adapter.folders if self.adapter is not None else ())
 
-    def saved_weights(self) -> list[Path]:
-        adapter = [] if self.adapter is None else [self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME]
-        return super().saved_weights() + adapter
+    def check_saved(self) -> None:
+        super().check_saved()
+        if self.adapter is not None:
+            check_readable([self.folder / ADAPTER_FOLDER / ADAPTER_SAFE_WEIGHTS_NAME])
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
         lora = {} if self.adapter is None else {"lora": self.adapter.settings(self.folder)}

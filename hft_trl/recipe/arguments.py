@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -67,6 +68,12 @@ class ModelArguments:
     trust_remote_code: bool = key("Run code of the model's repository.", False)
     chat_template: str | None = key(TEMPLATE, None)
 
+    @property
+    def address(self) -> str:
+        """Return the folder, or the hub id with its revision, `id@revision`, unless this is main."""
+        name, revision = self.model_name_or_path, self.model_revision
+        return name if Path(name).is_dir() or revision == "main" else f"{name}@{revision}"
+
 
 @dataclass
 class DataArguments:
@@ -127,9 +134,11 @@ class StageArguments(HFTConfig):
     retention_max_rows: int = key(MAX_ROWS, 128)
 
 
-def check_numbers(prefix: str, given: Mapping[str, Any]) -> None:
-    """Reject numbers with which training would fail late or never end, in a section such as `"sft."`."""
+def check_values(prefix: str, given: Mapping[str, Any]) -> None:
+    """Reject values with which training would fail late or never end, in a section such as `"sft."`."""
     for name, value in given.items():
+        if name.endswith("_kwargs") and isinstance(value, str) and not value.startswith("{"):
+            raise HFTError(f"{prefix}{name} is {value!r}: give keys and values, such as '{{\"key\": true}}'.")
         if isinstance(value, float) and not math.isfinite(value):
             raise HFTError(f"{prefix}{name} is {value}: it must be a finite number.")
         if name in LEAST and isinstance(value, int | float) and not LEAST[name] <= value <= LARGEST:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -31,10 +30,9 @@ def evaluate_stages(
 
     Without suites, the embedded model is scored by its probes. All processes must call it.
     """
-    base = _base(start)
-    models = {"base": base, **stages}
+    models = {"base": start.address, **stages}
     if not suites:
-        if base != str(demo.MODEL) or not PartialState().is_main_process:
+        if start.model_name_or_path != str(demo.MODEL) or not PartialState().is_main_process:
             return {}, {}, {}
         with whole_models():  # only the main process runs this, so ZeRO-3 must not partition the model
             probed = {
@@ -62,7 +60,7 @@ def sample_stages(
     else:
         found = (_question(row) for row in islice(rows or [], LOOKED_AT))
         prompts = list(islice((prompt for prompt in found if prompt and len(prompt) <= LONGEST), SAMPLES))
-    models, answers = {"base": _base(start), **stages}, {}
+    models, answers = {"base": start.address, **stages}, {}
     try:
         for name, model in models.items() if prompts else ():
             answers[name] = sample_answers(model, prompts, chat_template=start.chat_template)
@@ -81,8 +79,3 @@ def _question(row: Mapping[str, Any]) -> str | None:
     return (
         next((turn["content"] for turn in turns if turn["role"] == "user"), None) if isinstance(turns, list) else None
     )
-
-
-def _base(start: ModelArguments) -> str:
-    base, revision = start.model_name_or_path, start.model_revision
-    return base if Path(base).is_dir() or revision == "main" else f"{base}@{revision}"

@@ -26,7 +26,6 @@ from hft_trl.redact import redact
 from hft_trl.report import StageRecord
 from hft_trl.report.record import from_json
 from hft_trl.saved_models.digests import content_digest, mixture_parts, named_files, part_files, start_model
-from hft_trl.weights import check_readable
 
 if TYPE_CHECKING:
     from hft_trl.recipe import Stage
@@ -230,7 +229,7 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
             "output_dir, pass --overwrite, or remove that folder to train only this stage again."
         )
     if done:
-        check_readable(stage.saved_weights())
+        stage.check_saved()
     return done
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from trl import DatasetMixtureConfig, DPOConfig, get_dataset
+from transformers import PreTrainedModel
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, get_dataset, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from hft_trl.backends.fsdp import sharded_by
@@ -131,9 +130,8 @@ def check_quantizable(bits: str, args: DPOConfig) -> None:
 
 def load_quantized(model: str, bits: str, args: DPOConfig) -> PreTrainedModel:
     """Load a model in 8 bits (LLM.int8) or 4 bits (NF4). Head, embeddings and norms are not quantized."""
-    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
-    config = BitsAndBytesConfig(**({"load_in_8bit": True} if bits == "8bit" else four))
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    config = get_quantization_config(ModelConfig(dtype=compute, **{f"load_in_{bits}": True}))
     given = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     place = {"": PartialState().device}
     return create_model_from_path(model, **{**given, "quantization_config": config, "device_map": place})

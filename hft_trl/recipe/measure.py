@@ -110,18 +110,16 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     )
 
 
-def movements(stage: "Stage", selection: Selection, base_model: str) -> list[UnitChange]:
-    """Return how far each unit moved from its start and from `base_model`. All processes share it."""
-    start, revision, state = stage.model.model_name_or_path, stage.model.model_revision, PartialState()
+def movements(stage: "Stage", selection: Selection) -> list[UnitChange]:
+    """Return how far each unit moved from its start and from the run's start model. All processes share it."""
+    model, state = stage.model, PartialState()
+    start, base = model.address, (stage.base or model).address
     trainable, found, problem = set(selection.trainable), [], None
     try:
-        structure = build_on_meta(start, revision, stage.model.trust_remote_code)
+        structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
-        before = {
-            name: SavedModel(name if Path(name).is_dir() else f"{name}@{revision}", structure)
-            for name in {base_model, start}
-        }
+        before = {name: SavedModel(name, structure) for name in {base, start}}
         # Distributed by size, so that all processes read about the same amount
         largest_first = sorted(enumerate(units), key=lambda pair: -pair[1].size)
         for number, unit in largest_first[state.process_index :: state.num_processes]:
@@ -132,7 +130,7 @@ def movements(stage: "Stage", selection: Selection, base_model: str) -> list[Uni
                 for name, saved in before.items()
             }
             place = (unit.names[0], unit.layer, unit.category, unit.slot)
-            found.append((number, UnitChange(*place, learns, known[base_model], known[start])))
+            found.append((number, UnitChange(*place, learns, known[base], known[start])))
     except (HFTError, OSError, SafetensorError) as error:
         problem = first_line(error)
     found, problems = gather_object(found), list(filter(None, gather_object([problem])))

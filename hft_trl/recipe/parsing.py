@@ -18,10 +18,11 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import TrlParser
+from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.files import load_yaml
-from hft_trl.recipe.arguments import check_numbers
+from hft_trl.recipe.arguments import check_values
 
 # Keys of sections and the names of the same settings in TRL's scripts, in both directions
 OTHER_NAMES = {
@@ -149,7 +150,8 @@ def read_sections(
     variables = values.pop("env", None) or {}
     if not isinstance(variables, dict) or None in variables.values():
         raise HFTError(f"env of {path} is {variables!r}: write variables and their values below it, indented.")
-    os.environ.update({str(key): str(value) for key, value in variables.items()})
+    with as_user_error(f"env of {path}"):
+        os.environ.update({str(key): str(value) for key, value in variables.items()})
     dicts = [str(key) for key in values if isinstance(values[key], dict) and key not in {*known, *known[""]}]
     foreign = [key for key in dicts if OTHER_NAMES.get(key) != "datasets"]
     if not names_config(argv):  # a copied recipe may have fewer stages than the file of its original
@@ -234,7 +236,7 @@ def parse_section(
     for name, value in found.items():
         if isinstance(value, str) and value.startswith("~/"):  # not all texts: a hub id stays as it is
             found[name] = str(Path(value).expanduser())
-    check_numbers(prefix, {name: found[name] for name in found if name in given})
+    check_values(prefix, {name: found[name] for name in found if name in given})
     if "use_cpu" in found and not found["bf16"] and not torch.accelerator.is_available():
         # Without it, accelerate starts several CPU processes as separate runs. transformers rejects bf16 without it.
         found["use_cpu"] = True
@@ -273,14 +275,15 @@ def _dotted(section: str, key: str) -> str:
 
 
 def _entries(name: str, hint: Any, values: list[Any]) -> list[Any]:
-    """Convert the numbers and texts of a list as those of a flag are converted."""
+    """Convert the numbers and texts of a list as those of a flag are converted. TRL converts mappings."""
     kind = next((get_args(part)[0] for part in (hint, *get_args(hint)) if get_origin(part) is list), None)
-    if kind not in (str, float):
+    if kind not in (str, float, DatasetConfig):
         return values
+    types = {str, int, float, dict} if kind is DatasetConfig else {str, int, float}
     with as_user_error(name):
-        if not {*map(type, values)} <= {str, int, float}:
+        if not {*map(type, values)} <= types:
             raise ValueError(f"each entry of {values} must be {_shown(kind)}")
-        return [kind(value) for value in values]
+        return [value if isinstance(value, dict) else kind(value) for value in values]
 
 
 def _accepts(hint: Any, kind: type) -> bool:

@@ -191,5 +191,5 @@ def report(stages: Sequence[Stage], run: RunArguments | None = None) -> None:
     write_views(read, folder)
     print_report(read)
     # The last stage's own start: one earlier would differ where earlier stages learned
-    compared = shlex.join([demo.shown(stages[-1].model.model_name_or_path), str(stages[-1].folder)])
+    compared = shlex.join([demo.shown(stages[-1].model.address), str(stages[-1].folder)])
     sys.stdout.write(f"report: {Path(folder) / PAGE_FILE}\nnext: hft-trl diff {compared}\n")

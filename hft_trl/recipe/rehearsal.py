@@ -66,12 +66,12 @@ WITHOUT: dict[str, Any] = {
 }
 
 
-def rehearse(stages: Sequence[Stage], tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def rehearse(stages: Sequence[Stage]) -> None:
     """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
     if stages[0].retention is not None:
         by_first_process(stages[0].meter)  # for its checks
-    by_first_process(partial(_rehearse_all, stages, tokenizer))
+    by_first_process(partial(_rehearse_all, stages))
 
 
 def check_chain(stages: Sequence[Stage]) -> None:
@@ -100,17 +100,17 @@ def check_fills_batch(stage: Stage, rows: int) -> None:
         )
 
 
-def _rehearse_all(stages: Sequence[Stage], tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _rehearse_all(stages: Sequence[Stage]) -> None:
     # Trainers change it, and the next stage starts from what the last one saves
-    own = copy.deepcopy(tokenizer) if tokenizer is not None else stages[0].load_tokenizer()
+    tokenizer = stages[0].load_tokenizer()
     for stage in stages:
-        if tokenizer is None and stage.base is not None:
+        if stage.base is not None:
             stage.load_tokenizer(of_base=True)  # for its checks
             if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
-                mark_answers(own)  # as loading does, where the stage before had plain text
+                mark_answers(tokenizer)  # as loading does, where the stage before had plain text
         check_fills_batch(stage, len(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
-            _rehearse(stage, stages[0].model, own, folder)
+            _rehearse(stage, stages[0].model, tokenizer, folder)
 
 
 def _rehearse(stage: Stage, start: ModelArguments, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:

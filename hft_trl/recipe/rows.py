@@ -36,6 +36,9 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
     elif text_field in columns:
         wanted = [text_field]
     elif "input_ids" in columns:
+        first = dataset[0]["input_ids"]
+        if not isinstance(first, list) or not all(isinstance(token, int) for token in first):
+            raise HFTError(f"row 0 of {name}, input_ids is {first!r:.80}: it must be a list of token numbers.")
         _name_unused(dataset, TOKENIZED, name)
         return _kept(dataset, TOKENIZED)
     else:
@@ -191,14 +194,14 @@ def check_rendered(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, name: s
             pattern = bool(row.get("tools")), *turns
             if pattern not in seen:
                 seen.add(pattern)
-                settings = {"tokenize": False, **(row.get("chat_template_kwargs") or {})}
-                _check_chat(tokenizer, messages, f"row {number} of {name}", row.get("tools"), settings)
+                where, kwargs = f"row {number} of {name}", row.get("chat_template_kwargs") or {}
+                _check_chat(tokenizer, messages, where, row.get("tools"), kwargs)
 
     for_each_row(check, dataset, *columns)
 
 
 def _check_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tools: Any, settings: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, tools: Any, kwargs: dict[str, Any]
 ) -> None:
     marked, expected = copy.deepcopy(messages), {}
     for turn, message in enumerate(marked):
@@ -211,6 +214,7 @@ def _check_chat(
             if not calls:  # some templates write no content beside a call (Llama 3.1)
                 expected[mark] = f"message {turn}, of role {message['role']!r}"
     try:
+        settings = {"tokenize": False, **kwargs}
         tokenizer.apply_chat_template(messages, tools=tools, **settings)
         text = tokenizer.apply_chat_template(marked, tools=tools, **settings)
         without = tokenizer.apply_chat_template(marked, **settings) if tools else None

@@ -35,7 +35,7 @@ from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.calibration import source_rows
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
-from hft_trl.weights import check_readable, weight_files
+from hft_trl.weights import weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -115,7 +115,7 @@ class Stage:
         name = start.model_name_or_path
         structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
         if self.base is None and Path(name).is_dir():
-            check_readable(weight_files(name).values())
+            weight_files(name)  # for its checks
         if self.hft is not None:
             find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
             if self.hft.calibrated == "wanda":
@@ -177,9 +177,9 @@ class Stage:
         """Return the folders of the earlier stages that it starts from."""
         return {Path(self.model.model_name_or_path)}
 
-    def saved_weights(self) -> list[Path]:
-        """Return the files with the weights of the finished stage."""
-        return list(weight_files(str(self.folder)).values())
+    def check_saved(self) -> None:
+        """Reject a finished stage whose weights are missing or torn."""
+        weight_files(str(self.folder))
 
     def own_settings(self) -> dict[str, dict[str, Any]]:
         """Return the settings of a subclass, by section, that the trained weights depend on."""
@@ -225,7 +225,7 @@ class Stage:
             trainer.create_model_card(dataset_name=self.data.dataset or [part.path for part in self.mixture.datasets])
             PartialState().wait_for_everyone()  # until the main process has saved
             if isinstance(trainer, HFTMixin):
-                record.moved = movements(self, trainer.hft_selection, (self.base or self.model).model_name_or_path)
+                record.moved = movements(self, trainer.hft_selection)
             if PartialState().is_main_process:
                 folder.mark_finished(self, record)
         PartialState().wait_for_everyone()

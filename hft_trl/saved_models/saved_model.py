@@ -17,7 +17,7 @@ from transformers.utils import logging
 from hft_trl import demo
 from hft_trl.errors import HFTError, first_line
 from hft_trl.skeleton import build_on_meta
-from hft_trl.weights import check_readable, combined_digest, fingerprint, weight_files
+from hft_trl.weights import combined_digest, fingerprint, weight_files
 
 FULL_PRECISION = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -156,9 +156,7 @@ def _cached(name: str) -> str:
 
 def _tensor_files(path: str, name: str) -> dict[str, Path]:
     """Return the file of every tensor, sorted by file. Index and files must agree."""
-    files = weight_files(path)
-    check_readable(files.values())
-    found = set()
+    files, found = weight_files(path), set()
     for file in set(files.values()):
         with safe_open(file, framework="pt") as opened:
             found |= {(key, file) for key in opened.keys()}  # noqa: SIM118 (no mapping)

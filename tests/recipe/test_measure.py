@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hft_trl import HFTConfig
 from hft_trl.recipe import measure
+from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.measure import movements
 from hft_trl.saved_models import diff
 from hft_trl.selection import find_units, select
@@ -32,8 +33,8 @@ def trained(base, tmp_path):
         weights = load_file(source / FILE)
         moved = {name: w + 0.1 * torch.randn_like(w) for name, w in weights.items() if names is None or name in names}
         save_file(weights | moved, target / FILE, metadata={"format": "pt"})
-    kind = SimpleNamespace(model_name_or_path=str(start), model_revision=None, trust_remote_code=False)
-    return base, SimpleNamespace(model=kind, folder=folder), selection
+    models = {"model": ModelArguments(str(start)), "base": ModelArguments(str(base))}
+    return base, SimpleNamespace(**models, folder=folder), selection
 
 
 def relative(before, after, names) -> float:
@@ -46,7 +47,7 @@ def relative(before, after, names) -> float:
 
 def test_movements_are_the_relative_distances_from_base_and_start(trained):
     base, stage, selection = trained
-    found = {change.name: change for change in movements(stage, selection, str(base))}
+    found = {change.name: change for change in movements(stage, selection)}
     files = [load_file(folder / FILE) for folder in (base, stage.folder.with_name("start"), stage.folder)]
     units = find_units(tiny_llama(300))
     assert list(found) == [unit.names[0] for unit in units]
@@ -64,22 +65,23 @@ def test_only_what_learned_is_compared_and_a_first_stage_only_once(trained, monk
     names = {fingerprint(tensor): name for name, tensor in load_file(stage.folder / FILE).items()}
     change, compared = diff.change, []
     monkeypatch.setattr(diff, "change", lambda old, new: compared.append(names[fingerprint(new)]) or change(old, new))
-    found = movements(stage, selection, stage.model.model_name_or_path)
+    stage.base = None
+    found = movements(stage, selection)
     assert sorted(compared) == sorted(selection.trainable)
     assert all(change.relative_change == change.relative_change_from_start for change in found)
 
 
 def test_the_processes_share_the_units_out(trained, monkeypatch):
     """Of three processes each compares its own part; all parts together are what one process finds."""
-    base, stage, selection = trained
-    alone = movements(stage, selection, str(base))
+    _, stage, selection = trained
+    alone = movements(stage, selection)
     parts = []
     monkeypatch.setattr(measure, "gather_object", lambda part: parts.append(part) or part)
     for rank in range(3):
         monkeypatch.setattr(
             measure, "PartialState", lambda rank=rank: SimpleNamespace(process_index=rank, num_processes=3)
         )
-        movements(stage, selection, str(base))
+        movements(stage, selection)
     shares = parts[::2]
     assert {len(share) for share in shares} <= {len(alone) // 3, len(alone) // 3 + 1}
     assert [
@@ -90,18 +92,34 @@ def test_the_processes_share_the_units_out(trained, monkeypatch):
 def test_tensors_under_other_names_in_the_file_and_of_other_shapes(trained):
     """A file without the model's prefix is understood; a tensor of another shape has no distance."""
     base, stage, selection = trained
-    alone = movements(stage, selection, str(base))
+    alone = movements(stage, selection)
     weights = {name.removeprefix("model."): tensor for name, tensor in load_file(base / FILE).items()}
     other = stage.folder.parent / "other"
     shutil.copytree(base, other)
     save_file(weights, other / FILE, metadata={"format": "pt"})
-    assert movements(stage, selection, str(other)) == alone
+    stage.base = ModelArguments(str(other))
+    assert movements(stage, selection) == alone
     save_file(weights | {"lm_head.weight": torch.ones(7, 32)}, other / FILE, metadata={"format": "pt"})
-    found = {change.name: change for change in movements(stage, selection, str(other))}
+    found = {change.name: change for change in movements(stage, selection)}
     assert found["lm_head.weight"].relative_change is None
     assert found["lm_head.weight"].relative_change_from_start > 0
 
 
 def test_a_base_that_is_gone_leaves_movements_out(trained):
     _, stage, selection = trained
-    assert movements(stage, selection, str(stage.folder.parent / "gone")) == []
+    stage.base = ModelArguments(str(stage.folder.parent / "gone"))
+    assert movements(stage, selection) == []
+
+
+def test_a_later_stage_is_compared_with_the_run_s_revision_of_the_base(trained, tmp_path, monkeypatch):
+    base, stage, selection = trained
+    alone, repository = movements(stage, selection), tmp_path / "models--org--base"
+    for revision, source in (("v1", base), ("main", stage.folder)):
+        shutil.copytree(source, repository / "snapshots" / revision)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    stage.base = ModelArguments("org/base", "v1")
+    assert movements(stage, selection) == alone
+    stage.base = ModelArguments("org/base")
+    assert {change.relative_change for change in movements(stage, selection)} == {0}

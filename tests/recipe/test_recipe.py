@@ -151,6 +151,9 @@ def test_a_mistake_on_the_command_line_is_named_in_one_line(flags, words):
             ["hft.exclude cannot be set up: each entry of ['norm', None] must be str"],
         ),
         ({"env": {"CUDA_VISIBLE_DEVICES": None}}, ["env of ", "write variables and their values"]),
+        ({"env": {"A=B": 1}}, ["env of ", "illegal environment variable name"]),
+        ({"sft": {"datasets": ["demo", None]}}, ["sft.datasets cannot", "['demo', None] must be DatasetConfig"]),
+        ({"sft": {"dataset": "demo", "model_init_kwargs": "a=b"}}, ["sft.model_init_kwargs is 'a=b': give keys"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named_in_one_line(tmp_path, change, words):
@@ -465,7 +468,7 @@ def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_it
         output_dir="o",
         hft={"ratio": 0.4, "exclude": ["norm"]},
         first={"dataset": "demo", "method": "fft"},
-        second={"datasets": [{"path": "demo", "split": "train"}], "hft": {"ratio": 0.3}, "beta": 0.2},
+        second={"datasets": [{"path": "demo", "split": "train"}, "other"], "hft": {"ratio": 0.3}, "beta": 0.2},
         third={"dataset": "demo", "loss_type": "kto"},
     )
     stages = {"first": SFTConfig, "second": DPOConfig, "third": KTOConfig}
@@ -479,7 +482,7 @@ def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_it
     assert [stage.hft.ratio for stage in (first, second, third)] == [0.4, 0.3, 0.2]
     assert [stage.hft.seed for stage in (second, third)] == [7, 42]
     assert all(stage.hft.exclude == ["norm"] for stage in (first, second, third))
-    assert second.mixture.datasets[0].path == "demo"
+    assert [part.path for part in second.mixture.datasets] == ["demo", "other"]
     assert (second.args.beta, third.args.loss_type) == (0.2, "kto")
     with pytest.raises(HFTError, match=r"unknown key second\.hft\.ratoi: did you mean second\.hft\.ratio[?]"):
         trl_recipe.parse_recipe([*flags, "--second.hft.ratoi", "0.1"], stages)

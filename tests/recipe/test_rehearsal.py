@@ -35,14 +35,14 @@ LENGTHS = "word " * 200, "word"
 
 @pytest.fixture
 def stages_of(tmp_path):
-    """The stages of a demo run with their data, and their tokenizer."""
+    """The stages of a demo run with their data."""
 
     def parse(*flags):
         recipe = parse_recipe(["--output_dir", str(tmp_path / "run"), *flags], default_config=demo.RECIPE)
         stages = list(recipe.stages.values())
         for stage in stages:
             stage.load_data()
-        return stages, stages[0].load_tokenizer()
+        return stages
 
     return parse
 
@@ -69,17 +69,15 @@ def state_of_the_process():
 def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
     """State of the process and arguments are as before, nothing is printed, no folder or file of a cache is made."""
     flags = "--sft.report_to tensorboard --dpo.loss_type ipo --sft.max_length 64 --dpo.max_length 64"
-    stages, tokenizer = stages_of(*flags.split())
+    stages = stages_of(*flags.split())
     caches = {Path(file["filename"]).parent for stage in stages for file in stage.train_dataset.cache_files}
     cached = [sorted(cache.iterdir()) for cache in caches]
     arguments = [str(vars(stage.args)) for stage in stages]
-    template, pad = tokenizer.chat_template, tokenizer.pad_token
     before = state_of_the_process()
     capfd.readouterr()
-    rehearse(stages, tokenizer)
+    rehearse(stages)
     assert state_of_the_process() == before
     assert [str(vars(stage.args)) for stage in stages] == arguments
-    assert (tokenizer.chat_template, tokenizer.pad_token) == (template, pad)
     assert not (tmp_path / "run").exists()
     assert cached
     assert [sorted(cache.iterdir()) for cache in caches] == cached
@@ -114,7 +112,7 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
 )
 def test_a_mistake_in_any_stage_is_one_line_that_names_it(stages_of, flags, said):
     with pytest.raises(HFTError, match=said) as error:
-        rehearse(*stages_of(*flags.split()))
+        rehearse(stages_of(*flags.split()))
     one_line(error)
 
 
@@ -124,9 +122,9 @@ def test_rows_that_max_length_cuts_to_nothing_are_found_before_any_training(stag
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [long, short] * 9 + [long] * 9))
     flags = ["--sft.dataset", str(data), "--sft.max_length", "30", "--sft.eval_strategy", "epoch"]
-    rehearse(*stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[1:18]"))
+    rehearse(stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[1:18]"))
     with pytest.raises(HFTError, match=r"none of the 9 rows of .*, split train\[18:\] has a token to train on"):
-        rehearse(*stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[18:]"))
+        rehearse(stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[18:]"))
 
 
 @pytest.mark.parametrize(
@@ -142,11 +140,11 @@ def test_rows_that_max_length_cuts_to_nothing_are_found_before_any_training(stag
     ],
 )
 def test_settings_that_are_the_real_model_s_or_the_backend_s_are_no_mistakes(stages_of, flags):
-    rehearse(*stages_of(*flags.split()))
+    rehearse(stages_of(*flags.split()))
 
 
 def test_it_is_one_process_without_a_backend_whatever_launched_it(stages_of, monkeypatch):
-    stages, tokenizer = stages_of()
+    stages = stages_of()
     for name, value in (
         ("ACCELERATE_USE_FSDP", "true"),
         ("FSDP_VERSION", "2"),
@@ -155,45 +153,48 @@ def test_it_is_one_process_without_a_backend_whatever_launched_it(stages_of, mon
     ):
         monkeypatch.setenv(name, value)
     before = state_of_the_process()
-    rehearse(stages, tokenizer)
+    rehearse(stages)
     assert state_of_the_process() == before
 
 
-def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, model, tmp_path):
+def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, tmp_path):
     """Of every order of roles one row is rendered, wherever it stands, with the template of each stage."""
-    (model / "chat_template.jinja").write_text(REFUSING)
+    template = tmp_path / "refusing.jinja"
+    template.write_text(REFUSING)
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     rows = [{"messages": chat}] * 17 + [{"messages": [{"role": "system", "content": "Be brief."}, *chat]}]
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages, tokenizer = stages_of("--sft.dataset", str(data))
-    tokenizer.chat_template = REFUSING
+    stages = stages_of("--sft.dataset", str(data), "--model.chat_template", str(template))
     with pytest.raises(HFTError, match=r"row 17 of .*chats.jsonl.*no system turns"):
-        rehearse(stages, tokenizer)
+        rehearse(stages)
 
 
 def test_a_start_model_that_could_not_be_saved_is_found_before_training(stages_of, model):
     """
     The rehearsal saves the start model's generation config as training leaves it; `temperature` alone is put right.
     """
-    stages, tokenizer = stages_of()
+    stages = stages_of()
     stages[0].model.model_name_or_path = str(model)
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.9}')
-    rehearse(stages, tokenizer)
+    rehearse(stages)
     (model / "generation_config.json").write_text('{"eos_token_id": 2, "num_beams": 1, "num_return_sequences": 3}')
     with pytest.raises(HFTError, match=r"sft: .*num_return_sequences"):
-        rehearse(stages, tokenizer)
+        rehearse(stages)
 
 
-def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages_of):
+def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages_of, model):
     """Gemma 3 1B's tokenizer has a token more than its model, which no text brings about."""
-    stages, tokenizer = stages_of()
+    stages = stages_of()
+    tokenizer = stages[0].load_tokenizer()
     config = AutoConfig.from_pretrained(demo.MODEL)
     plain = Dataset.from_dict({"input_ids": [[1, 2, config.vocab_size - 1], []]})
     tokenizer.add_tokens(["<one more>"])
     added = tokenizer.convert_tokens_to_ids("<one more>")
     check_ids(plain, tokenizer, config, "m")
-    rehearse(stages, tokenizer)
+    tokenizer.save_pretrained(model)
+    stages[0].model.model_name_or_path = str(model)
+    rehearse(stages)
     with pytest.raises(HFTError, match=r"'<one more>' .*resize_token_embeddings"):
         check_ids(Dataset.from_dict({"chosen_ids": [[1], [added]]}), tokenizer, config, "m")
     tokenizer.pad_token = "<one more>"  # which trainers add to rows
@@ -201,12 +202,20 @@ def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages
         check_ids(plain, tokenizer, config, "m")
 
 
+def test_rows_of_another_tokenizer_s_tokens_are_refused(stages_of, tmp_path):
+    data = tmp_path / "tokens.jsonl"
+    data.write_text(json.dumps({"input_ids": [1, 99999]}) + "\n")
+    with pytest.raises(HFTError, match="a row has the token None as number 99999") as error:
+        rehearse(stages_of("--sft.dataset", str(data)))
+    one_line(error)
+
+
 def test_long_texts_are_cut_for_the_trainer_and_not_for_the_template(stages_of, tmp_path):
     long = [{"role": "user", "content": "word " * 5000}, {"role": "assistant", "content": "yes " * 5000}]
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"messages": long}) + "\n")
-    stages, tokenizer = stages_of("--sft.dataset", str(data))
-    sample = rehearsal._sample(stages[0].train_dataset, "long", tokenizer)
+    first, *_ = stages_of("--sft.dataset", str(data))
+    sample = rehearsal._sample(first.train_dataset, "long", first.load_tokenizer())
     assert [len(turn["content"]) for turn in sample[0]["messages"]] == [LONGEST, LONGEST]
 
 

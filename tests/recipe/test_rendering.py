@@ -70,6 +70,11 @@ def test_tools_have_to_be_written(check):
     check(rows[:1], tulu_template())
 
 
+def test_settings_of_a_row_s_template_have_names(check):
+    with pytest.raises(HFTError, match=r"row 0 of rows: .* rejects it .'str' object is not a mapping"):
+        check([{"messages": [USER, ANSWER], "chat_template_kwargs": "none"}], SILENT)
+
+
 def test_completions_and_both_sides_of_a_pair_are_rendered_after_their_prompt(check):
     once = "{% for m in messages %}{% if m['content'] == 'bad' %}{{ raise_exception('bad') }}{% endif %}{{ m['content'] }}{% endfor %}"
     bad = {"role": "assistant", "content": "bad"}

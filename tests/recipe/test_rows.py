@@ -96,6 +96,8 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
     [
         {"text": None},
         {"text": 3},
+        {"input_ids": "hi"},
+        {"input_ids": [0.5]},
         {"prompt": "hi", "completion": None},
         {"prompt": [USER], "completion": [USER]},
         {"prompt": [{"role": "robot", "content": "hi"}], "completion": [ANSWER]},
