@@ -115,15 +115,21 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
     A tokenizer may have more tokens than its model if they are never used (Gemma 3 1B has one for images).
     """
     rows = config.get_text_config().vocab_size
-    largest = max(token or 0 for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    lowest, largest = 0, max(token or 0 for token in special)
     columns = [column for column in prepared.column_names if column.endswith("_ids")]
     for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-        largest = max([largest, *(int(ids.max()) for column in columns for ids in batch[column] if len(ids))])
+        full = [ids for column in columns for ids in batch[column] if len(ids)]
+        lowest = min([lowest, *(int(ids.min()) for ids in full)])
+        largest = max([largest, *(int(ids.max()) for ids in full)])
+    if lowest < 0:
+        raise HFTError(f"a row has the token number {lowest}: numbers start at 0; -100 belongs in labels only.")
     if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise HFTError(
-            f"the tokenizer of {model!r} or a row has the token {tokenizer.convert_ids_to_tokens(largest)!r} "
-            f"as number {largest}, but the model has {rows} embeddings: use the tokenizer that belongs to it, or load "
-            f"the model, call resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
+            f"the tokenizer of {model!r} or a row has the token number {largest}{f', {token!r},' if token else ''} "
+            f"but the model has {rows} embeddings: use the tokenizer that belongs to it, or load the model, call "
+            f"resize_token_embeddings({len(tokenizer)}), and save it with the tokenizer."
         )
 
 

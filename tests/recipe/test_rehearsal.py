@@ -195,17 +195,21 @@ def test_tokens_without_an_embedding_are_refused_only_where_they_are_used(stages
     tokenizer.save_pretrained(model)
     stages[0].model.model_name_or_path = str(model)
     rehearse(stages)
-    with pytest.raises(HFTError, match=r"'<one more>' .*resize_token_embeddings"):
+    with pytest.raises(HFTError, match=r"token number 768, '<one more>', but .*resize_token_embeddings"):
         check_ids(Dataset.from_dict({"chosen_ids": [[1], [added]]}), tokenizer, config, "m")
     tokenizer.pad_token = "<one more>"  # which trainers add to rows
     with pytest.raises(HFTError, match="'<one more>'"):
         check_ids(plain, tokenizer, config, "m")
 
 
-def test_rows_of_another_tokenizer_s_tokens_are_refused(stages_of, tmp_path):
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [(99999, "a row has the token number 99999 but the model has"), (-100, "a row has the token number -100: ")],
+)
+def test_rows_of_another_tokenizer_s_tokens_are_refused(stages_of, tmp_path, token, said):
     data = tmp_path / "tokens.jsonl"
-    data.write_text(json.dumps({"input_ids": [1, 99999]}) + "\n")
-    with pytest.raises(HFTError, match="a row has the token None as number 99999") as error:
+    data.write_text(json.dumps({"input_ids": [1, token]}) + "\n")
+    with pytest.raises(HFTError, match=said) as error:
         rehearse(stages_of("--sft.dataset", str(data)))
     one_line(error)
 
