@@ -179,7 +179,7 @@ def _task_digest() -> str:
     """Return the SHA-256 (hex) of our tasks' files, grading code and probes."""
     here = Path(__file__).parent
     code = (here / "functions.py", here / "harness.py", Path(demo.__file__).with_name("probes.py"))
-    return combined_digest([content_digest(source) for source in (TASKS, *code, demo.PROBES)])
+    return combined_digest({source.name: content_digest(source) for source in (TASKS, *code, demo.PROBES)})
 
 
 def _score(results: dict[str, dict[str, Any]], figure: str) -> Score:
