@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from hft_trl.report.record import HISTORY, retention_of
 
 PLAN_FILE = "plan.json"
 SCORES_FILE = "scores.json"
+ROWS_FILE = re.compile(r"round-\d+(-memory)?-[0-9a-f]{8}\.json")
 VERSION = 1
 FIELDS = {
     **dict.fromkeys(("approach", "model"), str),
@@ -64,8 +66,8 @@ def write_plan(folder: str | Path, plan: Mapping[str, Any], rounds: Sequence[Rou
             for path in {*results, *folder.glob("round-*")} - ours if overwrite else ():
                 if (path / STAGE_FILE).is_file():
                     shutil.rmtree(path)
-                elif path.is_file():
-                    path.unlink()
+                elif path in results or ROWS_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
             write_json_once(folder / PLAN_FILE, plan)
 
     by_first_process(write)

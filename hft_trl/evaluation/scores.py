@@ -121,6 +121,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
         write_json(data, evaluation.to_dict(), allow_nan=False)
         write_text(text, "\n\n".join(parts) + "\n")
         if figure is None:
+            picture.unlink(missing_ok=True)  # of an earlier evaluation
             return [data, text]
         save_figure(figure, picture)
     return [data, text, picture]

@@ -56,6 +56,21 @@ def test_a_run_with_other_rows_leaves_those_of_the_first_alone(tmp_path):
     assert len(json.loads(Path(second[1].data.dataset).read_text())) == 5
 
 
+def test_overwrite_removes_what_a_run_has_written_and_nothing_of_the_user(tmp_path):
+    rounds = stages(tmp_path, "replay")
+    written = [tmp_path / "scores.json", *(Path(stage.data.dataset) for stage in rounds)]
+    (tmp_path / "scores.json").write_text("{}")
+    (tmp_path / "round-1" / "predictions").mkdir(parents=True)
+    (tmp_path / "round-1" / "stage.json").write_text("{}")
+    mine = [tmp_path / name for name in ("round-notes.txt", "round-1-scores.json", "round-9/mine.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    write_plan(tmp_path, plan(), [], overwrite=True)
+    assert not any(path.exists() for path in [*written, tmp_path / "round-1"])
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
 def test_the_rows_of_a_round_are_named_by_what_they_are(tmp_path):
     rows = [{"prompt": "p", "answer": "a"}]
     assert rows_file(tmp_path, "round-1", rows) == rows_file(tmp_path, "round-1", [dict(row) for row in rows])
