@@ -247,6 +247,10 @@ def test_a_model_that_gives_no_number_has_no_score_and_no_average_and_odd_names_
     assert content["MMLU"]["difference"] is content["average"]["difference"] is None
     (legend,) = evaluation_figure(as_report(evaluation)).legends
     assert [text.get_text().strip() for text in legend.get_texts()] == [r"a\$^\$", "_under"]
+    for scores in evaluation.scores.values():
+        scores.update({model: dict.fromkeys(found, Score(None)) for model, found in scores.items()})
+    assert [path.name for path in write_evaluation(evaluation, tmp_path)] == ["evaluation.json", "evaluation.md"]
+    assert not (tmp_path / "evaluation.png").exists()
 
 
 def test_tables_show_errors_and_differences_to_the_base(tmp_path, capsys):
