@@ -192,8 +192,9 @@ def test_optimizers_of_the_users_own_and_gem_are_refused(base, tmp_path):
         check_gem(args, hft)
 
 
-def test_arguments_that_are_left_to_trl_are_checked_too(base, monkeypatch):
+def test_arguments_that_are_left_to_trl_are_checked_too(base, tmp_path, monkeypatch):
     """TRL's own default clips."""
+    monkeypatch.chdir(tmp_path)  # its output_dir is relative
     monkeypatch.setattr(sft_module, "SFTConfig", partial(SFTConfig, use_cpu=True, bf16=False))
     hft = HFTConfig(optimizer_in_backward=True)
     with pytest.raises(HFTError, match="set max_grad_norm to 0"):
