@@ -118,10 +118,10 @@ def check_ids(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, config: Pre
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     lowest, largest = 0, max(token or 0 for token in special)
     columns = [column for column in prepared.column_names if column.endswith("_ids")]
-    for batch in prepared.select_columns(columns).with_format("numpy").iter(batch_size=1000):
-        full = [ids for column in columns for ids in batch[column] if len(ids)]
-        lowest = min([lowest, *(int(ids.min()) for ids in full)])
-        largest = max([largest, *(int(ids.max()) for ids in full)])
+    for batch in prepared.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for column in columns:
+            ids = batch[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            lowest, largest = int(ids.min(initial=lowest)), int(ids.max(initial=largest))
     if lowest < 0:
         raise HFTError(f"a row has the token number {lowest}: numbers start at 0; -100 belongs in labels only.")
     if largest >= rows:
