@@ -4,13 +4,16 @@ import json
 from collections.abc import Collection, Mapping
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, Features, Json, List, Value
+from datasets.fingerprint import Hasher
 from trl import extract_prompt, maybe_convert_to_chatml
 from trl.trainer.utils import remove_none_values
 
+from hft_trl.environment import package_version
 from hft_trl.errors import HFTError
 
 Message = dict[str, Any]
@@ -57,12 +60,15 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
     wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
     optional = [column for column in OPTIONAL if column in dataset.column_names]
     features = {**dict.fromkeys(wanted, List(Json())), **dict.fromkeys(optional, Json())}
+    # datasets hashes an imported function by its name, and would reuse rows that another version of it read
+    reader = [Path(__file__).read_text(encoding="utf-8"), package_version("trl")]
     with PartialState().main_process_first():
         return dataset.map(
             partial(_read, name=name, parts=parts, optional=optional),
             with_indices=True,
             remove_columns=dataset.column_names,
             features=Features(features),
+            new_fingerprint=Hasher.hash([dataset._fingerprint, reader, name, parts, optional]),
             desc="Reading conversations",
         )
 

@@ -7,6 +7,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError
+from hft_trl.recipe import layouts
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
 
 
@@ -232,3 +233,18 @@ def test_columns_that_are_not_used_are_named_in_one_line(monkeypatch):
     lines.clear()
     sft_dataset(Dataset.from_list([{"messages": [user("a"), assistant("b")]}]), "chats")
     assert lines == []
+
+
+def test_rows_that_another_version_read_are_not_reused(tmp_path, monkeypatch):
+    """datasets caches what was read, by a fingerprint that changes with the reader and not from run to run."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "Which?", "output": "This."}\n')
+
+    def read() -> str:
+        rows = sft_dataset(load_dataset("json", data_files=str(path), split="train"), "rows")
+        return rows.cache_files[0]["filename"]
+
+    first = read()
+    assert read() == first
+    monkeypatch.setattr(layouts, "package_version", lambda _: "another")
+    assert read() != first
