@@ -27,7 +27,6 @@ from hft_trl.report import Report, environment, print_report, write_views
 from hft_trl.report.record import retention_of
 from hft_trl.report.views import PAGE_FILE
 
-SFT_WITHOUT = ("drop_equal_pairs", "reference_quantization")  # keys for preference data only
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
 RUN_LEVEL = ("method",)  # fields of HFTConfig that are set outside the section hft
 
@@ -100,7 +99,11 @@ def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Key
     known = {"": keys((RunArguments,)), "hft": hft, "model": keys((ModelArguments,))}
     known["retention"] = keys((RetentionArguments,))
     for name, config in stages.items():
-        without = (*OF_THE_RUN, "streaming", *(SFT_WITHOUT if issubclass(config, SFTConfig) else ()))
+        without = [*OF_THE_RUN, "streaming"]
+        if issubclass(config, SFTConfig):
+            without.append("drop_equal_pairs")
+        if "precompute_ref_log_probs" not in keys((config,)):  # a trainer that takes no reference
+            without.append("reference_quantization")
         known[name] = keys((DatasetMixtureConfig, DataArguments, config), without)
         known[f"{name}.hft"] = hft
     return known

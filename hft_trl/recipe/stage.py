@@ -137,7 +137,8 @@ class Stage:
         self.eval_dataset = self._load_split(self.data.eval_split) if evaluates else None
         if isinstance(args, SFTConfig):
             args.assistant_only_loss = args.assistant_only_loss and is_conversational(self.train_dataset[0])
-        if args.dataset_num_proc is None and len(self.train_dataset) >= LARGE:
+        # Trainers that generate do not prepare rows, and have no such setting
+        if vars(args).get("dataset_num_proc", 1) is None and len(self.train_dataset) >= LARGE:
             # Faster, and the memory-mapped files that a worker has read count as resident only until it ends
             args.dataset_num_proc = min(max(os.cpu_count() or 1, 4), 16)
 

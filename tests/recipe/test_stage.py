@@ -6,6 +6,7 @@ import shutil
 import pytest
 from conftest import one_line, parse_recipe
 from training import ResumableSFTTrainer
+from trl import GRPOConfig, SFTConfig
 
 from hft_trl import HFTError, demo
 from hft_trl.recipe.folder import open_stages
@@ -20,6 +21,18 @@ def stage_of(tmp_path):
         return parse_recipe(["--model", str(model), "--output_dir", str(tmp_path), *data, *flags]).stages["sft"]
 
     return parse
+
+
+def test_a_stage_of_a_trainer_that_generates_reads_its_prompts_from_pairs(tmp_path):
+    """GRPO's config has neither the settings of preparing rows nor those of a reference that is passed."""
+    flags = ["--output_dir", str(tmp_path), "--grpo.dataset", "demo", "--grpo.split", "train_prefs[:8]"]
+    given = {"stages": {"sft": SFTConfig, "grpo": GRPOConfig}, "default_config": demo.RECIPE}
+    stage = parse_recipe(flags, **given).stages["grpo"]
+    stage.check()
+    stage.load_data()
+    assert len(stage.train_dataset["prompt"]) == 8
+    with pytest.raises(HFTError, match=r"unknown key grpo\.reference_quantization"):
+        parse_recipe([*flags, "--grpo.reference_quantization", "8bit"], **given)
 
 
 def test_an_adapter_is_refused_with_how_to_merge_it(stage_of, tmp_path):
