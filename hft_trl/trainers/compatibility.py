@@ -143,6 +143,11 @@ STORAGE: Conflicts = {
         lambda c: c.calibrated == "gradient_norm" and c.args and c.args.mixed_precision == "fp16",
         "in fp16 small gradients become 0 without scaling: use bf16, or set hft.importance to weight_norm",
     ),
+    ("hft.importance", "trainers that generate (GRPO, RLOO; `gradient_norm`)"): (
+        lambda c: c.calibrated == "gradient_norm" and c.args and "num_generations" in vars(c.args),
+        "the loss of a trainer that generates is not of a row of the data, but of all completions of a prompt: set "
+        "hft.importance to weight_norm, snr or wanda",
+    ),
     ("peft_config", "method hft, or fft of these trainers"): (
         lambda c: (
             c.given.get("peft_config") is not None

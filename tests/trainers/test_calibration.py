@@ -13,6 +13,7 @@ from conftest import PATIENCE
 from datasets import Dataset
 from training import ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM
+from trl import GRPOConfig
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
 from hft_trl.retention.meter import Meter
@@ -168,6 +169,15 @@ def test_fp16_is_refused_for_gradients(tmp_path):
     with pytest.raises(HFTError, match="in fp16 small gradients become 0"):
         check(Args(), GRADIENT)
     check(Args(), WANDA)
+
+
+def test_a_loss_of_many_completions_has_no_gradient_of_a_row(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(
+        HFTError, match=r"hft.importance is 'gradient_norm', but .*: set hft.importance to weight_norm"
+    ):
+        check(args, GRADIENT)
+    check(args, WANDA)
 
 
 def test_two_processes_choose_the_same_and_keep_frozen_elements(base, tulu, tmp_path):
