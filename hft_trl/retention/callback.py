@@ -2,6 +2,7 @@
 
 import inspect
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class RetentionCallback(TrainerCallback):
         self._base: Base | None = None
         self._meter: Meter | None = None
         self._trainer: Trainer | None = None
+        self._based_on: weakref.ref[Trainer] | None = None  # the trainer whose start model is the base
 
     def on_train_begin(self, *_: Any, processing_class: Any, **__: Any) -> None:
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
@@ -100,6 +102,9 @@ class RetentionCallback(TrainerCallback):
         while not isinstance(frame.f_locals.get("self"), Trainer):
             frame = frame.f_back
         self._trainer = frame.f_locals["self"]
+        if self._based_on is None or self._based_on() is not self._trainer:  # another trainer has another base
+            self._base = None
+        self._based_on = weakref.ref(self._trainer)
         if sum(isinstance(callback, RetentionCallback) for callback in self._trainer.callback_handler.callbacks) > 1:
             raise HFTError(
                 "callbacks has more than one RetentionCallback, and their figures have the same names: give all rows "
@@ -133,7 +138,7 @@ class RetentionCallback(TrainerCallback):
         if state.log_history and "train_loss" in state.log_history[-1]:
             best = state.best_global_step if args.load_best_model_at_end else None
             self._measure(again=best not in (None, state.global_step))
-        self._trainer = self._meter = self._base = None  # frees the model; another trainer has another base
+        self._trainer = self._meter = None  # frees the model
 
     def _measure(self, again: bool = False) -> dict[str, float]:
         """Measure and log, unless it was done at this step, and return the figures."""

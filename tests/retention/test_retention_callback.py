@@ -280,6 +280,15 @@ def test_a_second_trainer_with_the_same_callback_has_a_base_of_its_own(base, tul
     assert (tmp_path / "b" / BASE_FILE).is_file()
 
 
+def test_a_trainer_that_trains_again_keeps_its_base(base, tulu, tmp_path):
+    trainer = sft(base, tulu, tmp_path, RetentionCallback(**ROWS))
+    trainer.train()
+    of_start, end = (tmp_path / BASE_FILE).read_bytes(), measured(trainer)[-1]
+    trainer.train()
+    assert measured(trainer)[0]["retention/base_kl"] == pytest.approx(end["retention/base_kl"])
+    assert (tmp_path / BASE_FILE).read_bytes() == of_start
+
+
 def test_only_the_first_process_tokenizes(base, tulu, tokenizer, tmp_path, monkeypatch):
     """A second process is sent the rows of the first, which on another machine might come from another file."""
     sent = Meter(tokenizer, texts=ROWS["texts"])
