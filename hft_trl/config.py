@@ -152,8 +152,8 @@ class HFTConfig:
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, PATH, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":
-        """The settings of a half with the same shares that can be drawn without weights or data."""
-        if self.strategy != "importance":
+        """The settings of a half with the same shares that can be drawn without weights, data or masks."""
+        if self.strategy not in ("importance", "element"):
             return self
         names = ("importance", "importance_order", "calibration_samples")
         return replace(self, strategy="category", **{name: vars(HFTConfig)[name] for name in names})

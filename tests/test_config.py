@@ -77,6 +77,7 @@ def test_a_value_out_of_range_is_named(setting, value):
 def test_a_half_chosen_by_importance_has_settings_of_the_same_shares_without_weights():
     importance = HFTConfig(strategy="importance", importance="gradient_norm", importance_order="least", ratio=0.3)
     assert importance.by_shape() == HFTConfig(ratio=0.3)
+    assert HFTConfig(strategy="element", seed=7).by_shape() == HFTConfig(seed=7)
     assert HFTConfig(strategy="layer").by_shape() == HFTConfig(strategy="layer")
 
 

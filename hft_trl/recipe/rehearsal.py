@@ -45,6 +45,11 @@ from hft_trl.recipe.rows import check_rendered, untrained_rows
 from hft_trl.recipe.stage import Stage
 from hft_trl.retention.callback import PREFIX
 from hft_trl.retention.meter import MEASURED
+from hft_trl.selection import select
+from hft_trl.selection.previous import selection_of
+from hft_trl.skeleton import build_on_meta
+from hft_trl.trainers.case import Case
+from hft_trl.trainers.compatibility import check
 
 TRAINERS = {SFTConfig: SFTTrainer, DPOConfig: DPOTrainer, KTOConfig: KTOTrainer}
 ROWS, LONGEST = 8, 32  # rows, characters or tokens of a text
@@ -69,6 +74,7 @@ WITHOUT: dict[str, Any] = {
 def rehearse(stages: Sequence[Stage]) -> None:
     """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
+    check_halves(stages)
     if stages[0].retention is not None:
         by_first_process(stages[0].meter)  # for its checks
     by_first_process(partial(_rehearse_all, stages))
@@ -87,6 +93,21 @@ def check_chain(stages: Sequence[Stage]) -> None:
                 f"method fft in float32, which {then.name} with method hft would have to round: set model.dtype to "
                 "float32, or method to hft in both."
             )
+
+
+def check_halves(stages: Sequence[Stage]) -> None:
+    """Reject a stage that cannot have the half that `reselect` asks for after the stages before it."""
+    start = stages[0].model
+    skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
+    half = selection_of(skeleton)
+    elements = half is not None and half.masks is not None
+    for stage in (stage for stage in stages if stage.hft is not None):
+        try:
+            check(stage.args, stage.hft, after_elements=elements)
+            half = select(skeleton, stage.hft.by_shape(), half)
+        except HFTError as error:
+            raise HFTError(f"{stage.name}: {error}") from error
+        elements = Case(stage.args, stage.hft, {}, elements).elements
 
 
 def check_fills_batch(stage: Stage, rows: int) -> None:

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from hft_trl import HFTError, demo
 from hft_trl.chat import check_ids
 from hft_trl.recipe import recipe, rehearsal
-from hft_trl.recipe.rehearsal import LONGEST, rehearse
+from hft_trl.recipe.rehearsal import LONGEST, check_halves, rehearse
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"
@@ -155,6 +155,27 @@ def test_it_is_one_process_without_a_backend_whatever_launched_it(stages_of, mon
     before = state_of_the_process()
     rehearse(stages)
     assert state_of_the_process() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--sft.hft.strategy element --dpo.hft.frozen_quantization int8", "after strategy element, .* leave it out"),
+        ("--sft.hft.exclude norm", "but the start model's selection and .* differ in .*: keep hft.exclude"),
+        (
+            "--sft.hft.ratio 1 --dpo.hft.train_embeddings false --dpo.hft.train_lm_head false "
+            "--dpo.hft.train_final_norm false",
+            "nothing learns with hft.reselect 'complement'",
+        ),
+    ],
+)
+def test_a_half_that_cannot_follow_the_one_before_is_found_before_that_is_trained(tmp_path, flags, said):
+    asked = ["--output_dir", str(tmp_path), "--dpo.hft.reselect", "complement"]
+    recipe = parse_recipe([*asked, *flags.split()], default_config=demo.RECIPE)
+    with pytest.raises(HFTError, match=rf"^dpo: .*{said}") as error:
+        rehearse(list(recipe.stages.values()))
+    one_line(error)
+    check_halves(list(parse_recipe(asked, default_config=demo.RECIPE).stages.values()))
 
 
 def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, tmp_path):
