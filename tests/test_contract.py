@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 from transformers.trainer_callback import CallbackHandler
@@ -49,6 +50,7 @@ ATTRIBUTES = {
     "_hf_deepspeed_config_weak_ref": (deepspeed,),
     "_no_split_modules": (PreTrainedModel,),
     "_name_or_path": (PreTrainedModel,),
+    "_fingerprint": (Dataset,),
     "_raise_exceptions_for_missing_entries": (inspect.getmodule(cached_file),),
     "_raise_exceptions_for_connection_errors": (inspect.getmodule(cached_file),),
     "_raise_exceptions_for_gated_repo": (inspect.getmodule(cached_file),),
