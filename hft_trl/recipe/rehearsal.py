@@ -74,7 +74,7 @@ WITHOUT: dict[str, Any] = {
 def rehearse(stages: Sequence[Stage]) -> None:
     """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
     check_chain(stages)
-    check_halves(stages)
+    by_first_process(partial(check_halves, stages))
     if stages[0].retention is not None:
         by_first_process(stages[0].meter)  # for its checks
     by_first_process(partial(_rehearse_all, stages))
@@ -96,7 +96,7 @@ def check_chain(stages: Sequence[Stage]) -> None:
 
 
 def check_halves(stages: Sequence[Stage]) -> None:
-    """Reject a stage that cannot have the half that `reselect` asks for after the stages before it."""
+    """Reject a `reselect` that the selections of the stages before do not allow. Only shapes are needed."""
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
     half = selection_of(skeleton)

@@ -145,7 +145,7 @@ STORAGE: Conflicts = {
     ),
     ("hft.importance", "trainers that generate (GRPO, RLOO; `gradient_norm`)"): (
         lambda c: c.calibrated == "gradient_norm" and c.args and "num_generations" in vars(c.args),
-        "the loss of a trainer that generates is not of a row of the data, but of all completions of a prompt: set "
+        "a trainer that generates computes its loss over all completions of a prompt, not per row: set "
         "hft.importance to weight_norm, snr or wanda",
     ),
     ("peft_config", "method hft, or fft of these trainers"): (
