@@ -109,44 +109,41 @@ def frozen_by_user(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of the frozen parameters that neither a selection nor the model's class has frozen."""
     frozen = {name for name, parameter in named_parameters(model) if not parameter.requires_grad}
     unexplained = frozen - frozen_by_hft(model)
-    if unexplained:  # such as the biases that correct a router, which their class creates frozen
-        unexplained -= {name for name, parameter in _rebuilt(model).items() if not parameter.requires_grad}
-    return frozenset(unexplained)
+    return frozenset(unexplained - _frozen_by_class(model, unexplained))
 
 
-def _rebuilt(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Build a model again on the meta device, whose parameters are frozen and sized as its class makes them."""
+def _frozen_by_class(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Return those of the names that the model's class creates frozen, such as a router's biases."""
+    if not names:  # with tens of thousands of modules the copy takes seconds
+        return set()
     try:
         # Some classes draw random numbers even on the meta device.
         with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
-            return dict(type(model)(copy.deepcopy(model.config)).named_parameters(remove_duplicate=False))
+            twin = type(model)(copy.deepcopy(model.config))
     except Exception as error:
         raise HFTError(
             f"The model {type(model).__name__} cannot be rebuilt from its own config, which HFT needs to learn "
             f"what the class itself keeps frozen: {type(error).__name__}: {error}"
         ) from error
+    made = twin.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in made if name in names and not parameter.requires_grad}
 
 
 def _selectable_sizes(
     model: PreTrainedModel, parameters: dict[str, nn.Parameter], towers: set[str], exclude: Sequence[str]
 ) -> dict[str, int]:
     """Number of parameters by name, of those that could learn and that no pattern of `exclude` matches."""
-    # Nothing to ask of a model that is as it was made. With tens of thousands of modules the copy takes seconds.
-    as_made = all(parameter.requires_grad and parameter.numel() for parameter in parameters.values())
-    twin = parameters if as_made else _rebuilt(model)
+    by_class = _frozen_by_class(model, {name for name, p in parameters.items() if not p.requires_grad})
     unmatched = set(exclude)
     sizes = {}
     for name, parameter in parameters.items():
         hits = {pattern for pattern in exclude if re.search(pattern, name)}
         unmatched -= hits
-        like = twin.get(name, parameter)
-        by_class = name in twin and not like.requires_grad and not parameter.requires_grad
-        if hits or by_class or not like.is_floating_point():
+        if hits or name in by_class or not parameter.is_floating_point():
             continue
         if towers and any(path in towers for path in _ancestors(name)):
             continue
-        # Under ZeRO-3 a parameter holds no elements of its own between uses: the twin knows how many it has.
-        sizes[name] = parameter.numel() or like.numel()
+        sizes[name] = numel(parameter)
     if unmatched:
         raise HFTError(
             f"hft.exclude holds {sorted(unmatched)[0]!r}, which matches no parameter of {type(model).__name__}: fix "
