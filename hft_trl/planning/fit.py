@@ -66,7 +66,7 @@ class Planner:
         self.method = hft.method
         self._skeleton, self.selection = skeleton, select(skeleton, hft.by_shape(), previous)
         self._sizes = sizes(skeleton, self.selection)
-        self._shares, self._published = hft.share_reference, skeleton.config.dtype
+        self._shares, self._published = hft.share_reference and hft.method == "hft", skeleton.config.dtype
         self._steps: dict[StepSettings, Step] = {}
 
     def plan(self, task: Task) -> Plan:
@@ -78,7 +78,7 @@ class Planner:
         layouts = [(name, sync) for name in task.layouts for sync in ((False, True) if name == "fsdp2" else (False,))]
         # A step is traced only if the memory between steps fits
         limit = task.gpu_memory - RESERVED
-        possible = [layout for layout in layouts if sum(self._placed(task, layout[0])[2].values()) <= limit]
+        possible = [layout for layout in layouts if sum(self._placed(task, layout[0])[1].values()) <= limit]
         for least, way, (name, sync) in product((busy, candidates[0]), CHECKPOINTING[task.stage], possible):
             plan = partial(self.one, task, name, checkpointed=way, sync_each_batch=sync)
             if plan(least).fits:
@@ -99,7 +99,8 @@ class Planner:
 
     def one(self, task: Task, name: str, micro_batch: int, checkpointed: int, sync_each_batch: bool = False) -> Plan:
         """Return the plan with given settings, whether it fits or not. `name` is the launch configuration."""
-        storage, layout, parts = self._placed(task, name)
+        layout = LAYOUTS[name]
+        storage, parts = self._placed(task, name)
         step = self._step(task, storage, layout, micro_batch, checkpointed)
         accumulation = task.global_batch // task.gpus // micro_batch
         defers = name == "fsdp2" and accumulation > 1
@@ -128,17 +129,13 @@ class Planner:
                     f"so the frozen half would not keep its bits: remove {flag}, or use --method fft."
                 )
 
-    def _placed(self, task: Task, name: str) -> tuple[Storage, Layout, dict[str, int]]:
-        """Return the storage, the layout and the bytes between steps. Full fine-tuning has no frozen half."""
-        storage, half = task.storage, self.method == "hft"
-        if not half:
+    def _placed(self, task: Task, name: str) -> tuple[Storage, dict[str, int]]:
+        """Return the storage and the bytes between steps. Full fine-tuning has no frozen half."""
+        storage = task.storage
+        if self.method == "fft":
             none = {"frozen_dtype": None, "frozen_quantization": None, "replicate_frozen": False}
             storage = dataclasses.replace(storage, **none)
-        layout, whole = LAYOUTS[name], storage.replicate_frozen
-        # The reference of a replicated half uses the policy's
-        shares = (layout.shares_reference or whole) and self._shares and half
-        layout = dataclasses.replace(layout, whole_frozen=whole, shares_reference=shares)
-        return storage, layout, held(self._sizes, layout, task.gpus, storage, task.stage == "dpo")
+        return storage, held(self._sizes, LAYOUTS[name], task.gpus, storage, task.stage == "dpo", self._shares)
 
     def _step(self, task: Task, storage: Storage, layout: Layout, micro_batch: int, checkpointed: int) -> Step:
         types = ("bfloat16", None) if layout.shards_state else (storage.dtype, storage.frozen_dtype)

@@ -24,8 +24,6 @@ class Layout:
     name: str
     shards_weights: bool = False
     shards_state: bool = False  # gradients and optimizer state, with bfloat16 weights for computation
-    shares_reference: bool = True  # policy and reference store the frozen half once
-    whole_frozen: bool = False  # hft.replicate_frozen: of the weights, only the trainable ones are sharded
 
     @property
     def zero(self) -> bool:
@@ -36,9 +34,9 @@ class Layout:
 LAYOUTS = {
     "single": Layout("single"),
     "ddp": Layout("ddp"),
-    "fsdp2": Layout("fsdp2", shards_weights=True, shards_state=True, shares_reference=False),
-    "zero2": Layout("zero2", shards_state=True, shares_reference=False),
-    "zero3": Layout("zero3", shards_weights=True, shards_state=True, shares_reference=False),
+    "fsdp2": Layout("fsdp2", shards_weights=True, shards_state=True),
+    "zero2": Layout("zero2", shards_state=True),
+    "zero3": Layout("zero3", shards_weights=True, shards_state=True),
 }
 
 
@@ -175,7 +173,9 @@ def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
     )
 
 
-def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference: bool) -> dict[str, int]:
+def held(
+    counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference: bool, share_reference: bool = True
+) -> dict[str, int]:
     """Return the bytes on a GPU between steps, by part. `preference` adds a reference model."""
     size = own_size = DTYPES[storage.dtype].itemsize
     frozen_size = DTYPES[storage.frozen_dtype or storage.dtype].itemsize
@@ -187,19 +187,20 @@ def held(counted: Sizes, layout: Layout, gpus: int, storage: Storage, preference
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen_bytes(frozen_size, storage.frozen_quantization)
     gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
-    reference = 0
+    # Of a sharded policy, the reference can use only a frozen half that is whole in every process
+    shares, reference = share_reference and (storage.replicate_frozen or not layout.shards_state), 0
     if preference and layout.shards_weights:  # sharded separately, in the type in which it was loaded
-        reference = (counted.trainable + (0 if layout.shares_reference else counted.frozen)) * own_size
+        reference = (counted.trainable + (0 if shares else counted.frozen)) * own_size
     elif preference:  # its frozen half is shared with the policy, or has the same type
-        reference = trainable if layout.shares_reference else trainable + frozen
+        reference = trainable if shares else trainable + frozen
     of_weights, of_state = (gpus if sharded else 1 for sharded in (layout.shards_weights, layout.shards_state))
     return {
         "weights_trainable": trainable // of_weights,
-        "weights_frozen": frozen // (1 if layout.whole_frozen else of_weights),
+        "weights_frozen": frozen // (1 if storage.replicate_frozen else of_weights),
         "reference": reference // of_weights,
         "gradients": gradients // of_state,
         "optimizer": optimizer // of_state,
-        "communication": _communication(counted, layout, size),
+        "communication": _communication(counted, layout, size, storage.replicate_frozen),
     }
 
 
@@ -214,7 +215,7 @@ def _optimizer_bytes(counted: Sizes, itemsize: int, in_eight_bits: bool) -> int:
     )
 
 
-def _communication(counted: Sizes, layout: Layout, size: int) -> int:
+def _communication(counted: Sizes, layout: Layout, size: int, whole_frozen: bool) -> int:
     """
     Return the bytes of the backend's buffers, derived from its code and never measured.
 
@@ -225,7 +226,7 @@ def _communication(counted: Sizes, layout: Layout, size: int) -> int:
         return counted.trainable * size
     everything = 2 * counted.layer + counted.outside
     trainable = 2 * counted.layer_trainable + counted.outside_trainable
-    gathered = (trainable if layout.whole_frozen else everything) * BFLOAT16 if layout.shards_weights else 0
+    gathered = (trainable if whole_frozen else everything) * BFLOAT16 if layout.shards_weights else 0
     scattered = trainable * BFLOAT16 if layout.shards_state else 0
     return gathered + scattered
 

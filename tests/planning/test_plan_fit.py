@@ -84,7 +84,7 @@ def test_a_short_row_alone_does_not_keep_a_gpu_busy(planners):
 def test_a_sharded_backend_holds_each_part_once_among_its_gpus(skeleton, planners, stage, method):
     """Weights, gradients, optimizer and reference of all GPUs together are those of one that holds everything."""
     counted = sizes(skeleton, planners[method].selection)
-    alone = held(counted, dataclasses.replace(LAYOUTS["single"], shares_reference=False), 1, Storage(), stage == "dpo")
+    alone = held(counted, LAYOUTS["single"], 1, Storage(), stage == "dpo", share_reference=False)
     shared = held(counted, LAYOUTS["fsdp2"], 8, Storage(), stage == "dpo")
     for part in ("weights_trainable", "weights_frozen", "reference", "gradients", "optimizer"):
         assert 8 * shared[part] == pytest.approx(alone[part], rel=1e-6)

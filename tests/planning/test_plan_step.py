@@ -1,6 +1,5 @@
 """A step that is traced without weights is the step that a trainer runs: its bytes, its operations and its peak."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -76,8 +75,7 @@ def test_every_part_is_what_a_trainer_has(
     selection = select(skeleton, hft)
     settings = StepSettings(stage, rows, 96, checkpointed=checkpointed, autocast=bf16, device="cpu")
     step = trace_step(skeleton, selection, settings)
-    layout = LAYOUTS["single"] if method == "hft" else dataclasses.replace(LAYOUTS["single"], shares_reference=False)
-    parts = held(sizes(skeleton, selection), layout, 1, Storage(), stage == "dpo")
+    parts = held(sizes(skeleton, selection), LAYOUTS["single"], 1, Storage(), stage == "dpo", method == "hft")
 
     model = trainer.model
     assert parts["weights_trainable"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -172,12 +170,8 @@ def test_the_resident_set_of_a_step_is_predicted_within_a_tenth(tmp_path, tokeni
         skeleton = build_on_meta(large)
         selection = select(skeleton, hft)
         step = trace_step(skeleton, selection, StepSettings(**request, autocast=False, device="cpu"))
-        layout = (
-            LAYOUTS["single"]
-            if hft.method == "hft"
-            else dataclasses.replace(LAYOUTS["single"], shares_reference=False)
-        )
-        parts = held(sizes(skeleton, selection), layout, 1, Storage(), request["stage"] == "dpo")
+        layout, dpo = LAYOUTS["single"], request["stage"] == "dpo"
+        parts = held(sizes(skeleton, selection), layout, 1, Storage(), dpo, hft.method == "hft")
         predicted = sum(at_peak(parts, step, layout, accumulates=False).values())
         assert 100e6 < predicted < 600e6
         assert predicted == pytest.approx(peak, rel=0.1), (request, parts, step)
