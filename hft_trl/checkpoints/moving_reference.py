@@ -31,7 +31,6 @@ def save(trainer: Trainer, checkpoint: Path) -> None:
     reference = _reference(trainer)
     if reference is None or not trainer.args.should_save or sharded_by(trainer.args):
         return
-    checkpoint.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in named_parameters(reference)}
     save_file(tensors, checkpoint / REFERENCE_FILE, metadata={"format": "pt"})
 
