@@ -57,7 +57,7 @@ ATTRIBUTES = {
 }
 
 # Private only by their line in front, and documented: Python's and torch's own
-DOCUMENTED = {"_asdict", "_replace", "_exit", "_parameters", "_buffers"}
+DOCUMENTED = {"_asdict", "_replace", "_exit"}
 # Parts of operators' names in torch.ops, which a step's ledger counts by
 OPERATORS = {
     *("_cdata", "_overloadpacket", "_to_copy", "_grouped_mm"),
