@@ -1,4 +1,4 @@
-"""How a program ends early: after a mistake of the user, or after a signal."""
+"""How a program ends early, after a mistake of the user or a signal, and which process says so."""
 
 import ctypes
 import os
@@ -17,6 +17,11 @@ STOPPED = 128 + signal.SIGTERM  # 143, as shells report after a SIGTERM
 INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report after Ctrl-C
 LATER = 10  # seconds for the launcher to end the other processes after the first one failed
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
+
+
+def speaks() -> bool:
+    """Whether this process is the first, which warns for all. A `PartialState` would choose devices."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class HFTError(ValueError):
@@ -50,7 +55,7 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except HFTError as error:
-        if os.environ.get("RANK", "0") != "0":  # the first process prints and ends the others meanwhile
+        if not speaks():  # the first process prints and ends the others meanwhile
             time.sleep(LATER)
         from hft_trl.redact import redact_text
 
@@ -63,7 +68,7 @@ def exit_on_user_error() -> Iterator[None]:
             sys.stderr.write(f"stopped: {stop.message}\n")
         raise
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             sys.stderr.write(
                 "stopped: Ctrl-C; the same command resumes from the last whole checkpoint, if there is one.\n"
             )
@@ -80,8 +85,7 @@ def _end_with_launcher() -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    first = os.environ.get("RANK", "0") == "0"
-    raise Stopped("SIGTERM came outside of training; the same command resumes from what is saved." if first else "")
+    raise Stopped("SIGTERM came outside of training; the same command resumes from what is saved." if speaks() else "")
 
 
 # What libraries raise for a wrong setting, template or file

@@ -15,11 +15,6 @@ from hft_trl.errors import HFTError
 Result = TypeVar("Result")
 
 
-def speaks() -> bool:
-    """Whether this process is the first, which warns for all. A `PartialState` would choose devices."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def all_see(file: Path | None) -> bool:
     """
     Whether all processes see the same file, on the same disk. All of them have to call it.

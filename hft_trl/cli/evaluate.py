@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hft_trl.cli.shared import AsJson, quiet
-from hft_trl.errors import HFTError, exit_on_user_error
+from hft_trl.errors import HFTError, exit_on_user_error, speaks
 from hft_trl.files import check_output, read_texts, resolved, write_json, writing
 
 app = typer.Typer()
@@ -61,7 +61,6 @@ def evaluate_command(
     with quiet(logging.WARNING):  # the harness warns of prompts that it truncates
         from hft_trl.evaluation import parse_suites, print_evaluation, write_evaluation
         from hft_trl.evaluation.run import evaluate_models, find_models
-        from hft_trl.processes import speaks
 
         suites = parse_suites(suite)
         if speaks():

@@ -6,7 +6,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, speaks
 from hft_trl.files import flush, sync, writing
 
 NAME = "smollm2"  # the word that stands for the model, as `demo` does for the embedded one
@@ -43,8 +43,6 @@ def smollm2_path() -> str:
 
 @cache
 def _say_once() -> None:
-    from hft_trl.processes import speaks  # loads torch
-
     if speaks():
         sys.stderr.write(NOTICE)
 

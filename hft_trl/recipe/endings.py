@@ -7,8 +7,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hft_trl.errors import as_user_error, first_line
-from hft_trl.processes import speaks
+from hft_trl.errors import as_user_error, first_line, speaks
 
 logger = logging.get_logger(__name__)
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
-from hft_trl.errors import HFTError, first_line
-from hft_trl.processes import speaks
+from hft_trl.errors import HFTError, first_line, speaks
 from hft_trl.recipe.layouts import ANSWERS, OPTIONAL, Message, check_messages, find_parts, read_conversations
 
 logger = logging.get_logger(__name__)
