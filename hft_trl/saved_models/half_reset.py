@@ -21,7 +21,8 @@ from hft_trl.files import flush, resolved, sync, write_json, writing
 from hft_trl.saved_models.diff import change, check_alike
 from hft_trl.saved_models.model_card import described
 from hft_trl.saved_models.saved_model import FILES, SavedModel, short
-from hft_trl.selection import SELECTION_FILE, Selection, select
+from hft_trl.selection import Selection, select
+from hft_trl.selection.previous import selection_of
 from hft_trl.weights import CHUNK, rounds
 
 COMPANIONS = (*FILES, utils.PROCESSOR_NAME, utils.FEATURE_EXTRACTOR_NAME)  # copied with the weights
@@ -77,12 +78,11 @@ def reset(base: str | Path, tuned: str | Path, out: str | Path, config: HFTConfi
 
 def draw(after: SavedModel, config: HFTConfig) -> Selection:
     """Select what stays tuned: with the next seed if the model was trained with the same half."""
-    root = next(iter(after.files.values())).parent
-    trained = Selection.load(root).trainable if (root / SELECTION_FILE).is_file() else None
+    trained = selection_of(after.skeleton)
     for seed in range(config.seed, config.seed + SEEDS):
         selection = select(after.skeleton, dataclasses.replace(config, seed=seed))
         # What would be set back was frozen in training, and nothing would change
-        if trained != selection.trainable or not selection.frozen or config.ratio == 1:
+        if trained is None or trained.trainable != selection.trainable or not selection.frozen or config.ratio == 1:
             return selection
     raise HFTError(
         f"hft.ratio is {config.ratio}, at which {SEEDS} seeds select the half that {after.name!r} was trained with, "
