@@ -117,7 +117,6 @@ class Quantized(SavedFromStart):
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: nn.Module | None) -> None:
         half = trainer.frozen_half
-        self.note_names(policy)
         matrices = frozen_matrices(policy, half.digests.keys())
         files = start_files(policy, trainer.args.model_init_kwargs)
         on_disk = types_on_disk(files, {name: policy.get_parameter(name) for name in matrices})

@@ -23,13 +23,8 @@ class SavedFromStart(Storage):
     def __init__(self) -> None:
         # By name the file that a parameter is saved from, and the type and fingerprint that its tensor had
         self._held: dict[str, tuple[Path, torch.dtype, str]] = {}
+        # By each name of a tied parameter the first one, under which the file may hold it
         self._first_name: dict[str, str] = {}
-
-    def note_names(self, model: torch.nn.Module) -> None:
-        """Note the first of each tied parameter's names, under which the files may hold it."""
-        by_id: dict[int, str] = {}
-        for name, parameter in named_parameters(model, remove_duplicate=False):
-            self._first_name[name] = by_id.setdefault(id(parameter), name)
 
     def saved(
         self, model: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None, folder: str
@@ -105,7 +100,9 @@ class SmallerType(SavedFromStart):
                 f"values do not fit into {str(self._dtype).removeprefix('torch.')}, and the safetensors files of "
                 f"{policy.config._name_or_path!r} do not hold them under these names."
             )
-        self.note_names(policy)
+        by_id: dict[int, str] = {}
+        for name, parameter in named_parameters(policy, remove_duplicate=False):
+            self._first_name[name] = by_id.setdefault(id(parameter), name)
         half.digests = half.digests | fingerprints(rounded.items())
         policy._hft_rounded = bool(rounded)
 
