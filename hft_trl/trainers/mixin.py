@@ -59,7 +59,7 @@ class HFTMixin:
         self._storages = preparation.storages(self.hft_config, self.hft_selection.masks is not None)
         self._shares_reference = reference.settle(self, policy, self._storages, given.get("ref_model") is not None)
         self.frozen_half.note_forms(policy)
-        preparation.finish(self, policy)
+        preparation.check_optimizer(self, policy)
         if self.hft_config.method == "hft" and self.is_world_process_zero():
             share, config = self.hft_selection.share["layers"], self.hft_config
             logger.warning(

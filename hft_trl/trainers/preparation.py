@@ -1,4 +1,4 @@
-"""Steps around a trainer with a half: check what was given, draw the half, choose storages, finish, check again."""
+"""Steps around a trainer with a half: check what was given, draw the half, choose storages, check again."""
 
 import dataclasses
 import inspect
@@ -127,25 +127,19 @@ def storages(config: HFTConfig, masked: bool) -> list[Storage]:
     return found
 
 
-def finish(trainer: Any, policy: PreTrainedModel) -> None:
-    """Set what depends on the half: a user's optimizer and the inputs' gradients."""
-    if trainer.hft_config.method != "hft":
+def check_optimizer(trainer: Any, policy: PreTrainedModel) -> None:
+    """Reject a user's optimizer that does not hold exactly the parameters that are to learn."""
+    if trainer.hft_config.method != "hft" or trainer.optimizer is None:
         return
-    if trainer.optimizer is not None:
-        held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
-        wrong = [(name, p.requires_grad) for name, p in named_parameters(policy) if p.requires_grad != (id(p) in held)]
-        for learns, what in ((False, "holds {} frozen parameters"), (True, "lacks {} parameters that are to learn")):
-            names = [name for name, found in wrong if found is learns]
-            if names:
-                raise HFTError(
-                    f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer "
-                    "(use optim, or optimizer_cls_and_kwargs), or build it from "
-                    "select(model, hft_config).trainable."
-                )
-    # With a frozen embedding no input of the first layer needs a gradient, and reentrant checkpointing would then pass
-    # none on to the layers
-    if (trainer.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        policy.enable_input_require_grads()
+    held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    wrong = [(name, p.requires_grad) for name, p in named_parameters(policy) if p.requires_grad != (id(p) in held)]
+    for learns, what in ((False, "holds {} frozen parameters"), (True, "lacks {} parameters that are to learn")):
+        names = [name for name, found in wrong if found is learns]
+        if names:
+            raise HFTError(
+                f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer "
+                "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+            )
 
 
 def check_before_training(trainer: Any) -> None:
