@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,11 @@ class Stage:
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
         with writing(self.folder):
             trainer.save_model()
+        # In each upload to the hub too, whose card the trainer writes
+        named = self.data.dataset or [part.path for part in self.mixture.datasets]
+        trainer.create_model_card = partial(trainer.create_model_card, dataset_name=named)
             trainer.save_state()
-            trainer.create_model_card(dataset_name=self.data.dataset or [part.path for part in self.mixture.datasets])
+            trainer.create_model_card()
             PartialState().wait_for_everyone()  # until the main process has saved
             if isinstance(trainer, HFTMixin):
                 record.moved = movements(self, trainer.hft_selection)
