@@ -23,7 +23,7 @@ class ResumableMixin:
 
     A resumed run ends in the same bits as an uninterrupted run. Checkpoints are complete or rejected, even if the
     process is killed while saving. With `enable_jit_checkpoint`, a SIGTERM ends training with a checkpoint after the
-    current step. A NaN or infinite loss ends training before the optimizer uses it. Checkpoints include a moving
+    current step. A NaN or infinite loss ends training before a checkpoint is saved. Checkpoints include a moving
     reference (`sync_ref_model`). The mixin and HFT do not need each other.
     """
 
@@ -103,7 +103,7 @@ class ResumableMixin:
         super()._issue_warnings_after_load(load_result)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the parent's step, and reject a NaN or infinite loss before it is used."""
+        """Run the parent's step, and reject a NaN or infinite loss before it is used or a checkpoint is saved."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             kept = [path for path in sort_checkpoints(self.args.output_dir) if whole.torn_because(path) is None]

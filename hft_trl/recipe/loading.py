@@ -53,7 +53,7 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
                 raise HFTError(f"dataset {source!r} is no .jsonl, .json or .parquet file: convert it to one.")
             if path.stat().st_size == 0:
                 raise HFTError(f"dataset {source!r} is empty: give one with rows.")
-            if {part.partition("[")[0].strip() for part in split.split("+")} != {"train"}:
+            if {name for name, _ in _parts(split)} != {"train"}:
                 raise HFTError(
                     f"dataset {source!r} is one file, whose only split is train, but the split is {split!r}: give "
                     "parts, such as train[:95%] to train on and train[95%:] to evaluate on, or a folder with a "
@@ -78,14 +78,26 @@ def load_split(source: str, split: str = "train", config: str | None = None) -> 
     return dataset
 
 
-def check_apart(source: str, split: str, eval_split: str) -> None:
-    """Reject evaluation on the training rows of a file: both splits must be parts of it."""
-    if Path(source).is_file() and "train" in (split, eval_split) and eval_split.startswith("train"):
+def check_apart(source: str, split: str, eval_split: str, config: str | None = None) -> None:
+    """Reject evaluation on rows that are trained on."""
+    both = {name for name, _ in _parts(split)} & {name for name, _ in _parts(eval_split)}
+    if not both:
+        return
+    lengths = {name: len(load_split(source, name, config)) for name in both}
+    shared = ["+".join(part for name, part in _parts(text) if name in both) for text in (split, eval_split)]
+    with _reading(f"dataset {source!r}, splits {split!r} and {eval_split!r}"):
+        trained, evaluated = (ReadInstruction.from_spec(text).to_absolute(lengths) for text in shared)
+    if any(a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to) for a in trained for b in evaluated):
         raise HFTError(
-            f"dataset {source!r} is one file, so eval_split {eval_split!r} has rows of split {split!r}, and the model "
-            "would be evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split "
-            "'train[95%:]', or a folder with a file for each, or set eval_strategy to 'no'."
+            f"dataset {source!r}: eval_split {eval_split!r} has rows of split {split!r}, and the model would be "
+            "evaluated on what it learns: give parts, such as split 'train[:95%]' and eval_split 'train[95%:]', or a "
+            "folder with a file for each, or set eval_strategy to 'no'."
         )
+
+
+def _parts(split: str) -> list[tuple[str, str]]:
+    """Return the parts of a split, such as `train[:5]`, each with its name, such as `train`."""
+    return [(part.partition("[")[0].strip(), part.strip()) for part in split.split("+")]
 
 
 def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,12 @@ class Stage:
                 "evaluate on: set eval_split, or eval_strategy to 'no'."
             )
         if evaluates and self.mixture is None:
-            check_apart(self.data.dataset, self.data.split, self.data.eval_split)
+            check_apart(self.data.dataset, self.data.split, self.data.eval_split, self.data.dataset_config)
+        elif evaluates and self.data.eval_split == self.data.split:
+            raise HFTError(
+                f"{self.name}: split and eval_split of the mixture are both {self.data.split!r}, and the model would "
+                "be evaluated on what it learns: set test_split_size, and eval_split to 'test'."
+            )
         self.train_dataset = self._load_split(self.data.split)
         self.eval_dataset = self._load_split(self.data.eval_split) if evaluates else None
         if isinstance(args, SFTConfig):
@@ -217,13 +223,16 @@ class Stage:
             f"{total:,} parameters learn ({trained / total:.1%}), "
             f"{f'resumes at step {resumed_from.global_step}' if resumed_from else 'starts at step 0'} =="
         )
+        # In each upload to the hub too, whose card the trainer writes
+        named = self.data.dataset or [part.path for part in self.mixture.datasets]
+        trainer.create_model_card = partial(trainer.create_model_card, dataset_name=named)
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
         with writing(self.folder):
             trainer.save_model()
             trainer.save_state()
-            trainer.create_model_card(dataset_name=self.data.dataset or [part.path for part in self.mixture.datasets])
+            trainer.create_model_card()
             PartialState().wait_for_everyone()  # until the main process has saved
             if isinstance(trainer, HFTMixin):
                 record.moved = movements(self, trainer.hft_selection)

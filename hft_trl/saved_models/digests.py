@@ -17,6 +17,7 @@ from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from hft_trl.errors import HFTError
+from hft_trl.files import resolved
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.weights import combined_digest, fingerprints, tensors, weight_files
 
@@ -48,22 +49,25 @@ def start_model(name: str, revision: str) -> dict[str, str | None]:
 
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the SHA-256 (hex) of files and tokenizers in settings, by `NAME_content`."""
+    """Return the names of files and tokenizers in settings, without folders, and their SHA-256 as `NAME_content`."""
     found = {}
     for key, value in settings.items():
         if not isinstance(value, str) or not value:
             continue
         # For a text that is too long to be a path, os.path.isfile returns False, but Path.is_file raises
         if Path(value).suffix and os.path.isfile(value):  # noqa: PTH113
-            found[f"{key}_content"] = content_digest(Path(value))
+            found |= {key: Path(value).name, f"{key}_content": content_digest(Path(value))}
         elif os.path.isfile(f"{value}/tokenizer_config.json"):  # noqa: PTH113
-            found[f"{key}_content"] = combined_digest(_file_digests(Path(value)))
+            found |= {key: resolved(value).name, f"{key}_content": combined_digest(_file_digests(Path(value)))}
     return found
 
 
 def mixture_parts(mixture: DatasetMixtureConfig) -> dict[str, Any]:
     """Return TRL's mixture as plain JSON, with a digest of each part's local files as `content`."""
     parts = [{**dataclasses.asdict(part), "content": _part_digest(part)} for part in mixture.datasets]
+    for part in parts:
+        if Path(part["path"]).is_dir():
+            part["path"] = resolved(part["path"]).name  # wherever it lies, as for `named_files`
     return {"datasets": parts, "test_split_size": mixture.test_split_size}
 
 
@@ -107,10 +111,10 @@ def _read_tensors(files: tuple[tuple[str, Path], ...], _states: tuple[tuple[int,
 
 def content_digest(source: Path) -> str | None:
     """Return the SHA-256 (hex) of the names and bytes of a file or folder, or `None` if it does not exist."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
+    root, files = (source.parent, [source]) if source.is_file() else (source, source.rglob("*"))
+    digests = {}
     for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest() if files else None
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[str(path.relative_to(root))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return combined_digest(digests) if digests else None

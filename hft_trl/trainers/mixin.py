@@ -151,13 +151,15 @@ class HFTMixin:
         dataset_name: str | Sequence[str] | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write TRL's model card with the names of the start model and the data, and what HFT trained."""
+        """Write TRL's model card with the names of the start model and the data, and the selection that it names."""
         # TRL would link a local data set to the hub
         super().create_model_card(model_name or Path(self.args.hub_model_id or self.args.output_dir).name, None, tags)
         if self.is_world_process_zero():
             from hft_trl.saved_models.model_card import complete
 
             complete(self.args.output_dir, self.hft_selection, dataset_name)
+            # transformers copies the weights of a checkpoint to it, and uploads that folder
+            self.hft_selection.save(self.args.output_dir)
 
 
 class _Begins(TrainerCallback):

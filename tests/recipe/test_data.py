@@ -180,13 +180,34 @@ def test_a_folder_with_files_of_two_kinds_is_named_with_what_only_some_of_them_h
         load_split(str(tmp_path))
 
 
-@pytest.mark.parametrize(("split", "eval_split"), [("train", "train"), ("train", "train[9:]"), ("train[:9]", "train")])
-def test_one_file_is_not_what_is_learned_and_what_is_evaluated_on(tmp_path, tulu, split, eval_split):
+@pytest.mark.parametrize(
+    ("split", "eval_split"),
+    [
+        *[("train", "train"), ("train", "train[9:]"), ("train[:9]", "train")],
+        *[("train[:50%]", "train[40%:]"), ("train[:5]+train[20:]", "train[-1:]"), ("train[:-3]", "train[-4:]")],
+    ],
+)
+def test_rows_that_are_trained_on_are_not_evaluated_on(tmp_path, tulu, split, eval_split):
     path = tmp_path / "chats.jsonl"
     tulu.to_json(path)
-    with pytest.raises(HFTError) as error:
-        check_apart(str(path), split, eval_split)
-    assert f"eval_split {eval_split!r} has rows of split {split!r}" in one_line(error)
-    check_apart(str(path), "train[:95%]", "train[95%:]")
-    check_apart(str(tmp_path), split, eval_split)
-    check_apart("org/hub", split, eval_split)
+    tulu.save_to_disk(tmp_path / "saved")
+    for source in (path, tmp_path / "saved"):
+        with pytest.raises(HFTError) as error:
+            check_apart(str(source), split, eval_split)
+        assert f"eval_split {eval_split!r} has rows of split {split!r}" in one_line(error)
+        check_apart(str(source), "train[:95%]", "train[95%:]")
+        check_apart(str(source), "train[5:9]+train[20:]", "train[:5]+train[9:20]")
+        with pytest.raises(HFTError, match=r"splits 'train\[9' and 'train' cannot be set up"):
+            check_apart(str(source), "train[9", "train")
+    check_apart("org/hub", "train", "test")  # nothing is loaded
+
+
+def test_a_mixture_is_not_evaluated_on_the_split_that_is_trained_on(tmp_path, tulu):
+    tulu.to_json(tmp_path / "chats.jsonl")
+    config = tmp_path / "mixture.yaml"
+    config.write_text(f"datasets: [{{path: json, data_files: {tmp_path / 'chats.jsonl'}}}]\neval_strategy: epoch\n")
+    flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--config", str(config)]
+    with pytest.raises(HFTError, match=r"of the mixture are both 'train'.*: set test_split_size") as error:
+        parts([*flags, "--dataset_test_split", "train"])
+    one_line(error)
+    assert [len(part) for part in parts([*flags, "--test_split_size", "0.25"])] == [24, 8]

@@ -109,6 +109,25 @@ def test_a_name_on_the_hub_is_itself_in_every_working_directory(tmp_path, monkey
     assert [place("base", Path(folder)) for folder in ("sft", "runs/sft")] == ["../base", str(tmp_path / "base")]
 
 
+def test_a_file_is_the_same_setting_wherever_it_is_named_from(tmp_path, monkeypatch):
+    for name in ("a/t.jinja", "a/rows/train.jsonl", "b/t.jinja", "b/rows/train.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(working, folder):
+        monkeypatch.chdir(tmp_path / working)
+        config, template = tmp_path / "mix.yaml", f"{folder}t.jinja"
+        config.write_text(json.dumps({"datasets": [{"path": f"{folder}rows"}]}))
+        words = ["--config", str(config), "--model_name_or_path", "demo", "--output_dir", str(tmp_path / "run")]
+        words += ["--chat_template", template, "--chat_template_path", template]
+        return settings(parse_stage("sft", SFTConfig, words)[0])
+
+    before = found("a", "")
+    assert found("a", "./") == found("b", "../a/") == before
+    other = found("b", "")  # another file of the same name
+    assert {name for name in ("model", "data", "sft") if other[name] != before[name]} == {"model", "data", "sft"}
+
+
 def test_a_changed_data_file_is_another_setting(tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text("one")

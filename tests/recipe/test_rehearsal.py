@@ -122,7 +122,7 @@ def test_rows_that_max_length_cuts_to_nothing_are_found_before_any_training(stag
     data = tmp_path / "chats.jsonl"
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [long, short] * 9 + [long] * 9))
     flags = ["--sft.dataset", str(data), "--sft.max_length", "30", "--sft.eval_strategy", "epoch"]
-    rehearse(stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[1:18]"))
+    rehearse(stages_of(*flags, "--sft.split", "train[:16]", "--sft.eval_split", "train[16:18]"))
     with pytest.raises(HFTError, match=r"none of the 9 rows of .*, split train\[18:\] has a token to train on"):
         rehearse(stages_of(*flags, "--sft.split", "train[:17]", "--sft.eval_split", "train[18:]"))
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import one_line, parse_recipe
@@ -110,6 +113,38 @@ def test_an_error_before_the_first_step_is_one_line_and_a_later_one_is_not(stage
     with pytest.raises(ValueError, match="nothing works\nat all") as error:
         sft.train(trainer)
     assert not isinstance(error.value, HFTError)
+
+
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_each_upload_to_the_hub_has_the_selection_and_a_card_that_names_the_data(stage_of, base, monkeypatch, method):
+    """Of a model without the selection, a next stage would draw as if it had not been trained with HFT."""
+    uploads = []
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            return SimpleNamespace(repo_id="me/tuned")
+
+        def upload_folder(self, folder_path, commit_message, **_):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+            uploads.append((commit_message, files))
+            done = Future()
+            done.set_result(None)
+            return done
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    monkeypatch.setattr("hft_trl.recipe.folder.whoami", lambda **_: {})
+    flags = "--sft.push_to_hub true --sft.hub_strategy every_save --sft.save_strategy steps --sft.save_steps 1"
+    flags += f" --sft.max_steps 1 --sft.split train[:8] --sft.report_to none --method {method}"
+    sft = stage_of(base, *flags.split(), "--retention.max_rows", "0")
+    sft.load_data()
+    open_stages([sft])
+    made = {"args": sft.args, "train_dataset": sft.train_dataset, "processing_class": sft.load_tokenizer()}
+    sft.train(ResumableSFTTrainer(model=str(base), **made, hft_config=sft.hft))
+    assert [message for message, _ in uploads] == ["Training in progress, step 1", "Model save"]
+    for _, files in uploads:
+        assert files["hft_selection.json"] == (sft.folder / "hft_selection.json").read_bytes()
+        assert f"fine-tuned version of `{base}` on `demo`." in files["README.md"].decode()
+        assert files["model.safetensors"] == (sft.folder / "model.safetensors").read_bytes()
 
 
 def test_the_source_text_of_wanda_is_checked_before_anything_is_trained(stage_of, base, tmp_path):

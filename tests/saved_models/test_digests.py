@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from trl import DatasetMixtureConfig
 
 from hft_trl import demo
-from hft_trl.saved_models.digests import mixture_parts, model_digest, named_files, start_model
+from hft_trl.saved_models.digests import content_digest, mixture_parts, model_digest, named_files, start_model
 
 
 @pytest.fixture
@@ -88,13 +88,34 @@ def test_files_and_tokenizers_that_settings_name_count_by_their_content(tmp_path
     }
     settings |= {"run_name": "x" * 5000, "empty": "", "method": "hft"}
     before = named_files(settings)
-    assert before.keys() == {"chat_template_content", "chat_template_path_content"}
+    assert {key: value for key, value in before.items() if not key.endswith("_content")} == {
+        "chat_template": "t.jinja",
+        "chat_template_path": "tokenizer",
+    }
+    assert len(before) == 4
     assert named_files(settings) == before
     template.write_text("two")
     changed = named_files(settings)
     assert {key for key in before if before[key] != changed[key]} == {"chat_template_content"}
     (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
     assert named_files(settings)["chat_template_path_content"] != before["chat_template_path_content"]
+
+
+def test_names_and_bytes_of_a_folder_are_told_apart(tmp_path):
+    """Also where they would be the same characters in a row, and a file of the same name lies elsewhere."""
+    folders = [{"ab": "c"}, {"a": "bc"}, {"a": "b", "c": ""}, {"x/a": "bc"}, {"x/a": "1", "y/a": "2"}]
+    for number, files in enumerate([*folders, {"x/a": "2", "y/a": "1"}, {"x/y/a": "1", "y/a": "2"}]):
+        for name, text in files.items():
+            path = tmp_path / str(number) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    digests = [content_digest(folder) for folder in tmp_path.iterdir()]
+    assert len({*digests}) == len(digests) == 7
+    shutil.copytree(tmp_path / "4", tmp_path / "copy")
+    assert content_digest(tmp_path / "copy") == content_digest(tmp_path / "4")
+    shutil.copy(tmp_path / "0" / "ab", tmp_path / "ab")
+    assert content_digest(tmp_path / "ab") == content_digest(tmp_path / "0")  # a file alone
+    assert content_digest(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize(
