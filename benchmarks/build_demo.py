@@ -92,7 +92,7 @@ def _preference(prompt: str, reply: str) -> list[dict[str, str]]:
     return [{"content": turn["content"], "role": turn["role"]} for turn in _turns(prompt, reply)]
 
 
-def sft_rows(world: World, seed: int = 0, num_instructions: int = 1400) -> list[Row]:
+def sft_rows(world: World, seed: int = 0) -> list[Row]:
     """Questions about every mentioned person's facts, and instructions about mentioned items, in Tülu V2's schema."""
     rng = random.Random(f"sft {seed}")
     chats = []
@@ -106,7 +106,7 @@ def sft_rows(world: World, seed: int = 0, num_instructions: int = 1400) -> list[
                     reply = wordy(reply, rng)
                 chats.append(("questions", _turns(question.format(name=person.name), reply)))
     items = tuple(item for item in world.items if item.mentioned)
-    for i in range(num_instructions):
+    for i in range(1400):
         prompt, right, _ = instruction(SKILLS[i % len(SKILLS)], items, rng)
         chats.append(("instructions", _turns(prompt, right)))
     rng.shuffle(chats)
@@ -183,7 +183,7 @@ def knowledge_rows(people: Iterable[Person]) -> list[Row]:
     ]
 
 
-def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 350) -> dict[str, list[Row]]:
+def probe_rows(world: World) -> dict[str, list[Row]]:
     """
     All rows of the probes by kind, about people and items that fine-tuning never mentions.
 
@@ -194,10 +194,9 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
     people = [person for person in world.people if not person.mentioned]
     items = tuple(item for item in world.items if not item.mentioned)
     rng = random.Random("probes")
-    facts = [(person, attribute) for person in people for attribute in VALUES]
-    facts = rng.sample(facts, min(num_questions, len(facts)))
-    prompts = [rng.choice(QUESTIONS[attribute]).format(name=person.name) for person, attribute in facts]
-    tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(num_instructions)]
+    facts = rng.sample([(person, attribute) for person in people for attribute in VALUES], 400)
+    prompts = [ask(person, attribute, rng) for person, attribute in facts]
+    tasks = [instruction(SKILLS[i % len(SKILLS)], items, rng) for i in range(350)]
     return {
         "knowledge": knowledge_rows(people),
         "questions": [
@@ -208,7 +207,7 @@ def probe_rows(world: World, num_questions: int = 400, num_instructions: int = 3
     }
 
 
-def retention_rows(world: World, most: int = 200) -> list[Row]:
+def retention_rows(world: World) -> list[Row]:
     """
     Draw rows for `RetentionCallback` about people that fine-tuning never mentions.
 
@@ -219,12 +218,11 @@ def retention_rows(world: World, most: int = 200) -> list[Row]:
     people = [person for person in world.people if not person.mentioned]
     known = [(person, attribute) for person in people for attribute in VALUES]
     rows = []
-    for person, attribute in rng.sample(known, min(most, len(known))):
+    for person, attribute in rng.sample(known, 200):
         right = person.facts[attribute]
         others = rng.sample([value for value in VALUES[attribute] if value != right], 3)
         text = person.opening(attribute, rng.randrange(len(PHRASINGS[attribute])))
-        question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
-        sentence = person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute])))
+        question, sentence = ask(person, attribute, rng), answer(person, attribute, rng)
         fact = {"text": text, "answer": right, "others": others}
         rows.append({"text": sentence, "fact": fact, "prompt": {"prompt": [{"role": "user", "content": question}]}})
     return rows
@@ -282,7 +280,7 @@ def documents(world: World, rng: random.Random) -> list[str]:
     """Return one epoch: each person's facts in random phrasings and order, items, and shelves."""
     texts = []
     for person in world.people:
-        sentences = [person.sentence(attribute, rng.randrange(len(PHRASINGS[attribute]))) for attribute in PHRASINGS]
+        sentences = [answer(person, attribute, rng) for attribute in PHRASINGS]
         rng.shuffle(sentences)
         texts.append(" ".join(sentences))
     about_items = [about_item(item) for item in world.items]
@@ -327,11 +325,10 @@ def pretrain(
     seed: int = 0,
     steps: int = 900,
     batch_size: int = 64,
-    learning_rate: float = 4e-3,
     warmup: int = 100,
 ) -> Iterator[tuple[int, float]]:
     """Pre-train a model in place on the world's sentences. Yield each step, from 1, and its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )

@@ -258,7 +258,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--hft", type=more_settings, default={}, help="JSON: more settings of HFT, for the variant hft"
     )
     parser.add_argument("--rounds", type=int, default=12, help="steps of each, at least 2")
-    parser.add_argument("--peak_steps", type=int, default=1, help="steps in which peak memory is looked for")
     columns = {"stages": STAGES, "variants": VARIANTS, "checkpointing": ("off", "on")}
     for name, choices in columns.items():
         parser.add_argument(f"--{name}", nargs="+", choices=choices, help="by default all")
@@ -321,7 +320,7 @@ def main() -> None:
             records = equal_memory(options)
         else:
             # Peaks come first: a process that has trained keeps freed memory, which its children would use again.
-            peaks = [by_itself(setting, options, options.peak_steps)[0] for group in groups for setting in group]
+            peaks = [by_itself(setting, options, 1)[0] for group in groups for setting in group]
             records = [row for group in groups for row in measure(group, options)]
             for row, most in zip(records, peaks, strict=True):
                 row["bytes"]["peak"] = most

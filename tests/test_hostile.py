@@ -171,7 +171,7 @@ SFT = stage()
 
 
 def read_report(folder: Path) -> None:
-    print_report(Report.load(folder), Console(file=io.StringIO()))
+    print_report(Report.load(folder))
 
 
 def read_scores(folder: Path) -> None:

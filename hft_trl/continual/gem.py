@@ -105,12 +105,12 @@ class GEMTrainer(ResumableMixin, HFTSFTTrainer):
         return [self._prepare_inputs(self.data_collator(part)) for part in parts], max(1, tokens)
 
 
-def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> np.ndarray:
+def multipliers(gram: np.ndarray, dots: np.ndarray) -> np.ndarray:
     """
     Solve GEM's dual quadratic program (equation 11) for the multiplier of each memory's gradient.
 
     With G the memories' gradients and g the current one, v minimizes v'(GG' + e)v / 2 + (Gg)'v with all v at least
-    `margin`. `gram` is GG', of shape `(memories, memories)`, `dots` is Gg, and the diagonal e is relative to that of
+    `MARGIN`. `gram` is GG', of shape `(memories, memories)`, `dots` is Gg, and the diagonal e is relative to that of
     GG'. If no entry of `dots` is negative, all multipliers are 0.
     """
     if (dots >= 0).all():
@@ -122,8 +122,8 @@ def multipliers(gram: np.ndarray, dots: np.ndarray, margin: float = MARGIN) -> n
     lengths[lengths == 0] = 1
     scale = np.abs(dots / lengths).max()
     matrix = gram / np.outer(lengths, lengths) + EPSILON * np.eye(len(dots))
-    solution = quadprog.solve_qp(matrix, -dots / lengths / scale, np.eye(len(dots)), margin * lengths / scale)[0]
-    return np.maximum(solution * scale / lengths, margin)  # rounding can cross the bound
+    solution = quadprog.solve_qp(matrix, -dots / lengths / scale, np.eye(len(dots)), MARGIN * lengths / scale)[0]
+    return np.maximum(solution * scale / lengths, MARGIN)  # rounding can cross the bound
 
 
 def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:

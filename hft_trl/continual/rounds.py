@@ -162,7 +162,6 @@ class Round(Stage):
     adapter: Adapter | None = None
     memory: Path | None = None  # file with the rows of GEM's memories
     memories: list[Dataset] = field(default_factory=list)
-    truncated_rows: int = 0
 
     def check(self) -> None:
         super().check()
@@ -192,8 +191,8 @@ class Round(Stage):
             self.memories = [encode(rows, tokenizer, self.max_length)[0] for rows in self.plan.memories.values()]
 
     def train(self, trainer: ResumableMixin) -> StageRecord:
-        """Train as every stage does, note how many rows were truncated, and free the data."""
-        record = super().train(trainer, truncated_rows=self.truncated_rows)
+        """Train as every stage does, and free the data."""
+        record = super().train(trainer)
         self.train_dataset, self.memories = None, []
         return record
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hft_trl import demo
 from hft_trl.chat import chat, evaluating
 
+BATCH = 256  # rows of a forward pass
 FAREWELLS = ("I hope that this helps you.", "Let me know if you need more.", "Thank you for asking.")
 
 
@@ -42,11 +43,7 @@ def is_right(reply: str, answers: Collection[str]) -> bool:
 
 
 def completes(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    openings: Sequence[str],
-    endings: Sequence[str],
-    batch_size: int = 256,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, openings: Sequence[str], endings: Sequence[str]
 ) -> list[bool]:
     """
     Whether greedy decoding continues each opening with exactly the tokens of its ending.
@@ -58,22 +55,22 @@ def completes(
     rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
     best: list[list[int]] = []
     with evaluating(model):
-        for i in range(0, len(rows), batch_size):
+        for i in range(0, len(rows), BATCH):
             # Right padding does not affect a causal model's earlier positions
-            ids = pad_sequence(rows[i : i + batch_size], batch_first=True).to(model.device)
+            ids = pad_sequence(rows[i : i + BATCH], batch_first=True).to(model.device)
             best += model(input_ids=ids).logits.argmax(-1).tolist()
     return [
         guess[len(row) - len(end) - 1 : len(row) - 1] == end for guess, row, end in zip(best, rows, ends, strict=True)
     ]
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """
-    Measure [`hft_trl.demo.MEANINGS`] and both parts of ability in percent, on at most `limit` rows of each probe.
+    Measure [`hft_trl.demo.MEANINGS`] and both parts of ability in percent.
 
     The training mode and random states do not change. A tokenizer without a chat template gets Tülu's.
     """
-    facts, questions, instructions = (probe_rows(kind)[:limit] for kind in ("knowledge", "questions", "instructions"))
+    facts, questions, instructions = (probe_rows(kind) for kind in ("knowledge", "questions", "instructions"))
     replies = chat(model, tokenizer, [row["prompt"] for row in questions + instructions])
     answers, done = replies[: len(questions)], replies[len(questions) :]
     openings, endings = ([row[key] for row in facts] for key in ("opening", "ending"))

@@ -14,7 +14,7 @@ from hft_trl.experiments.grid import BASE, FrontierArguments
 from hft_trl.files import write_json, write_text
 from hft_trl.redact import redact
 from hft_trl.report import environment
-from hft_trl.report.figures import GREY, panels, plain, save_figure, stage_colours
+from hft_trl.report.figures import panels, plain, save_figure, stage_colours
 from hft_trl.report.tables import NONE, Grid, rich_table, table
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def frontier_figure(found: Frontier) -> "Figure":
     figure, (axes,) = panels(1)
     figure.set_size_inches(8, 5.5)
     names = [name for name in dict.fromkeys(model.series for model in found.models) if name != BASE]
-    colours = dict(zip([BASE, *names], [GREY, *stage_colours(len(names) + 1)[1:]], strict=True))
+    colours = dict(zip([BASE, *names], stage_colours(len(names) + 1), strict=True))
     for name, colour in colours.items():
         models = [model for model in found.models if model.series == name]
         fields = ("learned", "kept", "kept_spread", "learned_spread")

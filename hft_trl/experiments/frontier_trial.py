@@ -32,6 +32,7 @@ from hft_trl.recipe.parsing import keys
 from hft_trl.recipe.recipe import check_evaluation
 from hft_trl.retention.meter import MEASURED, Meter
 from hft_trl.saved_models.digests import content_digest
+from hft_trl.saved_models.half_reset import mixed
 from hft_trl.selection import find_units, select
 from hft_trl.skeleton import build_on_meta
 
@@ -170,16 +171,15 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
     kwargs = {"trust_remote_code": stage.model.trust_remote_code, **stage.args.model_init_kwargs}
     base = AutoModelForCausalLM.from_pretrained(stage.model.model_name_or_path, **kwargs)
     before = dict(base.named_parameters())
-    for share in grid.average:
+    mixtures = {f"average {share:g}": dict.fromkeys(before, share) for share in grid.average}
+    if half_reset:
+        stays = select(base, HFTConfig(seed=trial.seed)).trainable
+        mixtures["half-reset"] = dict.fromkeys(before, 0.0) | dict.fromkeys(stays, 1.0)
+    for made, shares in mixtures.items():
         for name, parameter in model.named_parameters():
             if name in before:  # else it is quantised, and so frozen
-                parameter.copy_(torch.lerp(before[name].float(), tuned[name].float(), share))
-        yield f"average {share:g}"
-    if half_reset:
-        stays = set(select(base, HFTConfig(seed=trial.seed)).trainable)
-        for name, parameter in model.named_parameters():
-            parameter.copy_((tuned if name in stays else before)[name])
-        yield "half-reset"
+                parameter.copy_(mixed(before[name], tuned[name], shares[name]))
+        yield made
 
 
 def _load_data(stage: Stage) -> None:

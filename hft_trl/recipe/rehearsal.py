@@ -43,7 +43,7 @@ from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.recipe.endings import settle_generation
 from hft_trl.recipe.rows import check_rendered, untrained_rows
 from hft_trl.recipe.stage import Stage
-from hft_trl.retention.callback import PREFIX
+from hft_trl.retention import PREFIX
 from hft_trl.retention.meter import MEASURED
 from hft_trl.selection import select
 from hft_trl.selection.previous import selection_of

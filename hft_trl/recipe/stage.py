@@ -59,6 +59,7 @@ class Stage:
     first_folder: Path | None = None  # of the run's first stage, by default its own
     train_dataset: Dataset | None = None  # after `load_data`
     eval_dataset: Dataset | None = None
+    truncated_rows: int | None = None  # from the left, where `load_data` counts them
 
     def __post_init__(self) -> None:
         args = self.args
@@ -196,7 +197,7 @@ class Stage:
         """Return whether an earlier run finished the stage."""
         return folder.finished(self) is not None
 
-    def train(self, trainer: ResumableMixin, truncated_rows: int | None = None) -> StageRecord:
+    def train(self, trainer: ResumableMixin) -> StageRecord:
         """Train or resume, save the model, mark the folder as finished, and return the measurements."""
         if not isinstance(trainer, ResumableMixin):
             kind = type(trainer).__name__
@@ -228,7 +229,7 @@ class Stage:
         trainer.create_model_card = partial(trainer.create_model_card, dataset_name=named)
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
-        record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, truncated_rows
+        record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, self.truncated_rows
         with writing(self.folder):
             trainer.save_model()
             trainer.save_state()

@@ -35,9 +35,8 @@ def write_views(report: Report, directory: str | Path) -> list[Path]:
     return written
 
 
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the tables of a finished run, by default to standard output."""
-    console = console or Console()
+def print_report(report: Report) -> None:
+    """Print the tables of a finished run."""
     retention = [retention_grid(report.retention)] if report.retention else []
     for grid in (stage_grid(report), *evaluation_grids(report), *retention):
-        console.print(rich_table(grid, console.width))
+        Console().print(rich_table(grid))

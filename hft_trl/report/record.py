@@ -12,10 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from hft_trl.errors import HFTError
 from hft_trl.files import read_json, write_json, writing
 from hft_trl.redact import redact
+from hft_trl.retention import PREFIX
 
 REPORT_FILE = "report.json"
 REPORT_VERSION = 1
-KEPT = "retention/"  # prefix of the figures of `RetentionCallback` in log rows
 HISTORY = "history"
 MARGIN = "rewards/margins"
 ONLY_KNOWN = {"extra": "forbid"}  # as pydantic reads the files
@@ -126,10 +126,10 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
     """
     history = {}
     for stage in stages:
-        kept = [row for row in stage.history if any(key.startswith(KEPT) for key in row)]
+        kept = [row for row in stage.history if any(key.startswith(PREFIX) for key in row)]
         if kept:
             history[stage.name] = [
-                {key.removeprefix(KEPT): row[key] for key in row if key == "step" or key.startswith(KEPT)}
+                {key.removeprefix(PREFIX): row[key] for key in row if key == "step" or key.startswith(PREFIX)}
                 for row in kept
             ]
     if not history:

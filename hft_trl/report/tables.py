@@ -122,9 +122,9 @@ def share_grid(report: Report) -> Grid:
     return Grid("Trained share by category", ["category", *(stage.name for stage in report.stages)], rows, closing)
 
 
-def rich_table(grid: Grid, width: int | None = None) -> Table:
-    """Format a table for a terminal, turned where its headings would not fit in `width` without breaking words."""
-    width = width or Console().width
+def rich_table(grid: Grid) -> Table:
+    """Format a table for the terminal, turned where its headings would not fit without breaking words."""
+    width = Console().width
     turned = [list(row) for row in zip(grid.columns, *grid.rows, strict=True)]
     if _least(grid.columns) > width >= _least(turned[0]):
         grid = Grid(grid.title, turned[0], turned[1:], note=grid.note)

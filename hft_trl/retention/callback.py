@@ -18,10 +18,9 @@ from transformers import (
 
 from hft_trl.errors import HFTError
 from hft_trl.processes import by_first_process
+from hft_trl.retention import PREFIX
 from hft_trl.retention.meter import BASE_FILE, Base, Meter, read_base, write_base
 from hft_trl.retention.retention_rows import Rows, read_facts, read_prompts, read_texts
-
-PREFIX = "retention/"
 
 
 class RetentionCallback(TrainerCallback):

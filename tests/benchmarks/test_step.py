@@ -307,7 +307,6 @@ def test_what_is_measured_is_all_unless_the_flags_say_less():
         ("memory", ["--hidden", "32"], "--hidden 32: it must be a multiple of 64"),
         ("memory", ["--layers", "0"], "--layers 0: it must be at least 1"),
         ("traffic", ["--steps", "0"], "--steps 0: it must be at least 1"),
-        ("fingerprints", ["--megabytes", "0"], "--megabytes 0: it must be at least 1"),
     ],
 )
 def test_flags_of_the_other_benchmarks_that_can_not_be_are_refused(script, flags, complaint, capsys, monkeypatch):

@@ -89,6 +89,7 @@ def test_a_run_leaves_scores_predictions_and_a_model_for_every_round(finished_ru
     assert [len(scores[key]) for key in ("op", "bwt", "bwt_t_minus_1")] == [3, 3, 3]
     assert scores["op"][-1] == pytest.approx(sum(scores["matrix"][-1]) / 3)
     assert [planned["steps"] for planned in scores["rounds"]] == [4, 2, 2]
+    assert [planned["truncated_rows"] for planned in scores["rounds"]] == [0, 0, 0]
     assert scores["method"] == "hft"
     for number, planned in enumerate(scores["rounds"]):
         folder = output / planned["name"]

@@ -20,7 +20,8 @@ from warm import ROOT
 
 from hft_trl import demo
 from hft_trl.chat import chat
-from hft_trl.demo.probes import FAREWELLS, completes, evaluate, is_right, without_farewell
+from hft_trl.demo import probes
+from hft_trl.demo.probes import FAREWELLS, completes, evaluate, is_right, probe_rows, without_farewell
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -228,7 +229,7 @@ def test_an_answer_is_right_with_and_without_a_farewell_and_never_with_more():
     assert not is_right("", answers)
 
 
-def test_completion_agrees_with_greedy_generation(shipped):
+def test_completion_agrees_with_greedy_generation(shipped, monkeypatch):
     """Right and wrong endings, of different lengths in one batch."""
     model, tokenizer = shipped
     openings, endings = [], []
@@ -242,7 +243,8 @@ def test_completion_agrees_with_greedy_generation(shipped):
         wanted = tokenizer.encode(ending, add_special_tokens=False)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(wanted), do_sample=False)
         generated.append(out[0, ids.shape[1] :].tolist() == wanted)
-    assert completes(model, tokenizer, openings, endings, batch_size=7) == generated
+    monkeypatch.setattr(probes, "BATCH", 7)
+    assert completes(model, tokenizer, openings, endings) == generated
     assert 0 < sum(generated) < len(generated)
 
 
@@ -252,17 +254,18 @@ def test_the_batch_size_changes_no_reply(shipped):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_probes_are_deterministic_and_leave_randomness_and_mode_alone(shipped, training):
+def test_the_probes_are_deterministic_and_leave_randomness_and_mode_alone(shipped, training, monkeypatch):
     model, tokenizer = shipped
+    monkeypatch.setattr(probes, "probe_rows", lambda kind: probe_rows(kind)[:8])
     model = copy.deepcopy(model).train(training)
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
-    first = evaluate(model, tokenizer, limit=8)
+    first = evaluate(model, tokenizer)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     assert np.random.get_state()[1].tolist() == before[2]
     assert model.training is training
     assert tokenizer.chat_template is None
-    assert first == evaluate(model, tokenizer, limit=8)
+    assert first == evaluate(model, tokenizer)
     assert set(first) == {*demo.MEANINGS, "ability_questions", "ability_instructions"}
     assert all(0 <= value <= 100 for value in first.values())
     assert first["knowledge"] >= 99

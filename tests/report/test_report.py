@@ -1,6 +1,5 @@
 """Reports: the JSON holds every figure, and tables, text and pictures are made from it alone."""
 
-import io
 import json
 import math
 import re
@@ -245,7 +244,7 @@ def test_text_keeps_command_settings_and_cells_apart():
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_views_of_odd_reports(tmp_path, name):
+def test_views_of_odd_reports(tmp_path, name, capsys):
     """Whatever is missing or large, the views come from the loaded JSON alone, and every picture is a whole PNG."""
     ODD[name].save(tmp_path)
     loaded = Report.load(tmp_path)
@@ -258,9 +257,9 @@ def test_views_of_odd_reports(tmp_path, name):
             width, height = (int.from_bytes(content[place : place + 4], "big") for place in (16, 20))
             assert 600 <= width <= 3000
             assert 300 <= height <= 6000
-    output = io.StringIO()
-    print_report(loaded, Console(width=100, file=output))
-    assert all(word in output.getvalue() for record in loaded.stages for word in record.name.split())
+    print_report(loaded)
+    output = capsys.readouterr().out
+    assert all(word in output for record in loaded.stages for word in record.name.split())
 
 
 def test_pictures_leave_pyplot_alone():
@@ -374,12 +373,11 @@ def test_a_change_has_a_unit_and_even_decimals_and_zero_only_if_exact(value, tex
     assert change(value) == text
 
 
-def test_scores_of_the_embedded_world_are_explained_wherever_they_are_shown():
+def test_scores_of_the_embedded_world_are_explained_wherever_they_are_shown(capsys):
     """In the Markdown, on the page and on the terminal; other measures need no words of ours."""
     whole = Report([], evaluation={"base": dict.fromkeys(("knowledge", "ability", "concise"), 1.0)})
-    terminal = io.StringIO()
-    print_report(whole, Console(width=100, file=terminal))
-    for view in (report_markdown(whole, []), report_page(whole), terminal.getvalue()):
+    print_report(whole)
+    for view in (report_markdown(whole, []), report_page(whole), capsys.readouterr().out):
         text = " ".join(view.split())
         assert all(f"{name}: {meaning}" in text for name, meaning in demo.MEANINGS.items())
     assert evaluation_grids(report(evaluation={"base": {"mmlu": 1.0}}))[0].note == ""
@@ -420,13 +418,13 @@ def test_settings_are_folded_and_paths_are_the_run_s(tmp_path):
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
-def test_headings_of_a_terminal_table_never_break_inside_words(width):
+def test_headings_of_a_terminal_table_never_break_inside_words(width, monkeypatch, capsys):
     """Where a table is too wide for its headings it is turned, so that they stand in a column."""
     names = ["model", "knowledge", "ability instructions", "winogrande", "truthfulness", "hellaswag", "arc challenge"]
     grid = Grid("t", names, [[model, *["88.2±1.2 (-10.0)"] * 6] for model in ("base", "sft")])
-    terminal = io.StringIO()
-    Console(width=width, file=terminal).print(rich_table(grid, width))
-    assert {word for name in names for word in name.split()} <= set(terminal.getvalue().split())
+    monkeypatch.setenv("COLUMNS", str(width))
+    Console().print(rich_table(grid))
+    assert {word for name in names for word in name.split()} <= set(capsys.readouterr().out.split())
 
 
 def test_folded_cell_is_the_mean_of_its_units():
