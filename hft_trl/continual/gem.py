@@ -14,6 +14,7 @@ from hft_trl.checkpoints.resumable import ResumableMixin
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
 from hft_trl.trainers import HFTSFTTrainer
+from hft_trl.trainers.compatibility import reentrant
 
 # Smallest multiplier of a memory's gradient in a projected step (the value of TRACE and of GEM's authors)
 MARGIN = 0.5
@@ -129,13 +130,15 @@ def multipliers(gram: np.ndarray, dots: np.ndarray) -> np.ndarray:
 def check_gem(args: SFTConfig, hft_config: HFTConfig | None = None) -> None:
     """Reject settings that GEM does not support, before a model is loaded."""
     sharded, smoothing = sharded_by(args), args.label_smoothing_factor
-    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
     freed = hft_config is not None and hft_config.optimizer_in_backward
     for rejected, reason in (
         (freed, "hft.optimizer_in_backward frees the gradients that gem compares: drop it"),
         (sharded, f"{sharded} shards gradients, which gem compares as a whole: use accelerate_configs/ddp.yaml"),
         (args.mixed_precision == "fp16", "fp16 scales gradients, which gem compares: use bf16, or no mixed precision"),
-        (reentrant, "reentrant checkpointing does not give the gradients that gem needs: set use_reentrant to false"),
+        (
+            reentrant(args),
+            "reentrant checkpointing does not give the gradients that gem needs: set use_reentrant to false",
+        ),
         (
             args.loss_type != "nll" or smoothing,
             f"sft.loss_type is {args.loss_type!r} and sft.label_smoothing_factor {smoothing}: gem compares gradients "

@@ -33,6 +33,15 @@ DIVIDES = (
 )
 
 
+def reentrant(args: TrainingArguments) -> bool:
+    """Whether activation checkpointing is reentrant, which is PyTorch's default if it gets any keyword."""
+    keywords = dict(args.activation_checkpointing_kwargs or {})
+    for handled in ("every_n_layers", "offload"):  # by transformers
+        keywords.pop(handled, None)
+    selective = keywords.pop("selective", False)  # TRL's, which is never reentrant
+    return bool(args.activation_checkpointing and keywords and keywords.get("use_reentrant", True) and not selective)
+
+
 When = Callable[[Case], Any]
 # (setting, what it cannot be combined with) -> (what is found in a case, message: why and, after a colon, what to do)
 Conflicts = dict[tuple[str, str], tuple[When, str]]
@@ -126,7 +135,7 @@ STORAGE: Conflicts = {
         "auto_find_batch_size would repeat a step that is applied in part: set per_device_train_batch_size",
     ),
     ("hft.optimizer_in_backward", "reentrant checkpointing"): (
-        lambda c: c.args.gradient_checkpointing and (c.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+        lambda c: reentrant(c.args),
         "reentrant checkpointing would update what layers share more than once: set use_reentrant to false",
     ),
     ("hft.strategy", "`hft.frozen_dtype`, `hft.frozen_quantization`"): (

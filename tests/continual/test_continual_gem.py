@@ -269,6 +269,7 @@ def test_a_killed_run_ends_in_the_same_bytes_and_keeps_to_its_memory(two_tasks, 
             {},
             "set use_reentrant to false",
         ),
+        ({"activation_checkpointing_kwargs": {"preserve_rng_state": False}}, {}, "set use_reentrant to false"),
     ],
 )
 def test_what_gem_cannot_be_right_under_is_refused(settings, environment, complaint, monkeypatch, tmp_path):

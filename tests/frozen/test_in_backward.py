@@ -156,7 +156,8 @@ def test_a_loss_that_is_no_number_stops_before_a_checkpoint_is_saved(base, tulu,
         ({"optim": "lion_8bit"}, "optim is lion_8bit, which was not tested with it: use one of adamw_torch"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"fsdp": "full_shard"}, "FSDP keeps gradients itself"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "set use_reentrant to false"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "set use_reentrant to false"),
+        ({"activation_checkpointing_kwargs": {"preserve_rng_state": False}}, "set use_reentrant to false"),
     ],
 )
 def test_what_needs_all_gradients_is_refused_before_a_model_is_loaded(tmp_path, settings, words):
@@ -164,6 +165,25 @@ def test_what_needs_all_gradients_is_refused_before_a_model_is_loaded(tmp_path, 
     with pytest.raises(HFTError, match=f"hft.optimizer_in_backward is true, but .*{words}"):
         check(args, HFTConfig(optimizer_in_backward=True))
     check(args, HFTConfig())
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        None,
+        {},
+        {"use_reentrant": False},
+        {"every_n_layers": 2},
+        {"offload": False},
+        {"selective": True, "debug": False},
+    ],
+)
+def test_checkpointing_that_is_not_reentrant_is_accepted(tmp_path, keywords):
+    args = SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, max_grad_norm=0, activation_checkpointing_kwargs=keywords
+    )
+    assert args.activation_checkpointing
+    check(args, HFTConfig(optimizer_in_backward=True))
 
 
 def test_no_clipping_is_also_said_by_none(tmp_path):
