@@ -35,11 +35,10 @@ DIVIDES = (
 
 def reentrant(args: TrainingArguments) -> bool:
     """Whether activation checkpointing is reentrant, which is PyTorch's default if it gets any keyword."""
-    keywords = dict(args.activation_checkpointing_kwargs or {})
-    for handled in ("every_n_layers", "offload"):  # by transformers
-        keywords.pop(handled, None)
-    selective = keywords.pop("selective", False)  # TRL's, which is never reentrant
-    return bool(args.activation_checkpointing and keywords and keywords.get("use_reentrant", True) and not selective)
+    keywords = args.activation_checkpointing_kwargs or {}
+    passed = keywords.keys() - {"every_n_layers", "offload", "selective"}  # which transformers and TRL take out
+    chosen = keywords.get("use_reentrant", True) and not keywords.get("selective")
+    return bool(args.activation_checkpointing and passed and chosen)
 
 
 When = Callable[[Case], Any]
