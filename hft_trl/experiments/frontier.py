@@ -55,12 +55,17 @@ class Mean:
     """Store the mean of a model over its seeds. `learned` is the task loss, `kept` the chosen figure of retention."""
 
     name: str
-    series: str
+    method: str  # with its ratio
+    treatment: str  # such as `average`, or empty
     learned: float
     kept: float
     learned_spread: float
     kept_spread: float
     seeds: int
+
+    @property
+    def series(self) -> str:
+        return _series(self.method, self.treatment)
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,7 @@ def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
 
 def series(point: Point) -> str:
     """Return the name of the curve that a point is on: its method, its ratio, and what was made from it."""
-    made = "" if point["post_hoc"] is None else f", {point['post_hoc'].partition(' ')[0]}"
-    return f"{_method(point)}{made}"
+    return _series(_method(point), _treatment(point))
 
 
 def model_name(point: Point) -> str:
@@ -131,6 +135,14 @@ def _method(point: Point) -> str:
     return point["method"] if point["ratio"] in (None, 0.5) else f"{point['method']} {point['ratio']:g}"
 
 
+def _series(method: str, treatment: str) -> str:
+    return f"{method}, {treatment}" if treatment else method
+
+
+def _treatment(point: Point) -> str:
+    return (point["post_hoc"] or "").partition(" ")[0]
+
+
 def means(points: Sequence[Point], kept: str) -> list[Mean]:
     groups: dict[str, list[Point]] = {}
     for point in points:
@@ -139,7 +151,9 @@ def means(points: Sequence[Point], kept: str) -> list[Mean]:
     for key, group in groups.items():
         learned, held = [p["learned"]["loss"] for p in group], [p["kept"][kept] for p in group]
         spread = (stdev(learned), stdev(held)) if len(group) > 1 else (0.0, 0.0)
-        found.append(Mean(key, series(group[0]), fmean(learned), fmean(held), *spread, len(group)))
+        found.append(
+            Mean(key, _method(group[0]), _treatment(group[0]), fmean(learned), fmean(held), *spread, len(group))
+        )
     return found
 
 

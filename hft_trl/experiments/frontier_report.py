@@ -20,6 +20,9 @@ from hft_trl.report.tables import NONE, Grid, rich_table, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARKERS = {"": "o", "average": "^", "half-reset": "v"}
+"""Markers of a model as trained, and of what is made from it without training."""
+
 
 def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
     """Write `frontier.json`, `frontier.png` and `frontier.md` from the finished trials, and return the results."""
@@ -80,20 +83,27 @@ def grids(found: Frontier) -> list[Grid]:
 
 
 def frontier_figure(found: Frontier) -> "Figure":
-    """Draw the task loss against what is kept, a curve per method, with the front marked."""
+    """
+    Draw the task loss against what is kept: a color per method, a marker per treatment, with the front marked.
+
+    The base is a horizontal line: its task loss is often so far from the others that a point would squeeze them.
+    """
     figure, (axes,) = panels(1)
     figure.set_size_inches(8, 5.5)
-    names = [name for name in dict.fromkeys(model.series for model in found.models) if name != BASE]
-    colours = dict(zip([BASE, *names], stage_colours(len(names) + 1), strict=True))
-    for name, colour in colours.items():
-        models = [model for model in found.models if model.series == name]
+    trained = [model for model in found.models if model.method != BASE]
+    methods = list(dict.fromkeys(model.method for model in trained))
+    colours = dict(zip([BASE, *methods], stage_colours(len(methods) + 1), strict=True))
+    for base in (model for model in found.models if model.method == BASE):
+        axes.axhline(base.kept, color=colours[BASE], linestyle="--", linewidth=1.2, label=BASE)
+    drawn = dict.fromkeys((model.method, model.treatment) for model in trained)
+    for method, treatment in sorted(drawn, key=lambda curve: methods.index(curve[0])):
+        models = [model for model in trained if (model.method, model.treatment) == (method, treatment)]
         fields = ("learned", "kept", "kept_spread", "learned_spread")
         places = [[vars(model)[field] for model in models] for field in fields]
-        line = {"linestyle": "none" if "," in name else "-", "linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
-        marker = "s" if name == BASE else "o"
-        axes.errorbar(*places, marker=marker, color=colour, label=plain(name), **line)
-    on_front = [model for model in found.models if model.name in found.front]
-    places = [[vars(model)[field] for model in on_front] for field in ("learned", "kept")]
+        line = {"linestyle": "none" if treatment else "-", "linewidth": 1.2, "elinewidth": 0.8, "markersize": 5}
+        label = plain(models[0].series)
+        axes.errorbar(*places, marker=MARKERS[treatment], color=colours[method], label=label, **line)
+    places = [[vars(model)[field] for model in trained if model.name in found.front] for field in ("learned", "kept")]
     ring = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": "black"}
     axes.plot(*places, "o", label="on the front", **ring)
     axes.invert_xaxis()  # learned more: to the right

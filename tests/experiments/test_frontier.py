@@ -25,7 +25,7 @@ from hft_trl.experiments.frontier import (
     read_frontier,
     series,
 )
-from hft_trl.experiments.frontier_report import grids
+from hft_trl.experiments.frontier_report import frontier_figure, grids
 from hft_trl.experiments.frontier_trial import (
     _load_data,
     _tasks,
@@ -137,7 +137,7 @@ def test_keys_of_the_grid_are_flags_with_and_without_their_section():
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12), st.booleans())
 def test_the_front_holds_exactly_what_no_other_dominates(places, higher):
-    models = [Mean(str(n), "", loss, kept, 0, 0, 1) for n, (loss, kept) in enumerate(places)]
+    models = [Mean(str(n), "", "", loss, kept, 0, 0, 1) for n, (loss, kept) in enumerate(places)]
     found = front(models, "facts" if higher else "text_loss")
 
     def dominates(a, b):
@@ -227,6 +227,19 @@ def test_without_a_test_the_recommendation_names_what_the_front_is_of():
     models = means(points, "text_loss")
     found = Frontier(points, models, front(models, "text_loss"), {}, "text_loss")
     assert found.recommendation.endswith("in the means over the seeds the front is of fft alone.")
+
+
+def test_the_figure_has_the_base_as_a_line_so_that_the_others_are_told_apart():
+    """A base far from the task squeezed all other models into a corner."""
+    points = [
+        point(BASE, 90.0, 1.0, rate=None),
+        point("fft", 0.5, 2.0),
+        point("fft", 0.6, 1.5, post_hoc="average 0.5"),
+    ]
+    models = means(points, "text_loss")
+    (axes,) = frontier_figure(Frontier(points, models, front(models, "text_loss"), {}, "text_loss")).axes
+    assert max(axes.get_xlim()) < 1
+    assert set(axes.get_legend_handles_labels()[1]) == {"base", "fft", "fft, average", "on the front"}
 
 
 QUICK = ["--methods", "fft", "hft", "lora", "--learning_rates", "1e-3", "--average", "1", "--seeds", "1"]
