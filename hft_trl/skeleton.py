@@ -1,5 +1,6 @@
 """A model's structure without weights, built on the meta device from its config alone."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,24 +19,34 @@ SHAPES = Path(__file__).parent / "shapes"
 
 def shape_of(model: str) -> str:
     """Return the folder of a built-in shape, `demo` or `smollm2`, else the folder or hub id itself."""
-    if (SHAPES / model / "config.json").is_file() and not Path(model).is_dir():
+    # For a name that is too long, os.path.isfile returns False, but Path.is_file raises
+    if os.path.isfile(SHAPES / model / "config.json") and not Path(model).is_dir():  # noqa: PTH113
         return str(SHAPES / model)
     return demo.model_path(model)
 
 
 def check_folder(model: str) -> None:
-    """Reject the path of a model that does not exist, an adapter, and the folder of a run with several models."""
+    """Reject a path that does not exist or cannot be read, a file, an adapter, and the folder of a run."""
     folder = Path(model)
-    if is_missing(model):
-        raise HFTError(f"model folder {model!r} does not exist: correct the path, or give a hub id.")
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
+    try:
+        if is_missing(model):
+            raise HFTError(f"model folder {model!r} does not exist: correct the path, or give a hub id.")
+        if folder.is_file():
+            raise HFTError(f"model folder {model!r} is a file: give the folder that holds the whole model.")
+        is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
+        stages = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
+        is_run = bool(stages) and not (folder / "config.json").is_file()
+    except OSError as error:  # a name that is too long, a folder of another user
+        raise HFTError(
+            f"model folder {model!r} cannot be read ({error.strerror}): correct the path, or change its permissions."
+        ) from error
+    if is_adapter:
         raise HFTError(
             f"model folder {model!r} is an adapter, no whole model: merge it into the model that it was trained on "
             "(load it with peft.AutoPeftModelForCausalLM, call merge_and_unload() and save_pretrained), and give "
             "that folder."
         )
-    stages = [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
-    if stages and not (folder / "config.json").is_file():
+    if is_run:
         raise HFTError(f"model folder {model!r} is a run: give one of its models, {' or '.join(stages)}.")
 
 

@@ -164,13 +164,18 @@ def _listed(index: Path) -> dict[str, Path]:
 
 
 def check_readable(files: Iterable[Path]) -> None:
-    """Raise an [`HFTError`] naming the first safetensors file that is missing or cut short."""
+    """Raise an [`HFTError`] naming the first safetensors file that is missing, cut short or unreadable."""
     for path in sorted(set(files)):
         try:
-            with safe_open(path, framework="pt"):
+            # By the system's own reason: safetensors calls a file missing that this user may not read
+            with path.open("rb"), safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise HFTError(f"{path} is missing or torn ({error}).") from error
+            reason = getattr(error, "strerror", None) or error
+            raise HFTError(
+                f"{path} is missing or torn, or this user may not read it ({reason}): save or download the model "
+                "again, or change its permissions."
+            ) from error
 
 
 def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

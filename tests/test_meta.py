@@ -74,15 +74,18 @@ def test_code_from_the_repository_does_not_run_unless_it_is_trusted(tmp_path):
         ["generate"],
     ],
 )
-def test_every_command_names_a_missing_folder_and_the_models_of_a_run(command, tmp_path):
-    """The hub is not asked for them, nor is a model built."""
+def test_every_command_names_a_path_that_is_no_model(command, tmp_path):
+    """Missing, a run, a file of a model or impossible. The hub is not asked for them, nor is a model built."""
     (tmp_path / "run" / "sft").mkdir(parents=True)
     (tmp_path / "run" / "sft" / "config.json").write_text("{}")
     more = {"generate": ["--prompts", "hi"], "repair": ["--out", "new"], "half-reset": ["--out", "new"]}.get(
         command[0], []
     )
+    (tmp_path / "model.safetensors").write_bytes(b"")
     for name, words in (
         ("none", "does not exist: correct the path"),
+        ("model.safetensors", "is a file: give the folder that holds the whole model"),
+        ("y" * 300, "cannot be read (File name too long)"),
         ("run", f"is a run: give one of its models, {tmp_path}/run/sft"),
     ):
         found = CliRunner().invoke(app, [*command, str(tmp_path / name), *more])

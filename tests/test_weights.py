@@ -148,8 +148,11 @@ def test_a_file_that_an_index_lists_and_that_is_torn_or_missing_is_named(tmp_pat
     file = weight_files(folder)["a"]
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
         damage()
-        with pytest.raises(HFTError, match=f"{file.name} is missing or torn"):
+        with pytest.raises(HFTError, match=f"{file.name} is missing or torn.*save or download the model again"):
             weight_files(folder)
+    file.symlink_to(file)  # as with a file of another user, safetensors says that there is none
+    with pytest.raises(HFTError, match="Too many levels of symbolic links"):
+        weight_files(folder)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def _forward(
         inputs = (hidden.reshape(-1, hidden.size(-1)), head.weight, head.bias, tokens[:, 1:].reshape(-1))
         if settings.device == "cpu":  # memory of its backward pass counts as activations
             with ledger.part("logits"):
-                more = (1.0, VOCABULARY_CHUNK, None, 1.0, OUTPUTS[settings.stage])
+                more = (1.0, VOCABULARY_CHUNK, named.get("final_logit_softcapping"), 1.0, OUTPUTS[settings.stage])
                 scores, *_ = ChunkedLogProbFunction.apply(*inputs, *more)
         else:
             scores = _OnGPU.apply(*inputs, ledger)

@@ -1,6 +1,7 @@
 """A saved model as single tensors, under their parameters' names in transformers."""
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,9 @@ class SavedModel:
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
         self.name = name
-        self.path = _cached(name) if "@" in name and not Path(name).is_dir() else demo.model_path(name)
+        # For a name that is too long, os.path.isdir returns False, but Path.is_dir raises
+        is_revision = "@" in name and not os.path.isdir(name)  # noqa: PTH112
+        self.path = _cached(name) if is_revision else demo.model_path(name)
         self.skeleton = skeleton if skeleton is not None else build_on_meta(self.path)
         self.parameters = dict(self.skeleton.named_parameters())
         self.files = _tensor_files(self.path, name)

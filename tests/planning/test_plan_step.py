@@ -10,7 +10,15 @@ import pytest
 import torch
 from conftest import PATIENCE
 from steps import real_step
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from hft_trl import HFTConfig, HFTError, select
 from hft_trl.planning.memory import LAYOUTS, Storage, at_peak, held, sizes
@@ -26,6 +34,7 @@ SHAPES: dict[str, PreTrainedConfig] = {
     "mixture": Qwen3MoeConfig(
         vocab_size=1000, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, head_dim=16, **SMALL
     ),
+    "gemma2": Gemma2Config(vocab_size=1000, num_key_value_heads=2, head_dim=16, **SMALL),  # its logits are capped
     "gpt2": GPT2Config(vocab_size=1000, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0.1, attn_pdrop=0, embd_pdrop=0),
 }
 # Each value of each setting, with each of the others at least once
@@ -38,6 +47,7 @@ CASES = [
     ("qwen3", "sft", "hft", 1, True, 2),
     ("qwen3", "sft", "fft", 0, True, 2),
     ("qwen3", "dpo", "hft", 1, False, 1),
+    ("gemma2", "sft", "hft", 0, True, 2),
     ("gpt2", "sft", "hft", 0, False, 2),
     ("gpt2", "sft", "hft", 1, True, 1),
     ("gpt2", "dpo", "fft", 0, True, 1),

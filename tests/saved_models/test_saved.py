@@ -150,6 +150,11 @@ def test_what_is_no_whole_model_in_safetensors_is_refused(tmp_path, save):
         SavedModel(str(tmp_path))
 
 
+def test_a_revision_that_is_too_long_for_a_path_is_an_error():
+    with pytest.raises(HFTError, match="neither a folder nor in the local cache"):
+        SavedModel(f"model@{'y' * 300}")
+
+
 def other_architecture(folder):
     tiny_moe().save_pretrained(folder)
 

@@ -1,5 +1,6 @@
 """Strategy "importance": shares of strategy "category", and of each size the units that score highest."""
 
+import math
 from collections import defaultdict
 
 import pytest
@@ -135,9 +136,26 @@ def test_without_weights_or_a_trainer_it_says_what_is_missing():
             select(tiny_llama(50), HFTConfig(strategy="importance", importance=importance))
 
 
-def test_weights_that_are_no_numbers_are_named():
+@pytest.mark.parametrize("importance", ["weight_norm", "snr"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_named(importance, number):
     model = tiny_llama(50)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = number
     with pytest.raises(HFTError, match=r"layers\.1\.mlp\.up_proj\.weight is NaN"):
-        select(model, HFTConfig(strategy="importance"))
+        select(model, HFTConfig(strategy="importance", importance=importance))
+
+
+def test_a_matrix_without_noise_has_the_highest_rank_and_one_of_zeros_the_lowest():
+    """As a router's, whose few singular values are alike: all are above the bound, which is half of their range."""
+    assert _signal_to_noise(torch.eye(4, 8)) == math.inf
+    assert _signal_to_noise(torch.zeros(4, 8)) == 0
+    model = tiny_llama(50)
+    with torch.no_grad():
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.up_proj.weight.zero_()
+            if number != 2:
+                layer.mlp.up_proj.weight.fill_diagonal_(1)
+    half = select(model, HFTConfig(strategy="importance", importance="snr"))
+    assert half.share == select(model, HFTConfig()).share
+    assert "model.layers.2.mlp.up_proj.weight" in half.frozen
