@@ -171,10 +171,10 @@ def check_readable(files: Iterable[Path]) -> None:
             with path.open("rb"), safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = (error.strerror or error) if isinstance(error, OSError) else error
             raise HFTError(
-                f"{path} is missing or torn, or this user may not read it ({reason}): save or download the model "
-                "again, or change its permissions."
+                f"{path} is missing or incomplete, or this user may not read it ({reason}): save or download the "
+                "model again, or change its permissions."
             ) from error
 
 
