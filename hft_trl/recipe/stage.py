@@ -87,8 +87,9 @@ class Stage:
         }
         # Here, so that a mistake in a later stage is found before the first one trains
         check(args, self.hft or HFTConfig(method="fft"))
-        # The trainer counts these itself and restores the count on resume
-        if args.include_num_input_tokens_seen == "no":
+        # The trainer counts these itself and restores the count on resume. One that generates needs no setting for it,
+        # and with one would warn in every step.
+        if args.include_num_input_tokens_seen == "no" and "num_generations" not in vars(args):
             args.include_num_input_tokens_seen = "non_padding"
 
     @property
