@@ -18,8 +18,9 @@ def sft_trainer(kind, model, tulu, folder, hft=None, **settings):
     args = SFTConfig(str(folder), **{**QUIET, "assistant_only_loss": True, **settings})
     extra = {"hft_config": hft} if hft is not None else {}
     tokenizer = load_tokenizer(str(model) if isinstance(model, str | Path) else model.config._name_or_path)
-    model = str(model) if isinstance(model, Path) else model
-    return kind(model=model, args=args, train_dataset=sft_dataset(tulu, "tulu"), processing_class=tokenizer, **extra)
+    model, rows = str(model) if isinstance(model, Path) else model, sft_dataset(tulu, "tulu")
+    extra |= {"eval_dataset": rows} if args.eval_strategy != "no" else {}
+    return kind(model=model, args=args, train_dataset=rows, processing_class=tokenizer, **extra)
 
 
 def dpo_trainer(kind, model, prefs, folder, hft=None, ref_model=None, eval_rows=None, **settings):

@@ -79,6 +79,13 @@ class ResumableMixin:
         if self._preemption is not None:
             self._preemption.leave()
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """End training as the parent does, which forgets a best checkpoint if the run's folder was moved."""
+        best = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        return super()._finalize_training(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save as the parent does, then seal the checkpoint, then rotate older ones."""
         run = Path(self._get_output_dir(trial=trial))

@@ -26,6 +26,7 @@ from hft_trl.experiments.grid import ADAPTERS, BASE, FrontierArguments, Trial, t
 from hft_trl.experiments.runner import Point, check_settings, result_file
 from hft_trl.files import write_json
 from hft_trl.recipe import Recipe, Stage, parse_recipe
+from hft_trl.recipe.arguments import RunArguments
 from hft_trl.recipe.folder import settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
@@ -62,6 +63,7 @@ def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, Fronti
 def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -> list[Point]:
     """Check what all trials share before the first one runs, and return the commands of the trials, the base first."""
     stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
+    _check_unused(recipe, stage)
     check_tests()
     check_evaluation("tasks", grid.tasks, stage.model)
     adapters = [method for method in grid.methods if method in ADAPTERS]
@@ -99,6 +101,22 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         )
         for trial in found
     ]
+
+
+def _check_unused(recipe: Recipe, stage: Stage) -> None:
+    """Reject settings of the other recipes that a frontier has no use for, or sets itself."""
+    unused = {
+        "overwrite": (recipe.run.overwrite, RunArguments.overwrite, "remove output_dir to start again"),
+        "evaluate": (recipe.run.evaluate, RunArguments.evaluate, "set tasks"),
+        "method": (stage.hft.method, HFTConfig.method, "set methods"),
+        "hft.ratio": (stage.hft.ratio, HFTConfig.ratio, "set ratios"),
+        "hft.seed": (stage.hft.seed, HFTConfig.seed, "set seeds"),
+        "sft.seed": (stage.args.seed, SFTConfig.seed, "set seeds"),
+        "sft.learning_rate": (stage.args.learning_rate, SFTConfig.learning_rate, "set learning_rates"),
+    }
+    for name, (value, default, instead) in unused.items():
+        if value != default:
+            raise HFTError(f"{name} is {value!r}, which a frontier does not use: {instead}.")
 
 
 def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:

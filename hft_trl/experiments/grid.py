@@ -86,14 +86,15 @@ class Trial:
 
     def flags(self) -> list[str]:
         kind, _, half = self.method.partition(":")
-        words = ["--method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
-        words += ["--hft.seed", str(self.seed)]
+        # Those of the stage, which win over the run's and over the file's
+        words = ["--sft.method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
+        words += ["--sft.hft.seed", str(self.seed)]
         if self.learning_rate:
             words += ["--sft.learning_rate", self.learning_rate]
         if self.ratio is not None:
-            words += ["--hft.ratio", str(self.ratio)]
+            words += ["--sft.hft.ratio", str(self.ratio)]
         settings: Mapping[str, Any] = HALVES[half] if kind == "hft" and half else {}
-        return words + [word for key, value in settings.items() for word in (f"--hft.{key}", value)]
+        return words + [word for key, value in settings.items() for word in (f"--sft.hft.{key}", value)]
 
 
 def trials(grid: FrontierArguments) -> list[Trial]:

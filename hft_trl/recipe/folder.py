@@ -48,6 +48,8 @@ MAY_DIFFER = {
 }
 # Digests of the start model, and what has changed if they differ
 START = {"model.weights": "other weights", "model.files": "another configuration or tokenizer"}
+# Digests of what lies at a path: if they are equal, it was only moved
+MOVED = {"model.model_name_or_path": tuple(START), "data.dataset": ("data.content",)}
 
 Settings = dict[str, dict[str, Any]]  # by section
 
@@ -238,6 +240,8 @@ def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
     old, new, found = dict(_flat(before)), dict(_flat(now)), []
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) == new.get(name) or not MAY_DIFFER.isdisjoint(name.split(".")):
+            continue
+        if name in MOVED and all(old.get(digest) and old[digest] == new.get(digest) for digest in MOVED[name]):
             continue
         if name in START:
             start = stage.model.model_name_or_path

@@ -55,10 +55,15 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
     """Convert rows with the columns `parts` to TRL's form. Errors name the data set."""
+    optional = [column for column in OPTIONAL if column in dataset.column_names]
+    if dates := [column for column in (*parts.values(), *optional) if "timestamp" in str(dataset.features[column])]:
+        raise HFTError(
+            f"{name}: the column {dates[0]} holds dates, which datasets makes of texts such as 2026-01-31 in JSON: "
+            "save the rows as a .parquet file, in which they stay text."
+        )
     if _is_in_form(dataset, parts):
         return dataset
     wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
-    optional = [column for column in OPTIONAL if column in dataset.column_names]
     features = {**dict.fromkeys(wanted, List(Json())), **dict.fromkeys(optional, Json())}
     # datasets hashes an imported function by its name, and would reuse rows that another version of it read
     reader = [Path(__file__).read_text(encoding="utf-8"), package_version("trl")]
@@ -97,6 +102,8 @@ def _read(row: dict[str, Any], number: int, name: str, parts: dict[str, str], op
     given = {part: row[column] for part, column in parts.items()}
     system = conversation(given["system"], "system", f"{where}, system") if given.get("system") else []
     if "chat" in given:
+        if isinstance(given["chat"], str):  # in the other parts a text is one message
+            check_messages(given["chat"], where)
         return {**read, "messages": _after_system(system, conversation(given["chat"], "user", where))}
 
     sides = {part: conversation(given[part], "assistant", f"{where}, {part}") for part in ANSWERS if part in given}
@@ -110,6 +117,8 @@ def _read(row: dict[str, Any], number: int, name: str, parts: dict[str, str], op
         if isinstance(asked, str):
             asked = None  # UltraFeedback repeats the prompt as text beside whole conversations
     if isinstance(asked, str) and given.get("context"):
+        if not isinstance(given["context"], str | int | float):
+            raise HFTError(f"{where}, {parts['context']} is {given['context']!r:.80}: it must be text.")
         asked = f"{asked}\n\n{given['context']}"
     prompt = conversation(asked, "user", f"{where}, prompt") if asked else []
     if prompt and repeated and not any(repeated[i : i + len(prompt)] == prompt for i in range(len(repeated))):

@@ -69,6 +69,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
     losses = [row["loss"] for row in log if "loss" in row]
     runtime = next((row["train_runtime"] for row in reversed(log) if "train_loss" in row), None)
     before = resumed_from or TrainerState(global_step=-1)
+    best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     if before.global_step == trainer.state.global_step:
         runtime = None  # the checkpoint was of the last step, so nothing was trained
     tokens = int(trainer.state.num_input_tokens_seen)
@@ -104,6 +105,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
         batch_size=trainer.get_total_train_batch_size(trainer.args),
         learning_rate=trainer.args.learning_rate,
         resumed_from_step=resumed_from.global_step if resumed_from else None,
+        best_step=trainer.state.best_global_step if best else None,
         history=log,
         reference_memory_bytes=beside,
         shared_reference_bytes=shared,

@@ -171,7 +171,8 @@ def read_sections(
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
         nested[name] = dict(section)
     values = {"": values, **nested}
-    _check_known({name: [*values[name], *_names(flags[name])] for name in known}, known)
+    named = {name: [flag for flag in _names(flags[name]) if not _turns_off(flag, known[name])] for name in known}
+    _check_known({name: [*values[name], *named[name]] for name in known}, known)
     return values, flags
 
 
@@ -220,7 +221,7 @@ def parse_section(
     for field in (field for kind in types for field in dataclasses.fields(kind)):
         if field.default is field.default_factory is MISSING and field.name not in {*given, *(fixed or ())}:
             raise HFTError(f"{prefix}{field.name} is missing: set it in the file, or with --{prefix}{field.name}.")
-    if "bf16" in hints and not {"bf16", "fp16", "no_bf16"} & given:
+    if "bf16" in hints and not {"bf16", "fp16"} & given:
         raw["bf16"] = is_torch_bf16_gpu_available()
     for key in {*ON_BY_DEFAULT} & hints.keys():
         raw.setdefault(key, True)
@@ -251,16 +252,23 @@ def _names(flags: list[str]) -> list[str]:
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
+def _turns_off(flag: str, known: Keys) -> bool:
+    """Return whether a flag turns off what is on by default, such as `no_log_on_each_node`. Files have no such key."""
+    key = flag.removeprefix("no_")
+    return key != flag and key in known and (known[key][1].default is True or key in CHECKPOINTING)
+
+
 def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) -> None:
     """Reject keys that their sections do not have, all at once, with the place or the name that was meant."""
     problems = []
     every = list(dict.fromkeys(name for names in known.values() for name in names))
     for section, key in ((section, str(key)) for section, found in given.items() for key in found):
-        if {key, key.removeprefix("no_")} & known[section].keys():
+        if key in known[section]:
             continue
         places: list[str] = []
         alone = key.rpartition(".")[2]
-        for name in (alone, OTHER_NAMES.get(alone), *difflib.get_close_matches(alone, every, n=1)):
+        meant = OTHER_NAMES.get(alone), alone.removeprefix("no_"), *difflib.get_close_matches(alone, every, n=1)
+        for name in (alone, *meant):
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
         places = [f"{alone}, indented below {key.rpartition('.')[0]}:"] if not section and key in places else places

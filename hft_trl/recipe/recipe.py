@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,7 +24,7 @@ from hft_trl.recipe.parsing import Keys, keys, leaves_checkpointing, names_confi
 from hft_trl.recipe.rehearsal import rehearse
 from hft_trl.recipe.stage import Stage
 from hft_trl.report import Report, environment, print_report, write_views
-from hft_trl.report.record import retention_of
+from hft_trl.report.record import HISTORY, retention_of
 from hft_trl.report.views import PAGE_FILE
 
 OF_THE_RUN = ("output_dir", "trust_remote_code")  # arguments of a trainer that are the same in all stages
@@ -53,6 +53,7 @@ def parse_recipe(
     `stages` has the config of each stage's TRL trainer by name, in order, and `sections` the dataclasses of the
     recipe's own sections. `default_config` is used without `--config`.
     """
+    check_names(stages)
     known = section_keys(stages) | {name: keys((kind,)) for name, kind in sections.items()}
     values, flags = read_sections(argv, default_config, known, help_text)
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
@@ -91,6 +92,16 @@ def parse_recipe(
         model = dataclasses.replace(model, model_name_or_path=args.output_dir, model_revision="main")
     own = {name: parse_section(name, (kind,), values[name], flags[name])[0] for name, kind in sections.items()}
     return Recipe(run, parsed, own)
+
+
+def check_names(stages: Iterable[str]) -> None:
+    """Reject names of stages that a section of the file, a key outside the sections or a report has."""
+    others = {"model", "hft", "retention", "env", "data", "base", HISTORY, "prompt", *keys((RunArguments,))}
+    if wrong := [name for name in stages if not name or name in others or not {".", "/", "="}.isdisjoint(name)]:
+        raise HFTError(
+            f"STAGES has a stage named {wrong[0]!r}: give it another name, without dots and slashes, and none of "
+            f"{', '.join(sorted(others))}."
+        )
 
 
 def section_keys(stages: Mapping[str, type[TrainingArguments]]) -> dict[str, Keys]:

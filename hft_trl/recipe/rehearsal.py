@@ -129,7 +129,7 @@ def _rehearse_all(stages: Sequence[Stage]) -> None:
             stage.load_tokenizer(of_base=True)  # for its checks
             if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
                 mark_answers(tokenizer)  # as loading does, where the stage before had plain text
-        check_fills_batch(stage, len(stage.train_dataset))
+        check_fills_batch(stage, stage.count(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             _rehearse(stage, stages[0].model, tokenizer, folder)
 
@@ -187,7 +187,7 @@ def _check_trained(stage: Stage, given: dict[str, tuple[Dataset, str]], build: C
         prepared, packing = vars(build(**some)), vars(stage.args).get("packing")
         for key, (_, split) in given.items():
             where = f"{stage.source}, split {split}", stage.args.max_length
-            untrained_rows(len(some[key]), prepared[key], *where, packing)
+            untrained_rows(stage.count(some[key]), prepared[key], *where, packing)
 
     try:
         count(lambda rows: rows.select(range(0, len(rows), max(len(rows) // ROWS, 1))))

@@ -166,7 +166,7 @@ def untrained_rows(
     rows: int, prepared: Dataset, name: str, max_length: int | None, packing: bool | None = None
 ) -> int:
     """Count the rows without a token to train on after truncation. Reject a data set of only such rows."""
-    lost = max(0, rows - len(prepared))  # KTO splits each pair into two rows
+    lost = max(0, rows - len(prepared))  # a user's own trainer may make more
     if packing:  # TRL drops such rows, but keeps them inside packs, where they are not counted
         batches = prepared.select_columns("labels").with_format("numpy").iter(batch_size=1000)
         lost = rows * all(np.all(np.concatenate(list(batch["labels"])) == -100) for batch in batches)

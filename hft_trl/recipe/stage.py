@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import DatasetMixtureConfig, DPOConfig, SFTConfig
+from trl import DatasetMixtureConfig, DPOConfig, KTOConfig, SFTConfig
 from trl.data_utils import is_conversational
 
 from hft_trl import chat, demo
@@ -87,8 +87,9 @@ class Stage:
         }
         # Here, so that a mistake in a later stage is found before the first one trains
         check(args, self.hft or HFTConfig(method="fft"))
-        # The trainer counts these itself and restores the count on resume
-        if args.include_num_input_tokens_seen == "no":
+        # The trainer counts these itself and restores the count on resume. One that generates needs no setting for it,
+        # and with one would warn in every step.
+        if args.include_num_input_tokens_seen == "no" and "num_generations" not in vars(args):
             args.include_num_input_tokens_seen = "non_padding"
 
     @property
@@ -100,6 +101,10 @@ class Stage:
     def kind(self) -> str | None:
         """Return `"sft"` or `"dpo"`, whatever its name, and `None` for the config of another trainer."""
         return "sft" if isinstance(self.args, SFTConfig) else "dpo" if isinstance(self.args, DPOConfig) else None
+
+    def count(self, dataset: Dataset) -> int:
+        """Return how many rows a trainer makes of a data set: KTO splits each pair into two."""
+        return len(dataset) * (2 if isinstance(self.args, KTOConfig) else 1)
 
     @property
     def folder(self) -> Path:
@@ -205,7 +210,7 @@ class Stage:
                 f"{self.name}: the trainer is a {kind}, whose checkpoints may be incomplete after a kill: put "
                 f"ResumableMixin before its other bases (class Resumable{kind}(ResumableMixin, {kind}): ...)."
             )
-        model, rows = trainer.accelerator.unwrap_model(trainer.model), len(self.train_dataset)
+        model, rows = trainer.accelerator.unwrap_model(trainer.model), self.count(self.train_dataset)
         # Neither is in the arguments of every trainer
         longest, packing = (vars(self.args).get(name) for name in ("max_length", "packing"))
         dropped = untrained_rows(rows, trainer.train_dataset, self.source, longest, packing)

@@ -63,6 +63,7 @@ class StageRecord:
     batch_size: int | None = None  # rows of an optimizer step, of all processes
     learning_rate: float | None = None  # the peak
     resumed_from_step: int | None = None
+    best_step: int | None = None  # of the saved model, if `load_best_model_at_end` chose it
     reference_memory_bytes: int | None = None  # per process, without parameters shared with the policy
     shared_reference_bytes: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # the trainer's log rows

@@ -44,6 +44,7 @@ def stage_grid(report: Report) -> Grid:
         "rows left out by truncation": lambda stage: count(stage.dropped_rows or None),
         "rows in a batch": lambda stage: count(stage.batch_size),
         "steps": _steps,
+        "step of the saved model": lambda stage: count(stage.best_step),
         "epochs": lambda stage: NONE if (epochs := _last(stage, "epoch")) is None else f"{epochs:.2f}",
         "learning rate": lambda stage: NONE if stage.learning_rate is None else f"{stage.learning_rate:g}",
         "tokens": lambda stage: count(stage.tokens),
@@ -54,7 +55,7 @@ def stage_grid(report: Report) -> Grid:
         "reference, beside the policy": lambda stage: size(stage.reference_memory_bytes),
         "reference, shared with the policy": lambda stage: size(stage.shared_reference_bytes),
         "loss, first to last": _losses,
-        "evaluation loss": lambda stage: loss(_last(stage, "eval_loss")),
+        "evaluation loss": lambda stage: loss(_last(stage, "eval_loss", stage.best_step)),
         "frozen part unchanged": lambda stage: UNCHANGED[stage.frozen_unchanged],
     }
     rows = [[name, *map(cell, report.stages)] for name, cell in cells.items()]
@@ -207,8 +208,9 @@ def change(value: float | None) -> str:
     return f"{100 * value:.3f} %" if value >= 5e-6 else "< 0.001 %"
 
 
-def _last(stage: StageRecord, key: str) -> Any:
-    return next((row[key] for row in reversed(stage.history) if row.get(key) is not None), None)
+def _last(stage: StageRecord, key: str, step: int | None = None) -> Any:
+    rows = [row for row in stage.history if row.get(key) is not None and step in (None, row.get("step"))]
+    return rows[-1][key] if rows else None
 
 
 def _losses(stage: StageRecord) -> str:

@@ -392,3 +392,20 @@ def test_a_checkpoint_that_holds_only_the_model_is_refused_where_the_backend_nee
     check_whole(folder, processes=2)
     with pytest.raises(HFTError, match="save_only_model, and FSDP with FULL_STATE_DICT resumes from files of its own"):
         check_whole(folder, processes=2, backend="FSDP with FULL_STATE_DICT")
+
+
+def test_the_best_model_of_a_moved_run_is_found_where_the_run_is_now(base, tulu, tmp_path):
+    """Also if its last checkpoint is all that is left to resume from. The best one here is the first of two."""
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def best(name, resume):
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / name, HFTConfig(), **steps, **chosen)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.state.best_global_step == 1
+        return trainer.model.state_dict()
+
+    before = best("run", None)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    after = best("moved", True)
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -72,7 +72,8 @@ def test_a_grid_has_each_method_at_its_own_rates_and_each_seed_in_turn():
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
     (trial,) = trials(FrontierArguments(methods=[method], learning_rates=["3e-5"], ratios=[0.25]))
-    recipe, _, _ = parse_frontier(trial.flags())
+    # Whatever a file sets for the stage, as the words before do
+    recipe, _, _ = parse_frontier(["--sft.method=fft", "--sft.hft.ratio=0.9", "--sft.hft.seed=7", *trial.flags()])
     stage = recipe.stages["sft"]
     assert (stage.args.learning_rate, stage.args.seed, stage.hft.seed) == (3e-5, 1, 1)
     kind, _, half = method.partition(":")
@@ -84,6 +85,27 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         assert (stage.hft.train_embeddings, stage.hft.train_lm_head) == (not frozen, not frozen)
         assert ("category" if frozen or not half else half.split(":")[0]) in shown
         assert (stage.hft.importance_order == "least") is (half == "wanda" or half.endswith(":least"))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "overwrite",
+        "evaluate=general",
+        "method=fft",
+        "hft.ratio=0.3",
+        "hft.seed=7",
+        "sft.seed=7",
+        "sft.learning_rate=1",
+    ],
+)
+def test_a_setting_that_a_frontier_has_no_use_for_is_rejected(flag, tmp_path):
+    recipe, grid, flags = parse_frontier([f"--{flag}", "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(
+        HFTError, match=f"{flag.partition('=')[0]} is .*, which a frontier does not use: (set|remove) "
+    ):
+        frontier_points(recipe, grid, flags)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,27 @@ def test_a_file_is_the_same_setting_wherever_it_is_named_from(tmp_path, monkeypa
     assert {name for name in ("model", "data", "sft") if other[name] != before[name]} == {"model", "data", "sft"}
 
 
+def test_model_and_data_may_move_with_the_run(tmp_path):
+    """As when a project is copied to another machine. Other contents at the new place are another setting."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(demo.MODEL, before / "model")
+    (before / "chats.jsonl").write_text("one")
+
+    def of(project):
+        return stage(
+            project / "runs", f"--config {demo.RECIPE} --model {project}/model --sft.dataset {project}/chats.jsonl"
+        )
+
+    open_stages([of(before)])
+    train(before / "runs")
+    before.rename(after)
+    open_stages([of(after)])
+    assert finished(of(after)) == RECORD
+    (after / "chats.jsonl").write_text("two")
+    with pytest.raises(HFTError, match=r"\(the files of data have changed \(data\.content\); data\.dataset"):
+        open_stages([of(after)])
+
+
 def test_a_changed_data_file_is_another_setting(tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text("one")

@@ -8,6 +8,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from hft_trl.chat import load_tokenizer
 from hft_trl.errors import HFTError
 from hft_trl.recipe import layouts
+from hft_trl.recipe.loading import load_split
 from hft_trl.recipe.rows import preference_dataset, sft_dataset
 
 
@@ -248,3 +249,33 @@ def test_rows_that_another_version_read_are_not_reused(tmp_path, monkeypatch):
     assert read() == first
     monkeypatch.setattr(layouts, "package_version", lambda _: "another")
     assert read() != first
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Which day is this?", "input": "2026-01-31", "output": "Saturday"},
+        {"messages": [user("Hi"), assistant("Ho")], "tools": [{"function": {"name": "f", "default": "2026-01-31"}}]},
+    ],
+)
+def test_texts_that_the_reader_of_json_makes_dates_of_are_refused(row, tmp_path):
+    """They would be learned as `2026-01-31 00:00:00`, or as a number of milliseconds."""
+    Dataset.from_list([row]).to_json(file := tmp_path / "rows.jsonl")
+    with pytest.raises(HFTError, match=r"the column (input|tools) holds dates.*save the rows as a \.parquet") as error:
+        sft_dataset(load_split(str(file)), "rows")
+    one_line(error)
+    Dataset.from_list([row]).to_parquet(file := tmp_path / "rows.parquet")
+    assert len(sft_dataset(load_split(str(file)), "rows")) == 1
+
+
+def test_a_text_in_place_of_messages_is_answered_with_their_form():
+    row = {"messages": '[{"role": "user", "content": "Hi"}]'}
+    with pytest.raises(HFTError, match=r"row 0 of rows is .* give a list of messages such as"):
+        sft_dataset(Dataset.from_list([row]), "rows")
+
+
+def test_an_input_that_is_no_text_is_refused_and_a_number_is_one():
+    row = {"instruction": "Add one.", "output": "4"}
+    with pytest.raises(HFTError, match=r"row 0 of rows, input is \['3'\]: it must be text"):
+        sft_dataset(Dataset.from_list([{**row, "input": ["3"]}]), "rows")
+    assert sft_dataset(Dataset.from_list([{**row, "input": 3}]), "rows")[0]["prompt"] == [user("Add one.\n\n3")]

@@ -116,7 +116,8 @@ def test_all_four_combinations_of_initialisation_and_method(sft, dpo):
         ("--sft.beta 1", ["did you mean dpo.beta?"]),
         ("--sft.evaluate x", ["did you mean evaluate?"]),
         ("--lerning_rate 1", ["did you mean sft.learning_rate or dpo.learning_rate?"]),
-        ("--sft.no_learning_rate", ["'--no_learning_rate' belongs to no flag"]),
+        ("--sft.no_learning_rate", ["unknown key sft.no_learning_rate: did you mean sft.learning_rate?"]),
+        ("--sft.no-assistant-only-loss", ["did you mean sft.assistant_only_loss?"]),
         ("--method_ fft", ["unknown key method_: did you mean method?"]),
         (f"--config {SMALL}", ["unknown key", "did you mean model.model_name_or_path?"]),
         (f"--config {TRACE}", ["has the sections lora, which this recipe does not have", "run the recipe that"]),
@@ -488,3 +489,18 @@ def test_a_recipe_has_the_stages_that_it_names_each_with_settings_and_data_of_it
         trl_recipe.parse_recipe([*flags, "--second.hft.ratoi", "0.1"], stages)
     with pytest.raises(HFTError, match=r"first has a dataset, .*, and datasets, a mixture"):
         trl_recipe.parse_recipe(["--config", write(tmp_path, model="demo", output_dir="o", first={"dataset": "demo", "datasets": [{"path": "x"}]})], {"first": SFTConfig})  # fmt: skip
+
+
+def test_what_is_on_by_default_is_turned_off_by_a_flag_and_in_a_file_by_its_own_name(tmp_path):
+    assert not demo_recipe("--hft.no_train_embeddings").stages["sft"].hft.train_embeddings
+    sft = {"dataset": "demo", "no_bf16": True, "no_train_embeddings": True}
+    with pytest.raises(HFTError, match=r"unknown key sft\.no_bf16: did you mean sft\.bf16\?") as error:
+        parse_recipe(["--config", write(tmp_path, model="demo", output_dir="x", sft=sft)])
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["model", "hft", "env", "method", "base", "history", "", "a.b", "..", "a/b"])
+def test_a_stage_has_no_name_of_something_else(tmp_path, name):
+    config = write(tmp_path, model="demo", output_dir="x", sft={"dataset": "demo"})
+    with pytest.raises(HFTError, match=f"STAGES has a stage named '{re.escape(name)}': give it another name"):
+        trl_recipe.parse_recipe(["--config", config], {"sft": SFTConfig, name: SFTConfig})

@@ -15,12 +15,13 @@ from conftest import one_line, parse_recipe
 from datasets import Dataset, is_caching_enabled
 from transformers import AutoConfig
 from transformers.utils import logging
-from trl import SFTConfig
+from trl import KTOConfig, KTOTrainer, SFTConfig
 
 from hft_trl import HFTError, demo
 from hft_trl.chat import check_ids
 from hft_trl.recipe import recipe, rehearsal
 from hft_trl.recipe.rehearsal import LONGEST, check_halves, rehearse
+from hft_trl.recipe.rows import untrained_rows
 
 REFUSING = (
     "{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('no system turns') }}{%- endif -%}"
@@ -258,3 +259,20 @@ def test_chats_after_plain_text_get_the_marks_that_their_template_lacks(tmp_path
     for stage in stages:
         stage.load_data()
     rehearse(stages)
+
+
+def test_kto_counts_the_single_answers_of_its_pairs(tmp_path):
+    """Three pairs fill a batch of four, and a pair that `max_length` drops is two rows."""
+    texts = ("Where?", "Where? " * 50, "Who?")
+    rows = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Here."}] for text in texts]
+    pairs = [{"chosen": row, "rejected": [row[0], {**row[1], "content": "There."}]} for row in rows]
+    data, config = tmp_path / "pairs.jsonl", tmp_path / "config.yaml"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    settings = {"dataset": str(data), "max_length": 40, "per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    config.write_text(json.dumps({"model": "demo", "output_dir": str(tmp_path / "run"), "kto": settings}))
+    [stage] = recipe.parse_recipe(["--config", str(config)], {"kto": KTOConfig}).stages.values()
+    stage.load_data()
+    rehearse([stage])
+    given = {"train_dataset": stage.train_dataset, "processing_class": stage.load_tokenizer()}
+    prepared = KTOTrainer(str(demo.MODEL), args=stage.args, **given).train_dataset
+    assert untrained_rows(stage.count(stage.train_dataset), prepared, "pairs", 40) == 2

@@ -34,6 +34,7 @@ def test_a_stage_of_a_trainer_that_generates_reads_its_prompts_from_pairs(tmp_pa
     stage.check()
     stage.load_data()
     assert len(stage.train_dataset["prompt"]) == 8
+    assert stage.args.include_num_input_tokens_seen == "no"  # it counts them itself
     with pytest.raises(HFTError, match=r"unknown key grpo\.reference_quantization"):
         parse_recipe([*flags, "--grpo.reference_quantization", "8bit"], **given)
 

@@ -392,6 +392,13 @@ def test_the_stages_table_has_what_a_run_is_compared_by():
     assert "evaluation loss" not in dict.fromkeys(row[0] for row in stage_grid(report(stage(history=[]))).rows)
 
 
+def test_a_model_chosen_by_evaluations_has_its_own_evaluation_s_loss():
+    rows = [{"step": step, "eval_loss": value} for step, value in ((1, 3.0), (2, 2.0), (3, 2.5))]
+    found = [dict(stage_grid(report(stage(history=rows, best_step=best))).rows) for best in (2, None)]
+    assert [grid["evaluation loss"] for grid in found] == ["2.0000", "2.5000"]
+    assert [grid.get("step of the saved model") for grid in found] == ["2", None]
+
+
 def test_a_single_log_row_has_one_loss():
     one = stage(history=[{"step": 1, "loss": 2.0}], first_loss=2.0, last_loss=2.0)
     found = [dict(stage_grid(report(each)).rows)["loss, first to last"] for each in (one, stage())]
