@@ -166,7 +166,7 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
-    """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
+    """Bytes by address. A state dict also holds what a quantized weight needs beside its parameter."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     tensors += model.parameters()  # those of a QuantizedLinear are in no state dict
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

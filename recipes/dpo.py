@@ -1,5 +1,5 @@
 r"""
-Direct preference optimisation with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files,
+Direct preference optimization with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files,
 and HFT's.
 
 ```bash

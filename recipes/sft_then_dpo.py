@@ -1,5 +1,5 @@
 r"""
-Supervised fine-tuning, then direct preference optimisation, with half of the model learning in each stage.
+Supervised fine-tuning, then direct preference optimization, with half of the model learning in each stage.
 
 Without arguments it runs on a small embedded model and data set, in a few minutes on a CPU:
 

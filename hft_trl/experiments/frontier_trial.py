@@ -177,7 +177,7 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
         mixtures["half-reset"] = dict.fromkeys(before, 0.0) | dict.fromkeys(stays, 1.0)
     for made, shares in mixtures.items():
         for name, parameter in model.named_parameters():
-            if name in before:  # else it is quantised, and so frozen
+            if name in before:  # else it is quantized, and so frozen
                 parameter.copy_(mixed(before[name], tuned[name], shares[name]))
         yield made
 
@@ -201,7 +201,7 @@ def _meter(stage: Stage) -> Meter:
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
     if isinstance(trainer, ResumableTrainer):
         trainer.model = trainer.model.merge_and_unload()
-    trainer._save(str(folder))  # with the start model's bits of a quantised half
+    trainer._save(str(folder))  # with the start model's bits of a quantized half
     found = evaluate_models({"model": folder}, parse_suites(suites))
     shutil.rmtree(folder)
     return {heading: score.value for scores in found.scores.values() for heading, score in scores["model"].items()}

@@ -28,7 +28,7 @@ class QuantizedLinear(nn.Module):
     """
     A frozen [`~torch.nn.Linear`] in bitsandbytes' int8 (one scale per row) or NF4 (one per 64 numbers).
 
-    The matrix is dequantised for each product, in the inputs' type (under autocast in autocast's), and dropped again.
+    The matrix is dequantized for each product, in the inputs' type (under autocast in autocast's), and dropped again.
     Unlike bitsandbytes' own layers it keeps neither its inputs nor a whole matrix for the backward pass. It is in no
     state dict, because the start model's own matrix is saved.
     """
@@ -58,7 +58,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def fits(self) -> bool:
-        """Whether all values were small enough to be quantised: int8 passes through float16."""
+        """Whether all values were small enough to be quantized: int8 passes through float16."""
         return bool(self._scales.isfinite().all())
 
     @property
@@ -123,7 +123,7 @@ class Quantized(SavedFromStart):
         before, after, left = 0, 0, []
         for name in matrices:
             path, parameter, linear = name.rpartition(".")[0], policy.get_parameter(name), matrices[name]
-            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
+            matrices[name] = None  # so that each whole matrix is gone before the next one is quantized
             quantized = QuantizedLinear(linear, self._kind) if linear is not None and name in on_disk else None
             if quantized is None or not quantized.fits:
                 left.append(name)

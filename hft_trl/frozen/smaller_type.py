@@ -51,7 +51,7 @@ class SavedFromStart(Storage):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
         state_dict = model.state_dict() if state_dict is None else state_dict
         first = {name: self._first_name.get(plain_name(name), plain_name(name)) for name in state_dict}
-        missing = start.keys() - first.values()  # quantised matrices are in no state dict
+        missing = start.keys() - first.values()  # quantized matrices are in no state dict
         return {name: start.get(first[name], tensor) for name, tensor in state_dict.items()} | {
             name: start[name] for name in missing
         }

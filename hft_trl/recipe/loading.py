@@ -136,7 +136,7 @@ def check_quantizable(bits: str, args: DPOConfig) -> None:
     backend = sharded_by(args)
     if backend is not None:
         raise HFTError(
-            f"reference_quantization is {bits}, but {backend} cannot shard a quantised reference: drop it, or use DDP."
+            f"reference_quantization is {bits}, but {backend} cannot shard a quantized reference: drop it, or use DDP."
         )
 
 

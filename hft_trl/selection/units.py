@@ -88,7 +88,7 @@ def _check_model(model: nn.Module) -> None:
         problem = "is no transformers model: HFT needs a causal language model, such as LlamaForCausalLM"
     elif (quantizer := vars(model).get("hf_quantizer")) is not None:  # transformers has packed the weights
         kind = type(quantizer.quantization_config).__name__
-        problem = f"is quantised ({kind}): HFT trains whole matrices, so load it without a quantization_config"
+        problem = f"is quantized ({kind}): HFT trains whole matrices, so load it without a quantization_config"
     elif model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
         problem = "is no decoder-only causal language model: load it with AutoModelForCausalLM"
     if problem is not None:

@@ -62,7 +62,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     """
     quantized = any(isinstance(module, QuantizedLinear) for module in policy.modules())
     if quantized or vars(policy).get("_hft_rounded"):
-        what = "quantised by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
+        what = "quantized by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
         raise HFTError(
             f"the model's matrices were {what} in an earlier stage, and it cannot be trained further as it is: save "
             "that stage, and pass its folder."
