@@ -24,7 +24,7 @@ def shape_of(model: str) -> str:
 
 
 def check_folder(model: str) -> None:
-    """Reject the path of a model that does not exist, an adapter, and the folder of a run with several models."""
+    """Reject a path that does not exist, an adapter, and the folder of a run with several models."""
     folder = Path(model)
     if is_missing(model):
         raise HFTError(f"model folder {model!r} does not exist: correct the path, or give a hub id.")

@@ -81,7 +81,7 @@ def repair_command(
     as_json: AsJson = False,
 ) -> None:
     """
-    Average a tuned model with its base, or reset half of it: what forgets least and still does the task.
+    Mix a tuned model with its base, without training, so that it forgets less.
 
     Chosen is the least loss on --texts among the models whose loss on --task is at most --tolerance above TUNED's.
     With the base demo, texts and task are by default the embedded world's.

@@ -79,7 +79,7 @@ class OLoRATrainer(AdapterTrainer):
         return self._lambda * torch.stack(products).sum()
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the parent's loss in training, with the penalty once per optimizer step. There is no evaluation."""
+        """Compute the parent's loss in training, plus the penalty once per optimizer step."""
         # With the number of tokens given, losses of micro-batches are summed and not averaged
         summed = kwargs.get("num_items_in_batch") is not None
         penalty = self.penalty() / (self.current_gradient_accumulation_steps if summed else 1)

@@ -64,7 +64,7 @@ def _gguf() -> Path:
 
 def convert(source: Path, folder: Path) -> None:
     """
-    Write the model and tokenizer of a Llama GGUF file as a folder for `from_pretrained`, complete or not at all.
+    Convert a Llama GGUF file to a folder for `from_pretrained`, written completely or not at all.
 
     The weights are stored in bfloat16, the type of the published checkpoint. Every type except float16 holds them
     without rounding, so training can start in float32 and in bfloat16.

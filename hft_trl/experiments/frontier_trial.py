@@ -60,7 +60,7 @@ def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, Fronti
 
 
 def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -> list[Point]:
-    """Check what all trials share before the first one runs, and return the commands of the trials, the base first."""
+    """Check the settings of all trials, and return the trials' commands, the base first."""
     stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
     check_tests()
     check_evaluation("tasks", grid.tasks, stage.model)
@@ -162,7 +162,7 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 
 @torch.no_grad()
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
-    """Put a model, its averages with the base and (of FFT) its Half-Reset into `model`, and yield each name."""
+    """Put a model, its averages with the base and its Half-Reset into `model`; yield each name."""
     yield None
     half_reset = grid.half_reset and trial.method == "fft"
     if trial.method in (BASE, *ADAPTERS) or not (grid.average or half_reset):

@@ -1,4 +1,4 @@
-"""Single elements that stay frozen in parameters of which others learn: strategy "element" in training."""
+"""Keep single elements of trained parameters frozen (strategy "element")."""
 
 from functools import partial
 from typing import Any, NamedTuple

@@ -146,7 +146,7 @@ class Quantized(SavedFromStart):
 
 
 def frozen_matrices(model: PreTrainedModel, frozen: Collection[str]) -> dict[str, nn.Linear | None]:
-    """Return the frozen matrices of attention and feed-forward, each with its `nn.Linear` if that can be replaced."""
+    """Return the frozen matrices of attention and feed-forward, each with its replaceable `nn.Linear`."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}
     names = {name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names}
@@ -161,12 +161,12 @@ def frozen_matrices(model: PreTrainedModel, frozen: Collection[str]) -> dict[str
 
 
 def quantized_bytes(kind: str, rows: int, columns: int) -> int:
-    """Bytes of a matrix held by a [`QuantizedLinear`]."""
+    """Return the bytes of a matrix in a [`QuantizedLinear`]."""
     numbers = rows * columns
     return numbers + 4 * rows if kind == "int8" else math.ceil(numbers / 2) + 4 * math.ceil(numbers / BLOCK)
 
 
 def packed_away(model: nn.Module) -> int:
-    """Numbers by which a model has more parameters than it seems: two of NF4 are in a byte, and scales are none."""
+    """Return how many more parameters a quantized model has than its tensors have elements."""
     found = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     return sum(m.in_features * m.out_features - m.packed.numel() - m.scale.numel() for m in found)

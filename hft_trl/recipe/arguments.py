@@ -99,7 +99,7 @@ class RetentionArguments:
     max_rows: int = key(MAX_ROWS, 128)
 
     def of_model(self, model: ModelArguments) -> "RetentionArguments | None":
-        """Return what to measure, `None` for nothing. Without files, only the embedded model has rows of its own."""
+        """Return what to measure, `None` for nothing. Without files only the embedded model has rows."""
         if self.max_rows == 0:
             return None
         if self.texts or self.facts or self.prompts or model.model_name_or_path == "demo":

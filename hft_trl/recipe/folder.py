@@ -148,7 +148,7 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
 
 
 def _check_inputs(stages: list["Stage"], overwrite: bool) -> None:
-    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete, or lies in its data."""
+    """Reject a stage's folder that contains inputs of the run, or lies inside a folder of data."""
     for stage in stages:
         start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
         data = [stage.data.dataset]

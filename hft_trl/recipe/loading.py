@@ -1,4 +1,4 @@
-"""Load data sets (from the hub, a folder, a file, or TRL's mixture of several) and quantized references."""
+"""Load data sets (hub, folder, file or TRL's mixture) and quantized references."""
 
 import dataclasses
 import glob

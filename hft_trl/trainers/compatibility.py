@@ -1,4 +1,4 @@
-"""Settings that cannot be combined. Each combination is rejected before a model is loaded, where possible."""
+"""List settings that cannot be combined, and reject them before a model is loaded."""
 
 import re
 from collections.abc import Callable
