@@ -170,7 +170,7 @@ def check_readable(files: Iterable[Path]) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise HFTError(f"{path} is missing or torn ({error}).") from error
+            raise HFTError(f"{path} is missing or incomplete ({error}): download or save the model again.") from error
 
 
 def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -139,7 +139,7 @@ def test_a_folder_without_safetensors_and_a_torn_file_are_named(tmp_path):
     assert weight_files(str(tmp_path)) == {"a": tmp_path / "model.safetensors"}
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(HFTError, match=r"model\.safetensors is missing or torn"):
+    with pytest.raises(HFTError, match=r"model\.safetensors is missing or incomplete"):
         weight_files(str(tmp_path))
 
 
@@ -148,7 +148,7 @@ def test_a_file_that_an_index_lists_and_that_is_torn_or_missing_is_named(tmp_pat
     file = weight_files(folder)["a"]
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-1]), file.unlink):
         damage()
-        with pytest.raises(HFTError, match=f"{file.name} is missing or torn"):
+        with pytest.raises(HFTError, match=f"{file.name} is missing or incomplete"):
             weight_files(folder)
 
 

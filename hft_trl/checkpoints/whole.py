@@ -108,7 +108,7 @@ def set_aside(checkpoint: Path) -> bool:
         number += 1
         target = checkpoint.with_name(f"_torn-{checkpoint.name}-{number}")
     logger.warning(
-        f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
+        f"{checkpoint} is incomplete ({reason}): it is renamed to {target.name}, which you may remove, and not used."
     )
     checkpoint.rename(target)
     return True
@@ -211,7 +211,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
         states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
         reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)
     if reason is not None:
-        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
+        raise HFTError(f"{checkpoint} is incomplete ({reason}): resume from another checkpoint.")
     by_first_process(lambda: _check_sums(Path(checkpoint)))
     if only_model and backend != REPLICATED:
         raise HFTError(

@@ -108,8 +108,8 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
     for name in names if names != ["all-linear"] else []:
         if not any(f".{module}".endswith(f".{name}") for module in known):
             raise HFTError(
-                f"lora.target_modules names {name!r}, which {type(structure).__name__} has not: name modules such as "
-                "q_proj, or all-linear alone."
+                f"lora.target_modules names {name!r}, which {type(structure).__name__} does not have: name modules "
+                "such as q_proj, or all-linear alone."
             )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
         get_peft_model(structure, lora_config(adapter.lora))  # puts its modules into the structure

@@ -24,9 +24,7 @@ class FrozenHalf:
         for name, digest in self.digests.items():
             if found.get(name) != digest:
                 how = "moved" if name in found else "was removed"
-                raise RuntimeError(
-                    f"the frozen parameter {name} {how} during training: nothing was saved as a success"
-                )
+                raise RuntimeError(f"the frozen parameter {name} {how} during training: the model is not saved")
 
     def note_forms(self, model: torch.nn.Module) -> None:
         """Note the types and sizes of the frozen parameters as they are to train."""

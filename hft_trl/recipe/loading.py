@@ -132,7 +132,7 @@ def check_quantizable(bits: str, args: DPOConfig) -> None:
     """Reject settings that a quantized reference does not support."""
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
         if vars(args)[name]:
-            raise HFTError(f"reference_quantization is {bits}, which {name} has no use for: drop one of the two.")
+            raise HFTError(f"reference_quantization is {bits}, which {name} does not use: drop one of the two.")
     backend = sharded_by(args)
     if backend is not None:
         raise HFTError(

@@ -186,7 +186,7 @@ class Stage:
         return {Path(self.model.model_name_or_path)}
 
     def check_saved(self) -> None:
-        """Reject a finished stage whose weights are missing or torn."""
+        """Reject a finished stage whose weights are missing or incomplete."""
         weight_files(str(self.folder))
 
     def own_settings(self) -> dict[str, dict[str, Any]]:

@@ -259,7 +259,7 @@ def test_nothing_is_removed_unless_every_folder_of_the_run_can_be_had(run, tmp_p
     (tmp_path / "dpo" / "stage.json").unlink()
     (tmp_path / "dpo" / "thesis.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(HFTError, match="holds files of something else"):
+    with pytest.raises(HFTError, match="contains other files"):
         both.open(overwrite=True)
     (tmp_path / "dpo" / "thesis.txt").unlink()
     (tmp_path / "dpo" / LOCK_FILE).unlink()  # this process's own
@@ -350,7 +350,7 @@ def test_overwrite_removes_a_stage_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["_run.lock", "notes.txt", "sft", "stage.json"]
     (tmp_path / "other" / "sft").mkdir(parents=True)
     (tmp_path / "other" / "sft" / "thesis.txt").write_text("mine")
-    with pytest.raises(HFTError, match="holds files of something else"):
+    with pytest.raises(HFTError, match="contains other files"):
         open_stages([stage(tmp_path / "other")], overwrite=True)
 
 
