@@ -108,7 +108,7 @@ def build(options: argparse.Namespace) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     if (
         "frozen_quantization" in options.hft
-    ):  # a quantised half is saved from the start model's files, so it needs some
+    ):  # a quantized half is saved from the start model's files, so it needs some
         model.save_pretrained(Path(options.folder) / "start")
         model.config._name_or_path = str(Path(options.folder) / "start")
     return model

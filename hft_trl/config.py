@@ -12,7 +12,7 @@ Importance = Literal["weight_norm", "gradient_norm", "wanda", "snr"]
 CALIBRATED = ("gradient_norm", "wanda")
 PATH = "source_texts"  # which another machine may have elsewhere
 
-# What saves memory or traffic and leaves the selection as it is
+# Settings that save memory or communication and do not affect the selection
 STORAGE = ("frozen_dtype", "frozen_quantization", "share_reference", "replicate_frozen", "optimizer_in_backward")
 
 
@@ -23,57 +23,56 @@ class HFTConfig:
 
     Args:
         method (`str`, *optional*, defaults to `"hft"`):
-            Train a part of the transformer layers (`"hft"`) or all of them (`"fft"`). Full fine-tuning leaves the
-            parent trainer's behaviour untouched.
+            Train a part of the transformer layers (`"hft"`) or all of them (`"fft"`). With `"fft"` training is that of
+            the parent trainer.
         ratio (`float`, *optional*, defaults to `0.5`):
-            Share of the layers' parameters that learn, in (0, 1]. The paper sweeps 10 % to 100 %.
+            Share of the layers' parameters that learn, in (0, 1]. The paper tests 10 % to 100 %.
         strategy (`str`, *optional*, defaults to `"category"`):
-            Take the share of each category at random or by importance, of the layers, of the whole model, or of every
-            matrix's elements. `"category"` (self-attention, feed-forward, norm, ...) is the paper's choice, `"layer"`
-            takes whole layers, `"model"` takes matrices whatever their category, `"importance"` takes the share of
-            each category like `"category"`, but the most or least important matrices instead of random ones, and
-            `"element"` takes single elements of every matrix, which saves neither memory nor time.
+            How the trained half is chosen: at random per category, by layer, over the model, by importance, or by
+            element. `"category"` draws matrices of each category (self-attention, feed-forward, norm, ...), as in the
+            paper, `"layer"` takes whole layers, `"model"` draws matrices regardless of category, `"importance"` takes
+            the most or least important matrices of each category, and `"element"` draws single elements of every
+            matrix, which saves neither memory nor time.
         importance (`str`, *optional*, defaults to `"weight_norm"`):
-            What strategy `"importance"` goes by. The root mean square of a matrix's elements (`"weight_norm"`), of the
-            loss's gradient by them (`"gradient_norm"`), or of the elements times their inputs over texts of the source
-            (`"wanda"`), or the signal-to-noise ratio of its singular values, ranked per kind of matrix (`"snr"`).
+            Score that ranks the matrices with strategy `"importance"`. It is the root mean square of a matrix's
+            elements (`"weight_norm"`), of their gradients (`"gradient_norm"`) or of the elements times their inputs on
+            `source_texts` (`"wanda"`), or the signal-to-noise ratio of the singular values (`"snr"`).
             `"gradient_norm"` and `"wanda"` are for one process and DDP.
         importance_order (`str`, *optional*, defaults to `"most"`):
             Whether the `"most"` or the `"least"` important matrices learn.
         calibration_samples (`int`, *optional*, defaults to `32`):
-            Number of rows of the training data that `"gradient_norm"` is taken over, and of blocks of `source_texts`
-            for `"wanda"`.
+            Number of training rows for `"gradient_norm"`, or of blocks of `source_texts` for `"wanda"`.
         source_texts (`str`, *optional*):
-            Text of what the model shall keep, for `"wanda"`. A text file, or a `.jsonl` file with a `text` in each
-            row. By default (and with `"demo"`) the embedded world's own text, if the start model is the embedded one.
+            Text of what the model shall keep, for `"wanda"`: a text file, or `.jsonl` rows with a `text`. With the
+            embedded model the default (and `"demo"`) is the embedded world's own text.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the selection. It is used by a generator of its own: no global random state is read or written.
+            Seed of the selection. No global random state is read or written.
         train_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether the input embedding learns. The paper loses ability with it frozen, an instruct model kept more
-            (docs/halves.md). An embedding that is tied to the output head learns only if both may.
+            Whether the input embedding learns. An embedding that is tied to the output head learns only if both
+            settings are true. In the paper freezing it costs ability; an instruct model kept more (docs/halves.md).
         train_lm_head (`bool`, *optional*, defaults to `True`):
             Whether the output head learns.
         train_final_norm (`bool`, *optional*, defaults to `True`):
             Whether the norm after the last layer learns.
         exclude (`list[str]`, *optional*):
-            Regular expressions on the names of parameters that are always frozen. They are searched in the names. What
-            matches does not count in the shares.
+            Regular expressions on the names of parameters that are always frozen. They are searched in the names.
+            Parameters that match do not count in the shares.
         reselect (`str`, *optional*, defaults to `"fresh"`):
             How the selection relates to the one that the start model was trained with. `"fresh"` draws a new one (the
-            paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. A start model that was not
-            trained with HFT has nothing to keep, so the draw is fresh in any case.
+            paper's choice), `"same"` keeps it, `"complement"` trains what was frozen. If the start model was not
+            trained with HFT, a new one is drawn.
         frozen_dtype (`str`, *optional*):
             Type in which the frozen half is held while training. By default the model's own. Needs mixed precision of
-            that type. What is saved is the start model's own frozen half, never a rounded one.
+            that type. Saved models have the start model's own frozen half, never a rounded one.
         frozen_quantization (`str`, *optional*):
-            Hold the frozen matrices of attention and feed-forward in 8 or 4 bits while training. They are quantised
-            through bitsandbytes. What is saved is the start model's own frozen half. For one process and DDP.
+            Hold the frozen matrices of attention and feed-forward in 8 or 4 bits while training. They are quantized
+            through bitsandbytes. Saved models have the start model's own frozen half. For one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
             Store the frozen half of policy and reference once in preference training, where the backend can. These are
             one process, DDP, and FSDP2 with `replicate_frozen`. The losses are the same to the last bit.
         replicate_frozen (`bool`, *optional*, defaults to `False`):
-            Leave the frozen half whole in every process under FSDP2. It is then not gathered in every step. The losses
-            are the same to the last bit. It takes its memory on every GPU. Rejected under DeepSpeed, and in mixed
+            Keep the frozen half whole in every process under FSDP2. It needs more memory on every GPU and is not
+            gathered in every step. The losses are the same to the last bit. Rejected under DeepSpeed, and in mixed
             precision of another type than the frozen half's (see `frozen_dtype`).
         optimizer_in_backward (`bool`, *optional*, defaults to `False`):
             Update each parameter inside the backward pass, and free its gradient. Hardly more than one gradient exists
@@ -137,22 +136,22 @@ class HFTConfig:
 
     @property
     def calibrated(self) -> str | None:
-        """The importance that rows of data are run through the model for."""
+        """Return the importance that needs rows of data, `None` for the others."""
         asked = self.method == "hft" and self.strategy == "importance" and self.importance in CALIBRATED
         return self.importance if asked else None
 
     def _unused(self) -> set[str]:
-        """Settings of a strategy that is not asked for."""
+        """Return the settings of strategies that are not chosen."""
         if self.strategy != "importance":
             return {"importance", "importance_order", "calibration_samples"}
         return set() if self.importance in CALIBRATED else {"calibration_samples"}
 
     def selecting(self) -> dict[str, Any]:
-        """The settings that the selection depends on: no other strategy's, none that only save memory or traffic."""
+        """Return the settings that the selection depends on."""
         return {key: value for key, value in asdict(self).items() if key not in {*STORAGE, PATH, *self._unused()}}
 
     def by_shape(self) -> "HFTConfig":
-        """The settings of a half with the same shares that can be drawn without weights, data or masks."""
+        """Return the settings of a half with the same shares that needs no weights, data or masks."""
         if self.strategy not in ("importance", "element"):
             return self
         names = ("importance", "importance_order", "calibration_samples")

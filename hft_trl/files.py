@@ -46,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all. A lone surrogate, which is no character, is written as an escape."""
+    """Write a text file completely or not at all. Lone surrogates are written as escapes."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -78,7 +78,7 @@ def read_object(path: Path, **types: type | UnionType) -> dict[str, Any]:
 
 
 def read_texts(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Read a JSON list of objects with a text for each of `keys`. An [`HFTError`] names the first invalid one."""
+    """Read a JSON list of objects with a text for each of `keys`. Reject the first invalid object."""
     try:
         content = read_json(path)
         json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, but no text

@@ -1,4 +1,4 @@
-"""The frozen reference of preference training: the model that training started from, its frozen half stored once."""
+"""Provide the frozen reference of preference training, with its frozen half stored once."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ def why_not_shared(args: TrainingArguments, hft_config: HFTConfig) -> str | None
 @contextlib.contextmanager
 def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[str, Any] | None]:
     """
-    Load the policy as TRL would, and put a copy of it that takes no memory in the place of TRL's own reference.
+    Load the policy as TRL would, and pass an empty copy of it as the reference.
 
     The copy is empty until [`tie`] fills it when the frozen half is known. Under FSDP2 it has the policy's storage
     until it is sharded, so that two whole models are never in memory. Yields the arguments to call [`~trl.DPOTrainer`]
@@ -91,7 +91,7 @@ def loaded_once(given: dict[str, Any], hft_config: HFTConfig) -> Iterator[dict[s
 
 
 def check_has_path(given: dict[str, Any]) -> None:
-    """Reject a model object without a path as policy, because TRL loads the reference from the policy's path."""
+    """Reject a policy object without a path, because TRL loads the reference from the path."""
     model, args = given.get("model"), given.get("args")
     needed = given.get("ref_model", model) is None  # else the trainer takes none, or has one
     precomputed = args is not None and vars(args).get("precompute_ref_log_probs")
@@ -103,7 +103,7 @@ def check_has_path(given: dict[str, Any]) -> None:
 
 
 def copied(policy: torch.nn.Module, hollow: bool) -> torch.nn.Module:
-    """Copy the policy without memory: its parameters are empty until [`tie`] fills them, or use its storage."""
+    """Copy the policy without memory: with empty parameters until [`tie`], or with its storage."""
     # Parameters that the policy holds twice (tied embeddings) come once, and stay tied in the copy.
     storages = ((p, p.data.new_empty(0) if hollow else p.data) for p in policy.parameters())
     memo = {id(p): torch.nn.Parameter(storage, requires_grad=False) for p, storage in storages}
@@ -119,7 +119,7 @@ def is_hollow(reference: torch.nn.Module) -> bool:
 
 
 def lend(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
-    """Let a hollow copy compute with the policy's parameters until [`tie`]. Any other reference has its own."""
+    """Let a hollow copy use the policy's parameters until [`tie`]. Other references have their own."""
     theirs = dict(named_parameters(reference))
     for name, parameter in named_parameters(policy):
         if theirs[name].numel() == 0:
@@ -146,7 +146,7 @@ def tie(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
 
 
 def memory(policy: torch.nn.Module, reference: torch.nn.Module) -> tuple[int, int]:
-    """Return the bytes that the reference takes beside the policy in this process, and the bytes that both use."""
+    """Return the bytes of the reference that are not shared in this process, and the shared ones."""
     ours, theirs = _storages(policy), _storages(reference)
     shared = sum(size for place, size in theirs.items() if place in ours)
     return sum(theirs.values()) - shared, shared
@@ -166,7 +166,7 @@ def report_memory(policy: torch.nn.Module, reference: torch.nn.Module, reason: s
 
 
 def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
-    """Bytes by address. A state dict also holds what a quantised weight needs beside its parameter."""
+    """Return bytes by address. A state dict also holds the quantization state of weights."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, torch.Tensor)]
     tensors += model.parameters()  # those of a QuantizedLinear are in no state dict
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -174,7 +174,7 @@ def _storages(model: torch.nn.Module) -> dict[tuple[torch.device, int], int]:
 
 
 def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
-    """Reject a reference that was loaded from the policy's path and differs: the policy was edited in memory."""
+    """Reject a reference that differs from the policy though it was loaded from its path."""
     theirs = dict(named_parameters(reference))
     for name, parameter in named_parameters(policy):
         other = full(theirs[name]) if name in theirs else None
@@ -187,7 +187,7 @@ def check_is_start(policy: torch.nn.Module, reference: torch.nn.Module) -> None:
 
 def settle(trainer: Any, policy: PreTrainedModel, storages: Iterable[Any], given: bool) -> bool:
     """
-    Freeze a trainer's reference, let the storages store both models, and share the frozen half where that is possible.
+    Freeze a trainer's reference, store both models, and share the frozen half where possible.
 
     Returns whether it is. The reference has to be the model that training starts from, unless it was `given`.
     """

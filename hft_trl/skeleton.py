@@ -51,7 +51,7 @@ def check_folder(model: str) -> None:
 
 
 def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a causal LM on the meta device from its config. Quantised and other models are rejected."""
+    """Build a causal LM on the meta device from its config. Quantized and other models are rejected."""
     check_folder(model)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -60,14 +60,14 @@ def build_on_meta(model: str, revision: str | None = None, trust_remote_code: bo
         own_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
         # The class that the config names is loaded, even if its type has a causal LM
         wrong = [name for name in config.architectures or [] if name not in fits and not name.endswith("ForCausalLM")]
-        quantised = config.to_dict().get("quantization_config")
-        method = quantised.get("quant_method", "unknown") if quantised else None
+        quantized = config.to_dict().get("quantization_config")
+        method = quantized.get("quant_method", "unknown") if quantized else None
     except Exception as error:  # config classes raise many types
         if "trust_remote_code" in str(error):
             raise HFTError(f"model {model!r} brings code of its own: set trust_remote_code to let it run.") from error
         raise HFTError(f"model {model!r} has no readable config: {first_line(error)}") from error
     if method is not None:
-        raise HFTError(f"model {model!r} is quantised ({method}): give the full-precision model.")
+        raise HFTError(f"model {model!r} is quantized ({method}): give the full-precision model.")
     if wrong or not (known or own_code):
         name = wrong[0] if wrong else type(config).__name__
         raise HFTError(f"model {model!r} is a {name}, which is no causal LM: give a decoder-only language model.")

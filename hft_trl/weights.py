@@ -55,7 +55,7 @@ def numel(parameter: torch.Tensor) -> int:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered over the processes if FSDP2 has sharded or ZeRO-3 partitioned it."""
+    """Return the whole tensor, gathered if FSDP2 has sharded or ZeRO-3 partitioned it."""
     if is_partitioned(tensor):
         import deepspeed
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -90,7 +90,7 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def _on_host(piece: torch.Tensor) -> torch.Tensor:
-    """Return a piece in main memory. From a GPU it is copied into pinned memory, which PyTorch keeps for the next."""
+    """Return a piece in main memory. From a GPU it is copied into pinned memory."""
     if not piece.is_cuda:
         return piece.cpu()
     return torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True).copy_(piece)
@@ -117,13 +117,13 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
 
 
 def combined_digest(digests: dict[str, str]) -> str:
-    """One SHA-256 (hex) for a whole model, from the fingerprints of its parameters."""
+    """Return one SHA-256 (hex) for a whole model, from the fingerprints of its parameters."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
     """
-    Return the safetensors file of every tensor of a saved model: a folder, or a hub id in the local cache.
+    Return the safetensors file of each tensor of a saved model: a folder or cached hub id.
 
     Nothing is downloaded. A model without a complete set of safetensors files raises an [`HFTError`].
     """
@@ -147,7 +147,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
 
 
 def _listed(index: Path) -> dict[str, Path]:
-    """The file of every tensor that an index lists. All have to lie beside it, and be readable."""
+    """Return the file of every tensor in an index. All must be beside it and readable."""
     try:
         names = read_object(index, weight_map=dict)["weight_map"]
     except (OSError, ValueError) as error:
@@ -179,7 +179,7 @@ def check_readable(files: Iterable[Path]) -> None:
 
 
 def tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors from their safetensors files. Mapped from the disk, they take memory only while in use."""
+    """Yield tensors from their safetensors files, mapped from the disk."""
     wanted = sorted(names, key=lambda name: (str(files[name]), name))
     for path, group in itertools.groupby(wanted, key=files.__getitem__):
         with safe_open(path, framework="pt") as file:
@@ -191,7 +191,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
-    """Whether weights of one type, if it is known, lose digits in another, as those of float16 in bfloat16."""
+    """Return whether weights of one type lose digits in another, as float16 in bfloat16."""
     return published is not None and torch.promote_types(published, dtype) != dtype
 
 

@@ -1,5 +1,5 @@
 r"""
-Continual learning: task after task, a fresh half of the model in every round, and a measure of forgetting.
+Learn one task after another, a new half in every round, and measure forgetting.
 
 Without arguments it learns eight small tasks with a small embedded model, in a few minutes on a CPU:
 

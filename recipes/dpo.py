@@ -1,6 +1,5 @@
 r"""
-Direct preference optimisation with half of the policy learning, in TRL's own flat style: TRL's flags and YAML files,
-and HFT's.
+Run DPO with half of the policy learning, with TRL's flags and YAML files.
 
 ```bash
 accelerate launch recipes/dpo.py --model_name_or_path runs/sft --dataset_name demo --dataset_train_split train_prefs \
@@ -11,7 +10,7 @@ accelerate launch recipes/dpo.py --config my_trl.yaml --learning_rate 1e-5 --met
 The flags are those of TRL's ScriptArguments, DPOConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
 --chat_template, --drop_equal_pairs, --reference_quantization (8bit or 4bit), --overwrite and --retention_texts (also
 facts, prompts, every, max_rows). --dataset_name also takes a folder or a .jsonl, .json or .parquet file. The same
-command again continues where it stopped.
+command again resumes a stopped run.
 """
 
 import sys
@@ -26,10 +25,10 @@ class ResumableDPOTrainer(ResumableMixin, HFTDPOTrainer):
 
 
 def main(stage: Stage, overwrite: bool) -> None:
-    # Whatever can be wrong is found before anything is trained
+    # Mistakes are found before anything is trained
     prepare([stage], overwrite)
 
-    # Train a half of the policy; its reference is the start model, wholly frozen
+    # Train a half of the policy; its reference is the start model, fully frozen
     if not stage.finished():
         with as_user_error("the trainer"):
             trainer = ResumableDPOTrainer(

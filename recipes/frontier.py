@@ -1,5 +1,5 @@
 r"""
-What a model learns against what it keeps, for several methods and learning rates, on your own model and data.
+Compare what a model learns with what it keeps, for several methods and learning rates.
 
 Without arguments it runs on the embedded model and data, in a few minutes on two CPU cores:
 
@@ -18,7 +18,7 @@ python recipes/frontier.py --config recipes/configs/frontier-smollm2.yaml --mode
 The sections are those of `sft_then_dpo.py` without `dpo`, and `frontier` (also as flags without a section, such as
 `--methods` and `--seeds`): methods, learning_rates, ratios, seeds, average, half_reset, kept, tasks, lora_rank,
 workers. Each FFT and HFT model is also averaged with the base, and each FFT model half reset, which costs no training.
-The same command again resumes where it stopped. In `output_dir`: `frontier.json`, `frontier.png` and `frontier.md`.
+The same command again resumes a stopped run. In `output_dir`: `frontier.json`, `frontier.png` and `frontier.md`.
 """
 
 import sys
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     recipe, grid, flags = parse_frontier(argv, help_text=__doc__)
     output = Path(recipe.run.output_dir)
 
-    # Whatever can be wrong is found before anything is trained
+    # Mistakes are found before anything is trained
     trials = frontier_points(recipe, grid, flags)
     files = [trial.result for trial in trials]
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
             write_frontier(output, files, grid, argv)
             progress.advance(bar)
 
-    # Who keeps most at an equal task loss
+    # Which method keeps most at an equal task loss
     print_frontier(write_frontier(output, files, grid, argv), output)
 
 

@@ -1,5 +1,5 @@
 r"""
-Supervised fine-tuning with half of the model learning, in TRL's own flat style: TRL's flags and YAML files, and HFT's.
+Run supervised fine-tuning with half of the model learning, with TRL's flags and YAML files.
 
 ```bash
 accelerate launch recipes/sft.py --model_name_or_path demo --dataset_name demo --learning_rate 1e-3 \
@@ -9,7 +9,7 @@ accelerate launch recipes/sft.py --config my_trl.yaml --learning_rate 1e-5 --met
 
 The flags are those of TRL's ScriptArguments, SFTConfig and ModelConfig, of HFTConfig (its seed is --hft_seed), and
 --chat_template, --overwrite and --retention_texts (also facts, prompts, every, max_rows). --dataset_name also takes a
-folder or a .jsonl, .json or .parquet file. The same command again continues where it stopped.
+folder or a .jsonl, .json or .parquet file. The same command again resumes a stopped run.
 """
 
 import sys
@@ -24,7 +24,7 @@ class ResumableSFTTrainer(ResumableMixin, HFTSFTTrainer):
 
 
 def main(stage: Stage, overwrite: bool) -> None:
-    # Whatever can be wrong is found before anything is trained
+    # Mistakes are found before anything is trained
     prepare([stage], overwrite)
 
     # Train a half of the model

@@ -1,5 +1,5 @@
 r"""
-Supervised fine-tuning, then direct preference optimisation, with half of the model learning in each stage.
+Run SFT, then DPO, with half of the model learning in each stage.
 
 Without arguments it runs on a small embedded model and data set, in a few minutes on a CPU:
 
@@ -14,7 +14,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/sft_then_d
     --config recipes/configs/llama2-7b.yaml
 ```
 
-Flags win over the file. Each is a key of a section:
+Flags override the file. Each is a key of a section:
 
 ```bash
 accelerate launch recipes/sft_then_dpo.py --method fft                        # full fine-tuning in both stages
@@ -22,19 +22,19 @@ accelerate launch recipes/sft_then_dpo.py --sft.method fft --dpo.method hft   # 
 accelerate launch recipes/sft_then_dpo.py --hft.ratio 0.3 --sft.learning_rate 1e-5 --dpo.beta 0.05
 ```
 
-Another model takes its settings from a file, since those without `--config` are the embedded model's:
+For another model give a file, since the settings without `--config` are those of the embedded model:
 
 ```bash
 accelerate launch recipes/sft_then_dpo.py --config recipes/configs/qwen3-4b.yaml --model Qwen/Qwen3-0.6B-Base \
     --sft.dataset my_chats.jsonl --output_dir runs/mine
 ```
 
-Above the sections stand `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as
+Keys outside the sections are `output_dir`, `method`, `overwrite` and `evaluate` (suites to run at the end, such as
 `general,knowledge`). The sections are `model` (a hub id or folder, or the keys model_name_or_path, dtype,
 attn_implementation, chat_template, ...), `hft` (the fields of HFTConfig), `sft` (those of trl.SFTConfig, and dataset,
-split) and `dpo` (those of trl.DPOConfig, and dataset, split). Instead of dataset a stage takes datasets, TRL's
-mixture, and in hft settings of its own, such as --dpo.hft.ratio 0.3. The section `retention` (texts, facts, prompts,
-every, max_rows) measures what every stage keeps of the base. The same command again resumes where it stopped.
+split) and `dpo` (those of trl.DPOConfig, and dataset, split). Instead of dataset a stage takes datasets (TRL's
+mixture), and hft settings for this stage alone, such as --dpo.hft.ratio 0.3. The section `retention` (texts, facts,
+prompts, every, max_rows) measures what every stage keeps of the base. The same command again resumes a stopped run.
 """
 
 import sys
@@ -50,7 +50,7 @@ class ResumableSFTTrainer(ResumableMixin, HFTSFTTrainer):
 
 
 class ResumableDPOTrainer(ResumableMixin, HFTDPOTrainer):
-    """Likewise."""
+    """A run that is killed or stopped ends in the same bytes."""
 
 
 STAGES = {"sft": SFTConfig, "dpo": DPOConfig}  # each starts from the model of the one before
@@ -59,7 +59,7 @@ STAGES = {"sft": SFTConfig, "dpo": DPOConfig}  # each starts from the model of t
 def main(recipe: Recipe) -> None:
     sft, dpo = stages = list(recipe.stages.values())
 
-    # Whatever can be wrong is found before anything is trained
+    # Mistakes are found before anything is trained
     prepare(stages, recipe.run.overwrite)
 
     # SFT: a random half of the base model learns to answer
@@ -77,7 +77,7 @@ def main(recipe: Recipe) -> None:
         del trainer
         clear_device_cache(garbage_collection=True)  # room for the next stage's policy and reference
 
-    # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, wholly frozen
+    # DPO: a fresh half of the SFT model learns to prefer; its reference is the SFT model, fully frozen
     if not dpo.finished():
         with as_user_error("the DPO trainer"):
             trainer = ResumableDPOTrainer(
@@ -91,7 +91,7 @@ def main(recipe: Recipe) -> None:
             )
         dpo.train(trainer)
 
-    # What was learned, and what was forgotten: the embedded world comes with its own probes
+    # Report what was learned and what was forgotten; the embedded model has its own probes
     report(stages, recipe.run)
 
 

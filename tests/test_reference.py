@@ -1,4 +1,4 @@
-"""The reference: the policy before its first step, its frozen half stored once, or quantised."""
+"""The reference: the policy before its first step, its frozen half stored once, or quantized."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: parameters that are partitioned over the processes, and what its settings must say for HFT."""
+"""Check DeepSpeed ZeRO's settings for HFT, and handle parameters that it partitions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def prepare(args: TrainingArguments, hft_config: HFTConfig) -> None:
 
 
 def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
-    """Cast the parameters as DeepSpeed would when training starts, and return the remedy if that rounds."""
+    """Cast the parameters as DeepSpeed would when training starts, and return the fix if that rounds."""
     for key, dtype in (("bf16.enabled", torch.bfloat16), ("fp16.enabled", torch.float16)):
         if state.deepspeed_plugin.get_value(key) is True:
             for parameter in model.parameters():
@@ -60,7 +60,7 @@ def cast(model: torch.nn.Module, state: AcceleratorState) -> str | None:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Let models that are built or loaded inside be whole on this process, where ZeRO-3 would partition them."""
+    """Build or load models whole on this process in this context, where ZeRO-3 would partition them."""
     before = integration._hf_deepspeed_config_weak_ref
     integration.unset_hf_deepspeed_config()
     try:

@@ -10,7 +10,7 @@ from hft_trl.errors import HFTError
 
 
 def check(args: TrainingArguments, checkpoint: str | None) -> None:
-    """Reject checkpoints between two generations: no checkpoint holds completions that are still to be trained on."""
+    """Reject checkpoints between two generations, whose completions no checkpoint holds."""
     settings = {name: vars(args).get(name, 1) for name in ("steps_per_generation", "num_iterations")}
     passes, accumulated = math.prod(settings.values()), args.gradient_accumulation_steps
     steps = math.lcm(passes, accumulated) // accumulated

@@ -48,7 +48,7 @@ class ResumableMixin:
             checkpoint = whole.last_whole_checkpoint(self.args.output_dir)
             if checkpoint is None:
                 raise HFTError(
-                    f"no checkpoint in {self.args.output_dir} is whole, so nothing can be resumed: train without "
+                    f"no checkpoint in {self.args.output_dir} is complete, so nothing can be resumed: train without "
                     "resume_from_checkpoint."
                 )
         with ExitStack() as ends:

@@ -1,4 +1,4 @@
-"""Complete checkpoints: sealed by a manifest when all files are on disk, and checked before a run resumes."""
+"""Seal checkpoints with a manifest when all files are on disk, and check them before resuming."""
 
 import shutil
 import zipfile
@@ -32,7 +32,7 @@ REPLICATED = "one process or DDP"
 
 
 def layout(trainer: Trainer) -> dict[str, Any]:
-    """Return what checkpoints depend on. Only runs with the same `backend` can read each other's checkpoints."""
+    """Return the backend, processes and global batch size that a checkpoint was saved with."""
     state, backend = trainer.accelerator.state, REPLICATED
     if state.distributed_type == DistributedType.FSDP:
         backend = f"FSDP with {state.fsdp_plugin.state_dict_type.name}"
@@ -44,7 +44,7 @@ def layout(trainer: Trainer) -> dict[str, Any]:
 
 @contextmanager
 def sealing(trainer: Trainer, checkpoint: Path) -> Iterator[None]:
-    """Seal the checkpoint that is saved in this context, then rotate older ones. All processes have to enter it."""
+    """Seal the checkpoint saved in this context, then rotate older ones. All processes must enter it."""
     args, run = trainer.args, checkpoint.parent
     if args.should_save:
         with writing(checkpoint):
@@ -108,14 +108,14 @@ def set_aside(checkpoint: Path) -> bool:
         number += 1
         target = checkpoint.with_name(f"_torn-{checkpoint.name}-{number}")
     logger.warning(
-        f"{checkpoint} is torn ({reason}): it is kept as {target.name}, which you may remove, and not used."
+        f"{checkpoint} is incomplete ({reason}): it is renamed to {target.name}, which you may remove, and not used."
     )
     checkpoint.rename(target)
     return True
 
 
 def check_layout(checkpoint: str | Path, here: dict[str, Any], any_batch: bool = False) -> None:
-    """Reject a checkpoint that this backend cannot read, or of another batch size, which `any_batch` allows."""
+    """Reject a checkpoint of another backend or (unless `any_batch`) another batch size."""
     there = read(checkpoint)
     if there is None:
         return
@@ -211,7 +211,7 @@ def check_whole(checkpoint: str | Path, processes: int, backend: str = REPLICATE
         states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
         reason = next((f"{name} is missing" for name in states if not (Path(checkpoint) / name).exists()), None)
     if reason is not None:
-        raise HFTError(f"{checkpoint} is torn ({reason}): resume from another checkpoint.")
+        raise HFTError(f"{checkpoint} is incomplete ({reason}): resume from another checkpoint.")
     by_first_process(lambda: _check_sums(Path(checkpoint)))
     if only_model and backend != REPLICATED:
         raise HFTError(
@@ -245,7 +245,7 @@ def _check_sums(checkpoint: Path) -> None:
 
 @contextmanager
 def resuming(trainer: Trainer, checkpoint: str) -> Iterator[None]:
-    """Name the checkpoint in errors from loading it until the end of the first step: its files may be damaged."""
+    """Name the checkpoint in errors until the first step ends: its files may be damaged."""
     before, step = trainer.state, TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     try:
         yield

@@ -40,7 +40,7 @@ def evaluate_command(
     suite: Annotated[str, typer.Option(help="general, knowledge or demo; several with commas.")] = "demo",
     base: Annotated[str | None, typer.Option(help="Model to compare with; by default the first MODEL.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for evaluation.json, .md and .png.")] = Path("runs/evaluation"),
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each (sub)task; by default all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per (sub)task at most; by default all.")] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     chat_template: ChatTemplate = None,
@@ -83,14 +83,20 @@ def evaluate_command(
 def generate_command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folder, hub id, demo or smollm2.")],
     prompts: Annotated[
-        list[str], typer.Option(help="A question, as often as you like. With --alpaca-eval a file, alpaca_eval.json.")
+        list[str], typer.Option(help="Question; repeat the flag for more. With --alpaca-eval, one file of prompts.")
     ],
-    alpaca_eval: Annotated[bool, typer.Option("--alpaca-eval", help="Write a file in alpaca_eval's format.")] = False,
+    alpaca_eval: Annotated[
+        bool, typer.Option("--alpaca-eval", help="Write the answers to a file in alpaca_eval's format.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="File that --alpaca-eval writes.")] = OUTPUTS,
-    generator: Annotated[str | None, typer.Option(help="Name in that file; by default MODEL.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Number of its prompts; by default all.")] = None,
+    generator: Annotated[
+        str | None, typer.Option(help="Name of MODEL in the --alpaca-eval file; by default MODEL.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Prompts of the --alpaca-eval file at most; by default all.")
+    ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of an answer. [default: 256, with --alpaca-eval 2048]")
+        int | None, typer.Option(min=1, help="Tokens per answer at most. [default: 256, with --alpaca-eval 2048]")
     ] = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",

@@ -34,7 +34,7 @@ def shipped(name: str) -> Path:
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Divide a command line into the flags of `accelerate launch`, as TRL's CLI resolves them, and the recipe's."""
+    """Split a command line into the flags of `accelerate launch` and those of the recipe."""
     from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 

@@ -29,17 +29,24 @@ def plan_command(
     model: Annotated[
         str, typer.Argument(help="Hub id, folder, built-in shape, demo or smollm2. Only its config is read.")
     ],
-    method: Annotated[Literal["hft", "fft"] | None, typer.Option(help="Method. [default: both, side by side]")] = None,
+    method: Annotated[
+        Literal["hft", "fft"] | None, typer.Option(help="Plan for this method only. [default: both]")
+    ] = None,
     stage: Annotated[Literal["sft", "dpo"], typer.Option(help="Stage of training.")] = "sft",
     gpus: Annotated[int, typer.Option(help="Total number of GPUs.")] = 1,
     gpu_memory: Annotated[str, typer.Option(help="Memory per GPU, such as 80GB (10^9 bytes) or 80GiB.")] = "80GB",
     sequence_length: Annotated[
-        int | None, typer.Option(help="Longest rows in tokens. [default: at most 4096]")
+        int | None, typer.Option(help="Longest row in tokens. [default: the model's positions, at most 4096]")
     ] = None,
-    global_batch: Annotated[int | None, typer.Option(help="Rows per step. [default: sft 128, dpo 32]")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Rows per optimizer step. [default: sft 128, dpo 32]")
+    ] = None,
     launch: Annotated[
         str | None,
-        typer.Option(help="single, ddp, fsdp2, zero2 or zero3. [default: the first of ddp and fsdp2 that fits]"),
+        typer.Option(
+            help="single, ddp, fsdp2, zero2 or zero3. [default: single for one GPU, else the first of ddp and fsdp2 "
+            "that fits]"
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights, as model.dtype in a recipe.")] = "float32",
     optim: Annotated[str, typer.Option(help="Optimizer, as in a recipe.")] = "adamw_torch_fused",
@@ -47,18 +54,29 @@ def plan_command(
     frozen_quantization: Annotated[Literal["int8", "nf4"] | None, setting("frozen_quantization")] = None,
     optimizer_in_backward: Annotated[
         bool,
-        typer.Option("--optimizer-in-backward", help="As hft.optimizer_in_backward: no accumulation or clipping."),
+        typer.Option(
+            "--optimizer-in-backward",
+            help="Update parameters inside the backward pass, without gradient accumulation. [default: false]",
+        ),
     ] = False,
     replicate_frozen: Annotated[
-        bool, typer.Option("--replicate-frozen", help="As hft.replicate_frozen: fsdp2 does not shard the frozen half.")
+        bool,
+        typer.Option(
+            "--replicate-frozen", help="Keep the frozen half whole on each GPU under fsdp2. [default: false]"
+        ),
     ] = False,
     ratio: Annotated[float | None, setting("ratio")] = None,
-    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio applies to.")] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "How the trained half is chosen.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     train_embeddings: Annotated[
-        bool | None, typer.Option("--train-embeddings/--freeze-embeddings", help="As hft.train_embeddings.")
+        bool | None,
+        typer.Option(
+            "--train-embeddings/--freeze-embeddings", help="Whether the input embedding learns. [default: true]"
+        ),
     ] = None,
-    write: Annotated[str | None, typer.Option(help="Folder for recipe.yaml and launch.sh of both stages.")] = None,
+    write: Annotated[
+        str | None, typer.Option(help="Folder to write recipe.yaml and launch.sh of both stages to.")
+    ] = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,

@@ -20,9 +20,11 @@ BASE = "The model that tuning started from: folder, cached hub id, demo or smoll
 def half_reset_command(
     base: Annotated[str, typer.Option(help=BASE)],
     tuned: Annotated[str, typer.Option(help="The tuned model.")],
-    out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
+    out: Annotated[
+        str, typer.Option(help="New or empty folder for the result, which is written completely or not at all.")
+    ],
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned, in (0, 1].")] = None,
-    strategy: Annotated[OfMatrices | None, setting("strategy", "What the ratio is a share of.")] = None,
+    strategy: Annotated[OfMatrices | None, setting("strategy", "How the tuned half is chosen.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
     exclude: Annotated[list[str] | None, setting("exclude", "Regular expressions on names: always reset.")] = None,
     train_embeddings: Annotated[bool | None, setting("train_embeddings", "Keep the input embedding tuned.")] = None,
@@ -53,14 +55,19 @@ def repair_command(
     context: typer.Context,
     base: Annotated[str, typer.Argument(help=BASE)],
     tuned: Annotated[str, typer.Argument(help="The tuned model.")],
-    out: Annotated[str, typer.Option(help="New folder for the result, which is written whole or not at all.")],
+    out: Annotated[
+        str, typer.Option(help="New or empty folder for the result, which is written completely or not at all.")
+    ],
     texts: Annotated[str | None, typer.Option(help="General text: a text file, or .jsonl rows with a text.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Rows of the task: a file or data set with messages, prompt and completion.")
     ] = None,
-    facts: Annotated[str | None, typer.Option(help="Facts to report: .jsonl, text, answer and others.")] = None,
+    facts: Annotated[
+        str | None, typer.Option(help="Facts for the report: .jsonl rows with text, answer and others.")
+    ] = None,
     weights: Annotated[
-        list[float] | None, typer.Option(help="Weights of TUNED in the averages, in [0, 1]. [default: 0.1 to 0.9]")
+        list[float] | None,
+        typer.Option(help="Weight of TUNED in an average, in [0, 1]; repeat the flag for more. [default: 0.1 to 0.9]"),
     ] = None,
     ratio: Annotated[float | None, setting("ratio", "Share of the layers that stays tuned in the Half-Reset.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
@@ -74,7 +81,7 @@ def repair_command(
     as_json: AsJson = False,
 ) -> None:
     """
-    Average a tuned model with its base, or reset half of it: what forgets least and still does the task.
+    Mix a tuned model with its base, without training, so that it forgets less.
 
     Chosen is the least loss on --texts among the models whose loss on --task is at most --tolerance above TUNED's.
     With the base demo, texts and task are by default the embedded world's.
@@ -118,13 +125,15 @@ def repair_command(
 def diff_command(
     base: Annotated[str, typer.Argument(help=BASE)],
     tuned: Annotated[list[str], typer.Argument(help="One tuned model or more.")],
-    plot: Annotated[str | None, typer.Option(help="Draw layers by modules into this file, such as diff.png.")] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Write a heat map of layers by modules to this file, such as diff.png.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """
     Show what tuning changed, and check that the frozen half kept its bits.
 
-    Exit code 1 says that a frozen half differs from the base.
+    The exit code is 1 if a frozen half differs from the base.
     """
     with quiet():
         from hft_trl.report.tables import rich_table

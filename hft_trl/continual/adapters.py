@@ -79,7 +79,7 @@ class OLoRATrainer(AdapterTrainer):
         return self._lambda * torch.stack(products).sum()
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the parent's loss in training, with the penalty once per optimizer step. There is no evaluation."""
+        """Compute the parent's loss in training, plus the penalty once per optimizer step."""
         # With the number of tokens given, losses of micro-batches are summed and not averaged
         summed = kwargs.get("num_items_in_batch") is not None
         penalty = self.penalty() / (self.current_gradient_accumulation_steps if summed else 1)
@@ -108,8 +108,8 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
     for name in names if names != ["all-linear"] else []:
         if not any(f".{module}".endswith(f".{name}") for module in known):
             raise HFTError(
-                f"lora.target_modules names {name!r}, which {type(structure).__name__} has not: name modules such as "
-                "q_proj, or all-linear alone."
+                f"lora.target_modules names {name!r}, which {type(structure).__name__} does not have: name modules "
+                "such as q_proj, or all-linear alone."
             )
     with as_user_error("the adapter of section lora"), torch.device("meta"):
         get_peft_model(structure, lora_config(adapter.lora))  # puts its modules into the structure

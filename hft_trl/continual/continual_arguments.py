@@ -31,7 +31,7 @@ class ContinualArguments(RunArguments):
     approach: Approach = key("How the tasks are learned, one after the other or in one round.", "sequential")
     replay_share: float = key("Share of each earlier task's rows that replay adds.", 0.1)
     gem_memory: int = key("Rows of each earlier task in GEM's memory.", 64)
-    max_new_tokens: int = key("Most tokens of a prediction.", 512)
+    max_new_tokens: int = key("Tokens per prediction at most.", 512)
     eval_batch_size: int = key("Prompts that a process answers at a time.", 64)
 
     def __post_init__(self) -> None:
@@ -57,9 +57,11 @@ class LoRAArguments:
     """Define a LoRA adapter, with the names of PEFT's `LoraConfig`, whose types TRL's parser cannot read."""
 
     r: int = key("Rank of the adapter.", 8)
-    lora_alpha: int = key("Its scale, times the rank.", 16)
+    lora_alpha: int = key("Scale of the adapter, times its rank.", 16)
     lora_dropout: float = key("Dropout before the adapter.", 0.0)
-    target_modules: list[str] = key("Modules with an adapter; all-linear are all but the head.", ["all-linear"])
+    target_modules: list[str] = key(
+        "Modules with an adapter; all-linear: every linear layer but the head.", ["all-linear"]
+    )
     o_lora_lambda: float = key("Factor of O-LoRA's penalty, its lambda_1.", 0.5)
 
 

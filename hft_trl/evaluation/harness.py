@@ -45,7 +45,7 @@ class SharedOutLM(HFLM):
 
 
 def load_model(backend: str, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str, batch_size: int) -> LM:
-    """Load a model into the harness's class for a backend, `"hf"` or `"vllm"`, which chooses its own batch size."""
+    """Load a model into the harness's class for a backend, `"hf"` or `"vllm"`."""
     LOGGER.setLevel(logging.ERROR)
     if backend == "hf":
         return SharedOutLM(folder, tokenizer, dtype, batch_size)

@@ -1,4 +1,4 @@
-"""The scores of an evaluation, and their output: tables on the terminal, and `evaluation.json`, `.md` and `.png`."""
+"""Hold the scores of an evaluation, and write them as tables, JSON, Markdown and a figure."""
 
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Which points of a frontier no other dominates, and what methods keep at an equal task loss, with paired tests."""
+"""Find the front of a frontier, and compare methods at an equal task loss with paired tests."""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -52,7 +52,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Mean:
-    """Store the mean of a model over its seeds. `learned` is the task loss, `kept` the chosen figure of retention."""
+    """Store the means of a model over its seeds: task loss (`learned`) and figure of retention (`kept`)."""
 
     name: str
     method: str  # with its ratio
@@ -158,7 +158,7 @@ def means(points: Sequence[Point], kept: str) -> list[Mean]:
 
 
 def front(models: Sequence[Mean], kept: str) -> list[str]:
-    """Return the names of the models that no other dominates: none learned and kept at least as much, and one more."""
+    """Return the names of the models that no other model dominates."""
     places = {model.name: (model.learned, _sign(kept) * model.kept) for model in models}
     best = _undominated(places.values())
     return [name for name, place in places.items() if place in best]

@@ -25,7 +25,7 @@ MARKERS = {"": "o", "average": "^", "half-reset": "v"}
 
 
 def write_frontier(output: Path, files: Sequence[Path], grid: FrontierArguments, argv: Sequence[str]) -> Frontier:
-    """Write `frontier.json`, `frontier.png` and `frontier.md` from the finished trials, and return the results."""
+    """Write the three files of the frontier from the finished trials, and return the results."""
     found, versions = read_frontier(files, grid.kept), environment()
     content = {"points": found.points, "front": found.front, "recommendation": found.recommendation}
     write_json(output / "frontier.json", {**content, "command": redact(list(argv)), "environment": versions})
@@ -84,7 +84,7 @@ def grids(found: Frontier) -> list[Grid]:
 
 def frontier_figure(found: Frontier) -> "Figure":
     """
-    Draw the task loss against what is kept: a color per method, a marker per treatment, with the front marked.
+    Draw the task loss against what is kept: a color per method, a marker per treatment.
 
     The base is a horizontal line: its task loss is often so far from the others that a point would squeeze them.
     """

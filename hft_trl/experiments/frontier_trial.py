@@ -61,7 +61,7 @@ def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, Fronti
 
 
 def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -> list[Point]:
-    """Check what all trials share before the first one runs, and return the commands of the trials, the base first."""
+    """Check the settings of all trials, and return the trials' commands, the base first."""
     stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
     _check_unused(recipe, stage)
     check_tests()
@@ -180,7 +180,7 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
 
 @torch.no_grad()
 def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierArguments) -> Iterator[str | None]:
-    """Put a model, its averages with the base and (of FFT) its Half-Reset into `model`, and yield each name."""
+    """Put a model, its averages with the base and its Half-Reset into `model`; yield each name."""
     yield None
     half_reset = grid.half_reset and trial.method == "fft"
     if trial.method in (BASE, *ADAPTERS) or not (grid.average or half_reset):
@@ -195,7 +195,7 @@ def versions(model: PreTrainedModel, stage: Stage, trial: Trial, grid: FrontierA
         mixtures["half-reset"] = dict.fromkeys(before, 0.0) | dict.fromkeys(stays, 1.0)
     for made, shares in mixtures.items():
         for name, parameter in model.named_parameters():
-            if name in before:  # else it is quantised, and so frozen
+            if name in before:  # else it is quantized, and so frozen
                 parameter.copy_(mixed(before[name], tuned[name], shares[name]))
         yield made
 
@@ -219,7 +219,7 @@ def _meter(stage: Stage) -> Meter:
 def _tasks(trainer: SFTTrainer, folder: Path, suites: str) -> dict[str, float | None]:
     if isinstance(trainer, ResumableTrainer):
         trainer.model = trainer.model.merge_and_unload()
-    trainer._save(str(folder))  # with the start model's bits of a quantised half
+    trainer._save(str(folder))  # with the start model's bits of a quantized half
     found = evaluate_models({"model": folder}, parse_suites(suites))
     shutil.rmtree(folder)
     return {heading: score.value for scores in found.scores.values() for heading, score in scores["model"].items()}

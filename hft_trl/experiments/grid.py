@@ -27,12 +27,12 @@ class FrontierArguments:
     """Define the grid of a frontier, and what is measured."""
 
     methods: list[str] = key("Methods, such as fft, hft, hft:layer, lora.", ["fft", "hft"])  # see `METHODS`
-    learning_rates: list[str] = key("Of every method; lora=1e-3 is one for LoRA only, in place of the others.", [])
+    learning_rates: list[str] = key("Learning rates of every method; lora=1e-3 is for LoRA only, instead of them.", [])
     ratios: list[float] = key("Shares of the layers that learn with HFT.", [0.5])
     seeds: int = key("Number of seeds; each decides the half and the order of the rows.", 1)
     average: list[float] = key("Weights of each FFT and HFT model in averages with the base.", [0.25, 0.5, 0.75])
-    half_reset: bool = key("Set half of each FFT model back to the base.", True)
-    kept: Literal["text_loss", "base_kl", "facts"] = key("Compared with what was learned.", "text_loss")
+    half_reset: bool = key("Also measure each FFT model with half of it reset to the base.", True)
+    kept: Literal["text_loss", "base_kl", "facts"] = key("Figure of retention that decides the front.", "text_loss")
     tasks: str | None = key("Suites of hft-trl evaluate for every model, such as general; they take long.", None)
     lora_rank: int = key("Rank of LoRA, with twice the rank as lora_alpha, and of SHiRA.", 16)
     workers: int | None = key("Processes at a time, by default one per GPU, or per CPU core.", None)

@@ -1,4 +1,4 @@
-"""Repair a tuned model: average it with its base or reset half of it, whichever keeps most and still does the task."""
+"""Repair a tuned model: average it with its base or reset half of it, so that it forgets less."""
 
 import math
 import tempfile
@@ -44,7 +44,7 @@ def repair(
     max_rows: int = 128,
 ) -> dict[str, Any]:
     """
-    Write the mixture with the least loss on general text among those that do the task nearly as the tuned model.
+    Write the mixture with the lowest loss on general text that still does the task.
 
     Averages with each of `weights` and the Half-Reset of `config` are measured. The task loss may be above the tuned
     model's by the share `tolerance`. Returned is the content of `repair.json`.
@@ -93,7 +93,7 @@ def repair(
 
 
 def best(found: Sequence[dict[str, Any]], tolerance: float) -> dict[str, Any]:
-    """Return the candidate with the least text loss among those that do the task nearly as the tuned model."""
+    """Return the candidate with the lowest text loss that still does the task."""
     tuned = next(candidate for candidate in found if candidate["name"] == "tuned")
     able = [each for each in found if each["task_loss"] <= (1 + tolerance) * tuned["task_loss"]]
     return min(able, key=lambda candidate: (candidate["text_loss"], candidate["task_loss"]))
@@ -118,7 +118,7 @@ def _task_rows(task: str | None, most: int) -> Dataset:
 
 
 def _trainer(after: SavedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, folder: str) -> SFTTrainer:
-    """Load the tuned model into a trainer that measures the loss on the answers of rows, in the model's own type."""
+    """Load the tuned model into a trainer that measures the loss on answers, in the model's own type."""
     model, marked = load(str(after.path)), "messages" in rows.column_names
     check_rendered(tokenizer, rows, "the task")
     if marked:

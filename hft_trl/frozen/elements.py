@@ -1,4 +1,4 @@
-"""Single elements that stay frozen in parameters of which others learn: strategy "element" in training."""
+"""Keep single elements of trained parameters frozen (strategy "element")."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,4 +62,4 @@ class FrozenElements(Storage):
     def check(self) -> None:
         for name, part in self._parts.items():
             if fingerprint(part.parameter.detach()[part.frozen]) != part.digest:
-                raise RuntimeError(f"a frozen element of {name} moved during training: nothing was saved as a success")
+                raise RuntimeError(f"a frozen element of {name} moved during training: the model is not saved")

@@ -1,4 +1,4 @@
-"""The half that must keep its bits: its fingerprints, and the interface of what stores it in another way."""
+"""Define the fingerprints of the frozen half, and the interface of its storages."""
 
 from functools import reduce
 from typing import Any
@@ -11,7 +11,7 @@ from hft_trl.weights import fingerprints, named_parameters, plain_name
 
 
 class FrozenHalf:
-    """The fingerprints of the parameters that must keep their bits, by name, and the types of those that learn."""
+    """Store the frozen parameters' fingerprints by name, and the types of the trained ones."""
 
     def __init__(self, model: torch.nn.Module, digests: dict[str, str]) -> None:
         self.digests = digests
@@ -24,16 +24,14 @@ class FrozenHalf:
         for name, digest in self.digests.items():
             if found.get(name) != digest:
                 how = "moved" if name in found else "was removed"
-                raise RuntimeError(
-                    f"the frozen parameter {name} {how} during training: nothing was saved as a success"
-                )
+                raise RuntimeError(f"the frozen parameter {name} {how} during training: the model is not saved")
 
     def note_forms(self, model: torch.nn.Module) -> None:
         """Note the types and sizes of the frozen parameters as they are to train."""
         self.forms = {name: (p.dtype, p.numel()) for name, p in named_parameters(model) if name in self.digests}
 
     def check_forms(self, model: torch.nn.Module) -> None:
-        """Reject frozen parameters that were cast or resized after the trainer was built. No bits are compared."""
+        """Reject frozen parameters that were cast or resized after the trainer was built."""
         found = {name: (p.dtype, p.numel()) for name, p in named_parameters(model)}
         if changed := [name for name, form in self.forms.items() if found.get(name) != form]:
             raise HFTError(
@@ -96,5 +94,5 @@ class Storage:
         state_dict: dict[str, torch.Tensor] | None,
         folder: str,  # noqa: ARG002
     ) -> dict[str, torch.Tensor] | None:
-        """Return the state dict to save into a folder in place of the given one; `None` stands for the model's own."""
+        """Return the state dict to save instead of the given one; `None` means the model's own."""
         return state_dict

@@ -28,7 +28,7 @@ class QuantizedLinear(nn.Module):
     """
     A frozen [`~torch.nn.Linear`] in bitsandbytes' int8 (one scale per row) or NF4 (one per 64 numbers).
 
-    The matrix is dequantised for each product, in the inputs' type (under autocast in autocast's), and dropped again.
+    The matrix is dequantized for each product, in the inputs' type (under autocast in autocast's), and dropped again.
     Unlike bitsandbytes' own layers it keeps neither its inputs nor a whole matrix for the backward pass. It is in no
     state dict, because the start model's own matrix is saved.
     """
@@ -58,7 +58,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def fits(self) -> bool:
-        """Whether all values were small enough to be quantised: int8 passes through float16."""
+        """Whether all values were small enough to be quantized: int8 passes through float16."""
         return bool(self._scales.isfinite().all())
 
     @property
@@ -123,7 +123,7 @@ class Quantized(SavedFromStart):
         before, after, left = 0, 0, []
         for name in matrices:
             path, parameter, linear = name.rpartition(".")[0], policy.get_parameter(name), matrices[name]
-            matrices[name] = None  # so that each whole matrix is gone before the next one is quantised
+            matrices[name] = None  # so that each whole matrix is gone before the next one is quantized
             quantized = QuantizedLinear(linear, self._kind) if linear is not None and name in on_disk else None
             if quantized is None or not quantized.fits:
                 left.append(name)
@@ -146,7 +146,7 @@ class Quantized(SavedFromStart):
 
 
 def frozen_matrices(model: PreTrainedModel, frozen: Collection[str]) -> dict[str, nn.Linear | None]:
-    """Return the frozen matrices of attention and feed-forward, each with its `nn.Linear` if that can be replaced."""
+    """Return the frozen matrices of attention and feed-forward, each with its replaceable `nn.Linear`."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, nn.Linear | None] = {}
     names = {name for unit in find_units(model) if unit.category in CATEGORIES for name in unit.names}
@@ -161,12 +161,12 @@ def frozen_matrices(model: PreTrainedModel, frozen: Collection[str]) -> dict[str
 
 
 def quantized_bytes(kind: str, rows: int, columns: int) -> int:
-    """Bytes of a matrix held by a [`QuantizedLinear`]."""
+    """Return the bytes of a matrix in a [`QuantizedLinear`]."""
     numbers = rows * columns
     return numbers + 4 * rows if kind == "int8" else math.ceil(numbers / 2) + 4 * math.ceil(numbers / BLOCK)
 
 
 def packed_away(model: nn.Module) -> int:
-    """Numbers by which a model has more parameters than it seems: two of NF4 are in a byte, and scales are none."""
+    """Return how many more parameters a quantized model has than its tensors have elements."""
     found = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     return sum(m.in_features * m.out_features - m.packed.numel() - m.scale.numel() for m in found)

@@ -1,4 +1,4 @@
-"""The frozen half in a smaller type, and saving the tensors of the start model's file where memory holds others."""
+"""Store the frozen half in a smaller type, and save tensors from the start model's files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +51,7 @@ class SavedFromStart(Storage):
             start = {name: tensor.clone() for name, tensor in start.items()}  # their file is about to be overwritten
         state_dict = model.state_dict() if state_dict is None else state_dict
         first = {name: self._first_name.get(plain_name(name), plain_name(name)) for name in state_dict}
-        missing = start.keys() - first.values()  # quantised matrices are in no state dict
+        missing = start.keys() - first.values()  # quantized matrices are in no state dict
         return {name: start.get(first[name], tensor) for name, tensor in state_dict.items()} | {
             name: start[name] for name in missing
         }
@@ -59,7 +59,7 @@ class SavedFromStart(Storage):
 
 class SmallerType(SavedFromStart):
     """
-    Holds the frozen half in a smaller type (`"bfloat16"` or `"float16"`), without a copy in the larger one.
+    Hold the frozen half in a smaller type, `"bfloat16"` or `"float16"`.
 
     A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts),
     where its values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of
@@ -71,7 +71,7 @@ class SmallerType(SavedFromStart):
         self._dtype = getattr(torch, dtype)
 
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: torch.nn.Module | None) -> None:
-        """Round the frozen half, and that of a reference with its own weights, so that it stays the start model."""
+        """Round the frozen half of the policy, and of a reference that has its own weights."""
         half, left, rounded = trainer.frozen_half, [], {}
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
@@ -117,7 +117,7 @@ def kept_in_their_type(model: torch.nn.Module) -> set[int]:
 
 
 def start_files(model: PreTrainedModel, init_kwargs: Mapping[str, Any] | None) -> dict[str, Path]:
-    """Return the safetensors file of every tensor of the model that was loaded, by name; empty if there are none."""
+    """Return the safetensors file of each tensor of the loaded model by name; empty without files."""
     try:
         return weight_files(model.config._name_or_path, (init_kwargs or {}).get("revision"))
     except (HFTError, OSError):

@@ -106,7 +106,7 @@ def _experts(func: Any, left: torch.Tensor, right: torch.Tensor, *others: Any) -
 
 
 def _attention(formula: Callable[..., int], tensors: int, place: int, *args: Any, **kwargs: Any) -> int:
-    """Apply a formula to the first tensors. A kernel with `is_causal`, at a place, skips half of the scores."""
+    """Apply a formula to the first tensors. Causal kernels skip half of the scores."""
     causal = kwargs.get("is_causal", args[place] if len(args) > place else False)
     return formula(*args[:tensors]) // (2 if causal else 1)
 

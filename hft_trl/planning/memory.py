@@ -113,7 +113,7 @@ class Task:
                     "remove --frozen-dtype and --dtype, use at most 8 GPUs, or use fsdp2."
                 )
             if storage.frozen_quantization and LAYOUTS[name].shards_state:
-                raise HFTError(f"--launch is {name}, which cannot shard quantised matrices: use single or ddp.")
+                raise HFTError(f"--launch is {name}, which cannot shard quantized matrices: use single or ddp.")
             if storage.in_eight_bits and LAYOUTS[name].shards_state:
                 raise HFTError(f"--optim is {storage.optim}, which is not tested with {name}: use single or ddp.")
 
@@ -137,13 +137,13 @@ class Sizes:
     layer: int  # the largest layer
     layer_trainable: int  # the most in one layer
     tensors: tuple[tuple[int, bool], ...]  # of each trainable parameter: size, and whether it is an embedding's
-    quantizable: tuple[tuple[int, int], ...]  # rows and columns of each frozen matrix that can be quantised
+    quantizable: tuple[tuple[int, int], ...]  # rows and columns of each frozen matrix that can be quantized
 
     def frozen_bytes(self, size: int, quantization: str | None) -> int:
-        """Return the bytes of the frozen half, with `size` bytes per parameter that is not quantised."""
-        quantised = self.quantizable if quantization else ()
-        packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in quantised)
-        return (self.frozen - sum(rows * columns for rows, columns in quantised)) * size + packed
+        """Return the bytes of the frozen half, with `size` bytes per parameter that is not quantized."""
+        quantized = self.quantizable if quantization else ()
+        packed = sum(quantized_bytes(quantization, rows, columns) for rows, columns in quantized)
+        return (self.frozen - sum(rows * columns for rows, columns in quantized)) * size + packed
 
 
 def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:

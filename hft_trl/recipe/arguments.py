@@ -48,7 +48,7 @@ class RunArguments:
     output_dir: str = key("Folder of the run; each stage gets a subfolder.")
     method: Literal["hft", "fft"] = key("Train half of the layers (hft) or all (fft) in every stage.", "hft")
     overwrite: bool = key("Replace the results of earlier runs.", False)
-    evaluate: str | None = key("Suites to run at the end, such as general,knowledge.", None)
+    evaluate: str | None = key("Suites to evaluate at the end, such as general,knowledge.", None)
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -62,9 +62,9 @@ class ModelArguments:
     model_name_or_path: str = key("Hub id, folder, demo (the embedded model) or smollm2.")
     model_revision: str = key("Branch, tag or commit on the hub.", "main")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
-        "HFT rejects one that rounds the weights.", "float32"
+        "Type of the weights; HFT rejects one that rounds them.", "float32"
     )
-    attn_implementation: str | None = key("Such as sdpa or flash_attention_2.", None)
+    attn_implementation: str | None = key("Attention, such as sdpa or flash_attention_2.", None)
     trust_remote_code: bool = key("Run code of the model's repository.", False)
     chat_template: str | None = key(TEMPLATE, None)
 
@@ -80,10 +80,10 @@ class DataArguments:
     """Define the keys of a stage's section in addition to those of its TRL config."""
 
     dataset: str | None = key("Hub id, folder, file or demo; or set datasets, TRL's mixture.", None)
-    dataset_config: str | None = key("Name of its configuration on the hub.", None)
+    dataset_config: str | None = key("Configuration of the data set on the hub.", None)
     split: str = key("Split to train on, or a part such as train[:1000].", "train")
     eval_split: str | None = key("Split to evaluate on if eval_strategy is set.", None)
-    method: Literal["hft", "fft"] | None = key("If it differs from the run's.", None)
+    method: Literal["hft", "fft"] | None = key("Method of this stage, by default the run's.", None)
     drop_equal_pairs: bool = key(EQUAL_PAIRS, False)
     reference_quantization: Literal["8bit", "4bit"] | None = key(QUANTIZATION, None)
 
@@ -99,7 +99,7 @@ class RetentionArguments:
     max_rows: int = key(MAX_ROWS, 128)
 
     def of_model(self, model: ModelArguments) -> "RetentionArguments | None":
-        """Return what to measure, `None` for nothing. Without files, only the embedded model has rows of its own."""
+        """Return what to measure, `None` for nothing. Without files only the embedded model has rows."""
         if self.max_rows == 0:
             return None
         if self.texts or self.facts or self.prompts or model.model_name_or_path == "demo":

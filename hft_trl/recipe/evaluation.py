@@ -50,7 +50,7 @@ def sample_stages(
     start: ModelArguments, stages: Mapping[str, str], rows: Iterable[Mapping[str, Any]] | None
 ) -> list[dict[str, str]]:
     """
-    Return what the start model, as `"base"`, and those of `stages` answer to two prompts of the evaluation `rows`.
+    Return the answers of the start model (`"base"`) and of `stages` to two prompts of `rows`.
 
     The embedded model is asked questions of its probes. Without prompts, or if a model cannot answer, the result is
     empty: a report is worth more than its samples.

@@ -150,7 +150,7 @@ def open_stages(stages: Iterable["Stage"], overwrite: bool = False) -> None:
 
 
 def _check_inputs(stages: list["Stage"], overwrite: bool) -> None:
-    """Reject a stage's folder that holds what the run reads, which `overwrite` would delete, or lies in its data."""
+    """Reject a stage's folder that contains inputs of the run, or lies inside a folder of data."""
     for stage in stages:
         start, files = stage.base or stage.model, vars(stage.retention) if stage.retention is not None else {}
         data = [stage.data.dataset]
@@ -203,14 +203,14 @@ def _open(stages: list["Stage"], overwrite: bool) -> None:
 
 
 def _take(folder: Path) -> None:
-    """Lock a folder, which is created if it does not exist. Reject one with files of something else."""
+    """Lock a folder, which is created if it does not exist. Reject one with other files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise HFTError(f"output_dir {str(folder)!r} cannot be written ({error}): choose another one.") from error
     names = {path.name for path in folder.iterdir()}
     if STAGE_FILE not in names and names - {f".{STAGE_FILE}", LOCK_FILE}:
-        raise HFTError(f"output_dir {str(folder)!r} holds files of something else: choose another one.")
+        raise HFTError(f"output_dir {str(folder)!r} contains other files: choose another one.")
     lock(folder)
 
 

@@ -195,7 +195,7 @@ def _function(call: Any) -> Mapping[str, Any]:
 
 
 def _parsed(value: Any) -> Any:
-    """Parse JSON text, OpenAI's form of arguments. A model may have written invalid JSON, which stays text."""
+    """Parse arguments in JSON text, OpenAI's form. Invalid JSON stays text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

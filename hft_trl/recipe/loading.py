@@ -1,4 +1,4 @@
-"""Load data sets (from the hub, a folder, a file, or TRL's mixture of several) and quantized references."""
+"""Load data sets (hub, folder, file or TRL's mixture) and quantized references."""
 
 import dataclasses
 import glob
@@ -132,11 +132,11 @@ def check_quantizable(bits: str, args: DPOConfig) -> None:
     """Reject settings that a quantized reference does not support."""
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
         if vars(args)[name]:
-            raise HFTError(f"reference_quantization is {bits}, which {name} has no use for: drop one of the two.")
+            raise HFTError(f"reference_quantization is {bits}, which {name} does not use: drop one of the two.")
     backend = sharded_by(args)
     if backend is not None:
         raise HFTError(
-            f"reference_quantization is {bits}, but {backend} cannot shard a quantised reference: drop it, or use DDP."
+            f"reference_quantization is {bits}, but {backend} cannot shard a quantized reference: drop it, or use DDP."
         )
 
 

@@ -113,7 +113,7 @@ def measure(stage: "Stage", trainer: ResumableMixin, resumed_from: TrainerState 
 
 
 def movements(stage: "Stage", selection: Selection) -> list[UnitChange]:
-    """Return how far each unit moved from its start and from the run's start model. All processes share it."""
+    """Return how far each unit moved from its stage's start model and the run's. Processes share the work."""
     model, state = stage.model, PartialState()
     start, base = model.address, (stage.base or model).address
     trainable, found, problem = set(selection.trainable), [], None

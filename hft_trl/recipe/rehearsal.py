@@ -72,7 +72,7 @@ WITHOUT: dict[str, Any] = {
 
 
 def rehearse(stages: Sequence[Stage]) -> None:
-    """Read the rows of retention, and try the trainers in `TRAINERS` on a tiny model. All processes must call it."""
+    """Read the rows of retention, and try the trainers on a tiny model. All processes must call it."""
     check_chain(stages)
     by_first_process(partial(check_halves, stages))
     if stages[0].retention is not None:
@@ -81,7 +81,7 @@ def rehearse(stages: Sequence[Stage]) -> None:
 
 
 def check_chain(stages: Sequence[Stage]) -> None:
-    """Reject a stage with method hft that would have to round what a stage with method fft saves before it."""
+    """Reject a stage with method hft that would have to round the model of an fft stage before it."""
     for first, then in itertools.pairwise(stages):
         if first.hft is None or then.hft is None or (first.hft.method, then.hft.method) != ("fft", "hft"):
             continue
@@ -208,7 +208,7 @@ def _check_metric(stage: Stage, metrics: dict[str, float]) -> None:
 
 
 def _tried(args: TrainingArguments, folder: str, least: int) -> TrainingArguments:
-    """Copy a stage's arguments for one process, a temporary folder, another model, and `least` tokens of a row."""
+    """Copy a stage's arguments for one process, a temporary folder, another model and `least` tokens."""
     tried = copy.copy(args)
     kept = vars(args).keys() - WITHOUT.keys() - {"hf_deepspeed_config", "distributed_state", "_setup_devices"}
     tried.__dict__ = {name: copy.deepcopy(value) for name, value in vars(args).items() if name in kept}

@@ -45,7 +45,7 @@ LARGE = 20_000  # rows from which several processes prepare the data
 
 @dataclasses.dataclass
 class Stage:
-    """Store one stage of training, and reject settings that contradict each other. `"demo"` is the embedded files."""
+    """Store one stage of training, and reject settings that contradict each other."""
 
     name: str  # in its recipe, such as "sft", or of the round
     model: ModelArguments  # that it starts from
@@ -117,7 +117,7 @@ class Stage:
         return self.data.dataset or "the mixture"
 
     def check(self) -> None:
-        """Check the run's start model, the source's text and the requested reference before anything is loaded."""
+        """Check the start model, source texts and quantized reference before anything is loaded."""
         start = self.base or self.model
         name = start.model_name_or_path
         structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
@@ -191,7 +191,7 @@ class Stage:
         return {Path(self.model.model_name_or_path)}
 
     def check_saved(self) -> None:
-        """Reject a finished stage whose weights are missing or torn."""
+        """Reject a finished stage whose weights are missing or incomplete."""
         weight_files(str(self.folder))
 
     def own_settings(self) -> dict[str, dict[str, Any]]:

@@ -144,7 +144,7 @@ def retention_of(stages: Sequence[StageRecord]) -> dict[str, Any]:
 
 
 def from_json(hint: Any, value: Any, where: str) -> Any:
-    """Return what a JSON value holds by its type hint, dataclasses included. An error names the first wrong place."""
+    """Convert a JSON value to its type hint, dataclasses included. An error names the first wrong place."""
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

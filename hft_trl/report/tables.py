@@ -22,7 +22,7 @@ MEASURES = {"text_loss": "loss on general text", "base_kl": "KL to the base (nat
 
 @dataclass(frozen=True)
 class Grid:
-    """Store a table of formatted texts. `closing` has the numbers of summary rows, `prose` means long texts."""
+    """Store a table of formatted texts. `closing` counts summary rows, `prose` means long texts."""
 
     title: str
     columns: list[str]
@@ -64,7 +64,7 @@ def stage_grid(report: Report) -> Grid:
 
 
 def evaluation_grids(report: Report) -> list[Grid]:
-    """Return the scores and their differences from the first model, a table for each suite, or one without suites."""
+    """Return the scores and their differences from the first model, a table for each suite."""
     grids, models = [], report.evaluation
     if not models:
         return grids

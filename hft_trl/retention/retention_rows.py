@@ -19,7 +19,7 @@ def read_texts(source: Rows) -> list[str]:
 
 
 def read_facts(source: Rows) -> list[dict[str, Any]]:
-    """Read cloze facts: `.jsonl` rows with a `text` to continue, its `answer`, and `others`, the wrong answers."""
+    """Read cloze facts: rows with a `text` to continue, its `answer`, and wrong answers in `others`."""
     return _rows(
         "facts", source, _fact, "a mapping with `text`, `answer` and a list `others` of wrong ones, not empty"
     )

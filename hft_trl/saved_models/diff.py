@@ -163,7 +163,7 @@ def _started_from(before: SavedModel, after: SavedModel) -> bool | None:
 
 
 def _find_start(after: SavedModel) -> SavedModel | None:
-    """Return the folder that a model's last stage started from, which may have moved together with the model's."""
+    """Return the folder that a model's last stage started from, even if both were moved."""
     known = Path(selection_of(after.skeleton).start_model["name_or_path"])
     for folder in (known, Path(after.path).parent / known.name):
         if folder.is_dir() and folder.name:

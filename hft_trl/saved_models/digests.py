@@ -49,7 +49,7 @@ def start_model(name: str, revision: str) -> dict[str, str | None]:
 
 
 def named_files(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the names of files and tokenizers in settings, without folders, and their SHA-256 as `NAME_content`."""
+    """Return names of files and tokenizers in settings, and their SHA-256 as `NAME_content`."""
     found = {}
     for key, value in settings.items():
         if not isinstance(value, str) or not value:

@@ -93,7 +93,7 @@ def draw(after: SavedModel, config: HFTConfig) -> Selection:
 def write_half(
     before: SavedModel, after: SavedModel, out: Path, half: Selection, record: Any = None
 ) -> tuple[Selection, int]:
-    """Write a Half-Reset, and return its selection and the number of changed bytes. `record` is as in [`write`]."""
+    """Write a Half-Reset, and return its selection and the number of changed bytes."""
     start = {"name_or_path": before.name, "weights_digest": before.digest(after.dtypes)}
     selection = dataclasses.replace(half, start_model=start)
     text = (

@@ -22,7 +22,7 @@ def complete(
     folder: str, selection: Selection | None, dataset_name: str | Sequence[str] | None, start: str | None = None
 ) -> None:
     """
-    Complete TRL's card in a folder: what the model started from, its data, and which half of it learned.
+    Complete TRL's card in a folder: start model, data, and which half learned.
 
     Only names on the hub become links. An adapter has no selection, and `start` names what it was trained for.
     """

@@ -40,7 +40,7 @@ class SavedModel:
 
     `name` is a folder, a hub id in the local cache (`"id@revision"`), `"demo"` or `"smollm2"`. `files` and `places`
     have the tensors' names in the files as keys; buffers have no place. `parameters` are those of the structure.
-    Models that are missing or quantised, or whose tensors hold several parameters, raise an [`HFTError`].
+    Models that are missing or quantized, or whose tensors hold several parameters, raise an [`HFTError`].
     """
 
     def __init__(self, name: str, skeleton: PreTrainedModel | None = None) -> None:
@@ -78,7 +78,7 @@ class SavedModel:
                 continue
             if (dtype := self.tensor(key).dtype) not in FULL_PRECISION:
                 kind = short(dtype)
-                raise HFTError(f"{key} is {kind}, so {self.name!r} is quantised: give the full-precision model.")
+                raise HFTError(f"{key} is {kind}, so {self.name!r} is quantized: give the full-precision model.")
             piece = ""
             if pattern is not None:
                 if len(self._converter(pattern).target_patterns) > 1:

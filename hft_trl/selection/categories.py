@@ -33,7 +33,7 @@ _ROLE = re.compile(
 
 
 def own_class_names(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """Class name of each module without the model's name, which may itself say "Moe" or "Mamba"."""
+    """Return the class name of each module without the model's name, which may itself say "Moe"."""
     names = {type(module).__name__ for module in modules.values() if isinstance(module, PreTrainedModel)}
     prefixes = sorted({_ROLE.sub("", name) for name in names}, key=lambda name: (-len(name), name))
     own: dict[type, str] = {}
@@ -46,7 +46,7 @@ def own_class_names(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def layer_category(words: list[str], layer_class: str) -> str:
-    """`words` lead from the layer to the unit, class and attribute by turns, and end with the parameter's own name."""
+    """Return the category of a unit in a layer, from the names on the path to it."""
     if any(_NORM.search(word) for word in words):
         return "norm"
     return next((kind for word in [*words, layer_class] if (kind := _kind(word))), "other")

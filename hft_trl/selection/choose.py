@@ -1,5 +1,5 @@
 """
-Which units learn: units, a ratio and a seed in, units out. No model, no torch, no state.
+Choose which units learn: a pure function of units, ratio and seed.
 
 With strategy "category" the layers of a category are grouped by their signature: their units and the size of each. The
 first step counts how many units of every size learn in every group, such that the parameters that learn come as near
@@ -57,12 +57,12 @@ def choose(
 
 
 def _tolerance(share: Fraction, total: int) -> Fraction:
-    """One half is met as nearly as can be, at whatever spread; elsewhere one part in a thousand is near enough."""
+    """Return the allowed distance from the goal: 0 for one half, else a thousandth of `total`."""
     return Fraction(0) if share == HALF else Fraction(total, 1000)
 
 
 def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, learned: Collection[int]) -> set[Unit]:
-    """Layers at even distances (every other one at 1/2), at random or with as few that learned as possible."""
+    """Choose layers at even distances, at random or with as few that learned before as possible."""
     layers = sorted({unit.layer for unit in units})
 
     def taken(offset: Fraction) -> set[int]:
@@ -80,7 +80,7 @@ def _whole_layers(units: Sequence[Unit], share: Fraction, rng: random.Random, le
 
 
 def _any_units(units: Sequence[Unit], share: Fraction, rng: random.Random) -> set[Unit]:
-    """Units in random order until the share is reached, then as few more or fewer of each size as bring it nearest."""
+    """Take units in random order until the share is reached, then adjust the counts of each size."""
     everything = sum(unit.size for unit in units)
     goal = share * everything
     drawn: Counter[int] = Counter()
@@ -140,7 +140,7 @@ def _of_category(
 
 def _fill(group: Sequence[Sequence[Unit]], need: list[int], rng: random.Random) -> Iterator[Unit]:
     """
-    Takes `need[i]` times the unit at place `i`, as many from each layer as from the others (give or take one).
+    Take the unit at place `i` in `need[i]` layers, as evenly over the layers as possible.
 
     A layer takes the units that are needed most. This never runs dry: rows of equal sums can be filled to any column
     sums (Gale and Ryser), whatever the order of the rows. Two layers of equal sums in a row are near complements.

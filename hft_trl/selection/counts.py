@@ -1,5 +1,5 @@
 """
-How many pieces of each size to take so that they add up nearest to a goal: bounded subset sum, with little spread.
+Count how many pieces of each size add up nearest to a goal: bounded subset sum.
 
 All sums of some pieces are the bits of one whole number, so that adding a piece is a shift. The counts start where the
 caller wants them and move only as far as the goal needs.
@@ -21,33 +21,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pieces:
-    """`number` pieces of one `size`, of which about `start` are to be taken."""
+    """Store `number` pieces of one `size`; about `start` are to be taken."""
 
     size: int
     number: int
     start: Fraction
 
     def window(self, width: int) -> range:
-        """Counts that are no more than `width` away from `start`, rounded down and up."""
+        """Return the counts that are no more than `width` away from `start`."""
         return range(max(0, math.floor(self.start) - width), min(self.number, math.ceil(self.start) + width) + 1)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Kinds of pieces, by rising size, of which in total no fewer than `low` and no more than `high` are taken."""
+    """Store kinds of pieces by rising size, with limits `low` and `high` for their total number."""
 
     kinds: tuple[Pieces, ...]
     low: int
     high: int
 
     def binds(self, width: int) -> bool:
-        """Whether counts within `width` of their starts can break the limits."""
+        """Return whether counts within `width` of their starts can break the limits."""
         windows = [kind.window(width) for kind in self.kinds]
         return sum(window[0] for window in windows) < self.low or sum(window[-1] for window in windows) > self.high
 
 
 class _Step(NamedTuple):
-    """One kind's count, or (`kind` is `None`) the end of a block whose pieces are tracked."""
+    """Store one kind's count, or (`kind` is `None`) the end of a block whose pieces are tracked."""
 
     # Number of pieces taken in the block so far (0 where it is not tracked) -> the sums that are possible before
     before: dict[int, int]
@@ -59,7 +59,7 @@ class _Step(NamedTuple):
 
 
 def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
-    """A random order. Of all methods, only `random()` is promised to give the same numbers in every Python."""
+    """Return a random order from `random()` alone, which gives the same numbers in every Python."""
     return sorted(items, key=lambda _: rng.random())
 
 
@@ -87,7 +87,7 @@ def _total(blocks: Sequence[Block], counts: Sequence[Sequence[int]]) -> int:
 
 
 def _large_first(blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, rng: random.Random) -> list[list[int]]:
-    """Settle the large kinds, as many as one search can hold, then make up for what is missing with the others."""
+    """Choose counts of the large kinds first, as many as one search can hold, then of the others."""
     smallest = _smallest_together([kind for block in blocks for kind in block.kinds])
     small = [tuple(kind for kind in block.kinds if kind.size < smallest) for block in blocks]
     large = [
@@ -107,7 +107,7 @@ def _large_first(blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, r
 
 
 def _smallest_together(kinds: Sequence[Pieces]) -> int:
-    """The smallest size down to which the sums of all kinds, the large ones first, have few enough bits."""
+    """Return the smallest size down to which the sums of all kinds have few enough bits."""
     total = divisor = smallest = 0
     for kind in sorted(kinds, key=lambda kind: -kind.size):
         total += kind.size * kind.number
@@ -121,7 +121,7 @@ def _smallest_together(kinds: Sequence[Pieces]) -> int:
 def _solve(
     blocks: Sequence[Block], goal: Fraction, tolerance: Fraction, rng: random.Random
 ) -> tuple[list[list[int]], bool]:
-    """Counts within the least width that will do, and whether no others are nearer (or near enough anyway)."""
+    """Return counts within the least sufficient width, and whether no others are nearer."""
     kinds = [kind for block in blocks for kind in block.kinds]
     unit = math.gcd(*(kind.size for kind in kinds))
     aim = goal / unit
@@ -152,7 +152,7 @@ def _solve(
 
 
 def _search(blocks: Sequence[Block], unit: int, width: int) -> tuple[int, int, list[_Step]]:
-    """The sum of the least counts within `width`, the possible sums above it, and the steps that lead there."""
+    """Return the least sum within `width`, the possible sums above it, and the steps to them."""
     base, rows = 0, {0: 1}
     steps = []
     for index, block in enumerate(blocks):
@@ -182,7 +182,7 @@ def _search(blocks: Sequence[Block], unit: int, width: int) -> tuple[int, int, l
 def _trace(
     blocks: Sequence[Block], steps: Sequence[_Step], unit: int, total: int, rng: random.Random
 ) -> list[list[int]]:
-    """Counts that add up to `total`, each as near to its start as those decided before it allow."""
+    """Return counts that add up to `total`, each as near to its start as the earlier ones allow."""
     counts = [[0] * len(block.kinds) for block in blocks]
     taken = 0
     for before, block, place, kind, window, tracked in reversed(steps):
@@ -202,7 +202,7 @@ def _trace(
 
 
 def _add(sums: int, size: int, most: int) -> int:
-    """The sums that any number of pieces of `size`, from none to `most`, makes of `sums`."""
+    """Return the sums that up to `most` pieces of `size` make of `sums`."""
     some = 1
     while most:
         some = min(some, most)
@@ -213,7 +213,7 @@ def _add(sums: int, size: int, most: int) -> int:
 
 
 def _neighbours(sums: int, aim: Fraction) -> list[int]:
-    """The greatest sum that is not above `aim` and the least one that is, if such sums exist."""
+    """Return the greatest sum not above `aim` and the least one above it, if they exist."""
     split = max(0, math.floor(aim) + 1)
     below, above = sums & ((1 << split) - 1), sums >> split
     return [below.bit_length() - 1] * bool(below) + [split + (above & -above).bit_length() - 1] * bool(above)

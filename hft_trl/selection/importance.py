@@ -1,4 +1,4 @@
-"""How important each unit is: numbers from which strategy "importance" chooses."""
+"""Score the importance of each unit for strategy "importance"."""
 
 import math
 from bisect import bisect_left, insort
@@ -73,7 +73,7 @@ def _square(weight: torch.Tensor) -> float:
 
 def _signal_to_noise(weight: torch.Tensor) -> float:
     """
-    The ratio of a matrix's singular values above and below what noise of its spread has, divided by the largest one.
+    Return a matrix's signal-to-noise ratio, divided by the largest singular value.
 
     As Spectrum (arXiv 2406.06623): the Marchenko-Pastur law bounds the noise, whose deviation is estimated by the
     quartiles. 0 for what is no matrix. Of fused experts the mean. Infinite without noise, and NaN if a weight is not
@@ -95,7 +95,7 @@ def _signal_to_noise(weight: torch.Tensor) -> float:
 
 
 def _ranks(scores: Mapping[Unit, float]) -> dict[Unit, float]:
-    """The share of the units of the same slot that have a lower score, so that every slot learns as much."""
+    """Return the share of the units of the same slot that have a lower score."""
     alike: dict[tuple[str, int], list[float]] = defaultdict(list)
     for unit, score in scores.items():
         insort(alike[unit.slot, unit.size], score)

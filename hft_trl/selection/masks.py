@@ -17,7 +17,7 @@ from hft_trl.selection.units import Unit
 
 @dataclass(frozen=True)
 class Masks:
-    """The elements that learn in parameters that learn in part. Masks are drawn again rather than stored."""
+    """Store which elements of parameters learn, as numbers that draw the masks again."""
 
     seed: int  # each parameter has its own generator, by the seed and its name
     learning: dict[str, int]  # number of elements that learn, by parameter name
@@ -36,13 +36,13 @@ class Masks:
         return (~mask if self.inverted else mask).view(tuple(shape))
 
     def of(self, names: Iterable[str]) -> "Masks":
-        """The masks of these parameters alone, of those that have one."""
+        """Return the masks of these parameters, of those that have one."""
         wanted, tables = set(names), ("learning", "digests")
         kept = {key: {name: value for name, value in vars(self)[key].items() if name in wanted} for key in tables}
         return replace(self, **kept)
 
     def complement(self, sizes: Mapping[str, int]) -> "Masks":
-        """The masks of exactly those elements that these keep frozen. `sizes` has each parameter's elements."""
+        """Return the masks of the elements that these keep frozen. `sizes` has the numbers of elements."""
         learning = {name: sizes[name] - number for name, number in self.learning.items()}
         return replace(self, learning=learning, inverted=not self.inverted)
 
@@ -76,7 +76,7 @@ def _counts(sizes: Mapping[str, int], ratio: float, rng: random.Random) -> dict[
 
 
 def _draw(seed: int, name: str, size: int, number: int) -> torch.Tensor:
-    """`number` of `size` elements: those with the lowest of random numbers, of equal ones those that come first."""
+    """Draw `number` of `size` elements: those with the lowest random numbers, of equal ones the first."""
     if not 0 < number < size:
         return torch.full((size,), number > 0)
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""The selection that a start model or a checkpoint was trained with, and whether training may resume with another."""
+"""Find the selection of a start model or checkpoint, and check whether training may resume."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def remember(model: PreTrainedModel, selection: Selection) -> None:
 
 
 def selection_of(model: PreTrainedModel) -> Selection | None:
-    """Return the selection that this object was last trained with, else that of its folder or hub repository."""
+    """Return the selection that this object was last trained with, else that of its folder or repository."""
     if "_hft_trained_with" in vars(model):
         return model._hft_trained_with
     try:

@@ -1,4 +1,4 @@
-"""What learns in a stage and what stays frozen: drawn, applied to a model, saved beside it and loaded again."""
+"""Draw, apply, save and load the selection: what learns in a stage and what stays frozen."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ VERSION = 1
 @dataclass(frozen=True)
 class Selection:
     """
-    The parameters of a model that learn in a stage, and those that keep their values.
+    Store the parameters of a model that learn in a stage, and those that keep their values.
 
     Attributes:
         config ([`HFTConfig`]): The settings of the draw.
@@ -54,7 +54,7 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) over the canonical JSON of version, config, seed, trainable, frozen and masks, if any."""
+        """Return the SHA-256 (hex) of version, config, seed, trainable, frozen and masks, if any."""
         canonical = json.dumps(self._essence(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -72,7 +72,7 @@ class Selection:
 
     @property
     def masked(self) -> dict[str, int]:
-        """Number of elements that learn, by the names of the parameters that learn in part."""
+        """Return the number of elements that learn, by the names of the parameters that learn in part."""
         return self.masks.learning if self.masks else {}
 
     def apply(self, model: PreTrainedModel) -> None:
@@ -240,7 +240,7 @@ def _learns_outside(unit: Unit, config: HFTConfig) -> bool:
 def _as_before(
     model: PreTrainedModel, units: Sequence[Unit], previous: Selection, complement: bool
 ) -> tuple[set[Unit], "Masks | None"]:
-    """The units in layers, and their masks, that learned in the start model's own stage, or those that did not."""
+    """Return the units and masks that learned in the start model's own stage, or their complement."""
     trainable, sizes = set(previous.trainable), _sizes(model)
     known, inner = trainable.union(previous.frozen), [unit for unit in units if unit.layer is not None]
     unknown = sorted(known - sizes.keys()) + [unit.names[0] for unit in inner if not known.issuperset(unit.names)]
@@ -258,7 +258,7 @@ def _as_before(
 
 
 def _whole_layers_of(previous: Selection, units: Sequence[Unit]) -> set[int]:
-    """The layers that learned as a whole in the start model's own stage."""
+    """Return the layers that learned as a whole in the start model's own stage."""
     trainable = set(previous.trainable)
     frozen = {unit.layer for unit in units if unit.names[0] not in trainable}
     return {unit.layer for unit in units if unit.layer is not None} - frozen

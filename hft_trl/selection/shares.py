@@ -10,7 +10,7 @@ from hft_trl.selection.units import Unit
 
 @dataclass(frozen=True)
 class CategoryShare:
-    """What learns of a category, of `"layers"` or of `"model"`, in numbers of units and parameters."""
+    """Store how many units and parameters of a category, of `"layers"` or of `"model"` learn."""
 
     category: str
     units: int
@@ -19,7 +19,7 @@ class CategoryShare:
 
     @property
     def share(self) -> float:
-        """The trained part of the parameters, in [0, 1]."""
+        """Return the trained part of the parameters, in [0, 1]."""
         return self.trained / self.parameters if self.parameters else 0.0
 
 

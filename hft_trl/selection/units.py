@@ -1,4 +1,4 @@
-"""From a model to its units, without knowing it by name: what can learn, in which layer, of which category."""
+"""Find the units of any model: what can learn, in which layer, of which category."""
 
 import copy
 import re
@@ -19,7 +19,7 @@ _TOWER = re.compile(r"(^|_)(vision|visual|image|img|video|audio|speech|multi_?mo
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest piece that learns or stays frozen: a module's weight with its bias."""
+    """Store the smallest piece that learns or stays frozen: a module's weight with its bias."""
 
     names: tuple[str, ...]  # of its parameters
     size: int  # number of parameters
@@ -88,7 +88,7 @@ def _check_model(model: nn.Module) -> None:
         problem = "is no transformers model: HFT needs a causal language model, such as LlamaForCausalLM"
     elif (quantizer := vars(model).get("hf_quantizer")) is not None:  # transformers has packed the weights
         kind = type(quantizer.quantization_config).__name__
-        problem = f"is quantised ({kind}): HFT trains whole matrices, so load it without a quantization_config"
+        problem = f"is quantized ({kind}): HFT trains whole matrices, so load it without a quantization_config"
     elif model.config.is_encoder_decoder or not model.can_generate() or model.get_output_embeddings() is None:
         problem = "is no decoder-only causal language model: load it with AutoModelForCausalLM"
     if problem is not None:
@@ -132,7 +132,7 @@ def _frozen_by_class(model: PreTrainedModel, names: Collection[str]) -> set[str]
 def _selectable_sizes(
     model: PreTrainedModel, parameters: dict[str, nn.Parameter], towers: set[str], exclude: Sequence[str]
 ) -> dict[str, int]:
-    """Number of parameters by name, of those that could learn and that no pattern of `exclude` matches."""
+    """Return the number of parameters by name, of those that could learn and are not excluded."""
     by_class = _frozen_by_class(model, {name for name, p in parameters.items() if not p.requires_grad})
     unmatched = set(exclude)
     sizes = {}
@@ -153,7 +153,7 @@ def _selectable_sizes(
 
 
 def _find_towers(model: PreTrainedModel, modules: dict[str, nn.Module]) -> set[str]:
-    """Paths of the parts that see pictures or sound, and of what projects them into the text model."""
+    """Return the paths of vision and audio towers and of their projections into the text model."""
     embedding = model.get_input_embeddings()
     way_of_text = {"", *_ancestors(next(path for path, module in modules.items() if module is embedding))}
     towers = set()
@@ -170,7 +170,7 @@ def _find_layers(
     model: PreTrainedModel, modules: dict[str, nn.Module], towers: set[str]
 ) -> dict[str, tuple[int, str]]:
     """
-    Path of each layer -> its number, and the name of its list.
+    Return the number of each layer by its path, and the name of its list.
 
     The name is empty unless a layer is spread over several lists: one of all attentions, one of all norms and so on.
     """
@@ -196,7 +196,7 @@ def _find_layers(
 
 
 def _stem(owner: str, leaf: str, sizes: dict[str, int]) -> str:
-    """Name that a bias shares with its weight: `bias` with `weight`, `x_bias` with `x` or `x_weight`."""
+    """Return the name that a bias shares with its weight: `x_bias` has that of `x` or `x_weight`."""
     for ending in ("_bias", "bias"):
         if leaf.endswith(ending):
             stem = leaf.removesuffix(ending)

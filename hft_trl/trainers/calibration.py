@@ -1,4 +1,4 @@
-"""What importance can go by that needs data: gradients of a trainer's loss, and weights times their inputs."""
+"""Measure the importance that needs data: gradients of the loss, and weights times their inputs."""
 
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ LINEAR = {torch.nn.Linear: 0, Conv1D: 1}
 
 def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], config: HFTConfig) -> Squares:
     """
-    Return what `config.importance` is about, measured once for each output folder, weights, rows and settings.
+    Return the measured importance, cached for the output folder, weights, rows and settings.
 
     So a run that resumes draws the selection that it was started with, though on a GPU a second measurement may differ
     in the last bits. The model is whole in every process, and every process has to call.
@@ -66,7 +66,7 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
 
 
 def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[Any]) -> str:
-    """Digest (SHA-256, hex) of all that a measurement depends on. Of the settings, those that TRL's config adds."""
+    """Return a SHA-256 (hex) of everything that a measurement depends on."""
     others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
@@ -124,7 +124,7 @@ def gradient_squares(
 
 def output_squares(model: PreTrainedModel, names: list[str], blocks: list[list[int]]) -> Squares:
     """
-    Square the elements of the parameters times the inputs that they are multiplied with (Wanda, arXiv 2306.11695).
+    Square the parameters' elements times their inputs (Wanda, https://arxiv.org/abs/2306.11695).
 
     The squared inputs of a linear layer are averaged over the tokens of the blocks, which are run one by one in eval
     mode. Other parameters (norms, biases, fused experts) count with inputs of 1. The squares are added up. The
@@ -173,7 +173,7 @@ def _source_blocks(trainer: Trainer, model: PreTrainedModel, config: HFTConfig) 
 
 
 def drawn_rows(trainer: Trainer, config: HFTConfig) -> list[dict[str, Any]]:
-    """The rows of a trainer's prepared data that gradients are taken over, or an [`HFTError`] if none can be drawn."""
+    """Return the rows of a trainer's data that gradients are measured on, or reject the data."""
     rows = trainer.train_dataset
     if not isinstance(rows, Sized) or len(rows) == 0:
         raise HFTError(

@@ -1,4 +1,4 @@
-"""What is known of a trainer before it is built, in the words that settings are checked by."""
+"""Describe a trainer before it is built, in the terms that settings are checked by."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from hft_trl.config import HFTConfig
 
 @dataclass(frozen=True)
 class Case:
-    """What is known of a trainer before it is built."""
+    """Describe a trainer before it is built."""
 
     args: TrainingArguments | None  # `None` for the trainer's defaults
     config: HFTConfig
@@ -37,7 +37,7 @@ class Case:
 
     @property
     def calibrated(self) -> str | None:
-        """The importance that rows are run through the model for."""
+        """Return the importance that needs rows of data, `None` for the others."""
         return None if self.elements else self.config.calibrated
 
     @cached_property
@@ -52,7 +52,7 @@ class Case:
 
     @property
     def loads_in_first_process(self) -> bool:
-        """Whether FSDP2 leaves the weights of the other processes empty."""
+        """Return whether FSDP2 leaves the weights of the other processes empty."""
         # transformers and accelerate set this variable too
         return self.fsdp == 2 and bool(parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def parallel(self) -> str:
-        """The first size of a parallelism that is above 1, such as `"tp_size 2"`; empty if none is."""
+        """Return the first parallel size above 1, such as `"tp_size 2"`; empty if there is none."""
         asked = (self.state or self.args).parallelism_config if self.state or self.args else None
         if asked is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
             asked = ParallelismConfig()  # of the launch configuration
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def spread(self) -> int:
-        """GPUs over which TRL would divide a model's layers: it loads with `device_map="auto"` in one process."""
+        """Return the number of GPUs over which TRL would divide a model's layers in one process."""
         placed = isinstance(self.given.get("model"), torch.nn.Module) or "device_map" in self.init
         if placed or (self.args is not None and self.args.use_cpu) or torch.cuda.device_count() < 2:
             return 0
@@ -84,21 +84,21 @@ class Case:
 
     @property
     def own_optimizer(self) -> str | None:
-        """The argument that passes an optimizer, which is used instead of `optim`."""
+        """Return the argument that passes an optimizer, which is used instead of `optim`."""
         names = ("optimizers", "optimizer_cls_and_kwargs")
         return next((name for name in names if (self.given.get(name) or (None,))[0] is not None), None)
 
     @property
     def optim(self) -> str:
-        """The name of the optimizer; empty if one is passed."""
+        """Return the name of the optimizer; empty if one is passed."""
         return OptimizerNames(self.args.optim).value if self.args and not self.own_optimizer else ""
 
     def asks(self, name: str) -> bool:
-        """Whether the trainer's arguments have a setting of this name, and it is on."""
+        """Return whether the trainer's arguments have a setting of this name that is on."""
         return self.args is not None and bool(vars(self.args).get(name))
 
     def stated(self, setting: str) -> str:
-        """A setting of [`HFTConfig`] with its value, as an error states it."""
+        """Return a setting of [`HFTConfig`] with its value, for an error."""
         name = setting.removeprefix("hft.")
         value = vars(self.config)[name]
         if name == "strategy" and value != "element":

@@ -1,4 +1,4 @@
-"""Settings that cannot be combined. Each combination is rejected before a model is loaded, where possible."""
+"""List settings that cannot be combined, and reject them before a model is loaded."""
 
 import re
 from collections.abc import Callable
@@ -84,20 +84,20 @@ STORAGE: Conflicts = {
     ),
     ("hft.frozen_quantization", "FSDP2, DeepSpeed"): (
         lambda c: c.sharded,
-        "{found} cannot shard quantised matrices: leave it out, or train in one process or with DDP",
+        "{found} cannot shard quantized matrices: leave it out, or train in one process or with DDP",
     ),
     ("hft.frozen_quantization", "`hft.share_reference: false`"): (
         lambda c: "sync_ref_model" in vars(c.args) and not c.config.share_reference,
-        "hft.share_reference is false, so the reference would not be the quantised model that training starts from: "
+        "hft.share_reference is false, so the reference would not be the quantized model that training starts from: "
         "set it to true",
     ),
     ("hft.frozen_quantization", "`sync_ref_model`"): (
         lambda c: c.asks("sync_ref_model"),
-        "sync_ref_model moves the reference, which shares the quantised matrices: leave one of the two out",
+        "sync_ref_model moves the reference, which shares the quantized matrices: leave one of the two out",
     ),
     ("hft.frozen_quantization", "`precompute_ref_log_probs`"): (
         lambda c: c.asks("precompute_ref_log_probs"),
-        "precompute_ref_log_probs uses the reference before its frozen half is quantised: leave one of the two out",
+        "precompute_ref_log_probs uses the reference before its frozen half is quantized: leave one of the two out",
     ),
     ("hft.optimizer_in_backward", "gradient clipping"): (
         lambda c: (c.args.max_grad_norm or 0) > 0,

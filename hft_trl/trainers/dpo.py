@@ -1,4 +1,4 @@
-"""Direct preference optimization with a half of the policy that learns, and a reference that is wholly frozen."""
+"""Train a half of the policy with direct preference optimization. The reference stays frozen."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
         self._to_shard = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as the parent does, and shard the reference before TRL shards it as one piece."""
+        """Create the accelerator as the parent does, after sharding the reference layer by layer."""
         super().create_accelerator_and_postprocess()
         if (copy := self._to_shard) is None:
             return

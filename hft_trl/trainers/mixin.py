@@ -1,4 +1,4 @@
-"""The order of training with a half, for any TRL trainer of a causal LM. Each step belongs to what owns it."""
+"""Order the steps of training with a half, for any TRL trainer of a causal LM."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 
 class HFTMixin:
     """
-    Gives a TRL trainer a half that learns. Put it first: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
+    Add HFT to a TRL trainer. Put it first: `class HFTKTOTrainer(HFTMixin, KTOTrainer): ...`.
 
     The half is drawn and frozen after the parent has loaded the model and before anything wraps it. Its fingerprints
     are checked whenever the model is saved and when training ends. With method `"fft"` training is the parent's bit
@@ -101,7 +101,7 @@ class HFTMixin:
         return output
 
     def _begins(self) -> None:
-        """Follow the policy to where accelerate has put it. A checkpoint has to hold the start model's frozen half."""
+        """Follow the policy that accelerate has wrapped or moved, and check its frozen half."""
         policy = self.accelerator.unwrap_model(self.model)
         self.frozen_half.check_untouched(policy)
         if self._resumes:
@@ -151,7 +151,7 @@ class HFTMixin:
         dataset_name: str | Sequence[str] | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write TRL's model card with the names of the start model and the data, and the selection that it names."""
+        """Write TRL's model card with the start model, the data and the selection."""
         # TRL would link a local data set to the hub
         super().create_model_card(model_name or Path(self.args.hub_model_id or self.args.output_dir).name, None, tags)
         if self.is_world_process_zero():
@@ -163,7 +163,7 @@ class HFTMixin:
 
 
 class _Begins(TrainerCallback):
-    """Tells a trainer that its training begins: the policy and the optimizer are wrapped, a checkpoint is loaded."""
+    """Tell a trainer that training begins: its models are wrapped, and a checkpoint is loaded."""
 
     def __init__(self, trainer: HFTMixin) -> None:
         self._trainer = trainer

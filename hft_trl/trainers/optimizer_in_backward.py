@@ -1,4 +1,4 @@
-"""The optimizer inside of the backward pass: every gradient is used and freed before the next one is computed."""
+"""Run the optimizer inside the backward pass, and free each gradient before the next."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from hft_trl.frozen.half import Storage
 
 class OptimizerInBackward(Storage):
     """
-    Updates each parameter while a trainer trains as soon as its gradient is accumulated, and frees the gradient.
+    Update each parameter as soon as its gradient is accumulated, and free the gradient.
 
     It stays one optimizer with its groups, schedule and state: an optimizer skips parameters without a gradient, and
     only one parameter has one at a time. The trainer's own call of `step` finds nothing to do. The optimizer must

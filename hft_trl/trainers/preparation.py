@@ -1,4 +1,4 @@
-"""Steps around a trainer with a half: check what was given, draw the half, choose storages, check again."""
+"""Prepare a trainer with a half: check its arguments, draw the half, choose storages, check again."""
 
 import dataclasses
 import inspect
@@ -62,7 +62,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
     """
     quantized = any(isinstance(module, QuantizedLinear) for module in policy.modules())
     if quantized or vars(policy).get("_hft_rounded"):
-        what = "quantised by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
+        what = "quantized by hft.frozen_quantization" if quantized else "cast by hft.frozen_dtype"
         raise HFTError(
             f"the model's matrices were {what} in an earlier stage, and it cannot be trained further as it is: save "
             "that stage, and pass its folder."
@@ -102,7 +102,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
 
 
 def storages(config: HFTConfig, masked: bool) -> list[Storage]:
-    """Return the storages that the settings ask for. `masked`: whether the selection freezes single elements."""
+    """Return the storages of the settings. `masked` means that single elements are frozen."""
     found: list[Storage] = []
     if config.method == "hft" and config.frozen_dtype:
         from hft_trl.frozen.smaller_type import SmallerType
@@ -143,7 +143,7 @@ def check_optimizer(trainer: Any, policy: PreTrainedModel) -> None:
 
 
 def check_before_training(trainer: Any) -> None:
-    """Reject what was added or changed after a trainer was built: callbacks that a half breaks, and parameters."""
+    """Reject callbacks and parameter changes that a half does not allow, before training."""
     hft, callbacks = trainer.hft_config.method == "hft", trainer.callback_handler.callbacks
     if hft and any(isinstance(callback, BEMACallback) for callback in callbacks):
         raise HFTError(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with a half that learns."""
+"""Train a half of the model with supervised fine-tuning."""
 
 from trl import SFTTrainer
 

@@ -155,10 +155,10 @@ def test_where_no_checkpoint_is_whole_resuming_says_so(base, tulu, sealed, tmp_p
     folder = Path(shutil.copytree(sealed, tmp_path / "run"))
     for checkpoint in folder.glob("checkpoint-*"):
         (checkpoint / MANIFEST_FILE).unlink()
-    with pytest.raises(HFTError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(HFTError, match=r"no checkpoint in .* is complete"):
         trained(base, tulu, folder).train(resume_from_checkpoint=True)
     (folder / "checkpoint-1" / MANIFEST_FILE).write_text("{")
-    with pytest.raises(HFTError, match="torn"):
+    with pytest.raises(HFTError, match="is incomplete"):
         trained(base, tulu, folder).train(resume_from_checkpoint=folder / "checkpoint-1")
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_is_named_and_has_lost_a_part_is_refused(base, tulu, s
         with pytest.raises(HFTError, match=r"rng_state_0\.pth is missing"):
             check_whole(folder, processes=2)
     (folder / name).unlink()
-    with pytest.raises(HFTError, match=rf"downloaded is torn \({name} is missing"):
+    with pytest.raises(HFTError, match=rf"downloaded is incomplete \({name} is missing"):
         trained(base, tulu, tmp_path / "run").train(resume_from_checkpoint=str(folder))
 
 

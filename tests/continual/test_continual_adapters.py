@@ -286,7 +286,9 @@ def test_what_a_model_or_a_launch_can_not_have_is_found_before_training(base, mo
         (["q_proj", "vproj"], "vproj"),
         (["all-linear", "q_proj"], "all-linear"),
     ):
-        with pytest.raises(HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM has not"):
+        with pytest.raises(
+            HFTError, match=f"lora.target_modules names '{wrong}', which LlamaForCausalLM does not have"
+        ):
             checked(stage(target_modules=names))
     for wrong in ({"r": 0}, {"lora_dropout": 1.5}):
         with pytest.raises(HFTError, match="the adapter of section lora cannot be set up: "):

@@ -204,7 +204,7 @@ def test_the_real_model_says_what_it_is_answers_and_trains_on_exactly_its_answer
     """In the user's own cache, where it stays."""
     code = "from hft_trl import demo; print(demo.model_path('smollm2')); demo.model_path('smollm2')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
-    assert done.stderr.count("dequantised 4-bit weights") == 1
+    assert done.stderr.count("dequantized 4-bit weights") == 1
     folder = done.stdout.strip()
     tokenizer = load_tokenizer(folder)
     asked = [{"role": "user", "content": "What is the capital of France?"}]

@@ -357,7 +357,7 @@ def test_averages_of_a_half_keep_the_frozen_bits(tmp_path):
     assert found == [None, "average 0.25", "average 0.7"]
 
 
-def test_averages_of_a_quantised_half_change_only_what_learns(tmp_path):
+def test_averages_of_a_quantized_half_change_only_what_learns(tmp_path):
     words = ["--average", "0.5", "--hft.frozen_quantization", "nf4", "--output_dir", str(tmp_path)]
     trial = Trial("hft", "1e-3", 0.5)
     recipe, grid, _ = parse_frontier([*words, *trial.flags()])
@@ -376,8 +376,8 @@ def test_averages_of_a_quantised_half_change_only_what_learns(tmp_path):
     assert moved == [(None, learns), ("average 0.5", learns)]
 
 
-def test_tasks_score_a_quantised_half_with_the_start_models_bits(tmp_path):
-    """No state dict holds the quantised matrices, so without them the model would be scored with random ones."""
+def test_tasks_score_a_quantized_half_with_the_start_models_bits(tmp_path):
+    """No state dict holds the quantized matrices, so without them the model would be scored with random ones."""
     trial = Trial("hft", "1e-3", 0.5)
     recipe, grid, _ = parse_frontier(
         ["--hft.frozen_quantization", "nf4", "--output_dir", str(tmp_path), *trial.flags()]

@@ -88,7 +88,7 @@ def test_code_that_looks_at_the_matrix_sees_it_in_its_own_type(kind):
 
 
 @KINDS
-def test_casting_a_model_leaves_what_it_holds_quantised_as_it_is(kind):
+def test_casting_a_model_leaves_what_it_holds_quantized_as_it_is(kind):
     """Both the numbers and their scales, whatever the model is cast to, so that it computes what it did."""
     linear = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
     module = QuantizedLinear(linear, kind)
@@ -111,7 +111,7 @@ def test_a_row_of_zeros_stays_one_and_a_value_that_int8_can_not_take_is_told():
 def test_what_is_saved_is_whole_and_its_frozen_half_has_the_bits_of_the_base(
     tulu, tmp_path, tokenizer, kind, base_kind
 ):
-    """In the final folder as in checkpoints, under the original names; nothing says that the model was quantised."""
+    """In the final folder as in checkpoints, under the original names; nothing says that the model was quantized."""
     base = start(base_kind, tmp_path / "base", tokenizer)
     files = digest(base)
     hft = HFTConfig(frozen_quantization=kind)
@@ -141,11 +141,11 @@ def test_what_is_saved_is_whole_and_its_frozen_half_has_the_bits_of_the_base(
 
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_a_stage_chained_in_memory_after_it_is_rejected(base, tulu, tmp_path, method):
-    """It would save none of the quantised matrices: they are in no state dict, and the stage before held the files."""
+    """It would save none of the quantized matrices: they are in no state dict, and the stage before held the files."""
     first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(frozen_quantization="nf4"))
     first.train()
     with pytest.raises(
-        HFTError, match=r"quantised by hft\.frozen_quantization .* save that stage, and pass its folder"
+        HFTError, match=r"quantized by hft\.frozen_quantization .* save that stage, and pass its folder"
     ):
         sft_trainer(HFTSFTTrainer, first.model, tulu, tmp_path / "b", HFTConfig(method=method))
 
@@ -203,7 +203,7 @@ def test_the_best_model_is_put_back(base, ultrafeedback, tmp_path):
 
 
 @KINDS
-def test_the_shared_reference_is_the_quantised_start_and_counts_once(base, ultrafeedback, tmp_path, capsys, kind):
+def test_the_shared_reference_is_the_quantized_start_and_counts_once(base, ultrafeedback, tmp_path, capsys, kind):
     trainer = dpo_trainer(
         HFTDPOTrainer, base, ultrafeedback, tmp_path, HFTConfig(frozen_quantization=kind), eval_rows=4
     )

@@ -53,7 +53,7 @@ def test_a_frozen_half_in_bfloat16_trains_with_every_attention(
 
 @on_each_device
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_frozen_half_computes_as_on_a_cpu_and_survives_casts(base, tulu, tmp_path, kind, device):
+def test_a_quantized_frozen_half_computes_as_on_a_cpu_and_survives_casts(base, tulu, tmp_path, kind, device):
     torch.manual_seed(0)
     module = QuantizedLinear(torch.nn.Linear(128, 64, bias=False).to(device).requires_grad_(False), kind)
     before = module.whole(torch.float32)

@@ -261,7 +261,7 @@ def test_full_fine_tuning_is_not_told_to_freeze(planners):
         ({"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(optim="adamw_bnb_8bit")}, "not tested with fsdp2"),
         (
             {"layouts": ("fsdp2",), "gpus": 2, "storage": Storage(frozen_quantization="nf4")},
-            "--launch is fsdp2, which cannot shard quantised matrices: use single or ddp",
+            "--launch is fsdp2, which cannot shard quantized matrices: use single or ddp",
         ),
         (
             {"layouts": ("ddp",), "gpus": 2, "storage": Storage("bfloat16", replicate_frozen=True)},
@@ -312,7 +312,7 @@ def test_a_whole_frozen_half_takes_its_bytes_on_every_gpu_and_none_to_gather(pla
 
 
 def test_updates_inside_the_backward_pass_take_the_whole_batch_at_once_and_one_gradient(planners):
-    """And a quantised half is smaller yet; full fine-tuning has none."""
+    """And a quantized half is smaller yet; full fine-tuning has none."""
     smaller = Storage(optimizer_in_backward=True, frozen_quantization="nf4")
     for method, planner in planners.items():
         asked = task(60, batch=2)

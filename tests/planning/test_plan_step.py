@@ -118,7 +118,7 @@ def test_a_frozen_half_in_bfloat16_is_held_and_computed_with_as_such(folders, to
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_quantised_frozen_half_and_updates_inside_the_backward_pass_are_counted(
+def test_a_quantized_frozen_half_and_updates_inside_the_backward_pass_are_counted(
     folders, tokenizer, tmp_path, stage, kind
 ):
     """

@@ -39,7 +39,7 @@ def record(folder):
 
 
 @pytest.mark.parametrize(("bits", "start"), [("8bit", "demo"), ("4bit", "blocks")])
-def test_the_recipe_trains_against_a_quantised_reference(recipe, blocks, tmp_path, bits, start):  # noqa: F811
+def test_the_recipe_trains_against_a_quantized_reference(recipe, blocks, tmp_path, bits, start):  # noqa: F811
     """
     It is smaller than the half that is not shared, costs rounded log-probabilities, and leaves the policy as it is.
     """
@@ -71,7 +71,7 @@ def test_the_recipe_trains_against_a_quantised_reference(recipe, blocks, tmp_pat
         ({"fsdp": "full_shard"}, "FSDP cannot shard"),
     ],
 )
-def test_what_a_quantised_reference_can_not_be_with_is_refused_before_anything(tmp_path, settings, words):
+def test_what_a_quantized_reference_can_not_be_with_is_refused_before_anything(tmp_path, settings, words):
     args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
     with pytest.raises(HFTError, match=words):
         check_quantizable("8bit", args)

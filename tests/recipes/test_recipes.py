@@ -288,22 +288,22 @@ def saved(folder, model, tokenizer):
 
 
 def test_a_model_that_can_not_be_trained_is_refused_before_anything_is_written(recipe, tmp_path, tokenizer, base):
-    """No causal LM, quantised, without layers, without weights, torn weights: one line each, exit code 2."""
+    """No causal LM, quantized, without layers, without weights, torn weights: one line each, exit code 2."""
     bert = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     classifier = saved(tmp_path / "classifier", BertForSequenceClassification(bert), tokenizer)
     empty = saved(tmp_path / "empty", tiny_llama(300, num_hidden_layers=0), tokenizer)
-    quantised, bare, torn = (Path(shutil.copytree(base, tmp_path / name)) for name in ("quantised", "bare", "torn"))
-    config = json.loads((quantised / "config.json").read_text())
+    quantized, bare, torn = (Path(shutil.copytree(base, tmp_path / name)) for name in ("quantized", "bare", "torn"))
+    config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (quantised / "config.json").write_text(json.dumps(config))
+    (quantized / "config.json").write_text(json.dumps(config))
     (bare / "model.safetensors").unlink()
     (torn / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
     for model, words in (
         (classifier, ["BertForSequenceClassification", "no causal LM"]),
-        (quantised, ["quantised", "bitsandbytes"]),
+        (quantized, ["quantized", "bitsandbytes"]),
         (empty, ["layers"]),
         (bare, ["holds no model.safetensors"]),
-        (torn, ["torn"]),
+        (torn, ["missing or incomplete"]),
     ):
         result = recipe("sft_then_dpo", *started_from(model), "--output_dir", tmp_path / "out")
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -343,7 +343,7 @@ def test_an_output_folder_of_something_else_is_left_alone(recipe, tmp_path):
     for extra in ([], ["--overwrite"]):
         result = recipe("sft_then_dpo", "--output_dir", tmp_path, *extra)
         assert result.returncode == 2
-        assert "holds files of something else" in result.stderr
+        assert "contains other files" in result.stderr
     assert (tmp_path / "sft" / "thesis.txt").read_text() == "ten years of work"
 
 

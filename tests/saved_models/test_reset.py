@@ -277,7 +277,7 @@ def torn(base, tuned):
     tiny_llama(300).save_pretrained(tuned)
     whole = (tuned / "model.safetensors").read_bytes()
     (tuned / "model.safetensors").write_bytes(whole[:-1])
-    return "missing or torn"
+    return "missing or incomplete"
 
 
 def no_weights(base, tuned):

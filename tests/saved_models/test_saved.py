@@ -113,21 +113,21 @@ def test_a_tensor_that_holds_several_parameters_is_refused(tmp_path):
     assert found == {name for name, _ in model.named_parameters()}
 
 
-def quantised(folder):
+def quantized(folder):
     llama(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    return r"is quantised \(gptq\)"
+    return r"is quantized \(gptq\)"
 
 
-def quantised_and_not_said_so(folder):
+def quantized_and_not_said_so(folder):
     tiny_llama(64).save_pretrained(folder)
     path = folder / "model.safetensors"
     tensors = {
         key: value.to(torch.float8_e4m3fn) if "q_proj" in key else value for key, value in load_file(path).items()
     }
     save_file(tensors, path)
-    return r"q_proj.weight is float8_e4m3fn, .* quantised"
+    return r"q_proj.weight is float8_e4m3fn, .* quantized"
 
 
 def pickled(folder):
@@ -142,7 +142,7 @@ def adapter(folder):
     return r"is an adapter, no whole model: merge it"
 
 
-@pytest.mark.parametrize("save", [quantised, quantised_and_not_said_so, pickled, adapter])
+@pytest.mark.parametrize("save", [quantized, quantized_and_not_said_so, pickled, adapter])
 def test_what_is_no_whole_model_in_safetensors_is_refused(tmp_path, save):
     """In one sentence that says what to do instead."""
     words = save(tmp_path)

@@ -257,11 +257,11 @@ def test_adapters_are_refused():
             find_units(wrapped)
 
 
-def test_a_quantised_model_is_refused(base):
+def test_a_quantized_model_is_refused(base):
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
     )
-    with pytest.raises(HFTError, match=r"is quantised .BitsAndBytesConfig"):
+    with pytest.raises(HFTError, match=r"is quantized .BitsAndBytesConfig"):
         find_units(model)
 
 

@@ -50,7 +50,7 @@ def test_the_tables_in_the_docs_are_the_table_that_is_applied(page, conflicts):
     assert documented.splitlines() == rows
 
 
-def test_a_model_that_would_be_loaded_quantised_is_rejected_before_it_is_loaded(tmp_path):
+def test_a_model_that_would_be_loaded_quantized_is_rejected_before_it_is_loaded(tmp_path):
     init = {"quantization_config": {"load_in_8bit": True}}
     args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs=init)
     with pytest.raises(HFTError, match=r"a quantization_config was passed: drop it") as error:

@@ -408,7 +408,7 @@ def test_a_model_on_the_hub_is_linked_in_the_card(base, tulu, tmp_path):
     assert "# Model Card for mine" in card.text
 
 
-def test_adapters_and_quantised_models_are_refused(base, tulu, tmp_path):
+def test_adapters_and_quantized_models_are_refused(base, tulu, tmp_path):
     args = SFTConfig(str(tmp_path), **QUIET)
     for extra in ({"peft_config": LoraConfig()}, {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}):
         with pytest.raises(HFTError, match=next(iter(extra))):
