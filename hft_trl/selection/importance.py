@@ -40,7 +40,7 @@ def unit_scores(
 
 
 def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibrate: Calibrate | None) -> Squares:
-    """Measure the importance of the parameters. Numbers that are not finite are rejected."""
+    """Measure the importance of the parameters. Reject what is not finite, but for a ratio without noise."""
     if config.calibrated and calibrate is None:
         raise HFTError(
             f"hft.importance is {config.importance!r}, which needs a trainer with its data and loss: draw the "
@@ -58,7 +58,7 @@ def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibr
         measure = _signal_to_noise if config.importance == "snr" else _square
         found = {name: measure(full(parameters[name])) for name in names}
     for name in names:
-        if not math.isfinite(found[name]):
+        if not (math.isfinite(found[name]) or (config.importance == "snr" and found[name] == math.inf)):
             raise HFTError(
                 f"hft.importance is {config.importance!r}, but that of {name} is NaN or infinite: check the model's "
                 f"weights{' and the data' if config.calibrated else ''}."
@@ -75,17 +75,21 @@ def _signal_to_noise(weight: torch.Tensor) -> float:
     The ratio of a matrix's singular values above and below what noise of its spread has, divided by the largest one.
 
     As Spectrum (arXiv 2406.06623): the Marchenko-Pastur law bounds the noise, whose deviation is estimated by the
-    quartiles. 0 for what is no matrix. Of fused experts the mean.
+    quartiles. 0 for what is no matrix. Infinite where no singular value is noise, as in short and wide matrices. Of
+    fused experts the mean.
     """
     if weight.dim() < 2:
         return 0.0
+    if not weight.isfinite().all():
+        return math.nan  # which the decomposition would fail on
     ratios = []
     for matrix in weight.reshape(-1, *weight.shape[-2:]):
         values = torch.linalg.svdvals(matrix.float())
         low, high = torch.quantile(values, torch.tensor([0.25, 0.75], device=values.device)).tolist()
         bound = (high - low) / 1.349 * (1 + math.sqrt(min(matrix.shape) / max(matrix.shape)))
         noise = values[values <= bound].sum().item()
-        ratios.append((values.sum().item() - noise) / noise / values[0].item() if noise else math.inf)
+        signal = values.sum().item() - noise
+        ratios.append(signal / noise / values[0].item() if noise else math.inf if signal else 0.0)
     return fmean(ratios)
 
 

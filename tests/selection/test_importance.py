@@ -99,6 +99,21 @@ def test_the_signal_to_noise_ratio_is_that_of_the_singular_values_above_a_bound(
     assert _signal_to_noise(wide) == pytest.approx(_signal_to_noise(wide.T)) == pytest.approx(17 / 3 / 10, rel=1e-5)
     assert _signal_to_noise(torch.stack([matrix, 2 * matrix])) == pytest.approx(0.75 * 17 / 3 / 10, rel=1e-5)
     assert _signal_to_noise(torch.ones(8)) == 0
+    assert _signal_to_noise(torch.zeros(4, 4)) == 0
+
+
+def test_matrices_without_noise_are_the_first_to_learn():
+    """The singular values of a short and wide random matrix, such as a router's, are all above the bound."""
+    model = tiny_llama(50, intermediate_size=1024)
+    with torch.no_grad():
+        for number in range(2):
+            weight = model.model.layers[number].mlp.up_proj.weight.zero_()
+            weight[:32] = torch.diag(torch.logspace(0, -3, 32))
+    ratios = [_signal_to_noise(layer.mlp.up_proj.weight) for layer in model.model.layers]
+    assert ratios[2:] == [float("inf")] * 2
+    assert max(ratios[:2]) < float("inf")
+    selection = select(model, HFTConfig(strategy="importance", importance="snr"))
+    assert {f"model.layers.{number}.mlp.up_proj.weight" for number in (2, 3)} <= set(selection.trainable)
 
 
 def test_it_goes_by_the_model_as_it_is_now_and_the_next_stage_may_keep_or_turn_it():
@@ -135,9 +150,10 @@ def test_without_weights_or_a_trainer_it_says_what_is_missing():
             select(tiny_llama(50), HFTConfig(strategy="importance", importance=importance))
 
 
-def test_weights_that_are_no_numbers_are_named():
+@pytest.mark.parametrize("importance", ["weight_norm", "snr"])
+def test_weights_that_are_no_numbers_are_named(importance):
     model = tiny_llama(50)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(HFTError, match=r"layers\.1\.mlp\.up_proj\.weight is NaN"):
-        select(model, HFTConfig(strategy="importance"))
+        select(model, HFTConfig(strategy="importance", importance=importance))
