@@ -78,7 +78,7 @@ class SmallerType(SavedFromStart):
         kept = kept_in_their_type(policy)
         parameters = {name: p for name, p in named_parameters(policy) if name in half.digests}
         others = dict(named_parameters(reference)) if reference is not None else {}
-        files = start_files(policy, trainer.args.model_init_kwargs)
+        files = start_files(policy, trainer._revision)
         on_disk = types_on_disk(files, parameters)
         for name, parameter in parameters.items():
             loaded = parameter.data
@@ -116,10 +116,10 @@ def kept_in_their_type(model: torch.nn.Module) -> set[int]:
     return {id(parameter) for norm in norms for parameter in norm.parameters()}
 
 
-def start_files(model: PreTrainedModel, init_kwargs: Mapping[str, Any] | None) -> dict[str, Path]:
+def start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
     """Return the safetensors file of every tensor of the model that was loaded, by name; empty if there are none."""
     try:
-        return weight_files(model.config._name_or_path, (init_kwargs or {}).get("revision"))
+        return weight_files(model.config._name_or_path, revision)
     except (HFTError, OSError):
         return {}
 

@@ -202,7 +202,7 @@ def frozen_half(model):
 
 
 def hold_in(dtype, half, model):
-    trainer = SimpleNamespace(frozen_half=half, is_fsdp_enabled=False, args=SimpleNamespace(model_init_kwargs=None))
+    trainer = SimpleNamespace(frozen_half=half, is_fsdp_enabled=False, _revision=None)
     SmallerType(dtype).settle(trainer, model, None)
 
 
