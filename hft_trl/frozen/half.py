@@ -1,6 +1,5 @@
 """The half that must keep its bits: its fingerprints, and the interface of what stores it in another way."""
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from hft_trl.weights import fingerprints, named_parameters, plain_name
 
 
 class FrozenHalf:
-    """The fingerprints of the parameters that must keep their bits, by name, and the types of those that learn."""
+    """The fingerprints of the parameters that must keep their bits, by name, and the types of the start model."""
 
-    def __init__(self, model: torch.nn.Module, digests: dict[str, str]) -> None:
-        self.digests = digests
+    def __init__(self, model: PreTrainedModel, digests: dict[str, str]) -> None:
+        self.digests, self.dtype = digests, model.dtype
         self.learning_types = {name: p.dtype for name, p in named_parameters(model) if p.requires_grad}
         self.forms: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -63,9 +62,8 @@ class FrozenHalf:
 
     def write_dtype(self, model: PreTrainedModel, folder: str) -> None:
         """Correct the type in a saved config, where transformers names that of the first parameter in memory."""
-        dtype = reduce(torch.promote_types, self.learning_types.values())
-        if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
-            model.config.dtype = dtype
+        if str(model.config.dtype) not in (str(self.dtype), str(self.dtype).removeprefix("torch.")):
+            model.config.dtype = self.dtype
             model.config.save_pretrained(folder)
 
 

@@ -62,8 +62,7 @@ class SmallerType(SavedFromStart):
     Holds the frozen half in a smaller type (`"bfloat16"` or `"float16"`), without a copy in the larger one.
 
     A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts),
-    where its values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of
-    queries or keys.
+    where its values do not fit, and where autocast would not round it: in norms, for example.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -107,13 +106,14 @@ class SmallerType(SavedFromStart):
         policy._hft_rounded = bool(rounded)
 
 
-def kept_in_their_type(model: torch.nn.Module) -> set[int]:
-    """Return the `id` of each parameter that keeps its type whatever its values are."""
-    # Norms inside of attention, because flash attention rejects a query and a key of two types
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
-    norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]
-    return {id(parameter) for norm in norms for parameter in norm.parameters()}
+def kept_in_their_type(model: PreTrainedModel) -> set[int]:
+    """Return the `id` of each parameter that no product of matrices takes, or whose class computes in float32."""
+    kept = {id(p) for name, p in named_parameters(model) if p.ndim < 2 and name.rpartition(".")[2] != "bias"}
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm) or "norm" in type(module).__name__.lower():
+            kept |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    always = model._keep_in_fp32_modules_strict or ()  # None in models with code of their own
+    return kept | {id(p) for name, p in named_parameters(model) if any(part in name for part in always)}
 
 
 def start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
