@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved
 from hft_trl.frozen.half import Storage
-from hft_trl.weights import fingerprints, named_parameters, plain_name, tensors, weight_files
+from hft_trl.weights import fingerprints, named_modules, named_parameters, plain_name, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +74,7 @@ class SmallerType(SavedFromStart):
         half, left, rounded = trainer.frozen_half, [], {}
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
-        kept = kept_in_their_type(policy)
+        kept = kept_in_their_type(policy, trainer.is_fsdp_enabled)
         parameters = {name: p for name, p in named_parameters(policy) if name in half.digests}
         others = dict(named_parameters(reference)) if reference is not None else {}
         files = start_files(policy, trainer._revision)
@@ -106,14 +106,25 @@ class SmallerType(SavedFromStart):
         policy._hft_rounded = bool(rounded)
 
 
-def kept_in_their_type(model: PreTrainedModel) -> set[int]:
-    """Return the `id` of each parameter that no product of matrices takes, or whose class computes in float32."""
-    kept = {id(p) for name, p in named_parameters(model) if p.ndim < 2 and name.rpartition(".")[2] != "bias"}
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm) or "norm" in type(module).__name__.lower():
-            kept |= {id(parameter) for parameter in module.parameters(recurse=False)}
+def kept_in_their_type(model: PreTrainedModel, sharded: bool = False) -> set[int]:
+    """
+    Return the `id` of each parameter that no product of matrices takes, or whose class computes in float32.
+
+    Under FSDP2 (`sharded`), which casts all that it gathers, only those of `nn.LayerNorm`, which a CPU computes in one
+    type.
+    """
+    layer_norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    kept = {id(parameter) for norm in layer_norms for parameter in norm.parameters()}
+    if sharded:
+        return kept
     always = model._keep_in_fp32_modules_strict or ()  # None in models with code of their own
-    return kept | {id(p) for name, p in named_parameters(model) if any(part in name for part in always)}
+    modules = named_modules(model)
+    for name, parameter in named_parameters(model):
+        owner, _, leaf = name.rpartition(".")
+        vector = parameter.ndim < 2 and leaf != "bias"
+        if vector or "norm" in type(modules[owner]).__name__.lower() or any(part in name for part in always):
+            kept.add(id(parameter))
+    return kept
 
 
 def start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:

@@ -189,7 +189,7 @@ def held(
         size = own_size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen_bytes(frozen_size, storage.frozen_quantization)
-    frozen += counted.kept * (own_size - frozen_size)
+    frozen += 0 if layout.shards_weights else counted.kept * (own_size - frozen_size)
     gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
     # Of a sharded policy, the reference can use only a frozen half that is whole in every process
     shares, reference = share_reference and (storage.replicate_frozen or not layout.shards_state), 0
