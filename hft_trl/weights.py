@@ -195,10 +195,12 @@ def rounds(published: torch.dtype | None, dtype: torch.dtype) -> bool:
     return published is not None and torch.promote_types(published, dtype) != dtype
 
 
-def check_not_rounded(model: str, dtypes: Mapping[str, torch.dtype], remedy: str | None = None) -> None:
+def check_not_rounded(
+    model: str, dtypes: Mapping[str, torch.dtype], revision: str | None = None, remedy: str | None = None
+) -> None:
     """Reject a model that was rounded when it was loaded, given the types of its parameters and a remedy."""
     try:
-        files = weight_files(model) if model else {}
+        files = weight_files(model, revision) if model else {}
     except (HFTError, OSError):  # without safetensors files it cannot be checked
         return
     for path in set(files.values()):

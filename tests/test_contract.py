@@ -50,6 +50,7 @@ ATTRIBUTES = {
     "_n_gpu": (TrainingArguments,),
     "_hf_deepspeed_config_weak_ref": (deepspeed,),
     "_no_split_modules": (PreTrainedModel,),
+    "_keep_in_fp32_modules_strict": (PreTrainedModel,),
     "_name_or_path": (PreTrainedModel,),
     "_fingerprint": (Dataset,),
     "_raise_exceptions_for_missing_entries": (inspect.getmodule(cached_file),),

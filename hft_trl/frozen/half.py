@@ -1,6 +1,5 @@
 """Define the fingerprints of the frozen half, and the interface of its storages."""
 
-from functools import reduce
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from hft_trl.weights import fingerprints, named_parameters, plain_name
 
 
 class FrozenHalf:
-    """Store the frozen parameters' fingerprints by name, and the types of the trained ones."""
+    """Store the frozen parameters' fingerprints by name, and the types of the start model."""
 
-    def __init__(self, model: torch.nn.Module, digests: dict[str, str]) -> None:
-        self.digests = digests
+    def __init__(self, model: PreTrainedModel, digests: dict[str, str]) -> None:
+        self.digests, self.dtype = digests, model.dtype
         self.learning_types = {name: p.dtype for name, p in named_parameters(model) if p.requires_grad}
         self.forms: dict[str, tuple[torch.dtype, int]] = {}
 
@@ -61,9 +60,8 @@ class FrozenHalf:
 
     def write_dtype(self, model: PreTrainedModel, folder: str) -> None:
         """Correct the type in a saved config, where transformers names that of the first parameter in memory."""
-        dtype = reduce(torch.promote_types, self.learning_types.values())
-        if str(model.config.dtype) not in (str(dtype), str(dtype).removeprefix("torch.")):
-            model.config.dtype = dtype
+        if str(model.config.dtype) not in (str(self.dtype), str(self.dtype).removeprefix("torch.")):
+            model.config.dtype = self.dtype
             model.config.save_pretrained(folder)
 
 

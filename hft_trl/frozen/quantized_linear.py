@@ -118,7 +118,7 @@ class Quantized(SavedFromStart):
     def settle(self, trainer: Any, policy: PreTrainedModel, reference: nn.Module | None) -> None:
         half = trainer.frozen_half
         matrices = frozen_matrices(policy, half.digests.keys())
-        files = start_files(policy, trainer.args.model_init_kwargs)
+        files = start_files(policy, trainer._revision)
         on_disk = types_on_disk(files, {name: policy.get_parameter(name) for name in matrices})
         before, after, left = 0, 0, []
         for name in matrices:

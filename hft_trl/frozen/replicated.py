@@ -49,7 +49,7 @@ class Replicated(Storage):
 
 def parameters(model: torch.nn.Module, frozen: Collection[str]) -> list[torch.nn.Parameter]:
     """Return the parameters that FSDP2 is to leave whole, given the names of all frozen ones."""
-    kept = kept_in_their_type(model)  # FSDP2 casts only what it gathers
+    kept = kept_in_their_type(model, sharded=True)  # FSDP2 casts only what it gathers
     return [parameter for name, parameter in named_parameters(model) if name in frozen and id(parameter) not in kept]
 
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hft_trl.errors import HFTError
 from hft_trl.files import resolved
 from hft_trl.frozen.half import Storage
-from hft_trl.weights import fingerprints, named_parameters, plain_name, tensors, weight_files
+from hft_trl.weights import fingerprints, named_modules, named_parameters, plain_name, tensors, weight_files
 
 logger = logging.get_logger(__name__)
 
@@ -62,8 +62,7 @@ class SmallerType(SavedFromStart):
     Hold the frozen half in a smaller type, `"bfloat16"` or `"float16"`.
 
     A parameter keeps its type where rounding would change it and no file holds it under its name (fused experts),
-    where its values do not fit, in an `nn.LayerNorm`, which cannot compute with two types on a CPU, and in a norm of
-    queries or keys.
+    where its values do not fit, and where autocast would not round it: in norms, for example.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -75,10 +74,10 @@ class SmallerType(SavedFromStart):
         half, left, rounded = trainer.frozen_half, [], {}
         if trainer.is_fsdp_enabled:
             reference = None  # it is sharded already, and computes in the type that FSDP2 casts to
-        kept = kept_in_their_type(policy)
+        kept = kept_in_their_type(policy, trainer.is_fsdp_enabled)
         parameters = {name: p for name, p in named_parameters(policy) if name in half.digests}
         others = dict(named_parameters(reference)) if reference is not None else {}
-        files = start_files(policy, trainer.args.model_init_kwargs)
+        files = start_files(policy, trainer._revision)
         on_disk = types_on_disk(files, parameters)
         for name, parameter in parameters.items():
             loaded = parameter.data
@@ -107,19 +106,31 @@ class SmallerType(SavedFromStart):
         policy._hft_rounded = bool(rounded)
 
 
-def kept_in_their_type(model: torch.nn.Module) -> set[int]:
-    """Return the `id` of each parameter that keeps its type whatever its values are."""
-    # Norms inside of attention, because flash attention rejects a query and a key of two types
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    attentions = [module for module in model.modules() if "attention" in type(module).__name__.lower()]
-    norms += [child for module in attentions for child in module.children() if "norm" in type(child).__name__.lower()]
-    return {id(parameter) for norm in norms for parameter in norm.parameters()}
+def kept_in_their_type(model: PreTrainedModel, sharded: bool = False) -> set[int]:
+    """
+    Return the `id` of each parameter that no product of matrices takes, or whose class computes in float32.
+
+    Under FSDP2 (`sharded`), which casts all that it gathers, only those of `nn.LayerNorm`, which a CPU computes in one
+    type.
+    """
+    layer_norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    kept = {id(parameter) for norm in layer_norms for parameter in norm.parameters()}
+    if sharded:
+        return kept
+    always = model._keep_in_fp32_modules_strict or ()  # None in models with code of their own
+    modules = named_modules(model)
+    for name, parameter in named_parameters(model):
+        owner, _, leaf = name.rpartition(".")
+        vector = parameter.ndim < 2 and leaf != "bias"
+        if vector or "norm" in type(modules[owner]).__name__.lower() or any(part in name for part in always):
+            kept.add(id(parameter))
+    return kept
 
 
-def start_files(model: PreTrainedModel, init_kwargs: Mapping[str, Any] | None) -> dict[str, Path]:
+def start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
     """Return the safetensors file of each tensor of the loaded model by name; empty without files."""
     try:
-        return weight_files(model.config._name_or_path, (init_kwargs or {}).get("revision"))
+        return weight_files(model.config._name_or_path, revision)
     except (HFTError, OSError):
         return {}
 

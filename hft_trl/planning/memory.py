@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hft_trl.errors import HFTError
 from hft_trl.frozen.quantized_linear import frozen_matrices, quantized_bytes
+from hft_trl.frozen.smaller_type import kept_in_their_type
 from hft_trl.planning.trace import Step
 from hft_trl.selection import Selection, find_units
 
@@ -132,6 +133,7 @@ class Sizes:
 
     trainable: int
     frozen: int
+    kept: int  # frozen ones that `frozen_dtype` leaves in their type
     outside: int  # of the layers
     outside_trainable: int
     layer: int  # the largest layer
@@ -160,10 +162,11 @@ def sizes(skeleton: PreTrainedModel, selection: Selection) -> Sizes:
             layers.setdefault(unit.layer, []).extend(unit.names)
     outside = numbers.keys() - {name for names in layers.values() for name in names}
     embeddings = {id(module.weight) for module in skeleton.modules() if isinstance(module, torch.nn.Embedding)}
-    matrices = frozen_matrices(skeleton, numbers.keys() - trained).values()
+    matrices, kept = frozen_matrices(skeleton, numbers.keys() - trained).values(), kept_in_their_type(skeleton)
     return Sizes(
         trainable=sum(numbers[name] for name in trained),
         frozen=sum(numbers[name] for name in numbers.keys() - trained),
+        kept=sum(numbers[name] for name in numbers.keys() - trained if id(parameters[name]) in kept),
         outside=sum(numbers[name] for name in outside),
         outside_trainable=sum(numbers[name] for name in trained & outside),
         layer=max(sum(numbers[name] for name in names) for names in layers.values()),
@@ -186,6 +189,7 @@ def held(
         size = own_size = frozen_size = BFLOAT16
         optimizer = 12 * counted.trainable
     trainable, frozen = counted.trainable * size, counted.frozen_bytes(frozen_size, storage.frozen_quantization)
+    frozen += 0 if layout.shards_weights else counted.kept * (own_size - frozen_size)
     gradients = max(number for number, _ in counted.tensors) * size if storage.optimizer_in_backward else trainable
     # Of a sharded policy, the reference can use only a frozen half that is whole in every process
     shares, reference = share_reference and (storage.replicate_frozen or not layout.shards_state), 0

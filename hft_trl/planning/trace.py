@@ -21,6 +21,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from hft_trl.errors import HFTError, first_line
 from hft_trl.frozen.quantized_linear import QuantizedLinear, frozen_matrices
+from hft_trl.frozen.smaller_type import kept_in_their_type
 from hft_trl.planning.ledger import Ledger
 from hft_trl.selection import Selection
 
@@ -84,10 +85,11 @@ def _prepare(model: PreTrainedModel, reference: PreTrainedModel | None, settings
 
 def _allocate(model: PreTrainedModel, settings: StepSettings) -> None:
     """Replace a model's meta tensors with fake CPU tensors. Tied parameters stay tied."""
+    kept = kept_in_their_type(model)
     with unset_fake_temporarily():
         for parameter in model.parameters():
-            dtype = settings.dtype if parameter.requires_grad else settings.frozen_dtype or settings.dtype
-            parameter.data = parameter.data.to(dtype)
+            rounded = settings.frozen_dtype and not parameter.requires_grad and id(parameter) not in kept
+            parameter.data = parameter.data.to(settings.frozen_dtype if rounded else settings.dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
 

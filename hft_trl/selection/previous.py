@@ -16,15 +16,15 @@ def remember(model: PreTrainedModel, selection: Selection) -> None:
     model._hft_trained_with = selection
 
 
-def selection_of(model: PreTrainedModel) -> Selection | None:
-    """Return the selection that this object was last trained with, else that of its folder or repository."""
+def selection_of(model: PreTrainedModel, revision: str | None = None) -> Selection | None:
+    """Return the selection that this object was last trained with, else that of its folder or hub revision."""
     if "_hft_trained_with" in vars(model):
         return model._hft_trained_with
     try:
         file = cached_file(
             model.config._name_or_path,
             SELECTION_FILE,
-            revision=vars(model.config).get("_commit_hash"),
+            revision=revision,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

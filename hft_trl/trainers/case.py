@@ -1,5 +1,6 @@
 """Describe a trainer before it is built, in the terms that settings are checked by."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -64,6 +65,13 @@ class Case:
     def init(self) -> dict[str, Any]:
         init = vars(self.args).get("model_init_kwargs") if self.args is not None else None
         return init if isinstance(init, dict) else {}
+
+    @property
+    def flash(self) -> str | None:
+        """The attention that a package brings, of the whole model or of a part."""
+        asked = self.init.get("attn_implementation")
+        names = asked.values() if isinstance(asked, dict) else [asked]
+        return next((name for name in names if name and re.match("flash_attention|.*/", name)), None)
 
     @property
     def parallel(self) -> str:

@@ -1,6 +1,5 @@
 """List settings that cannot be combined, and reject them before a model is loaded."""
 
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -173,10 +172,8 @@ STORAGE: Conflicts = {
         "use_liger_kernel is true, which needs a package: run pip install liger-kernel, or leave it out",
     ),
     ("attn_implementation", "a missing package"): (
-        lambda c: (
-            not any(map(find_spec, FLASH)) and re.match("flash_attention|.*/", c.init.get("attn_implementation") or "")
-        ),
-        "attn_implementation is {found.string!r}, which needs a package: run pip install kernels, or leave it out",
+        lambda c: not any(map(find_spec, FLASH)) and c.flash,
+        "attn_implementation is {found!r}, which needs a package: run pip install kernels, or leave it out",
     ),
 }
 LAUNCH: Conflicts = {

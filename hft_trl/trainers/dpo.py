@@ -57,7 +57,7 @@ class HFTDPOTrainer(HFTMixin, DPOTrainer):
         shared = reference.why_not_shared(args, config) is None
         if replicates_frozen(config, args) and shared and not args.precompute_ref_log_probs:
             # The policy's own selection, which is drawn later. What is left whole here is tied to the policy's then.
-            drawn = select(copy, config, previous=selection_of(copy))
+            drawn = select(copy, config, previous=selection_of(copy, self._revision))
             whole = replicated.parameters(copy, dict(named_parameters(copy)).keys() - set(drawn.trainable))
         with replicated.left_whole(self.accelerator, copy, whole, move=False):
             fsdp2_prepare_model(self.accelerator, copy)

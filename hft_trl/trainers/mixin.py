@@ -42,10 +42,13 @@ class HFTMixin:
 
     def __init__(self, *args: Any, hft_config: HFTConfig | None = None, **kwargs: Any) -> None:
         from hft_trl.trainers import preparation
+        from hft_trl.trainers.case import Case
         from hft_trl.trainers.compatibility import check
 
         self.hft_config = hft_config if hft_config is not None else HFTConfig()
         given = preparation.check_given(super().__init__, args, kwargs, self.hft_config)
+        # Of the start model on the hub. A model object does not know it
+        self._revision = Case(given.get("args"), self.hft_config, given).init.get("revision")
         with self._reference_from_policy(given) as arguments:
             if arguments is not None:
                 super().__init__(**arguments)

@@ -67,7 +67,8 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
             f"the model's matrices were {what} in an earlier stage, and it cannot be trained further as it is: save "
             "that stage, and pass its folder."
         )
-    config, previous, hft = trainer.hft_config, selection_of(policy), trainer.hft_config.method == "hft"
+    config, hft = trainer.hft_config, trainer.hft_config.method == "hft"
+    previous = selection_of(policy, trainer._revision)
     if previous is not None and previous.masks is not None:
         check(trainer.args, config, after_elements=True)
 
@@ -88,7 +89,7 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
 
             remedy = zero.cast(policy, trainer.accelerator.state)
         types = {name: parameter.dtype for name, parameter in named_parameters(policy) if not parameter.is_meta}
-        check_not_rounded(policy.config._name_or_path, types, remedy)
+        check_not_rounded(policy.config._name_or_path, types, trainer._revision, remedy)
     start = fingerprints(named_parameters(policy))
     source = {"name_or_path": policy.config._name_or_path, "weights_digest": combined_digest(start)}
     selection.apply(policy)

@@ -12,7 +12,14 @@ from conftest import one_line, tiny_llama
 from safetensors.torch import load_file, save_file
 from test_recipes import recipe  # noqa: F401, a fixture
 from training import dpo_trainer, losses, sft_trainer, weights
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection, demo, select
@@ -44,6 +51,9 @@ def start(kind, folder, tokenizer):
             )
     else:
         model = tiny_llama(len(tokenizer), tie_word_embeddings=kind == "tied")
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.ndim == 1):
+            parameter.mul_(1 + 1e-3 * number)  # not representable in bfloat16
     if kind == "bfloat16":
         model.to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="50KB" if kind == "shards" else "5GB")
@@ -69,7 +79,7 @@ def test_the_frozen_half_is_held_small_and_saved_with_the_bits_of_the_file(
         HFTSFTTrainer, base, tulu, tmp_path / "out", hft, **AUTOCAST, save_strategy="steps", save_steps=2
     )
     for name, parameter in trainer.model.named_parameters():
-        small = not parameter.requires_grad and "_norm." not in name  # a norm of queries or keys
+        small = not parameter.requires_grad and "norm" not in name
         assert parameter.dtype == (torch.bfloat16 if small else torch.float32), name
     trainer.train()
     assert {p.dtype for group in trainer.optimizer.param_groups for p in group["params"]} == {torch.float32}
@@ -106,6 +116,26 @@ def test_losses_are_those_of_autocast_alone(tulu, tmp_path, tokenizer, kind, ree
     assert runs[0] == runs[1]
 
 
+def test_what_its_class_keeps_in_float32_stays_so_and_leaves_the_saved_type_alone(
+    tulu, tmp_path, tokenizer, monkeypatch
+):
+    """The routers of many mixtures of experts: in the frozen half, and in one that learns of a bfloat16 model."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["k_proj.weight"])
+    base = start("float32", tmp_path / "float32", tokenizer)
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "small", BF16, **AUTOCAST)
+    frozen = {name: trainer.model.get_parameter(name).dtype for name in trainer.hft_selection.frozen}
+    assert {kind for name, kind in frozen.items() if "k_proj" in name} == {torch.float32}
+    assert {kind for name, kind in frozen.items() if "q_proj" in name} == {torch.bfloat16}
+
+    base = start("bfloat16", tmp_path / "bfloat16", tokenizer)
+    auto = {"model_init_kwargs": {"dtype": "auto"}}
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", HFTConfig(), **auto)
+    types = {trainer.model.get_parameter(name).dtype for name in trainer.hft_selection.trainable}
+    assert types == {torch.float32, torch.bfloat16}
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("reentrant", [None, True])
 def test_a_frozen_embedding_is_rounded_too(tulu, tmp_path, tokenizer, reentrant):
     """Then what flows between the layers is bfloat16, and the losses agree as far as that goes."""
@@ -140,7 +170,9 @@ def test_a_stage_after_it_and_a_shared_reference_take_the_mixed_types(tulu, ultr
         policy, theirs = dict(trainer.model.named_parameters()), dict(trainer.ref_model.named_parameters())
         for key, parameter in policy.items():
             assert (
-                theirs[key].dtype == parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+                theirs[key].dtype
+                == parameter.dtype
+                == (torch.float32 if parameter.requires_grad or "norm" in key else torch.bfloat16)
             )
             assert torch.equal(theirs[key], parameter)
             assert (theirs[key].data_ptr() == parameter.data_ptr()) == (share and not parameter.requires_grad)
@@ -202,7 +234,7 @@ def frozen_half(model):
 
 
 def hold_in(dtype, half, model):
-    trainer = SimpleNamespace(frozen_half=half, is_fsdp_enabled=False, args=SimpleNamespace(model_init_kwargs=None))
+    trainer = SimpleNamespace(frozen_half=half, is_fsdp_enabled=False, _revision=None)
     SmallerType(dtype).settle(trainer, model, None)
 
 
@@ -221,11 +253,13 @@ def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp
     """A model that is in no file, and a value that does not fit; but not what the smaller type holds exactly."""
     monkeypatch.setattr(logging.getLogger("hft_trl"), "propagate", True)
     model = tiny_llama(len(tokenizer))
+    exact = next(name for name in frozen_half(model)[1].frozen if "proj" in name)
+    with torch.no_grad():
+        model.get_parameter(exact).fill_(0.5)
     frozen, selection = frozen_half(model)
     hold_in("bfloat16", frozen, model)
     types = {name: model.get_parameter(name).dtype for name in selection.frozen}
-    assert set(types.values()) == {torch.float32, torch.bfloat16}
-    assert all((kind == torch.bfloat16) == ("norm" in name) for name, kind in types.items())  # norms start as ones
+    assert [name for name, kind in types.items() if kind == torch.bfloat16] == [exact]
     assert "in their own type, such as model.layers." in caplog.text
     frozen.check(model)
 
@@ -238,7 +272,7 @@ def test_what_could_not_be_saved_with_its_own_bits_keeps_its_type(tokenizer, tmp
     frozen, _ = frozen_half(model)
     hold_in("float16", frozen, model)
     types = {name: model.get_parameter(name).dtype for name in selection.frozen}
-    assert [name for name, kind in types.items() if kind == torch.float32] == [large]
+    assert [name for name, kind in types.items() if kind == torch.float32 and "norm" not in name] == [large]
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
@@ -308,7 +342,8 @@ def test_the_recipe_runs_both_stages_with_it(recipe, tmp_path):  # noqa: F811
     assert result.returncode == 0, result.stderr[-3000:]
     dpo = json.loads((tmp_path / "out" / "report.json").read_text())["stages"][1]
     assert dpo["reference_memory_bytes"] == 4 * dpo["trainable_params"]
-    assert dpo["shared_reference_bytes"] == 2 * (dpo["total_params"] - dpo["trainable_params"])
+    norms = sum("norm" in name for name in Selection.load(tmp_path / "out" / "dpo").frozen)
+    assert dpo["shared_reference_bytes"] == 2 * (dpo["total_params"] - dpo["trainable_params"] + 96 * norms)
     for before, after in ((demo.MODEL, "sft"), (tmp_path / "out" / "sft", "dpo")):
         frozen = Selection.load(tmp_path / "out" / after).frozen
         old, new = weights(before), weights(tmp_path / "out" / after)

@@ -246,8 +246,7 @@ def test_what_is_no_linear_or_in_no_file_stays_whole_and_it_is_said(tulu, tmp_pa
             trainer.hft_selection.apply(model)
             model.config._name_or_path = str(base)
             half = FrozenHalf(model, dict.fromkeys(trainer.hft_selection.frozen, ""))
-            args = SimpleNamespace(model_init_kwargs=None)
-            Quantized("nf4").settle(SimpleNamespace(frozen_half=half, args=args), model, None)
+            Quantized("nf4").settle(SimpleNamespace(frozen_half=half, _revision=None), model, None)
             assert not quantized(model)
         else:
             assert not quantized(trainer.model)

@@ -83,6 +83,15 @@ def test_a_missing_package_is_named_with_pip_s_command_before_a_model_is_loaded(
         parse_stage("sft", SFTConfig, [*given, *flags, "--method", method])
 
 
+def test_an_attention_of_a_part_of_the_model_needs_its_package_too(tmp_path):
+    def asked(**parts):
+        return SFTConfig(str(tmp_path), use_cpu=True, bf16=False, model_init_kwargs={"attn_implementation": parts})
+
+    check(asked(text_config="eager", vision_config=None), HFTConfig())
+    with pytest.raises(HFTError, match=r"attn_implementation is 'flash_attention_2', .*: run pip install kernels"):
+        check(asked(text_config="flash_attention_2", vision_config="sdpa"), HFTConfig())
+
+
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_activations_are_not_offloaded_without_a_gpu(base, tulu, tmp_path, method):
     """Where TRL fails with an AttributeError."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer, Sync
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
+from hft_trl.frozen.smaller_type import start_files
 from hft_trl.recipe.rows import sft_dataset
 
 
@@ -164,6 +166,31 @@ def test_reselect_relates_a_stage_to_the_selection_of_its_start_model(base, tulu
     layers = {name for name in second.hft_selection.trainable if ".layers." in name}
     expected = first.hft_selection.trainable if same else first.hft_selection.frozen
     assert layers == {name for name in expected if ".layers." in name}
+
+
+def test_a_stage_follows_the_revision_that_it_starts_from(base, tulu, tmp_path, monkeypatch):
+    """Its selection and its files, not those of the main branch, which has another model."""
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "1", HFTConfig())
+    first.save_model()
+    repository = tmp_path / "models--org--model"
+    small = repository / "snapshots" / ("2" * 40)
+    shutil.copytree(tmp_path / "1", small)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(small)
+    shutil.copytree(base, repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    for name, number in (("main", "1"), ("v2", "2")):
+        (repository / "refs" / name).write_text(number * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    trainer = HFTSFTTrainer(
+        "org/model",
+        args=SFTConfig(str(tmp_path / "2"), **QUIET, model_init_kwargs={"revision": "v2", "dtype": "auto"}),
+        train_dataset=sft_dataset(tulu, "tulu"),
+        processing_class=load_tokenizer(str(base)),
+        hft_config=HFTConfig(reselect="same"),
+    )
+    assert trainer.model.dtype == torch.bfloat16
+    assert trainer.hft_selection.trainable == first.hft_selection.trainable
+    assert set(start_files(trainer.model, trainer._revision).values()) == {small / "model.safetensors"}
 
 
 def test_precomputed_reference_log_probs_train_like_a_live_reference(base, ultrafeedback, tmp_path):
