@@ -85,7 +85,7 @@ def select_command(
         path = model_path(model) if revision else shape_of(model)
         by_weights = config.strategy == "importance" and not config.calibrated
         skeleton = (load if by_weights else build_on_meta)(path, revision, trust_remote_code)
-        previous = selection_of(skeleton)
+        previous = selection_of(skeleton, revision)
         stored = previous is not None and not settings
         selection = previous if stored else select(skeleton, config, previous)
         selection.apply(skeleton)  # rejects the stored selection of another model

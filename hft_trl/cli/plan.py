@@ -115,7 +115,7 @@ def plan_command(
                 f"--sequence-length is {length}, but {model!r} has {positions} positions: use at most {positions}."
             )
         task = dataclasses.replace(task, sequence_length=length or min(4096, positions))
-        previous = selection_of(skeleton)
+        previous = selection_of(skeleton, revision)
         planners = {name: Planner(skeleton, config, previous) for name, config in configs.items()}
         for planner in planners.values():
             planner.tell = status.update

@@ -72,7 +72,7 @@ def _plans(stages: Sequence[Stage], skeleton: PreTrainedModel, memory: int) -> l
 
 def _planners(stages: Sequence[Stage], skeleton: PreTrainedModel) -> list[Planner | None]:
     """Return a planner per stage, `None` for adapters and masks. Stages with the same half share one."""
-    halves = {stages[0].model.model_name_or_path: selection_of(skeleton)}
+    halves = {stages[0].model.model_name_or_path: selection_of(skeleton, stages[0].model.model_revision)}
     known: dict[tuple[str, tuple[str, ...]], Planner] = {}
     planners: list[Planner | None] = []
     for stage in stages:

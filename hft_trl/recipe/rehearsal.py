@@ -99,7 +99,7 @@ def check_halves(stages: Sequence[Stage]) -> None:
     """Reject a `reselect` that the selections of the stages before do not allow. Only shapes are needed."""
     start = stages[0].model
     skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-    half = selection_of(skeleton)
+    half = selection_of(skeleton, start.model_revision)
     elements = half is not None and half.masks is not None
     for stage in (stage for stage in stages if stage.hft is not None):
         try:

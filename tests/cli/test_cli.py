@@ -1,6 +1,7 @@
 """The command line: what it prints, what it says when it cannot, and what it doesn't load."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -102,6 +103,22 @@ def test_stored_selection_is_shown_as_such(folder):
     found = as_json(folder)
     assert (found["stored"], found["digest"]) == (True, stored.digest)
     assert found["categories"][0]["units"] == 3 * 4
+
+
+def test_the_stored_selection_is_that_of_the_revision(folder, tmp_path_factory, monkeypatch):
+    """Not that of the main branch, which has none."""
+    cache = tmp_path_factory.mktemp("cache")
+    repository = cache / "models--org--model"
+    for name, number in (("main", "1"), ("v2", "2")):
+        shutil.copytree(folder, repository / "snapshots" / (number * 40))
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(number * 40)
+    trained = select(tiny_llama(300), HFTConfig(seed=7))
+    trained.save(repository / "snapshots" / ("2" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert as_json("org/model")["stored"] is False
+    found = as_json("org/model", "--revision", "v2")
+    assert (found["stored"], found["digest"]) == (True, trained.digest)
 
 
 @pytest.mark.parametrize("reselect", ["fresh", "same", "complement"])
