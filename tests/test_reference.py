@@ -89,8 +89,9 @@ def test_two_processes_share_too_and_lose_no_bit(base, tmp_path):
             assert shared["losses"][0] == pytest.approx(0.693147, abs=1e-5)
             numbers = sum(before[name].numel() for name in shared["frozen"])
             total = sum(tensor.numel() for tensor in before.values())
-            assert shared["memory"] == [4 * (total - numbers), size * numbers]
-            assert unshared["memory"] == [4 * (total - numbers) + size * numbers, 0]
+            held = sum(before[name].numel() * (4 if "norm" in name else size) for name in shared["frozen"])
+            assert shared["memory"] == [4 * (total - numbers), held]
+            assert unshared["memory"] == [4 * (total - numbers) + held, 0]
         small = found["shared in nf4"]
         assert small["losses"][0] == pytest.approx(0.693147, abs=1e-5)
         assert small["memory"][0] == 4 * (total - numbers)
