@@ -125,8 +125,7 @@ def read_sections(
         _print_help(help_text, known)
     path, sections = default_config, [name for name in known if name]
     flags: dict[str, list[str]] = {name: [] for name in known}
-    current = ""
-    tokens = iter(argv)
+    current, tokens = "", iter(argv)
     for token in tokens:
         if not token.startswith("--"):
             flags[current].append(token)
@@ -178,11 +177,14 @@ def read_sections(
 
 def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     """Remove `activation_checkpointing: auto` and what it overrides. Return whether it applies."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in CHECKPOINTING:
-        for flag, meaning in ((f"--{name}", "true"), (f"--no_{name}", "false")):
-            parser.add_argument(flag, flag.replace("_", "-"), dest="way", nargs="?", const=meaning)
-    found, others = parser.parse_known_args(flags)
+        for no, how in (("", {"nargs": "?", "const": "true"}), ("no_", {"action": "store_const", "const": "false"})):
+            parser.add_argument(f"--{no}{name}", f"--{no}{name}".replace("_", "-"), dest="way", **how)
+    try:
+        found, others = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise HFTError(f"a flag that begins with --no_ takes no value: write --{CHECKPOINTING[0]} false.") from error
     way = found.way or next((values[name] for name in CHECKPOINTING if name in values), None)
     if found.way or way == "auto":
         flags[:] = others if way == "auto" else [*others, f"--{CHECKPOINTING[0]}={way}"]
@@ -267,8 +269,8 @@ def _check_known(given: Mapping[str, Iterable[str]], known: Mapping[str, Keys]) 
             continue
         places: list[str] = []
         alone = key.rpartition(".")[2]
-        meant = OTHER_NAMES.get(alone), alone.removeprefix("no_"), *difflib.get_close_matches(alone, every, n=1)
-        for name in (alone, *meant):
+        names = alone, OTHER_NAMES.get(alone), alone.removeprefix("no_"), *difflib.get_close_matches(alone, every, n=1)
+        for name in names:
             found = [section] if name in known[section] else [p for p in known if name in known[p] and "." not in p]
             places = places or [_dotted(place, name) for place in found]
         places = [f"{alone}, indented below {key.rpartition('.')[0]}:"] if not section and key in places else places

@@ -160,6 +160,17 @@ def test_the_last_word_decides(values, flags, expected, values_left, flags_left)
     assert (values, flags) == (values_left, flags_left)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--sft.no_activation_checkpointing=true"], ["--sft.no_activation_checkpointing", "true"]]
+)
+def test_a_flag_that_turns_off_takes_no_value(flags):
+    """It turned checkpointing on."""
+    with pytest.raises(HFTError, match=r"takes no value|'true' belongs to no flag"):
+        parse_recipe(
+            ["--model", "demo", "--sft.dataset", "demo", "--dpo.dataset", "demo", "--output_dir", "out", *flags]
+        )
+
+
 @pytest.mark.parametrize("flag", ["false", "true"])
 def test_a_flag_wins_over_auto_in_the_file(tmp_path, flag):
     path = tmp_path / "recipe.yaml"
