@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from datasets import Dataset
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, SFTConfig
 
@@ -37,19 +38,19 @@ class Probe:
         return loss
 
     def compute_loss(self, *args, **kwargs):
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept = {}
+        weights = {p.untyped_storage()._cdata for p in self.model.parameters()}
+        kept = {}  # by weak references: a later storage may get the address of a freed one
 
         def keep(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks if self.trace else contextlib.nullcontext():
             loss = super().compute_loss(*args, **kwargs)
-        self.saved = sum(kept.values())
+        self.saved = sum(size for storage, size in kept.values() if not storage.expired())
         return loss
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.kernels import ChunkedLogProbFunction
@@ -101,12 +102,13 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
         mask = torch.ones(rows, settings.length, dtype=torch.long)
         mask[-1, -1] = 0 if rows > 1 else 1  # a single row has no padding
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved: dict[int, int] = {}
+    # Weak references, so that no later storage gets the address of one that is freed before the backward pass
+    saved: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return tensor
 
     with Ledger(model, *([] if reference is None else [reference])) as ledger:
@@ -121,7 +123,7 @@ def _trace(model: PreTrainedModel, reference: PreTrainedModel | None, settings: 
         else:
             loss = -scores.sum() / scores.numel()
         loss = loss + balance
-        saved_bytes = sum(saved.values())
+        saved_bytes = sum(size for storage, size in saved.values() if not storage.expired())
         del scores
         if settings.optimizer_in_backward:
             for parameter in model.parameters():
