@@ -104,7 +104,7 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
 
 
 def _check_unused(recipe: Recipe, stage: Stage) -> None:
-    """Reject settings of the other recipes that a frontier has no use for, or sets itself."""
+    """Reject settings that the grid decides, or that a frontier does not use."""
     unused = {
         "overwrite": (recipe.run.overwrite, RunArguments.overwrite, "remove output_dir to start again"),
         "evaluate": (recipe.run.evaluate, RunArguments.evaluate, "set tasks"),

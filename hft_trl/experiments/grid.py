@@ -86,7 +86,7 @@ class Trial:
 
     def flags(self) -> list[str]:
         kind, _, half = self.method.partition(":")
-        # Those of the stage, which win over the run's and over the file's
+        # Settings of the stage override those of the run, on the command line and in the file
         words = ["--sft.method", "hft" if kind == "hft" else "fft", "--sft.seed", str(self.seed)]
         words += ["--sft.hft.seed", str(self.seed)]
         if self.learning_rate:

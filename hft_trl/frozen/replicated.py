@@ -76,7 +76,7 @@ def check(accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn
 def left_whole(
     accelerator: Accelerator, model: torch.nn.Module, whole: list[torch.nn.Parameter], move: bool = True
 ) -> Iterator[None]:
-    """Have FSDP2 leave parameters whole while it shards a model in this context."""
+    """Have FSDP2 leave parameters whole in this context. With `move` they go to the process's device."""
     if not whole:
         yield
         return

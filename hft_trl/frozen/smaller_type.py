@@ -108,10 +108,10 @@ class SmallerType(SavedFromStart):
 
 def kept_in_their_type(model: PreTrainedModel, sharded: bool = False) -> set[int]:
     """
-    Return the `id` of each parameter that no product of matrices takes, or whose class computes in float32.
+    Return the `id` of each parameter that autocast does not round: norms, vectors, float32 modules.
 
-    Under FSDP2 (`sharded`), which casts all that it gathers, only those of `nn.LayerNorm`, which a CPU computes in one
-    type.
+    FSDP2 (`sharded`) rounds these too when it gathers them. Then only parameters of `nn.LayerNorm` are returned, since
+    a CPU computes it in one type.
     """
     layer_norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
     kept = {id(parameter) for norm in layer_norms for parameter in norm.parameters()}

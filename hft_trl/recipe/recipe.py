@@ -95,7 +95,7 @@ def parse_recipe(
 
 
 def check_names(stages: Iterable[str]) -> None:
-    """Reject names of stages that a section of the file, a key outside the sections or a report has."""
+    """Reject stage names that a section, a key outside the sections or a report already uses."""
     others = {"model", "hft", "retention", "env", "data", "base", HISTORY, "prompt", *keys((RunArguments,))}
     if wrong := [name for name in stages if not name or name in others or not {".", "/", "="}.isdisjoint(name)]:
         raise HFTError(

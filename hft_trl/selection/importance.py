@@ -40,7 +40,7 @@ def unit_scores(
 
 
 def _measure(model: PreTrainedModel, names: list[str], config: HFTConfig, calibrate: Calibrate | None) -> Squares:
-    """Measure the importance of the parameters. Reject what is not finite, but for a ratio without noise."""
+    """Measure the importance of the parameters. Reject NaN, and infinity except for `snr`."""
     if config.calibrated and calibrate is None:
         raise HFTError(
             f"hft.importance is {config.importance!r}, which needs a trainer with its data and loss: draw the "

@@ -68,7 +68,7 @@ class Case:
 
     @property
     def flash(self) -> str | None:
-        """The attention that a package brings, of the whole model or of a part."""
+        """Return the attention implementation that needs a package, of the model or of a part of it."""
         asked = self.init.get("attn_implementation")
         names = asked.values() if isinstance(asked, dict) else [asked]
         return next((name for name in names if name and re.match("flash_attention|.*/", name)), None)
