@@ -184,7 +184,7 @@ def leaves_checkpointing(values: dict[str, Any], flags: list[str]) -> bool:
     try:
         found, others = parser.parse_known_args(flags)
     except argparse.ArgumentError as error:
-        raise HFTError(f"a flag that begins with --no_ takes no value: write --{CHECKPOINTING[0]} false.") from error
+        raise HFTError(f"{(error.argument_name or '').partition('/')[0]} takes no value: drop the value.") from error
     way = found.way or next((values[name] for name in CHECKPOINTING if name in values), None)
     if found.way or way == "auto":
         flags[:] = others if way == "auto" else [*others, f"--{CHECKPOINTING[0]}={way}"]
