@@ -68,12 +68,7 @@ def plan_command(
     ratio: Annotated[float | None, setting("ratio")] = None,
     strategy: Annotated[OfMatrices | None, setting("strategy", "How the trained half is chosen.")] = None,
     seed: Annotated[int | None, setting("seed")] = None,
-    train_embeddings: Annotated[
-        bool | None,
-        typer.Option(
-            "--train-embeddings/--freeze-embeddings", help="Whether the input embedding learns. [default: true]"
-        ),
-    ] = None,
+    train_embeddings: Annotated[bool | None, setting("train_embeddings")] = None,
     write: Annotated[
         str | None, typer.Option(help="Folder to write recipe.yaml and launch.sh of both stages to.")
     ] = None,
@@ -101,7 +96,7 @@ def plan_command(
         from hft_trl.selection.previous import selection_of
         from hft_trl.skeleton import build_on_meta, shape_of
 
-        if write:
+        if write is not None:
             new_files(write)
         storage = Storage(dtype, frozen_dtype, optim, frozen_quantization, optimizer_in_backward, replicate_frozen)
         length, batch = sequence_length, BATCH[stage] if global_batch is None else global_batch
@@ -126,7 +121,7 @@ def plan_command(
         helps = [[] if plan.fits else what_helps(planners[plan.method], task, plan) for plan in plans]
         ratios = operations_ratios(planners, task, plans)
         written = ()
-        if write:
+        if write is not None:
             chosen = method or "hft"
             other = "dpo" if stage == "sft" else "sft"
             batch = max(BATCH[other] // gpus, 1) * gpus  # that of the recipes, divisible by the GPUs

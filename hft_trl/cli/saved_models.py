@@ -140,7 +140,7 @@ def diff_command(
         from hft_trl.saved_models import diff_view
         from hft_trl.saved_models.diff import compare
 
-        if plot:
+        if plot is not None:
             diff_view.check_picture(plot)
         diffs = compare(base, tuned)
     if as_json:
@@ -154,7 +154,7 @@ def diff_command(
                 console.print(rich_table(diff_view.halves_grid(diff)))
         for diff in diffs:
             console.print(diff_view.verdict(diff), soft_wrap=True, markup=False)
-    if plot:
+    if plot is not None:
         with quiet():
             diff_view.write_picture(diffs, plot)
     if any(diff.byte_identical is False for diff in diffs):

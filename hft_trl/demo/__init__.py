@@ -34,6 +34,11 @@ def shown(source: str) -> str:
     return "demo" if source in map(str, (MODEL, SFT_DATA, DPO_DATA)) else source
 
 
+def address(model: str, revision: str | None) -> str:
+    """Return a folder, or a hub id with its revision, `id@revision`, unless this is main."""
+    return model if Path(model).is_dir() or revision in (None, "main") else f"{model}@{revision}"
+
+
 def on_hub(source: str) -> bool:
     """Return whether a name is that of a model or data set on the hub: nothing local has it."""
     return bool(source) and not Path(model_path(source)).exists()

@@ -4,11 +4,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
@@ -71,8 +71,7 @@ class ModelArguments:
     @property
     def address(self) -> str:
         """Return the folder, or the hub id with its revision, `id@revision`, unless this is main."""
-        name, revision = self.model_name_or_path, self.model_revision
-        return name if Path(name).is_dir() or revision == "main" else f"{name}@{revision}"
+        return demo.address(self.model_name_or_path, self.model_revision)
 
 
 @dataclass

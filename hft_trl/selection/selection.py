@@ -39,7 +39,7 @@ class Selection:
         share (`dict[str, float]`): Share that learns, in 0 to 1: of each category in the layers, of all layers
             (`"layers"`) and of all parameters that could learn (`"model"`).
         start_model (`dict[str, str]`, *optional*): `{"name_or_path": ..., "weights_digest": ...}` of the stage's start
-            model. It is not part of the digest.
+            model, a name on the hub as `id@revision` unless this is main. It is not part of the digest.
         masks ([`Masks`], *optional*): With strategy `"element"`, which elements of the trainable
             parameters in layers learn. The others are frozen.
     """

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 from trl import BEMACallback, SyncRefModelCallback
 
+from hft_trl import demo
 from hft_trl.backends.fsdp import sharded_by
 from hft_trl.config import HFTConfig
 from hft_trl.errors import HFTError
@@ -91,7 +92,8 @@ def draw_half(trainer: Any, policy: PreTrainedModel) -> tuple[Selection, FrozenH
         types = {name: parameter.dtype for name, parameter in named_parameters(policy) if not parameter.is_meta}
         check_not_rounded(policy.config._name_or_path, types, trainer._revision, remedy)
     start = fingerprints(named_parameters(policy))
-    source = {"name_or_path": policy.config._name_or_path, "weights_digest": combined_digest(start)}
+    name = demo.address(policy.config._name_or_path, trainer._revision)
+    source = {"name_or_path": name, "weights_digest": combined_digest(start)}
     selection.apply(policy)
     learns = set(selection.trainable) if hft else start.keys()
     half = FrozenHalf(policy, {name: digest for name, digest in start.items() if name not in learns})

@@ -90,6 +90,7 @@ def test_fft_beside_hft_in_one_picture(runs, tmp_path):
     assert (tmp_path / "d.png").stat().st_size > 10_000
     assert "everything learned (FFT)" in result.stdout
     assert YES in result.stdout
+    assert "--plot is ''" in run("diff", "demo", runs / "fft", "--plot", "").stderr
 
 
 @pytest.mark.parametrize(

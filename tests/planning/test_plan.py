@@ -136,11 +136,13 @@ def test_an_output_that_cannot_be_written_is_said_before_anything_is_planned(fol
     assert "which cannot be written (Not a directory): choose another folder" in result.stderr
     assert "resumes" not in result.stderr
     (tmp_path / "recipe.yaml").write_text("")
-    assert "recipe.yaml' exists: choose another folder" in run(folder, "--write", tmp_path).stderr
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path, ""):  # empty, as an unset variable of a shell, is the working directory as in other commands
+        assert "recipe.yaml' exists: choose another folder" in run(folder, "--write", out).stderr
 
 
 SMALLEST = [
-    *("--frozen-quantization", "nf4", "--optimizer-in-backward", "--freeze-embeddings"),
+    *("--frozen-quantization", "nf4", "--optimizer-in-backward", "--no-train-embeddings"),
     *("--global-batch", 4),
 ]
 
@@ -349,7 +351,7 @@ IN_24_GB = ["--optim", "adamw_bnb_8bit", "--frozen-quantization", "nf4", "--opti
 MEASURED = {
     ("meta-llama/Llama-2-7b-hf", "fft"): (90.9, "143GB", 2048, 4, "none", []),
     ("meta-llama/Llama-2-7b-hf", "hft"): (72.6, "143GB", 2048, 4, "none", []),
-    ("meta-llama/Llama-3.1-8B", "hft"): (22.8, "24GB", 1024, 1, "full", ["--freeze-embeddings", *IN_24_GB]),
+    ("meta-llama/Llama-3.1-8B", "hft"): (22.8, "24GB", 1024, 1, "full", ["--no-train-embeddings", *IN_24_GB]),
 }
 
 

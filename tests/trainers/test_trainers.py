@@ -190,6 +190,7 @@ def test_a_stage_follows_the_revision_that_it_starts_from(base, tulu, tmp_path, 
     )
     assert trainer.model.dtype == torch.bfloat16
     assert trainer.hft_selection.trainable == first.hft_selection.trainable
+    assert trainer.hft_selection.start_model["name_or_path"] == "org/model@v2"
     assert set(start_files(trainer.model, trainer._revision).values()) == {small / "model.safetensors"}
 
 
