@@ -68,7 +68,18 @@ def mixture_parts(mixture: DatasetMixtureConfig) -> dict[str, Any]:
     for part in parts:
         if Path(part["path"]).is_dir():
             part["path"] = resolved(part["path"]).name  # wherever it lies, as for `named_files`
+        if part["content"] is not None:
+            part |= {key: _names(part[key]) for key in ("data_dir", "data_files")}
     return {"datasets": parts, "test_split_size": mixture.test_split_size}
+
+
+def _names(files: Any) -> Any:
+    """Return the names of local files or patterns without their folders, in the form that they are given."""
+    if isinstance(files, dict):
+        return {split: _names(value) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_names(value) for value in files]
+    return files if files is None or "://" in files else Path(files).name
 
 
 def part_files(part: DatasetConfig) -> list[Path]:

@@ -149,3 +149,25 @@ def test_each_part_of_a_mixture_counts_by_its_files(tmp_path, monkeypatch, part)
     assert parts(columns=["messages"]) != before
     (tmp_path / "one.jsonl").write_text("other")
     assert parts()["datasets"][0]["content"] != before["datasets"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"path": "json", "data_files": "{}/one.jsonl"},
+        {"path": "json", "data_files": {"train": ["{}/*.jsonl", "https://host/two.jsonl"]}},
+        {"path": "json", "data_dir": "{}"},
+        {"path": "{}"},
+    ],
+    ids=json.dumps,
+)
+def test_parts_of_a_mixture_may_move_with_a_run(tmp_path, part):
+    """Data that moved with the run is the same data. A URL stays as it is."""
+    found = []
+    for folder in ("a/data", "b/data"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "one.jsonl").write_text("one")
+        moved = json.loads(json.dumps(part).replace("{}", str(tmp_path / folder)))
+        found.append(mixture_parts(DatasetMixtureConfig([moved])))
+    assert found[0] == found[1]
+    assert json.dumps(found[0]).count("https://host/") == json.dumps(part).count("https://host/")
