@@ -56,7 +56,9 @@ def find_parts(columns: Collection[str], preference: bool) -> dict[str, str]:
 def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Dataset:
     """Convert rows with the columns `parts` to TRL's form. Errors name the data set."""
     optional = [column for column in OPTIONAL if column in dataset.column_names]
-    if dates := [column for column in (*parts.values(), *optional) if "timestamp" in str(dataset.features[column])]:
+    read = {column: _fields_read(dataset.features[column]) for column in parts.values()}
+    read |= {column: dataset.features[column] for column in optional}
+    if dates := [column for column, feature in read.items() if "Value('timestamp" in str(feature)]:
         raise HFTError(
             f"{name}: the column {dates[0]} holds dates, which datasets makes of texts such as 2026-01-31 in JSON: "
             "save the rows as a .parquet file, in which they stay text."
@@ -76,6 +78,12 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
             new_fingerprint=Hasher.hash([dataset._fingerprint, reader, name, parts, optional]),
             desc="Reading conversations",
         )
+
+
+def _fields_read(feature: Any) -> Any:
+    """Return a column's type, of messages only that of the fields that are read."""
+    turn = feature.feature if isinstance(feature, List) else feature
+    return {name: turn.get(name) for name in (*FIELDS, "from", "value")} if isinstance(turn, dict) else turn
 
 
 def _is_in_form(dataset: Dataset, parts: dict[str, str]) -> bool:

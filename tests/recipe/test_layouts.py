@@ -1,5 +1,7 @@
 """Layouts of public data sets: the tokens that a trainer learns are those that a user would expect, decoded."""
 
+from datetime import datetime
+
 import pytest
 from conftest import QUIET, one_line
 from datasets import Dataset, load_dataset
@@ -255,17 +257,28 @@ def test_rows_that_another_version_read_are_not_reused(tmp_path, monkeypatch):
     "row",
     [
         {"instruction": "Which day is this?", "input": "2026-01-31", "output": "Saturday"},
+        {"conversations": [{"from": "human", "value": "2026-01-31"}, {"from": "gpt", "value": "2026-02-01"}]},
         {"messages": [user("Hi"), assistant("Ho")], "tools": [{"function": {"name": "f", "default": "2026-01-31"}}]},
     ],
 )
 def test_texts_that_the_reader_of_json_makes_dates_of_are_refused(row, tmp_path):
     """They would be learned as `2026-01-31 00:00:00`, or as a number of milliseconds."""
     Dataset.from_list([row]).to_json(file := tmp_path / "rows.jsonl")
-    with pytest.raises(HFTError, match=r"the column (input|tools) holds dates.*save the rows as a \.parquet") as error:
+    with pytest.raises(
+        HFTError, match=r"the column (input|conversations|tools) holds dates.*save the rows as a \.parquet"
+    ) as error:
         sft_dataset(load_split(str(file)), "rows")
     one_line(error)
     Dataset.from_list([row]).to_parquet(file := tmp_path / "rows.parquet")
     assert len(sft_dataset(load_split(str(file)), "rows")) == 1
+
+
+@pytest.mark.parametrize("time", [datetime(2023, 4, 9), "noon"])
+def test_the_time_of_a_message_is_not_read_and_no_mistake(time):
+    """Each turn of WildChat has one."""
+    turns = [user("Hi", timestamp=time), assistant("Ho", timestamp=time)]
+    [row] = sft_dataset(Dataset.from_list([{"conversation": turns}]), "rows")
+    assert row == {"messages": [user("Hi"), assistant("Ho")]}
 
 
 def test_a_text_in_place_of_messages_is_answered_with_their_form():
