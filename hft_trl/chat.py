@@ -39,10 +39,16 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        bos = begins_with_bos(tokenizer)
+        tokenizer("text")  # damaged files may load
     except Exception as error:  # the tokenizers library raises plain `Exception` for damaged files
         remedy = "save the one that belongs to the model in this folder" if Path(model).is_dir() else first_line(error)
         raise HFTError(f"no tokenizer was found for {model!r}: {remedy}") from error
+    set_template(tokenizer, template)
+    return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Give a tokenizer the chat template of [`load_tokenizer`]."""
     if template is not None and template != "tulu":
         if not Path(template).is_file():
             raise HFTError(f"chat_template is {template!r}: give 'tulu' or the path of a .jinja file.")
@@ -51,8 +57,7 @@ def load_tokenizer(
         except (OSError, ValueError) as error:
             raise HFTError(f"chat_template {template!r} cannot be read: {first_line(error)}.") from error
     elif template == "tulu" or tokenizer.chat_template is None:
-        tokenizer.chat_template = tulu_template(bos)
-    return tokenizer
+        tokenizer.chat_template = tulu_template(begins_with_bos(tokenizer))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -36,7 +36,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrai
 
 from hft_trl.backends import zero
 from hft_trl.backends.fsdp import fsdp_version
-from hft_trl.chat import check_ids, mark_answers
+from hft_trl.chat import check_ids
 from hft_trl.errors import MISTAKES, HFTError, explained
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.arguments import ModelArguments
@@ -125,10 +125,7 @@ def _rehearse_all(stages: Sequence[Stage]) -> None:
     # Trainers change it, and the next stage starts from what the last one saves
     tokenizer = stages[0].load_tokenizer()
     for stage in stages:
-        if stage.base is not None:
-            stage.load_tokenizer(of_base=True)  # for its checks
-            if isinstance(stage.args, SFTConfig) and stage.args.assistant_only_loss:
-                mark_answers(tokenizer)  # as loading does, where the stage before had plain text
+        stage.set_template(tokenizer)  # as loading does
         check_fills_batch(stage, stage.count(stage.train_dataset))
         with _unnoticed(), tempfile.TemporaryDirectory() as folder:
             _rehearse(stage, stages[0].model, tokenizer, folder)

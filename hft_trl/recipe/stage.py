@@ -164,16 +164,19 @@ class Stage:
             return sft_dataset(dataset, name, self.args.dataset_text_field)
         return preference_dataset(dataset, name, self.data.drop_equal_pairs)
 
-    def load_tokenizer(self, of_base: bool = False) -> PreTrainedTokenizerBase:
-        """Load the tokenizer of the start model, or `of_base` of the run's first one, with the chat template."""
-        model = (self.base or self.model) if of_base else self.model
-        template = vars(self.args).get("chat_template_path") or model.chat_template  # TRL's flag, and ours
-        tokenizer = chat.load_tokenizer(
-            model.model_name_or_path, template, model.model_revision, model.trust_remote_code
-        )
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer of the start model, with the chat template."""
+        model = self.model
+        tokenizer = chat.load_tokenizer(model.model_name_or_path, None, model.model_revision, model.trust_remote_code)
+        self.set_template(tokenizer)
+        return tokenizer
+
+    def set_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give a tokenizer the stage's chat template, with marks where only answers are learned."""
+        # TRL's flag, and ours
+        chat.set_template(tokenizer, vars(self.args).get("chat_template_path") or self.model.chat_template)
         if isinstance(self.args, SFTConfig) and self.args.assistant_only_loss:
             chat.mark_answers(tokenizer)
-        return tokenizer
 
     def load_reference(self) -> PreTrainedModel | None:
         """Load a quantized reference, or return `None` if the trainer makes the reference from the policy."""

@@ -190,6 +190,13 @@ def test_a_template_that_refuses_turns_is_named_with_the_row(stages_of, tmp_path
     stages = stages_of("--sft.dataset", str(data), "--model.chat_template", str(template))
     with pytest.raises(HFTError, match=r"row 17 of .*chats.jsonl.*no system turns"):
         rehearse(stages)
+    words = ["--model", "demo", "--one.dataset", "demo", "--two.dataset", str(data), "--output_dir", str(tmp_path)]
+    words += ["--two.chat_template_path", str(template)]
+    own = list(recipe.parse_recipe(words, {"one": SFTConfig, "two": SFTConfig}).stages.values())
+    for stage in own:
+        stage.load_data()
+    with pytest.raises(HFTError, match=r"row 17 of .*chats.jsonl.*no system turns"):
+        rehearse(own)
 
 
 def test_a_start_model_that_could_not_be_saved_is_found_before_training(stages_of, model):
