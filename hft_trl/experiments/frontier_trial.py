@@ -78,10 +78,8 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     if not needed[grid.kept]:
         given = [name for name, rows in needed.items() if rows]
         raise HFTError(f"kept is {grid.kept}, which retention has no rows for: add them, or give --kept {given[0]}.")
-    rows = ("texts", "facts", "prompts", "max_rows")
     same = settings(stage) | {
         GRID: {key: vars(grid)[key] for key in ("average", "half_reset", "lora_rank", "tasks")},
-        "retention": {key: vars(stage.retention)[key] for key in rows},
         "evaluation": {"split": stage.data.eval_split},
     }
     # Digests of the files are compared, so that a folder can move to another machine

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
@@ -12,6 +13,8 @@ from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
+from hft_trl.saved_models.digests import content_digest
+from hft_trl.weights import combined_digest
 
 # Smallest value of settings that transformers does not check. The largest is that of a seed.
 LEAST = {
@@ -114,6 +117,14 @@ class RetentionArguments:
         rows = probe_rows("retention")
         columns = {f"{kind}s": [row[kind] for row in rows] for kind in ("text", "fact", "prompt")}
         return {**columns, "every": self.every or DEMO_EVERY, "max_rows": self.max_rows}
+
+    def digests(self) -> dict[str, Any]:
+        """Return what its figures depend on, without which they cannot be compared: a digest of each kind of rows."""
+        rows = {name: value for name, value in self.settings().items() if value and name != "every"}
+        return {"max_rows": rows.pop("max_rows")} | {
+            f"{name}_content": content_digest(Path(value)) if isinstance(value, str) else combined_digest(value)
+            for name, value in rows.items()
+        }
 
 
 @dataclass

@@ -92,7 +92,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def settings(stage: "Stage") -> Settings:
-    """Collect the settings that the trained weights depend on, as plain JSON."""
+    """Collect the settings that trained weights and figures of retention depend on, as plain JSON."""
     args = stage.args.to_dict()
     # `to_dict` hides all names that end with "token"
     args.update({key: value for key, value in vars(stage.args).items() if key in ("eos_token", "pad_token")})
@@ -110,6 +110,7 @@ def settings(stage: "Stage") -> Settings:
         content["hft"] = stage.hft.selecting() | stored
         if stage.hft.calibrated == "wanda" and (texts := stage.hft.source_texts) not in (None, "demo"):
             content["hft"]["source_texts_content"] = content_digest(Path(texts))  # it decides the half
+    content |= {"retention": stage.retention.digests()} if stage.retention is not None else {}
     for section, values in stage.own_settings().items():
         content[section] = content.get(section, {}) | values
     content["data"].pop("method")  # that of the stage or, without one, of the run is in hft
@@ -239,9 +240,9 @@ def _differences(stage: "Stage", before: Settings, now: Settings) -> list[str]:
     """Describe the settings that differ, except those in `MAY_DIFFER`."""
     old, new, found = dict(_flat(before)), dict(_flat(now)), []
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) == new.get(name) or not MAY_DIFFER.isdisjoint(name.split(".")):
-            continue
-        if name in MOVED and all(old.get(digest) and old[digest] == new.get(digest) for digest in MOVED[name]):
+        moved = name in MOVED and all(old.get(key) and old[key] == new.get(key) for key in MOVED[name])
+        apart = name.startswith("retention.") and None in (old.get(name), new.get(name))  # measured once
+        if moved or apart or old.get(name) == new.get(name) or not MAY_DIFFER.isdisjoint(name.split(".")):
             continue
         if name in START:
             start = stage.model.model_name_or_path

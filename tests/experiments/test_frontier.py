@@ -457,18 +457,20 @@ def test_other_settings_are_rejected_in_the_same_folder(small):
     assert "sft.max_steps 2, now they are 3" in run.stderr
 
 
-def test_a_changed_source_text_is_rejected_in_the_same_folder(tmp_path):
-    """The half of `wanda` depends on its content, not on its folder."""
-    words = [*QUICK, "--output_dir", str(tmp_path / "out"), "--hft.source_texts"]
+@pytest.mark.parametrize("flag", ["--hft.source_texts", "--retention.texts"])
+def test_a_changed_text_is_rejected_in_the_same_folder(tmp_path, flag):
+    """The half of `wanda`, and what is kept, depend on the file's content, not on its folder."""
+    words = [*QUICK, "--output_dir", str(tmp_path / "out"), flag]
     for folder, text in (("a", "Ada lives in Rome."), ("b", "Ada lives in Rome."), ("c", "Ada lives in Oslo.")):
         source = tmp_path / folder / "source.txt"
         source.parent.mkdir()
         source.write_text(text)
         recipe, grid, flags = parse_frontier([*words, str(source)])
-        with pytest.raises(HFTError, match="source_texts_content") if folder == "c" else nullcontext():
+        with pytest.raises(HFTError, match="texts_content") if folder == "c" else nullcontext():
             frontier_points(recipe, grid, flags)
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert recorded["hft.source_texts"] == "source.txt"
+    assert recorded.get("hft.source_texts", "source.txt") == "source.txt"
+    assert str(tmp_path / "b") not in str(recorded)
 
 
 def test_the_tables_show_every_model_once(small):

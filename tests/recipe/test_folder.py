@@ -228,6 +228,28 @@ def test_a_stage_that_was_killed_before_its_first_checkpoint_starts_from_what_is
     both.open()
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_what_is_measured_on_other_rows_is_not_shown_beside_the_figures_before(run, tmp_path, done):
+    """The report shows the difference of each stage to the base, which the first session measured."""
+    for folder, text in (("a", "Ada lives in Rome."), ("b", "Ada lives in Rome."), ("c", "Bo lives in Oslo.")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "texts.txt").write_text(text)
+    texts, moved, others = (f"--retention.texts {tmp_path}/{folder}/texts.txt" for folder in "abc")
+    first = run(texts)
+    first.open()
+    first.train("sft", 1.0, done)
+    for same in (moved, f"{texts} --retention.every 2"):
+        run(same).open()
+    for other, message in (
+        (others, r"the files of retention\.texts have changed"),
+        ("", r"the files of retention\.texts have changed"),  # the embedded model has rows of its own
+        (f"{texts} --retention.max_rows 7", r"retention\.max_rows 128 there, 7 here"),
+    ):
+        with pytest.raises(HFTError, match=message):
+            run(other).open()
+    run("--retention.max_rows 0").open()  # nothing more is measured
+
+
 def test_another_tokenizer_or_template_of_the_start_model_is_named(run, tmp_path):
     both = run()
     both.open()
