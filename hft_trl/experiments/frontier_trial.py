@@ -24,10 +24,10 @@ from hft_trl.evaluation.run import evaluate_models
 from hft_trl.experiments.frontier import check_tests
 from hft_trl.experiments.grid import ADAPTERS, BASE, FrontierArguments, Trial, trials
 from hft_trl.experiments.runner import Point, check_settings, result_file
-from hft_trl.files import write_json
+from hft_trl.files import write_json, writing
 from hft_trl.recipe import Recipe, Stage, parse_recipe
 from hft_trl.recipe.arguments import RunArguments
-from hft_trl.recipe.folder import settings
+from hft_trl.recipe.folder import lock, settings
 from hft_trl.recipe.measure import peak_memory, reset_peak_memory
 from hft_trl.recipe.parsing import keys
 from hft_trl.recipe.recipe import check_evaluation
@@ -89,6 +89,8 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
         content = content_digest(Path(texts)) if texts != "demo" else None
         same["hft"] |= {"source_texts": Path(texts).name, "source_texts_content": content}
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
+    with writing(output):
+        lock(output)
     check_settings(output, flat, ("peft",))
     start = (sys.executable, "-m", __name__, str(output))
     return [
@@ -110,6 +112,7 @@ def _check_unused(recipe: Recipe, stage: Stage) -> None:
         "hft.ratio": (stage.hft.ratio, HFTConfig.ratio, "set ratios"),
         "hft.seed": (stage.hft.seed, HFTConfig.seed, "set seeds"),
         "sft.seed": (stage.args.seed, SFTConfig.seed, "set seeds"),
+        "retention.every": (stage.retention and stage.retention.every, None, "remove it"),
         "sft.learning_rate": (stage.args.learning_rate, SFTConfig.learning_rate, "set learning_rates"),
     }
     for name, (value, default, instead) in unused.items():
@@ -120,6 +123,7 @@ def _check_unused(recipe: Recipe, stage: Stage) -> None:
 def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
     """Train or resume a trial, measure it and what is made from it without training, and write its points."""
     folder = output / "models" / trial.name
+    lock(folder)  # a trial of a frontier that was killed may still be saving
     recipe, grid, _ = parse_frontier([*argv, *trial.flags(), "--output_dir", str(folder)])
     stage = recipe.stages["sft"]
     _load_data(stage)

@@ -1,5 +1,6 @@
 """The frontier: each method is trained at its rates, the front holds what nothing dominates, comparisons are fair."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -36,6 +37,7 @@ from hft_trl.experiments.frontier_trial import (
     versions,
 )
 from hft_trl.experiments.grid import BASE, METHODS, FrontierArguments, Trial, trials
+from hft_trl.recipe.folder import LOCK_FILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +99,7 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         "hft.seed=7",
         "sft.seed=7",
         "sft.learning_rate=1",
+        "retention.every=10",
     ],
 )
 def test_a_setting_that_a_frontier_has_no_use_for_is_rejected(flag, tmp_path):
@@ -471,6 +474,25 @@ def test_a_changed_text_is_rejected_in_the_same_folder(tmp_path, flag):
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert recorded.get("hft.source_texts", "source.txt") == "source.txt"
     assert str(tmp_path / "b") not in str(recorded)
+
+
+def test_a_folder_in_use_by_another_frontier_is_rejected(tmp_path):
+    recipe, grid, flags = parse_frontier([*QUICK, "--output_dir", str(tmp_path)])
+    with (tmp_path / LOCK_FILE).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(HFTError, match="is in use by process"):
+            frontier_points(recipe, grid, flags)
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    frontier_points(recipe, grid, flags)
+
+
+def test_a_trial_that_another_process_trains_is_rejected(tmp_path):
+    folder = tmp_path / "models" / BASE
+    folder.mkdir(parents=True)
+    with (folder / LOCK_FILE).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(HFTError, match="is in use by process"):
+            run_trial(Trial(BASE), tmp_path, [*QUICK, "--output_dir", str(tmp_path)])
 
 
 def test_the_tables_show_every_model_once(small):
