@@ -23,7 +23,7 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
     """Return rows for SFT in TRL's form, without those of empty answers. Errors name the data set."""
     columns = set(dataset.column_names)
     parts = find_parts(columns, preference=False)
-    if "label" in columns and "completion" in parts and dataset.features["label"] == Value("bool"):
+    if _is_labelled(dataset):
         raise HFTError(
             f"{name} has a label for each completion, good or bad: keep the rows whose label is true, and remove the "
             "column."
@@ -68,6 +68,11 @@ def sft_dataset(dataset: Dataset, name: str, text_field: str = "text") -> Datase
 def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = False) -> Dataset:
     """Return preference pairs in TRL's form, without those whose chosen side is empty."""
     parts = find_parts(dataset.column_names, preference=True)
+    if not parts and _is_labelled(dataset):
+        raise HFTError(
+            f"{name} has a label for each completion, good or bad, but a recipe reads pairs: give a good answer as "
+            "chosen and a bad one as rejected, or train on single answers in a script of your own."
+        )
     if not parts:
         raise HFTError(
             f"{name} has the columns {sorted(dataset.column_names)}: preference training takes chosen and rejected. "
@@ -96,6 +101,12 @@ def preference_dataset(dataset: Dataset, name: str, drop_equal_pairs: bool = Fal
     wanted = [*explicit, "chosen", "rejected"]
     for_each_row(check_pair, dataset, *wanted)
     return _kept(dataset, wanted, dropped, name, "an empty chosen side" + " or equal sides" * drop_equal_pairs)
+
+
+def _is_labelled(dataset: Dataset) -> bool:
+    """Return whether rows are single answers with a verdict, as KTO takes them."""
+    parts = find_parts(dataset.column_names, preference=False)
+    return "completion" in parts and dataset.features.get("label") == Value("bool")
 
 
 def _name_unused(dataset: Dataset, used: Iterable[str], name: str) -> None:

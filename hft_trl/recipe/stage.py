@@ -31,6 +31,7 @@ from hft_trl.report import StageRecord
 from hft_trl.retention.callback import RetentionCallback
 from hft_trl.retention.meter import BASE_FILE, Meter
 from hft_trl.retention.retention_rows import read_texts
+from hft_trl.saved_models.digests import part_files
 from hft_trl.selection import find_units
 from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.calibration import source_rows
@@ -115,6 +116,13 @@ class Stage:
     def source(self) -> str:
         """Return the name of the data set in errors."""
         return self.data.dataset or "the mixture"
+
+    @property
+    def data_names(self) -> list[str]:
+        """Return the names of its data sets, of a mixture the local files: its `path` may be `json`."""
+        if self.mixture is None:
+            return [self.data.dataset]
+        return [str(name) for part in self.mixture.datasets for name in part_files(part) or [part.path]]
 
     def check(self) -> None:
         """Check the start model, source texts and quantized reference before anything is loaded."""
@@ -233,8 +241,7 @@ class Stage:
             f"{f'resumes at step {resumed_from.global_step}' if resumed_from else 'starts at step 0'} =="
         )
         # In each upload to the hub too, whose card the trainer writes
-        named = self.data.dataset or [part.path for part in self.mixture.datasets]
-        trainer.create_model_card = partial(trainer.create_model_card, dataset_name=named)
+        trainer.create_model_card = partial(trainer.create_model_card, dataset_name=self.data_names)
         self._train(trainer, checkpoint)
         record = measure(self, trainer, resumed_from)
         record.rows, record.dropped_rows, record.truncated_rows = rows - dropped, dropped, self.truncated_rows

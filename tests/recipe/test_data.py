@@ -202,6 +202,15 @@ def test_rows_that_are_trained_on_are_not_evaluated_on(tmp_path, tulu, split, ev
     check_apart("org/hub", "train", "test")  # nothing is loaded
 
 
+def test_a_card_names_the_files_of_a_mixture_and_no_data_set_on_the_hub_called_json(tmp_path, tulu):
+    tulu.to_json(tmp_path / "chats.jsonl")
+    config = tmp_path / "mixture.yaml"
+    config.write_text(f"datasets: [{{path: json, data_files: {tmp_path / 'c*.jsonl'}}}, {{path: org/chats}}]\n")
+    flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--config", str(config)]
+    stage, _ = parse_stage("sft", SFTConfig, flags)
+    assert stage.data_names == [str(tmp_path / "chats.jsonl"), "org/chats"]
+
+
 def test_a_mixture_is_not_evaluated_on_the_split_that_is_trained_on(tmp_path, tulu):
     tulu.to_json(tmp_path / "chats.jsonl")
     config = tmp_path / "mixture.yaml"

@@ -173,7 +173,7 @@ def test_a_text_column_is_read_as_text_beside_alpacas_columns(learned):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "a", "completion": "b", "label": True}, "Rename the columns"),
+        ({"prompt": "a", "completion": "b", "label": True}, "a recipe reads pairs: give a good answer as chosen"),
         ({"prompt": "a", "response_0": "b", "response_1": "c"}, "Rename the columns"),
         ({"task": "a", "chosen": "b", "rejected": "c"}, "no column prompt"),
         (
