@@ -121,3 +121,5 @@ def copy_command(
     for copy, source in copies.items():
         shutil.copyfile(source, copy)
     typer.echo(f"Copied: {', '.join(map(str, copies))}")
+    if config:
+        typer.echo(f"Launch it with --config {path / name}.yaml, which the recipe does not read by itself.")

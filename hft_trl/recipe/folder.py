@@ -222,7 +222,7 @@ def _check(stage: "Stage", unfinished: Collection[Path]) -> bool:
         return False  # nothing was trained, so the settings may differ
     if gone := unfinished & stage.sources():
         raise HFTError(
-            f"{str(folder)!r} was trained from a model in {str(min(gone))!r} that no longer exists: remove "
+            f"{str(folder)!r} was trained before, but {str(min(gone))!r}, its start, holds no finished model: remove "
             f"{str(folder)!r} to train it again from the new model, pass --overwrite, or choose another output_dir."
         )
     differences = _differences(stage, _read(folder)["settings"], settings(stage))

@@ -102,6 +102,8 @@ def test_every_recipe_and_config_is_copied_with_its_other_half_and_nothing_is_ov
     (recipe,) = folder.glob("*.py")
     assert recipe.read_bytes() == (ROOT / "recipes" / recipe.name).read_bytes()
     config = ROOT / "recipes" / "configs" / f"{name}.yaml"
+    for copy in copies:  # an edited config that is not named would have no effect
+        assert (f"--config {folder / copy}," in result.stdout) is copy.endswith(".yaml")
     if config.exists():
         assert copies[config.name] == config.read_bytes()
         assert f"recipes/{recipe.name}" in config.read_text()

@@ -213,7 +213,7 @@ def test_a_stage_does_not_go_on_from_a_model_that_is_gone(run, tmp_path, done):
     both.train("sft", 1.0)
     both.train("dpo", 2.0, done)
     shutil.rmtree(tmp_path / "sft")
-    with pytest.raises(HFTError, match=r"trained from a model in '.*sft' that no longer exists"):
+    with pytest.raises(HFTError, match=r"was trained before, but '.*sft', its start, holds no finished model"):
         both.open()
 
 

@@ -318,7 +318,7 @@ def test_a_later_stage_without_the_model_it_came_from_is_refused(recipe, finishe
     shutil.rmtree(output / "sft")
     result = recipe("sft_then_dpo", "--output_dir", output, *QUICK)
     assert result.returncode == 2
-    assert "no longer exists" in result.stderr
+    assert "its start, holds no finished model" in result.stderr
     assert (output / "dpo" / "model.safetensors").is_file()
 
 
