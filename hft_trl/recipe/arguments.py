@@ -14,7 +14,6 @@ from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 from hft_trl.saved_models.digests import content_digest
-from hft_trl.weights import combined_digest
 
 # Smallest value of settings that transformers does not check. The largest is that of a seed.
 LEAST = {
@@ -120,9 +119,9 @@ class RetentionArguments:
 
     def digests(self) -> dict[str, Any]:
         """Return what its figures depend on, without which they cannot be compared: a digest of each kind of rows."""
-        rows = {name: value for name, value in self.settings().items() if value and name != "every"}
-        return {"max_rows": rows.pop("max_rows")} | {
-            f"{name}_content": content_digest(Path(value)) if isinstance(value, str) else combined_digest(value)
+        rows = {name: value for name, value in self.settings().items() if value and name not in ("every", "max_rows")}
+        return {"max_rows": self.max_rows} | {
+            f"{name}_content": content_digest(Path(value)) if isinstance(value, str) else "demo"
             for name, value in rows.items()
         }
 
