@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
@@ -72,12 +72,25 @@ class ResumableMixin:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, but skip the step that the parent takes even if none remains."""
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step
+        early = [call for call in self.callback_handler.callbacks if isinstance(call, EarlyStoppingCallback)]
+        stopped = any(call.early_stopping_patience_counter >= call.early_stopping_patience for call in early)
+        # Resumed after the last step
+        if self.state.global_step >= self.state.max_steps or (stopped and kwargs["resume_from_checkpoint"]):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
         if self._preemption is not None:
             self._preemption.leave()
+
+    def _load_callback_state(self) -> None:
+        """Load what callbacks have counted, such as the patience of early stopping, but no setting of theirs."""
+        super()._load_callback_state()
+        for name, states in self.state.stateful_callbacks.items():
+            own = [callback for callback in self.callback_handler.callbacks if type(callback).__name__ == name]
+            states = states if isinstance(states, list) else [states]
+            # Each save adds to the list of several callbacks
+            for callback, state in zip(own, states[-len(own) :], strict=False):
+                vars(callback).update(state["attributes"])
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """End training as the parent does, which forgets a best checkpoint if the run's folder was moved."""

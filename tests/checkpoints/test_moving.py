@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import one_line
 from training import ResumableDPOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer
+from transformers import EarlyStoppingCallback
 from trl import BEMACallback, DPOConfig, DPOTrainer
 
 from hft_trl import HFTConfig, HFTError
@@ -78,6 +79,27 @@ def test_an_average_that_is_in_no_checkpoint_is_not_resumed(base, tulu, tmp_path
             continue
         with pytest.raises(HFTError, match="BEMACallback averages weights over all of training"):
             trainer.train(resume_from_checkpoint=True)
+
+
+def test_early_stopping_counts_on_where_it_was(base, tulu, tmp_path):
+    """Also from the checkpoint that it stopped at, unless it is given more patience. Here a falling loss is worse."""
+    steps = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    worse = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 1e-3}
+
+    def trained(name, resume=None, patience=2):
+        trainer = sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / name, HFTConfig(), **steps, **worse)
+        trainer.add_callback(EarlyStoppingCallback(patience))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained("whole")
+    assert whole.state.global_step == 3
+    for step in (2, 3):
+        resumed = trained(f"from {step}", tmp_path / "whole" / f"checkpoint-{step}")
+        assert resumed.state.global_step == 3
+        pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    assert trained("longer", tmp_path / "whole" / "checkpoint-3", patience=4).state.global_step == 5
 
 
 @pytest.mark.parametrize(
