@@ -67,10 +67,13 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
 
 def _key(trainer: Trainer, model: PreTrainedModel, names: list[str], what: list[Any]) -> str:
     """Return a SHA-256 (hex) of everything that a measurement depends on."""
-    others = {field.name for field in dataclasses.fields(TrainingArguments)} - {"bf16", "fp16"}
+    read = {"bf16", "fp16", "label_smoothing_factor"}
+    others = {field.name for field in dataclasses.fields(TrainingArguments)} - read
     added = [field.name for field in dataclasses.fields(trainer.args) if field.name not in others]
     settings = {name: vars(trainer.args)[name] for name in added if not name.startswith("dataset_")}
-    weights = combined_digest(fingerprints(named_parameters(model)))
+    own = vars(trainer).get("ref_model")
+    models = [model] if own is None else [model, trainer.accelerator.unwrap_model(own)]
+    weights = [combined_digest(fingerprints(named_parameters(each))) for each in models]
     content = [type(trainer).__name__, weights, names, what, settings]
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 

@@ -251,12 +251,26 @@ def test_other_rows_settings_and_weights_are_measured_anew(base, tulu, tmp_path,
         lambda row: {"messages": [{**turn, "content": turn["content"] + "!"} for turn in row["messages"]]}
     )
     for number, (rows, settings) in enumerate(
-        ((changed, {}), (tulu, {"loss_type": "dft"}), (tulu, {"bf16": True})), 2
+        (
+            (changed, {}),
+            (changed, {"label_smoothing_factor": 0.1}),
+            (tulu, {"loss_type": "dft"}),
+            (tulu, {"bf16": True}),
+        ),
+        2,
     ):
         sft_trainer(ResumableSFTTrainer, base, rows, tmp_path, TWO_ROWS, **settings)
         assert len(measured) == number
     (tmp_path / FILE).write_text("{")
     sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, TWO_ROWS, bf16=True)
-    assert len(measured) == 5
+    assert len(measured) == 6
     sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path, TWO_ROWS, bf16=True, learning_rate=1e-3)
-    assert len(measured) == 5  # which changes no gradient
+    assert len(measured) == 6  # which changes no gradient
+
+
+def test_another_reference_is_measured_anew(base, ultrafeedback, tmp_path, measured):
+    for norm, times in ((1.0, 1), (2.0, 2), (2.0, 2)):
+        reference = AutoModelForCausalLM.from_pretrained(base)
+        torch.nn.init.constant_(reference.model.norm.weight, norm)
+        dpo_trainer(HFTDPOTrainer, base, ultrafeedback, tmp_path, TWO_ROWS, ref_model=reference)
+        assert len(measured) == times
