@@ -161,8 +161,10 @@ class HFTMixin:
             from hft_trl.saved_models.model_card import complete
 
             complete(self.args.output_dir, self.hft_selection, dataset_name)
-            # transformers copies the weights of a checkpoint to it, and uploads that folder
-            self.hft_selection.save(self.args.output_dir)
+            # transformers copies the weights of a checkpoint to it, and uploads that folder. Else the folder may hold
+            # the start model still
+            if self.args.push_to_hub:
+                self.hft_selection.save(self.args.output_dir)
 
 
 class _Begins(TrainerCallback):

@@ -168,6 +168,22 @@ def test_reselect_relates_a_stage_to_the_selection_of_its_start_model(base, tulu
     assert layers == {name for name in expected if ".layers." in name}
 
 
+def test_a_stage_that_trains_in_the_folder_of_its_start_model_resumes(base, tulu, tmp_path):
+    """The folder holds the start model and its selection until the stage is saved."""
+    folder, settings = tmp_path / "run", {"save_strategy": "steps", "save_steps": 2}
+    shutil.copytree(base, folder)
+    first = sft_trainer(HFTSFTTrainer, folder, tulu, folder, HFTConfig())
+    first.save_model()
+    second = sft_trainer(HFTSFTTrainer, folder, tulu, folder, HFTConfig(), max_steps=2, **settings)
+    second.train()
+    assert Selection.load(folder) == first.hft_selection
+    resumed = sft_trainer(HFTSFTTrainer, folder, tulu, folder, HFTConfig(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    resumed.save_model()
+    assert Selection.load(folder) == second.hft_selection != first.hft_selection
+
+
 def test_a_stage_follows_the_revision_that_it_starts_from(base, tulu, tmp_path, monkeypatch):
     """Its selection and its files, not those of the main branch, which has another model."""
     first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "1", HFTConfig())
