@@ -140,8 +140,9 @@ def check_optimizer(trainer: Any, policy: PreTrainedModel) -> None:
         names = [name for name, found in wrong if found is learns]
         if names:
             raise HFTError(
-                f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer "
-                "(use optim, or optimizer_cls_and_kwargs), or build it from select(model, hft_config).trainable."
+                f"optimizers {what.format(len(names))}, such as {names[0]}: let the trainer build the optimizer (use "
+                "optim), or build it after the trainer from the parameters that require gradients, and set "
+                "trainer.optimizer."
             )
 
 

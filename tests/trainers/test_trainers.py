@@ -477,6 +477,17 @@ def test_an_optimizer_that_holds_other_parameters_than_those_that_learn_is_refus
     chosen = set(select(model, HFTConfig()).trainable)
     half = torch.optim.AdamW([p for name, p in model.named_parameters() if name in chosen], lr=1e-3)
     ResumableSFTTrainer(**common, optimizers=(half, None)).train()
+    # The next stage of this model draws another half
+    with pytest.raises(HFTError, match=r"optimizers holds .* set trainer\.optimizer\."):
+        ResumableSFTTrainer(**common, optimizers=(half, None))
+    trainer = ResumableSFTTrainer(**common)
+    learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainer.optimizer = torch.optim.SGD(learn, lr=0.1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == set(trainer.hft_selection.trainable)
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
 
 
 @pytest.mark.parametrize("method", ["hft", "fft"])
