@@ -30,6 +30,9 @@ METHODS = {
     (Trainer, "_save"): "output_dir state_dict",
     (Trainer, "_load_from_checkpoint"): "resume_from_checkpoint model",
     (Trainer, "_issue_warnings_after_load"): "load_result",
+    (Trainer, "_init_training_state"): (
+        "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial"
+    ),
     (Trainer, "_load_callback_state"): "",
     (Trainer, "_run_epoch"): ALL_OF_RUN_EPOCH,
     (Trainer, "_finalize_training"): "trial num_train_samples start_time",

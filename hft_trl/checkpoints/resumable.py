@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, sort_checkpoints
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, sort_checkpoints
 from transformers.training_args import OptimizerNames
 
 from hft_trl.checkpoints import generations, moving_reference, whole
@@ -81,6 +82,24 @@ class ResumableMixin:
         super()._run_epoch(*args, **kwargs)
         if self._preemption is not None:
             self._preemption.leave()
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """Return the parent's epoch and batches to skip; of a stream those of the pass that it was in."""
+        steps = (max_steps, num_update_steps_per_epoch, num_train_epochs)
+        found = super()._init_training_state(*steps, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return found
+        # The parent counts as if one pass were as long as all steps
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        passes, part = divmod(saved.epoch, 1)
+        return int(passes), round(part * saved.max_steps * self.args.gradient_accumulation_steps)
 
     def _load_callback_state(self) -> None:
         """Load what callbacks have counted, such as the patience of early stopping, but no setting of theirs."""

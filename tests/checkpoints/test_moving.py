@@ -7,12 +7,15 @@ a resumed run ends in the same bytes.
 import pytest
 import torch
 from conftest import one_line
-from training import ResumableDPOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer
+from training import QUIET, ResumableDPOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer
 from transformers import EarlyStoppingCallback
-from trl import BEMACallback, DPOConfig, DPOTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer, SFTConfig
 
 from hft_trl import HFTConfig, HFTError
+from hft_trl.chat import load_tokenizer
 from hft_trl.checkpoints import moving_reference as moving
+from hft_trl.recipe.rows import sft_dataset
+from hft_trl.weights import fingerprint
 
 SYNC = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 2}
 
@@ -100,6 +103,21 @@ def test_early_stopping_counts_on_where_it_was(base, tulu, tmp_path):
         pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
     assert trained("longer", tmp_path / "whole" / "checkpoint-3", patience=4).state.global_step == 5
+
+
+def test_a_stream_resumes_in_the_pass_that_it_was_in(base, tulu, tmp_path):
+    """transformers counts as if one pass were as long as all steps. Here it is two steps and a batch."""
+    rows = sft_dataset(tulu, "tulu").select(range(20)).to_iterable_dataset(num_shards=2).shuffle(1, buffer_size=8)
+    settings = {**QUIET, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    found = []
+    for name, step in (("whole", None), ("end of a pass", 2), ("second pass", 3)):
+        args = SFTConfig(str(tmp_path / name), **settings)
+        trainer = ResumableSFTTrainer(
+            str(base), args=args, train_dataset=rows, processing_class=load_tokenizer(str(base))
+        )
+        trainer.train(resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{step}" if step else None)
+        found.append((losses(trainer), [fingerprint(parameter) for parameter in trainer.model.parameters()]))
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(
