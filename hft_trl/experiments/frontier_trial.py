@@ -112,6 +112,7 @@ def _check_unused(recipe: Recipe, stage: Stage) -> None:
         "hft.ratio": (stage.hft.ratio, HFTConfig.ratio, "set ratios"),
         "hft.seed": (stage.hft.seed, HFTConfig.seed, "set seeds"),
         "sft.seed": (stage.args.seed, SFTConfig.seed, "set seeds"),
+        "sft.push_to_hub": (stage.args.push_to_hub, False, "remove it"),
         "retention.every": (stage.retention and stage.retention.every, None, "remove it"),
         "sft.learning_rate": (stage.args.learning_rate, SFTConfig.learning_rate, "set learning_rates"),
     }

@@ -63,6 +63,9 @@ def read_conversations(dataset: Dataset, parts: dict[str, str], name: str) -> Da
             f"{name}: the column {dates[0]} holds dates, which datasets makes of texts such as 2026-01-31 in JSON: "
             "save the rows as a .parquet file, in which they stay text."
         )
+    histories = enumerate(dataset["history"] if "history" in dataset.column_names else ())
+    if (number := next((number for number, turns in histories if turns), None)) is not None:
+        raise HFTError(f"row {number} of {name} has earlier turns in history: give all turns as messages.")
     if _is_in_form(dataset, parts):
         return dataset
     wanted = ["messages"] if "chat" in parts else ["prompt", *(side for side in ANSWERS if side in parts)]
@@ -101,8 +104,6 @@ def _is_in_form(dataset: Dataset, parts: dict[str, str]) -> bool:
 
 def _read(row: dict[str, Any], number: int, name: str, parts: dict[str, str], optional: list[str]) -> dict[str, Any]:
     where = f"row {number} of {name}"
-    if row.get("history"):
-        raise HFTError(f"{where} has earlier turns in history: give all turns as messages.")
     # In Arrow's structs, missing keys are None
     row = {key: remove_none_values(value) if isinstance(value, list | dict) else value for key, value in row.items()}
     # Some templates write a preamble even for an empty list of tools

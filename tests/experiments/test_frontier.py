@@ -100,6 +100,7 @@ def test_every_method_is_trained_with_the_settings_that_its_name_says(method):
         "sft.seed=7",
         "sft.learning_rate=1",
         "retention.every=10",
+        "sft.push_to_hub=true",
     ],
 )
 def test_a_setting_that_a_frontier_has_no_use_for_is_rejected(flag, tmp_path):

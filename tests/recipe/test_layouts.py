@@ -194,6 +194,7 @@ def test_a_text_column_is_read_as_text_beside_alpacas_columns(learned):
             "is not the prompt: give only the answers",
         ),
         ({"question": "a", "history": [["b", "e"]], "chosen": "c", "rejected": "d"}, "give all turns as messages"),
+        ({"prompt": "a", "history": [["b", "e"]], "chosen": "c", "rejected": "d"}, "give all turns as messages"),
         # Anthropic/hh-rlhf
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "trl-lib/hh-rlhf"),
         ({"system": [{"x": 1}], "question": "a", "chosen": "c", "rejected": "d"}, "message 0"),
