@@ -118,7 +118,7 @@ class RetentionArguments:
         return {**columns, "every": self.every or DEMO_EVERY, "max_rows": self.max_rows}
 
     def digests(self) -> dict[str, Any]:
-        """Return what its figures depend on, without which they cannot be compared: a digest of each kind of rows."""
+        """Return what the figures depend on: a digest of each kind of rows, and how many rows are measured."""
         rows = {name: value for name, value in self.settings().items() if value and name not in ("every", "max_rows")}
         return {"max_rows": self.max_rows} | {
             f"{name}_content": content_digest(Path(value)) if isinstance(value, str) else "demo"

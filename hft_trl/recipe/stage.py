@@ -119,10 +119,15 @@ class Stage:
 
     @property
     def data_names(self) -> list[str]:
-        """Return the names of its data sets, of a mixture the local files: its `path` may be `json`."""
+        """Return the names of its data sets, of a mixture's local files their folder if there are several."""
         if self.mixture is None:
             return [self.data.dataset]
-        return [str(name) for part in self.mixture.datasets for name in part_files(part) or [part.path]]
+        names: list[str] = []
+        for part in self.mixture.datasets:
+            files = part_files(part)  # the part's `path` may be just `json`
+            places = files if len(files) == 1 else {file.parent for file in files}
+            names += sorted(map(str, places or [part.path]))
+        return names
 
     def check(self) -> None:
         """Check the start model, source texts and quantized reference before anything is loaded."""

@@ -122,6 +122,7 @@ def _read_tensors(files: tuple[tuple[str, Path], ...], _states: tuple[tuple[int,
 
 def content_digest(source: Path) -> str | None:
     """Return the SHA-256 (hex) of the names and bytes of a file or folder, or `None` if it does not exist."""
+    source = Path(os.path.expanduser(source))  # noqa: PTH111 - Path's raises for an unknown user
     root, files = (source.parent, [source]) if source.is_file() else (source, source.rglob("*"))
     digests = {}
     for path in files:

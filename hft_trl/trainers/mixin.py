@@ -161,8 +161,8 @@ class HFTMixin:
             from hft_trl.saved_models.model_card import complete
 
             complete(self.args.output_dir, self.hft_selection, dataset_name)
-            # transformers copies the weights of a checkpoint to it, and uploads that folder. Else the folder may hold
-            # the start model still
+            # transformers copies the weights of a checkpoint to it, and uploads that folder. Otherwise the folder may
+            # still hold the start model
             if self.args.push_to_hub:
                 self.hft_selection.save(self.args.output_dir)
 

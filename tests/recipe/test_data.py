@@ -209,6 +209,8 @@ def test_a_card_names_the_files_of_a_mixture_and_no_data_set_on_the_hub_called_j
     flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--config", str(config)]
     stage, _ = parse_stage("sft", SFTConfig, flags)
     assert stage.data_names == [str(tmp_path / "chats.jsonl"), "org/chats"]
+    tulu.to_json(tmp_path / "chats-2.jsonl")  # a card would list thousands of files
+    assert stage.data_names == [str(tmp_path), "org/chats"]
 
 
 def test_a_mixture_is_not_evaluated_on_the_split_that_is_trained_on(tmp_path, tulu):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_names_and_bytes_of_a_folder_are_told_apart(tmp_path):
     shutil.copy(tmp_path / "0" / "ab", tmp_path / "ab")
     assert content_digest(tmp_path / "ab") == content_digest(tmp_path / "0")  # a file alone
     assert content_digest(tmp_path / "nothing") is None
+
+
+def test_a_file_in_the_home_folder_is_read_as_texts_of_retention_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts.txt").write_text("one")
+    assert content_digest(Path("~/texts.txt")) == content_digest(tmp_path / "texts.txt")
+    assert content_digest(Path("~nobody-of-this-name/texts.txt")) is None
 
 
 @pytest.mark.parametrize(
