@@ -39,9 +39,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import DPOConfig, SFTConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/processes"))  # FSDP on a CPU, which accelerate refuses to do
-import fsdp_on_cpu
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/processes"))
+import fsdp_on_cpu  # FSDP on a CPU, which accelerate refuses to do
 from launch import on_cpu
+from leaving import leave
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTSFTTrainer, demo, select
 from hft_trl.chat import load_tokenizer
@@ -201,6 +202,7 @@ def work(options: argparse.Namespace) -> None:
                 records.append({"variant": variant, **record})
     if PartialState().is_main_process:
         (options.worker / "counted.json").write_text(json.dumps(records))
+    leave()
 
 
 def show(result: dict[str, Any]) -> None:

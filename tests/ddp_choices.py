@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from conftest import tulu_row
 from datasets import Dataset
+from leaving import leave
 from training import sft_trainer
 
 from hft_trl import HFTConfig, HFTSFTTrainer
@@ -34,3 +35,4 @@ def main(base: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

@@ -7,6 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from conftest import ultrafeedback_row
 from datasets import Dataset
+from leaving import leave
 from training import dpo_trainer, losses
 
 from hft_trl import HFTConfig, HFTDPOTrainer
@@ -43,3 +44,4 @@ def main(base: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave()

@@ -24,9 +24,10 @@ from trl import DatasetMixtureConfig, DPOConfig, SFTConfig
 from trl.chat_template_utils import qwen3_training_chat_template
 from trl.scripts.utils import DatasetConfig
 
-sys.path.extend(str(Path(__file__).parent / folder) for folder in ("processes", "trainers", "zero"))
+sys.path.extend(str(Path(__file__).parent / folder) for folder in ("processes", "trainers"))
 
 from conftest import tulu_row, ultrafeedback_row
+from leaving import leave
 from test_trl_features import DPO, MATRICES, SFT, conversation_with_a_tool
 from training import QUIET, ResumableDPOTrainer, ResumableSFTTrainer, weights
 
@@ -288,11 +289,8 @@ def main(base: str, output: str, *names: str) -> None:
         torch.compiler.reset()
         gc.collect()
         (Path(output) / f"seen-{rank}.json").write_text(json.dumps(found, indent=1))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        from leaving import leave
-
-        leave()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import PATIENCE, tulu_row, ultrafeedback_row
 from datasets import Dataset
+from leaving import leave
 from training import ResumableDPOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
@@ -103,9 +104,7 @@ def train(folder, base, device, stage="sft", kill_at=None, resume=False, launch=
     backend = f"zero{plugin.zero_stage}" if plugin else trainer.accelerator.distributed_type.value
     seen = {"losses": losses(trainer), "backend": backend, "device": str(trainer.model.device)}
     (folder / "seen.json").write_text(json.dumps({**seen, "frozen": trainer.hft_selection.frozen}))
-    if plugin:
-        from leaving import leave
-
+    if launch is not None:
         leave()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import fsdp_on_cpu
 import torch
 from accelerate import PartialState
-from replicated import VOCABULARY, tiny_llama, trainer_of
+from replicated import VOCABULARY, leave, tiny_llama, trainer_of
 
 
 def main(base: Path, output: Path) -> None:
@@ -41,3 +41,4 @@ def main(base: Path, output: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*map(Path, sys.argv[1:]))
+    leave()

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import fsdp_on_cpu
 
+sys.path.append(str(Path(__file__).parent.parent))
+from leaving import leave
+
 
 def main(words: list[str]) -> None:
     fsdp_on_cpu.enable()
@@ -23,3 +26,4 @@ def main(words: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave()

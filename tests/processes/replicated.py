@@ -19,6 +19,7 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import QUIET, tiny_llama, tulu_row, ultrafeedback_row
+from leaving import leave
 from training import ResumableDPOTrainer, ResumableSFTTrainer
 
 from hft_trl import HFTConfig, HFTError
@@ -138,3 +139,4 @@ def main(base: Path, output: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*map(Path, sys.argv[1:]))
+    leave()

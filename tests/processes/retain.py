@@ -13,6 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tulu_row, ultrafeedback_row
+from leaving import leave
 from training import ResumableDPOTrainer, ResumableSFTTrainer
 
 from hft_trl import HFTConfig, RetentionCallback
@@ -70,3 +71,4 @@ def main(base: str, output: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

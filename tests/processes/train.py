@@ -21,6 +21,7 @@ from trl import DPOConfig, SFTConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import tulu_row, ultrafeedback_row
+from leaving import leave
 from training import ResumableDPOTrainer, ResumableSFTTrainer
 
 from hft_trl import HFTConfig
@@ -223,3 +224,4 @@ def main(base: str, output: str, *names: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])
+    leave()

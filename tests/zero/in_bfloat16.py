@@ -11,8 +11,10 @@ from pathlib import Path
 
 import deepspeed.ops
 from datasets import Dataset
-from leaving import leave
 from trl import DPOConfig, SFTConfig
+
+sys.path.append(str(Path(__file__).parent.parent))
+from leaving import leave
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer
 

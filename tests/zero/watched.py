@@ -16,8 +16,10 @@ from pathlib import Path
 import deepspeed.ops
 import torch
 from deepspeed.utils import safe_get_full_grad
-from leaving import leave
 from transformers import TrainerCallback
+
+sys.path.append(str(Path(__file__).parent.parent))
+from leaving import leave
 
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import is_partitioned, numel
