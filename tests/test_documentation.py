@@ -78,7 +78,8 @@ def test_every_launch_line_is_accepted(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", commands("python recipes/frontier.py"))
-def test_every_frontier_line_is_accepted(command):
+def test_every_frontier_line_is_accepted(command, monkeypatch):
+    monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
     words = shlex.split(command)[2:]
     parse_frontier([str(ROOT / word) if word.startswith("recipes/configs/") else word for word in words])
 
