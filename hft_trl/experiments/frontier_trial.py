@@ -91,7 +91,8 @@ def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -
     flat = {f"{section}.{key}": str(value) for section, values in same.items() for key, value in values.items()}
     with writing(output):
         lock(output)
-    check_settings(output, flat, ("peft",))
+    # Only `hft:wanda` reads the source texts, so they can be added with it, and left out with it
+    check_settings(output, flat, ("peft",), ("hft.source_texts", "hft.source_texts_content"))
     start = (sys.executable, "-m", __name__, str(output))
     return [
         Point(

@@ -89,25 +89,33 @@ def run_points(points: Sequence[Point], output: Path, workers: int | None = None
             child.wait()
 
 
-def check_settings(output: Path, settings: Mapping[str, str], packages: Iterable[str] = ()) -> None:
-    """Record settings and library versions of the folder's results, and reject different ones."""
+def check_settings(
+    output: Path, settings: Mapping[str, str], packages: Iterable[str] = (), optional: Iterable[str] = ()
+) -> None:
+    """
+    Record settings and library versions of the folder's results, and reject different ones.
+
+    Those in `optional` may be missing in a call, as only some of the points need them.
+    """
     names = ("torch", "transformers", "trl", *packages)
     settings = {"versions": ", ".join(f"{name} {package_version(name)}" for name in names), **settings}
     path = output / SETTINGS_FILE
+    before: dict[str, str] = {}
     if path.exists():
         try:
             before = read_object(path)
         except (OSError, ValueError) as error:
             raise HFTError(f"{path} cannot be read ({error}): use another output_dir.") from error
-        for key, now in settings.items():
-            if before.get(key) != now:
+        for key in before | settings:
+            there, here = before.get(key), settings.get(key)
+            if there != here and not (key in optional and None in (there, here)):
                 raise HFTError(
-                    f"{output} holds scores made with the {key} {before.get(key) or 'none'}, now they are "
-                    f"{now or 'none'}: use the same, or another output_dir."
+                    f"{output} holds scores made with the {key} {there or 'none'}, now they are {here or 'none'}: "
+                    "use the same, or another output_dir."
                 )
     with writing(output):
         (output / "scores").mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        write_json(path, before | settings)
 
 
 def _gpus() -> list[str]:

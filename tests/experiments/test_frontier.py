@@ -477,6 +477,28 @@ def test_a_changed_text_is_rejected_in_the_same_folder(tmp_path, flag):
     assert str(tmp_path / "b") not in str(recorded)
 
 
+def test_rows_that_a_later_command_leaves_out_are_named(tmp_path):
+    """Its points would lack a figure that the folder's have, and the command with all rows would be rejected."""
+    texts, prompts = tmp_path / "texts.txt", tmp_path / "prompts.jsonl"
+    texts.write_text("Ada lives in Rome. " * 9)
+    prompts.write_text('{"prompt": "Where does Ada live?"}\n')
+    words = [*QUICK, "--output_dir", str(tmp_path / "out"), "--retention.texts", str(texts)]
+    for more in (["--retention.prompts", str(prompts)], [], ["--retention.prompts", str(prompts)]):
+        with nullcontext() if more else pytest.raises(HFTError, match=r"prompts_content \w+, now they are none"):
+            frontier_points(*parse_frontier([*words, *more]))
+
+
+def test_source_texts_can_come_with_the_method_that_reads_them(tmp_path):
+    words = [*QUICK, "--output_dir", str(tmp_path / "out")]
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("Ada lives in Rome.")
+    second.write_text("Ada lives in Oslo.")
+    wanda = ["--methods", "fft", "hft:wanda", "--hft.source_texts"]
+    for more in ([], [*wanda, str(first)], [], [*wanda, str(second)]):
+        with pytest.raises(HFTError, match="now they are second") if str(second) in more else nullcontext():
+            frontier_points(*parse_frontier([*words, *more]))
+
+
 def test_a_folder_in_use_by_another_frontier_is_rejected(tmp_path):
     recipe, grid, flags = parse_frontier([*QUICK, "--output_dir", str(tmp_path)])
     with (tmp_path / LOCK_FILE).open("w") as other:
