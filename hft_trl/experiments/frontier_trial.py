@@ -4,6 +4,7 @@ Train one model of a frontier in its own process, and measure what it learned an
     python -m hft_trl.experiments.frontier_trial OUTPUT METHOD RATE RATIO SEED FLAGS...
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -147,6 +148,11 @@ def run_trial(trial: Trial, output: Path, argv: list[str]) -> None:
         wanted = ("eval_loss", "eval_mean_token_accuracy")
         learned = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items() if key in wanted}
         kept = meter.measure(trainer.model, base)
+        if not all(map(math.isfinite, (learned["loss"], *kept.values()))):  # no model would dominate it
+            raise HFTError(
+                f"{trial.name} ended with a task loss of {learned['loss']} and {kept}, which cannot be compared: "
+                "lower its learning rate or check the data."
+            )
         if grid.tasks:
             learned |= _tasks(trainer, folder / "evaluated", grid.tasks)
         found = {"post_hoc": post_hoc, "learned": learned, "kept": kept, "seconds": seconds, "peak_memory_bytes": peak}

@@ -400,6 +400,15 @@ def test_texts_alone_are_enough_to_measure(tmp_path):
     assert set(found["kept"]) == {"text_loss"}
 
 
+def test_a_model_that_diverged_in_its_last_step_is_named_and_not_on_the_front(tmp_path):
+    """The loss of its steps is finite, that of the model is not."""
+    words = [*QUICK[QUICK.index("--sft.max_steps") : -2], "--output_dir", str(tmp_path)]
+    (tmp_path / "scores").mkdir()
+    with pytest.raises(HFTError, match="fft-4e9-1 ended with a task loss of nan"):
+        run_trial(Trial("fft", "4e9"), tmp_path, words)
+    assert not list((tmp_path / "scores").iterdir())
+
+
 def test_the_task_loss_is_one_figure_whatever_loss_was_trained(tmp_path):
     """TRL's own `eval_loss` is that of `loss_type`."""
     losses = set()
