@@ -27,7 +27,7 @@ from hft_trl.saved_models.digests import content_digest, model_digest
 from hft_trl.saved_models.saved_model import FILES
 from hft_trl.skeleton import check_folder
 from hft_trl.trainers.compatibility import check
-from hft_trl.weights import combined_digest
+from hft_trl.weights import combined_digest, weight_files
 
 WEIGHTS = "model*.safetensors*"  # some repositories hold a second copy, named consolidated
 MEASURED_WITH = ("hft_trl", "lm_eval", "transformers", "torch")
@@ -166,6 +166,7 @@ def sample_answers(
     unknown model or a prompt that is too long for it raises an [`HFTError`].
     """
     folder = find_model(model)
+    weight_files(str(folder))  # for its checks
     tokenizer = load_tokenizer(str(folder), chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,6 +1,7 @@
 """Outputs for AlpacaEval: the format of that project, the replies of the model, and mistakes in one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_sample_answers_are_the_models_own_and_need_no_padding_token(base, tmp_p
     assert any(expected)
     with pytest.raises(HFTError, match=r"model folder '\./gone' does not exist"):
         sample_answers("./gone", prompts)
+
+
+def test_a_model_that_was_copied_in_part_is_named(base, tmp_path):
+    folder = tmp_path / "part"
+    shutil.copytree(base, folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    result = generate(folder, "--prompts", "Where?")
+    assert result.exit_code == 2
+    assert "model.safetensors is missing or incomplete" in result.stderr
 
 
 def test_a_reply_ends_where_the_model_says_that_a_turn_ends(base):
