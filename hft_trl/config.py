@@ -105,6 +105,8 @@ class HFTConfig:
             allowed = [value for kind in kinds for value in get_args(kind)]
             if allowed and vars(self)[name] not in (*allowed, vars(HFTConfig)[name]):
                 raise HFTError(f"hft.{name} is {vars(self)[name]!r}: it must be one of {', '.join(allowed)}.")
+            if hint is bool and not isinstance(vars(self)[name], bool):  # the string "false" is true
+                raise HFTError(f"hft.{name} is {vars(self)[name]!r}: it must be True or False, without quotes.")
         if self.frozen_dtype and self.frozen_quantization:
             raise HFTError(
                 f"hft.frozen_dtype is {self.frozen_dtype!r} and hft.frozen_quantization is "
