@@ -89,19 +89,26 @@ class HFTMixin:
         self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """Train as the parent does. A checkpoint of another selection and a frozen bit that moved are errors."""
-        from hft_trl.selection.previous import check_resumable, remember
+        from hft_trl.selection.previous import check_resumable
         from hft_trl.trainers import preparation
 
         self._resumes = check_resumable(self.hft_selection, resume_from_checkpoint, self.args.output_dir)
         preparation.check_before_training(self)
         with ExitStack() as ends:
+            ends.callback(self._remember)  # also where training is interrupted
             for storage in self._storages:
                 storage.before_training(self)
                 ends.callback(storage.training_ends, self)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self.check_frozen()
-        remember(self.accelerator.unwrap_model(self.model), self.hft_selection)
         return output
+
+    def _remember(self) -> None:
+        """Note the selection on the policy, once a step of it was trained."""
+        from hft_trl.selection.previous import remember
+
+        if self.state.global_step:
+            remember(self.accelerator.unwrap_model(self.model), self.hft_selection)
 
     def _begins(self) -> None:
         """Follow the policy that accelerate has wrapped or moved, and check its frozen half."""

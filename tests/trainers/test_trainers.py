@@ -14,13 +14,20 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from training import QUIET, HFTKTOTrainer, ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import BEMACallback, DPOTrainer, KTOConfig, SFTConfig, SFTTrainer, SyncRefModelCallback
 
 from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection, demo, select
 from hft_trl.chat import load_tokenizer
 from hft_trl.frozen.smaller_type import start_files
 from hft_trl.recipe.rows import sft_dataset
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C after the first step."""
+
+    def on_step_end(self, *_, **__):
+        raise KeyboardInterrupt
 
 
 def test_frozen_bits_equal_the_base_in_the_saved_file_and_every_trainable_matrix_moves(base, tulu, tmp_path):
@@ -166,6 +173,17 @@ def test_reselect_relates_a_stage_to_the_selection_of_its_start_model(base, tulu
     layers = {name for name in second.hft_selection.trainable if ".layers." in name}
     expected = first.hft_selection.trainable if same else first.hft_selection.frozen
     assert layers == {name for name in expected if ".layers." in name}
+
+
+def test_a_stage_after_an_interrupted_one_draws_the_same_half_in_memory_and_from_disk(base, tulu, tmp_path):
+    first = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "1", HFTConfig())
+    first.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first.save_model()
+    in_memory = sft_trainer(HFTSFTTrainer, first.model, tulu, tmp_path / "2", HFTConfig())
+    from_disk = sft_trainer(HFTSFTTrainer, tmp_path / "1", tulu, tmp_path / "3", HFTConfig())
+    assert in_memory.hft_selection == from_disk.hft_selection != first.hft_selection
 
 
 def test_a_stage_that_trains_in_the_folder_of_its_start_model_resumes(base, tulu, tmp_path):
