@@ -44,6 +44,10 @@ def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool 
     checkpoint = get_last_checkpoint(output_dir) if resume_from is True and Path(output_dir).is_dir() else resume_from
     if not checkpoint or checkpoint is True:
         return False
+    if not Path(checkpoint).is_dir():
+        raise HFTError(
+            f"resume_from_checkpoint is {str(checkpoint)!r}, which is no folder: give that of a checkpoint."
+        )
     if not (Path(checkpoint) / SELECTION_FILE).is_file():
         if selection.config.method == "fft":
             return True

@@ -405,6 +405,13 @@ def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_di
     assert "seed 42 there, 1 here" in message
 
 
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_resuming_from_a_folder_that_does_not_exist_says_so(base, tulu, tmp_path, method):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method))
+    with pytest.raises(HFTError, match="checkpoint-3', which is no folder"):
+        trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+
+
 def test_resuming_from_another_start_model_is_refused(base, tulu, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     sft_trainer(ResumableSFTTrainer, base, tulu, tmp_path / "a", HFTConfig(), **settings).train()
