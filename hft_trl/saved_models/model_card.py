@@ -41,7 +41,7 @@ def complete(
 ## Half Fine-Tuning
 
 In this stage a part of the parameters learned and the rest kept the bits of the start model
-`{shown(start)}` (weights `{selection.start_model["weights_digest"]}`).
+`{shown(start) or "in memory"}` (weights `{selection.start_model["weights_digest"]}`).
 {described(selection, "learned")}
 
 Cite HFT as:

@@ -464,6 +464,16 @@ def test_the_model_card_names_what_the_user_gave_and_links_only_the_hub(base, tu
     assert f"fine-tuned version of `{base}`.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_of_a_model_that_has_no_path_says_so(base, tokenizer, tulu, tmp_path):
+    model = tiny_llama(len(tokenizer))
+    rows, args = sft_dataset(tulu, "tulu"), SFTConfig(str(tmp_path), **QUIET)
+    given = {"train_dataset": rows, "processing_class": load_tokenizer(str(base))}
+    HFTSFTTrainer(model, args, **given).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "fine-tuned version of a model in memory." in text
+    assert "the bits of the start model\n`in memory` (weights `" in text
+
+
 def test_a_model_on_the_hub_is_linked_in_the_card(base, tulu, tmp_path):
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path / "out", HFTConfig())
     start = {"name_or_path": "org/base", "weights_digest": "0"}
