@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GradientCheckpointingLayer, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hft_trl.errors import HFTError
+from hft_trl.errors import HFTError, explained
 from hft_trl.selection.categories import OuterParts, layer_category, own_class_names
 from hft_trl.weights import named_modules, named_parameters, numel
 
@@ -123,7 +123,8 @@ def _frozen_by_class(model: PreTrainedModel, names: Collection[str]) -> set[str]
     except Exception as error:
         raise HFTError(
             f"The model {type(model).__name__} cannot be rebuilt from its own config, which HFT needs to learn "
-            f"what the class itself keeps frozen: {type(error).__name__}: {error}"
+            f"what the class itself keeps frozen ({type(error).__name__}: {explained(error)}): let its constructor "
+            "need the config alone."
         ) from error
     made = twin.named_parameters(remove_duplicate=False)
     return {name for name, parameter in made if name in names and not parameter.requires_grad}

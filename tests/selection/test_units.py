@@ -276,3 +276,16 @@ def test_a_class_that_cannot_be_built_from_its_config_is_named():
     model.config.hidden_act = "no-such-function"
     with pytest.raises(HFTError, match="LlamaForCausalLM cannot be rebuilt from its own config"):
         find_units(model)
+
+
+def test_a_class_whose_constructor_needs_more_than_the_config_is_told_so():
+    class Extended(type(tiny_llama(50))):
+        def __init__(self, config, heads):
+            super().__init__(config)
+            self.heads = heads
+
+    model = Extended(tiny_llama(50).config, 2).requires_grad_(False)
+    with pytest.raises(
+        HFTError, match=r"Extended cannot be rebuilt.*'heads'\): let its constructor need the config alone"
+    ):
+        find_units(model)
