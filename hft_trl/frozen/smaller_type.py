@@ -128,9 +128,10 @@ def kept_in_their_type(model: PreTrainedModel, sharded: bool = False) -> set[int
 
 
 def start_files(model: PreTrainedModel, revision: str | None) -> dict[str, Path]:
-    """Return the safetensors file of each tensor of the loaded model by name; empty without files."""
+    """Return the absolute path of each tensor's safetensors file by its name; empty without files."""
     try:
-        return weight_files(model.config._name_or_path, revision)
+        files = weight_files(model.config._name_or_path, revision)
+        return {name: path.absolute() for name, path in files.items()}
     except (HFTError, OSError):
         return {}
 

@@ -139,6 +139,17 @@ def test_what_is_saved_is_whole_and_its_frozen_half_has_the_bits_of_the_base(
     assert digest(base) == files
 
 
+@pytest.mark.parametrize("storage", [{"frozen_quantization": "nf4"}, {"frozen_dtype": "bfloat16"}])
+def test_the_start_model_is_found_at_a_save_in_another_working_directory(base, tulu, tmp_path, monkeypatch, storage):
+    monkeypatch.chdir(base.parent)
+    settings = {"bf16": True} if "frozen_dtype" in storage else {}
+    trainer = sft_trainer(HFTSFTTrainer, base.name, tulu, tmp_path / "out", HFTConfig(**storage), **settings)
+    monkeypatch.chdir(tmp_path)
+    trainer.save_model()
+    before, after = weights(base), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in trainer.hft_selection.frozen)
+
+
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_a_stage_chained_in_memory_after_it_is_rejected(base, tulu, tmp_path, method):
     """It would save none of the quantized matrices: they are in no state dict, and the stage before held the files."""
