@@ -71,8 +71,8 @@ class RetentionCallback(TrainerCallback):
         if texts is None and facts is None and prompts is None:
             raise HFTError("texts, facts and prompts are all missing: give at least one to measure retention on.")
         for name, value in (("every", every), ("max_rows", max_rows)):
-            if value is not None and value < 1:
-                raise HFTError(f"{name} is {value}: it must be at least 1.")
+            if value is not None and (type(value) is not int or value < 1):
+                raise HFTError(f"{name} is {value!r}: it must be a whole number of at least 1.")
         # Read now, so that a mistake in a file is found before training
         self._rows = {
             "texts": None if texts is None else read_texts(texts),

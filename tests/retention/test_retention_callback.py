@@ -243,7 +243,9 @@ def test_eval_on_start_measures_the_start_once(base, tulu, tmp_path):
     [
         ({}, "texts, facts and prompts are all missing"),
         ({"texts": ["One two."], "every": 0}, "every is 0"),
+        ({"texts": ["One two."], "every": "100"}, "every is '100'"),
         ({"texts": ["One two."], "max_rows": 0}, "max_rows is 0"),
+        ({"texts": ["One two."], "max_rows": 1e3}, r"max_rows is 1000\.0"),
         ({"texts": "missing.txt"}, r"missing\.txt' cannot be read"),
     ],
 )
