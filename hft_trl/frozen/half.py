@@ -22,6 +22,9 @@ class FrozenHalf:
         found = fingerprints((name, tensor) for name, tensor in named_parameters(model) if name in self.digests)
         for name, digest in self.digests.items():
             if found.get(name) != digest:
+                types = {key: p.dtype for key, p in named_parameters(model)}
+                if name in found and types[name] != self.forms.get(name, (types[name],))[0]:
+                    raise HFTError(f"{name} was cast to {types[name]}: save the model first, and cast what is saved.")
                 how = "moved" if name in found else "was removed"
                 raise RuntimeError(f"the frozen parameter {name} {how} during training: the model is not saved")
 

@@ -285,6 +285,14 @@ def test_a_model_that_changed_after_the_trainer_was_built_is_named_before_the_fi
     assert trainer.state.global_step == 0
 
 
+def test_a_model_that_was_cast_after_training_is_not_saved_and_it_is_said(base, tulu, tmp_path):
+    trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(), max_steps=1)
+    trainer.train()
+    trainer.model.to(torch.bfloat16)
+    with pytest.raises(HFTError, match=r"was cast to torch\.bfloat16: save the model first, and cast what is saved"):
+        trainer.save_model()
+
+
 def test_a_frozen_half_under_other_names_is_still_checked_and_a_lost_one_is_an_error(base, tulu, tmp_path):
     """Checkpoint wrappers and torch.compile rename parameters; the check must not pass for want of names."""
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig())
