@@ -96,7 +96,7 @@ def gradient_squares(
 
     training = [module for module in model.modules() if module.training]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    metrics = copy.deepcopy(vars(trainer).get("_metrics"))
+    metrics = {name: copy.deepcopy(vars(trainer).get(name)) for name in ("_metrics", "_stored_metrics")}  # CPO, ORPO
     if (ref_model := vars(trainer).get("ref_model")) is not None:
         reference.lend(model, trainer.accelerator.unwrap_model(ref_model))
     device = trainer.accelerator.device
@@ -120,8 +120,7 @@ def gradient_squares(
         model.requires_grad_(False).zero_grad()
         for parameter in learning:
             parameter.requires_grad_(True)
-        if metrics is not None:
-            trainer._metrics = metrics
+        vars(trainer).update({name: kept for name, kept in metrics.items() if kept is not None})
     return {name: total / len(rows) for name, total in squares.items()}
 
 

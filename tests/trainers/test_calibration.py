@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PATIENCE
+from conftest import PATIENCE, QUIET
 from datasets import Dataset
 from training import ResumableSFTTrainer, dpo_trainer, losses, sft_trainer, weights
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTSFTTrainer, Selection
+from hft_trl import HFTConfig, HFTDPOTrainer, HFTError, HFTMixin, HFTSFTTrainer, Selection
+from hft_trl.chat import load_tokenizer
 from hft_trl.retention.meter import Meter
 from hft_trl.trainers import calibration
 from hft_trl.trainers.calibration import FILE, drawn_rows, gradient_squares, output_squares
@@ -104,6 +106,16 @@ def test_nothing_is_left_behind_in_the_trainer_the_model_and_random_states(
         runs.append((losses(trainer), state.tolist(), training, trainer.hft_selection.trainable))
     assert runs[0] == runs[1]
     assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
+
+
+def test_the_metrics_that_cpo_collects_are_left_as_they_were(base, tmp_path):
+    class HFTCPOTrainer(HFTMixin, CPOTrainer):
+        pass
+
+    rows = Dataset.from_list([{"prompt": f"Who is {i}?", "chosen": " Ada", "rejected": " Bob"} for i in range(4)])
+    given = {"train_dataset": rows, "processing_class": load_tokenizer(str(base)), "hft_config": GRADIENT}
+    trainer = HFTCPOTrainer(AutoModelForCausalLM.from_pretrained(base), CPOConfig(str(tmp_path), **QUIET), **given)
+    assert not trainer._stored_metrics["train"]
 
 
 def test_least_is_the_other_end_and_the_seed_draws_the_rows(base, tulu, tmp_path):
