@@ -77,6 +77,14 @@ def read_object(path: Path, **types: type | UnionType) -> dict[str, Any]:
     return content
 
 
+def read_or_reject(path: Path, remedy: str, **types: type | UnionType) -> dict[str, Any]:
+    """Read a JSON object as [`read_object`] does. One that cannot be read is a user error with a remedy."""
+    try:
+        return read_object(path, **types)
+    except (OSError, ValueError) as error:
+        raise HFTError(f"{path} cannot be read ({error}): {remedy}.") from error
+
+
 def read_texts(path: Path, *keys: str) -> list[dict[str, Any]]:
     """Read a JSON list of objects with a text for each of `keys`. Reject the first invalid object."""
     try:

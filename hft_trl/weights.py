@@ -20,7 +20,7 @@ from transformers.utils import (
 )
 
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object
+from hft_trl.files import read_or_reject
 
 # What torch.compile and FSDP's activation checkpointing put into names, at the start and in between
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}
@@ -148,10 +148,7 @@ def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:
 
 def _listed(index: Path) -> dict[str, Path]:
     """Return the file of every tensor in an index. All must be beside it and readable."""
-    try:
-        names = read_object(index, weight_map=dict)["weight_map"]
-    except (OSError, ValueError) as error:
-        raise HFTError(f"the index {index} cannot be read ({error}): save or download the model again.") from error
+    names = read_or_reject(index, "save or download the model again", weight_map=dict)["weight_map"]
     for name, file in names.items():
         if not isinstance(file, str) or file in ("", ".", "..") or Path(file).name != file:
             raise HFTError(

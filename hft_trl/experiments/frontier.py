@@ -12,7 +12,7 @@ import numpy as np
 
 from hft_trl.errors import HFTError
 from hft_trl.experiments.grid import BASE
-from hft_trl.files import read_object
+from hft_trl.files import read_or_reject
 
 Point = dict[str, Any]
 """A measured model, as in the `points` of `frontier.json`."""
@@ -108,11 +108,8 @@ class Frontier:
 
 def read_frontier(files: Sequence[Path], kept: str) -> Frontier:
     points = []
-    for path in files:
-        try:
-            points += read_object(path, points=list)["points"] if path.exists() else []
-        except (OSError, ValueError) as error:
-            raise HFTError(f"{path} cannot be read ({error}): remove it, and run the same command again.") from error
+    for path in (path for path in files if path.exists()):
+        points += read_or_reject(path, "remove it, and run the same command again", points=list)["points"]
     models = means(points, kept)
     others = [name for name in dict.fromkeys(map(series, points)) if name not in (BASE, AGAINST)]
     found = {name: compare_at_equal_loss(points, name, AGAINST, kept) for name in others}

@@ -13,7 +13,7 @@ import torch
 
 from hft_trl.environment import package_version
 from hft_trl.errors import HFTError
-from hft_trl.files import read_object, write_json, writing
+from hft_trl.files import read_or_reject, write_json, writing
 from hft_trl.redact import redact
 
 SETTINGS_FILE = "settings.json"
@@ -102,10 +102,7 @@ def check_settings(
     path = output / SETTINGS_FILE
     before: dict[str, str] = {}
     if path.exists():
-        try:
-            before = read_object(path)
-        except (OSError, ValueError) as error:
-            raise HFTError(f"{path} cannot be read ({error}): use another output_dir.") from error
+        before = read_or_reject(path, "use another output_dir")
         for key in before | settings:
             there, here = before.get(key), settings.get(key)
             if there != here and not (key in optional and None in (there, here)):

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from huggingface_hub import whoami
 
 from hft_trl.errors import HFTError, first_line
-from hft_trl.files import flush, read_object, resolved, write_json, write_json_once, writing
+from hft_trl.files import flush, read_or_reject, resolved, write_json, write_json_once, writing
 from hft_trl.processes import all_see, by_first_process
 from hft_trl.recipe.parsing import CHECKPOINTING
 from hft_trl.redact import redact
@@ -291,10 +291,6 @@ def mark_finished(stage: "Stage", record: StageRecord) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    try:
-        content = read_object(folder / STAGE_FILE, settings=dict, record=dict | NoneType)
-        return {"settings": content["settings"], "record": content["record"]}
-    except (OSError, ValueError) as error:
-        raise HFTError(
-            f"{folder / STAGE_FILE} cannot be read ({error}): pass --overwrite, or remove the folder."
-        ) from error
+    remedy = "pass --overwrite, or remove the folder"
+    content = read_or_reject(folder / STAGE_FILE, remedy, settings=dict, record=dict | NoneType)
+    return {"settings": content["settings"], "record": content["record"]}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter, ValidationError
 
 from hft_trl.errors import HFTError
-from hft_trl.files import read_json, write_json, writing
+from hft_trl.files import read_or_reject, write_json, writing
 from hft_trl.redact import redact
 from hft_trl.retention import PREFIX
 
@@ -105,11 +105,8 @@ class Report:
     def load(cls, directory: str | Path) -> "Report":
         """Read `report.json` from a run's folder. Reject a missing, invalid or differently versioned file."""
         path = Path(directory) / REPORT_FILE
-        try:
-            content = read_json(path)
-        except (OSError, ValueError) as error:
-            raise HFTError(f"{path} cannot be read ({error}): give the output folder of a run.") from error
-        found = content.get("version") if isinstance(content, dict) else None
+        content = read_or_reject(path, "give the output folder of a run")
+        found = content.get("version")
         if found != REPORT_VERSION:
             raise HFTError(f"{path} has version {found!r}, this hft_trl reads {REPORT_VERSION}: run the recipe again.")
         report = from_json(cls, content, f"{path}: report")
