@@ -30,10 +30,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     Yield a temporary file that replaces `path` at the end, completely or not at all.
 
-    The folder must exist. A killed process can leave a partial file of this name with a leading dot, which the next
-    call overwrites. An `OSError` leaves the old file unchanged.
+    The folder is made if it does not exist. A killed process can leave a partial file of this name with a leading dot,
+    which the next call overwrites. An `OSError` leaves the old file unchanged.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     try:
         yield temporary

@@ -127,7 +127,6 @@ def generate_command(
     if alpaca_eval:
         added = [{"output": reply, "generator": generator or models[0]} for reply in answers[models[0]]]
         with writing(output, resumes=False):
-            output.parent.mkdir(parents=True, exist_ok=True)
             content = [{"dataset": "", **row, **new} for row, new in zip(rows, added, strict=True)]
             write_json(output, content, ensure_ascii=False)
         typer.echo(f"Written: {output}, {len(rows)} replies")

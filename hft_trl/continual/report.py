@@ -84,7 +84,6 @@ def write_comparison(runs: Mapping[str, Scores], folder: str | Path) -> Path:
     """Write `comparison.md` and `comparison.png` of runs, and return the path of the first."""
     folder = Path(folder)
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         labels = {f"{run_name(run)} ({name})": run for name, run in runs.items()}
         save_figure(curves_figure(labels), folder / "comparison.png")
         parts = ["# Comparison of continual runs", table(comparison_grid(runs)), "![OP and BWT](comparison.png)"]

@@ -147,7 +147,6 @@ def _score(path: Path, task: Task, made_with: dict[str, Any], predictions: Seque
         "predictions": [{"answer": a, "prediction": text} for a, text in zip(answers, predictions, strict=True)],
     }
     with writing(path):
-        path.parent.mkdir(exist_ok=True)
         write_json_once(path, content)
     return result
 

@@ -209,6 +209,5 @@ def _write(cache: Path, key: dict[str, Any], results: dict[str, Any]) -> None:
         for name, figures in results.items()
     }
     with writing(cache, resumes=False):
-        cache.mkdir(parents=True, exist_ok=True)
         entry = {"key": key, "results": numbers, "digest": combined_digest(numbers)}
         write_json(cache / f"{combined_digest(key)}.json", entry)

@@ -117,7 +117,6 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> list[Path
     parts += [f"![scores]({picture.name})"] if figure is not None else []
     parts.append(f"Every figure comes from `{data.name}`, {evaluation.created}.")
     with writing(folder, resumes=False):
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(data, evaluation.to_dict(), allow_nan=False)
         write_text(text, "\n\n".join(parts) + "\n")
         if figure is None:

@@ -206,7 +206,6 @@ def write(
         data = (DEMO if model == "demo" else DATA)[name]
         text += _dump({name: {**data, **SCHEDULE[name], **_arguments(task, plan)}})
     with writing(folder, resumes=False):
-        recipe.parent.mkdir(parents=True, exist_ok=True)
         write_text(recipe, text.rstrip("\n") + "\n")
         with replacing(launch) as new:
             script = f"#!/usr/bin/env bash\n# From the root of the repository.\nset -euo pipefail\n{line}\n"

@@ -96,7 +96,6 @@ class Report:
         """Write `report.json` atomically to a folder, created if missing. Numbers not finite become null."""
         path = Path(directory) / REPORT_FILE
         with writing(directory):
-            path.parent.mkdir(parents=True, exist_ok=True)
             finite = json.loads(json.dumps(asdict(self)), parse_constant=lambda _: None)
             write_json(path, finite, ensure_ascii=False)
         return path

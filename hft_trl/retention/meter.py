@@ -201,10 +201,8 @@ def write_base(path: Path, base: Base, meter: Meter) -> None:
     tensors = {
         name: torch.cat(parts) for name, parts in zip(("ids", "log_probs"), zip(*base, strict=True), strict=True)
     }
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as new:
-            save_file(tensors, new, metadata={"prompts": _digest(meter)})
+    with writing(path.parent), replacing(path) as new:
+        save_file(tensors, new, metadata={"prompts": _digest(meter)})
 
 
 def read_base(path: Path, meter: Meter) -> Base:

@@ -129,7 +129,6 @@ def write_picture(diffs: Sequence[ModelDiff], path: str | Path) -> None:
     if figure is None:
         raise HFTError(f"--plot is {str(path)!r}, which is not drawn: no layer has a known change.")
     with writing(path, resumes=False):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, path)
 
 

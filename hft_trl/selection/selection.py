@@ -111,7 +111,6 @@ class Selection:
         about = {"share": self.share, "digest": self.digest, "start_model": self.start_model}
         path = Path(directory) / SELECTION_FILE
         with writing(path, resumes=False):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, essence | about | names)
         return path
 

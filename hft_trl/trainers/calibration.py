@@ -60,7 +60,6 @@ def measured_once(trainer: Trainer, model: PreTrainedModel, names: list[str], co
     (squares,) = broadcast_object_list([squares])
     if trainer.args.should_save:
         with writing(file.parent):
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {"of": key, "squares": squares})
     return squares
 
