@@ -19,7 +19,6 @@ from hft_trl.continual.continual_arguments import ADAPTER_FOLDER, Adapter, LoRAA
 from hft_trl.errors import HFTError, as_user_error
 from hft_trl.recipe.arguments import ModelArguments
 from hft_trl.saved_models.model_card import complete
-from hft_trl.skeleton import build_on_meta
 
 
 class AdapterTrainer(ResumableMixin, SFTTrainer):
@@ -102,7 +101,7 @@ def check_adapter(model: ModelArguments, args: SFTConfig, adapter: Adapter) -> N
             "accelerate_configs/single.yaml or ddp.yaml."
         )
     names = adapter.lora.target_modules
-    structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    structure = model.structure()
     known = [name for name, _ in structure.named_modules()]
     # PEFT does not report an unknown name if another one is known
     for name in names if names != ["all-linear"] else []:

@@ -25,7 +25,6 @@ from hft_trl.recipe.folder import lock, open_stages
 from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import check_fills_batch, rehearse
-from hft_trl.skeleton import build_on_meta
 from hft_trl.weights import combined_digest
 
 logger = logging.get_logger(__name__)
@@ -91,9 +90,8 @@ class ContinualRecipe:
     def rounds(self, tasks: Sequence[Task], general: Sequence[Row] = ()) -> list[Round]:
         """Plan the rounds, and write the rows that each trains on. All processes must call it."""
         run, output, rounds, contents = self.run, Path(self.run.output_dir), [], {}
-        args, model = self.arguments(output, 1), self.model
-        structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
-        limits = {"sft.max_length": args.max_length, "the model's positions are": most_tokens(structure)}
+        args, positions = self.arguments(output, 1), most_tokens(self.model.structure())
+        limits = {"sft.max_length": args.max_length, "the model's positions are": positions}
         for name, limit in limits.items():
             if limit is not None and run.max_new_tokens >= limit:
                 raise HFTError(f"max_new_tokens is {run.max_new_tokens} and {name} {limit}: leave room for prompts.")

@@ -36,7 +36,6 @@ from hft_trl.retention.meter import MEASURED, Meter
 from hft_trl.saved_models.digests import content_digest
 from hft_trl.saved_models.half_reset import mixed
 from hft_trl.selection import find_units, select
-from hft_trl.skeleton import build_on_meta
 
 DEFAULT = demo.ASSETS / "frontier.yaml"
 GRID = "frontier"  # section of the grid
@@ -179,8 +178,7 @@ def make_trainer(stage: Stage, trial: Trial, grid: FrontierArguments) -> SFTTrai
     if trial.method == "shira":
         return ResumableTrainer(**given, peft_config=ShiraConfig(r=grid.lora_rank, **common))
     if trial.method == "lora:ffn":
-        model = stage.model
-        units = find_units(build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code))
+        units = find_units(stage.model.structure())
         # Not the last parts alone: GPT-2's attention has a c_proj too
         slots = {unit.slot for unit in units if unit.layer is not None and unit.category == "feed_forward"}
         common["target_modules"] = sorted(slots)

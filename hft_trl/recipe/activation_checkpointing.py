@@ -19,7 +19,6 @@ from hft_trl.planning.memory import OPTIMIZERS, Storage, Task
 from hft_trl.processes import by_first_process
 from hft_trl.recipe.stage import Stage
 from hft_trl.selection.previous import selection_of
-from hft_trl.skeleton import build_on_meta
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +30,7 @@ def settle_checkpointing(*stages: Stage) -> None:
         return
     for stage in undecided:
         _check_covered(stage)
-    start = stages[0].model
-    skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
+    skeleton = stages[0].model.structure()
     plans = by_first_process(partial(_plans, stages, skeleton, _memory()))
     for stage, plan in zip(undecided, plans, strict=True):
         args, kwargs = stage.args, dict(stage.args.activation_checkpointing_kwargs or {})

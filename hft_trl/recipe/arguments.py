@@ -7,13 +7,14 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hft_trl import demo
 from hft_trl.config import HFTConfig
 from hft_trl.demo.probes import probe_rows
 from hft_trl.errors import HFTError
 from hft_trl.saved_models.digests import content_digest
+from hft_trl.skeleton import build_on_meta
 
 # Smallest value of settings that transformers does not check. The largest is that of a seed.
 LEAST = {
@@ -74,6 +75,10 @@ class ModelArguments:
     def address(self) -> str:
         """Return the folder, or the hub id with its revision, `id@revision`, unless this is main."""
         return demo.address(self.model_name_or_path, self.model_revision)
+
+    def structure(self) -> PreTrainedModel:
+        """Build the model on the meta device, from its config alone."""
+        return build_on_meta(self.model_name_or_path, self.model_revision, self.trust_remote_code)
 
 
 @dataclass

@@ -22,7 +22,6 @@ from hft_trl.report import StageRecord, UnitChange
 from hft_trl.saved_models.diff import relative_change
 from hft_trl.saved_models.saved_model import SavedModel
 from hft_trl.selection import Selection, find_units
-from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.mixin import HFTMixin
 from hft_trl.weights import named_parameters, numel
 
@@ -118,7 +117,7 @@ def movements(stage: "Stage", selection: Selection) -> list[UnitChange]:
     start, base = model.address, (stage.base or model).address
     trainable, found, problem = set(selection.trainable), [], None
     try:
-        structure = build_on_meta(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+        structure = model.structure()
         units = find_units(structure, selection.config.exclude)
         after = SavedModel(str(stage.folder), structure)
         before = {name: SavedModel(name, structure) for name in {base, start}}

@@ -47,7 +47,6 @@ from hft_trl.retention import PREFIX
 from hft_trl.retention.meter import MEASURED
 from hft_trl.selection import select
 from hft_trl.selection.previous import selection_of
-from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.case import Case
 from hft_trl.trainers.compatibility import check
 
@@ -97,9 +96,8 @@ def check_chain(stages: Sequence[Stage]) -> None:
 
 def check_halves(stages: Sequence[Stage]) -> None:
     """Reject a `reselect` that the selections of the stages before do not allow. Only shapes are needed."""
-    start = stages[0].model
-    skeleton = build_on_meta(start.model_name_or_path, start.model_revision, start.trust_remote_code)
-    half = selection_of(skeleton, start.model_revision)
+    skeleton = stages[0].model.structure()
+    half = selection_of(skeleton, stages[0].model.model_revision)
     elements = half is not None and half.masks is not None
     for stage in (stage for stage in stages if stage.hft is not None):
         try:

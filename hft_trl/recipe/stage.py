@@ -33,7 +33,6 @@ from hft_trl.retention.meter import BASE_FILE, Meter
 from hft_trl.retention.retention_rows import read_texts
 from hft_trl.saved_models.digests import part_files
 from hft_trl.selection import find_units
-from hft_trl.skeleton import build_on_meta
 from hft_trl.trainers.calibration import source_rows
 from hft_trl.trainers.compatibility import check
 from hft_trl.trainers.mixin import HFTMixin
@@ -132,10 +131,9 @@ class Stage:
     def check(self) -> None:
         """Check the start model, source texts and quantized reference before anything is loaded."""
         start = self.base or self.model
-        name = start.model_name_or_path
-        structure = build_on_meta(name, start.model_revision, start.trust_remote_code)
-        if self.base is None and Path(name).is_dir():
-            weight_files(name)  # for its checks
+        structure = start.structure()
+        if self.base is None and Path(start.model_name_or_path).is_dir():
+            weight_files(start.model_name_or_path)  # for its checks
         if self.hft is not None:
             find_units(structure, self.hft.exclude if self.hft.method == "hft" else ())
             if self.hft.calibrated == "wanda":
