@@ -22,7 +22,7 @@ from hft_trl.processes import by_first_process
 from hft_trl.recipe.activation_checkpointing import settle_checkpointing
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments
 from hft_trl.recipe.folder import lock, open_stages
-from hft_trl.recipe.parsing import keys, leaves_checkpointing, names_config, parse_section, read_sections
+from hft_trl.recipe.parsing import flag_names, keys, leaves_checkpointing, names_config, parse_section, read_sections
 from hft_trl.recipe.recipe import OF_THE_RUN, RUN_LEVEL, check_defaults_model, check_evaluation
 from hft_trl.recipe.rehearsal import check_fills_batch, rehearse
 from hft_trl.weights import combined_digest
@@ -180,8 +180,7 @@ def prepare_rounds(recipe: ContinualRecipe) -> list[Round]:
 def parse_continual(argv: list[str], default_config: str | Path | None = None, help_text: str = "") -> ContinualRecipe:
     """Parse `--config FILE` and dotted flags such as `--sft.learning_rate 1e-5`. Flags override the file."""
     values, flags = read_sections(argv, default_config, KEYS, help_text)
-    names = ((section, flag[2:].partition("=")[0]) for section in flags for flag in flags[section] if flag[:2] == "--")
-    given = [f"{section}.{name.replace('-', '_')}".removeprefix(".") for section, name in names]
+    given = [f"{section}.{name}".removeprefix(".") for section in flags for name in flag_names(flags[section])]
     (model,) = parse_section("model", (ModelArguments,), values["model"], flags["model"])
     if not names_config(argv):
         check_defaults_model(values["model"], model, "recipes/configs/trace-llama2-7b-chat.yaml")

@@ -170,7 +170,7 @@ def read_sections(
             raise HFTError(f"section {name} of {path} is {section!r}: write its keys below it, indented.")
         nested[name] = dict(section)
     values = {"": values, **nested}
-    named = {name: [flag for flag in _names(flags[name]) if not _turns_off(flag, known[name])] for name in known}
+    named = {name: [flag for flag in flag_names(flags[name]) if not _turns_off(flag, known[name])] for name in known}
     _check_known({name: [*values[name], *named[name]] for name in known}, known)
     return values, flags
 
@@ -207,7 +207,7 @@ def parse_section(
     """
     prefix = f"{section}." if section else ""
     hints = {name: hint for kind in types for name, hint in get_type_hints(kind).items()}
-    given = {*values, *_names(flags)}
+    given = {*values, *flag_names(flags)}
     parser = TrlParser(types, allow_abbrev=False, exit_on_error=False, add_help=False)
     argv, raw = [], dict(fixed or {})
     for key, value in values.items():
@@ -249,7 +249,7 @@ def parse_section(
         return tuple(taken(kind, found) for kind in types)
 
 
-def _names(flags: list[str]) -> list[str]:
+def flag_names(flags: list[str]) -> list[str]:
     """List the keys among the tokens of a section."""
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
