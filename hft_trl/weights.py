@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,9 +117,9 @@ def fingerprints(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     return digests
 
 
-def combined_digest(digests: dict[str, str]) -> str:
-    """Return one SHA-256 (hex) for a whole model, from the fingerprints of its parameters."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+def combined_digest(content: Any) -> str:
+    """Return one SHA-256 (hex) of plain JSON, such as the fingerprints of a model's parameters."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def weight_files(model: str, revision: str | None = None) -> dict[str, Path]:

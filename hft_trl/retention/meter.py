@@ -7,8 +7,6 @@ Measure what a model keeps of its base.
 - `facts`: percent of cloze facts whose right answer is more likely than all wrong ones.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +23,7 @@ from hft_trl.chat import begins_with_bos, evaluating, most_tokens
 from hft_trl.errors import HFTError, first_line
 from hft_trl.files import replacing, writing
 from hft_trl.retention.retention_rows import Rows, choose, read_facts, read_prompts, read_texts
+from hft_trl.weights import combined_digest
 
 LONGEST = 256  # tokens of a text block, and at most of a prompt
 BATCH = 8 * LONGEST  # tokens in a forward pass, with padding
@@ -202,7 +201,7 @@ def write_base(path: Path, base: Base, meter: Meter) -> None:
         name: torch.cat(parts) for name, parts in zip(("ids", "log_probs"), zip(*base, strict=True), strict=True)
     }
     with writing(path.parent), replacing(path) as new:
-        save_file(tensors, new, metadata={"prompts": _digest(meter)})
+        save_file(tensors, new, metadata={"prompts": combined_digest([LIKELIEST, meter.prompts])})
 
 
 def read_base(path: Path, meter: Meter) -> Base:
@@ -216,14 +215,10 @@ def read_base(path: Path, meter: Meter) -> Base:
             tensors = [file.get_tensor(name) for name in ("ids", "log_probs")]
     except (OSError, SafetensorError) as error:
         raise HFTError(f"{str(path)!r}, the base's predictions, cannot be read ({error}): {remedy}.") from error
-    if digest != _digest(meter):
+    if digest != combined_digest([LIKELIEST, meter.prompts]):
         raise HFTError(
             f"{str(path)!r} has the base's predictions on other prompts: give the prompts, max_rows and tokenizer "
             "that it was made with, or start the run again."
         )
     lengths = [len(ids) for ids in meter.prompts]
     return list(zip(*(tensor.split(lengths) for tensor in tensors), strict=True))
-
-
-def _digest(meter: Meter) -> str:
-    return hashlib.sha256(json.dumps([LIKELIEST, meter.prompts]).encode()).hexdigest()
