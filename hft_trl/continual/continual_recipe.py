@@ -96,6 +96,8 @@ class ContinualRecipe:
             if limit is not None and run.max_new_tokens >= limit:
                 raise HFTError(f"max_new_tokens is {run.max_new_tokens} and {name} {limit}: leave room for prompts.")
         max_length = min(filter(None, limits.values()), default=None)
+        if run.approach == "multitask" and args.num_train_epochs == self.arguments(output, 2).num_train_epochs:
+            tasks = [dataclasses.replace(task, epochs=1) for task in tasks]  # the user has set epochs for all
         plans = plan_rounds(run.approach, tasks, general, run.replay_share, args.seed, run.gem_memory)
         measured = {"retention": self.retention, "first_folder": output / plans[0].name}
         for number, plan in enumerate(plans):

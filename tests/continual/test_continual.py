@@ -351,6 +351,18 @@ def test_a_rounds_length_is_the_tasks_epochs_unless_the_user_says_otherwise():
         assert parse_continual(words, default_config=demo.CONTINUAL_RECIPE).arguments("c", 7).num_train_epochs == 1
 
 
+def test_the_users_epochs_replace_those_of_the_tasks_in_multitask_too(tmp_path):
+    """They would multiply them, and scores.json would state only the user's."""
+    for number, (words, repeated) in enumerate((([], 4), (["--sft.num_train_epochs", "3"], 1))):
+        words = [*words, "--approach", "multitask", "--output_dir", str(tmp_path / str(number))]
+        recipe = parse_continual(words, default_config=demo.CONTINUAL_RECIPE)
+        tasks, _ = recipe.tasks()
+        (only,) = recipe.rounds(tasks)
+        passes = len(only.plan.rows) * only.args.num_train_epochs / sum(len(task.train) for task in tasks)
+        assert len(only.plan.rows) == repeated * sum(len(task.train) for task in tasks)
+        assert recipe.plan(tasks)["settings"]["epochs"] == [passes] * len(tasks)
+
+
 def test_trace_with_a_small_model_leaves_out_a_task_that_some_copies_lack(tmp_path, monkeypatch):
     """The config and its list of tasks, which the header says to copy into TRACE's folder."""
     monkeypatch.setattr("hft_trl.demo.real_model.smollm2_path", lambda: str(demo.MODEL))  # it needs packages
