@@ -13,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 from transformers import PreTrainedModel
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, get_dataset, get_quantization_config
+from trl.scripts.utils import DatasetConfig
 from trl.trainer.utils import create_model_from_path
 
 from hft_trl.backends.fsdp import sharded_by
@@ -109,6 +110,14 @@ def _select(dataset: Dataset | DatasetDict, split: str) -> Dataset:
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"the splits are {sorted(lengths)}: give one of them") from error
     return concatenate_datasets([named[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def part_of_mixture(part: DatasetConfig) -> DatasetConfig:
+    """Return a part of a mixture in TRL's form if its path is a data file, which a stage's `dataset` may be too."""
+    kind = FILE_FORMATS.get(Path(part.path).suffix.lower())
+    if kind is None or part.data_files is not None or not Path(part.path).is_file():
+        return part
+    return dataclasses.replace(part, path=kind, data_files=glob.escape(part.path))
 
 
 def load_mixture(mixture: DatasetMixtureConfig, split: str) -> Dataset:

@@ -24,7 +24,14 @@ from hft_trl.files import writing
 from hft_trl.recipe import folder
 from hft_trl.recipe.arguments import DataArguments, ModelArguments, RetentionArguments, tokens_to_environment
 from hft_trl.recipe.endings import settle_generation
-from hft_trl.recipe.loading import check_apart, check_quantizable, load_mixture, load_quantized, load_split
+from hft_trl.recipe.loading import (
+    check_apart,
+    check_quantizable,
+    load_mixture,
+    load_quantized,
+    load_split,
+    part_of_mixture,
+)
 from hft_trl.recipe.measure import measure, movements, parameter_counts, reset_peak_memory
 from hft_trl.recipe.rows import preference_dataset, sft_dataset, untrained_rows
 from hft_trl.report import StageRecord
@@ -70,6 +77,9 @@ class Stage:
             raise HFTError(
                 f"{self.name} has a dataset, {self.data.dataset!r}, and datasets, a mixture: leave one of them out."
             )
+        if self.mixture is not None:
+            parts = [part_of_mixture(part) for part in self.mixture.datasets]
+            self.mixture = dataclasses.replace(self.mixture, datasets=parts)
         self.model = dataclasses.replace(self.model, model_name_or_path=demo.model_path(self.model.model_name_or_path))
         if self.data.dataset == "demo":
             rows = demo.SFT_DATA if isinstance(args, SFTConfig) else demo.DPO_DATA

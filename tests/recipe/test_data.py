@@ -1,5 +1,6 @@
 """Loading: what comes from a hub id, a folder or a file is whole, in TRL's shape, or refused in one line."""
 
+import glob
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from trl.scripts.utils import DatasetConfig
 from hft_trl.errors import HFTError
 from hft_trl.recipe import parse_stage
 from hft_trl.recipe.loading import check_apart, load_mixture, load_split
+from hft_trl.saved_models.digests import mixture_parts
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
@@ -211,6 +213,24 @@ def test_a_card_names_the_files_of_a_mixture_and_no_data_set_on_the_hub_called_j
     assert stage.data_names == [str(tmp_path / "chats.jsonl"), "org/chats"]
     tulu.to_json(tmp_path / "chats-2.jsonl")  # a card would list thousands of files
     assert stage.data_names == [str(tmp_path), "org/chats"]
+
+
+def test_a_part_of_a_mixture_may_be_a_file_as_a_data_set_may(tmp_path, tulu):
+    """And its content is compared when a run resumes, as that of TRL's form is."""
+    found = []
+    for number, keys in enumerate(("path: '{}'", "path: json, data_files: '{}'")):
+        path = tmp_path / "chats[1].jsonl"
+        tulu.to_json(path)
+        config = tmp_path / "mixture.yaml"
+        config.write_text(f"datasets: [{{{keys.format(path if number == 0 else glob.escape(str(path)))}}}]\n")
+        flags = ["--model_name_or_path", "demo", "--output_dir", str(tmp_path / "out"), "--config", str(config)]
+        stage, _ = parse_stage("sft", SFTConfig, flags)
+        stage.load_data()
+        assert len(stage.train_dataset) == len(tulu)
+        assert stage.data_names == [str(path)]
+        found.append(mixture_parts(stage.mixture))
+    assert found[0] == found[1]
+    assert found[0]["datasets"][0]["content"] is not None
 
 
 def test_a_mixture_is_not_evaluated_on_the_split_that_is_trained_on(tmp_path, tulu):
