@@ -49,9 +49,9 @@ def _rows(name: str, source: Rows, read: Callable[[Any], Any], form: str) -> lis
 
 
 def _parse(name: str, path: Path) -> list[Any]:
+    lines = _content(name, path).split("\n")  # not splitlines, which also splits at line separators inside of strings
     try:
-        # Not splitlines, which also splits at line separators inside of strings
-        return [json.loads(line) for line in _content(name, path).split("\n") if line.strip()]
+        return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
         raise HFTError(f"{name} {str(path)!r} is not a JSON object per line: {explained(error)}.") from error
 

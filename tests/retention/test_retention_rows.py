@@ -101,3 +101,14 @@ def test_the_embedded_worlds_rows_are_true_and_about_people_that_fine_tuning_nev
     names = {person.name for person in hidden}
     prompts = read_prompts([row["prompt"] for row in rows])
     assert all(any(name in prompt[0]["content"] for name in names) for prompt in prompts)
+
+
+@pytest.mark.parametrize("read", [read_texts, read_facts, read_prompts])
+def test_a_missing_or_empty_file_of_rows_is_not_called_invalid_json(tmp_path, read):
+    name = read.__name__.removeprefix("read_")
+    with pytest.raises(HFTError, match=rf"^{name} '\S+rows\.jsonl' cannot be read") as error:
+        read(tmp_path / "rows.jsonl")
+    one_line(error)
+    (tmp_path / "rows.jsonl").write_text("\n")
+    with pytest.raises(HFTError, match=rf"^{name} '\S+rows\.jsonl' is empty"):
+        read(tmp_path / "rows.jsonl")
