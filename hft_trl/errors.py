@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 STOPPED = 128 + signal.SIGTERM  # 143, as shells report after a SIGTERM
 INTERRUPTED = 128 + signal.SIGINT  # 130, as shells report after Ctrl-C
 LATER = 10  # seconds for the launcher to end the other processes after the first one failed
+SETTLES = 0.1  # seconds for gloo's threads to free the tensors of the last collective
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when its parent ends
 
 
@@ -76,6 +77,8 @@ def exit_on_user_error() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(SETTLES)  # they need the interpreter's lock, and abort one that is ending (pytorch#190489)
 
 
 def _end_with_launcher() -> None:
