@@ -67,8 +67,10 @@ def state_of_the_process():
     )
 
 
-def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
+def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd, monkeypatch):
     """State of the process and arguments are as before, nothing is printed, no folder or file of a cache is made."""
+    # Other tests may write into the usual cache meanwhile
+    monkeypatch.setattr("hft_trl.recipe.loading.HF_DATASETS_CACHE", tmp_path / "cache")
     flags = "--sft.report_to tensorboard --dpo.loss_type ipo --sft.max_length 64 --dpo.max_length 64"
     stages = stages_of(*flags.split())
     caches = {Path(file["filename"]).parent for stage in stages for file in stage.train_dataset.cache_files}
@@ -81,6 +83,7 @@ def test_a_rehearsal_leaves_nothing_behind(stages_of, tmp_path, capfd):
     assert [str(vars(stage.args)) for stage in stages] == arguments
     assert not (tmp_path / "run").exists()
     assert cached
+    assert all(cache.is_relative_to(tmp_path) for cache in caches)
     assert [sorted(cache.iterdir()) for cache in caches] == cached
     assert capfd.readouterr() == ("", "")
 
