@@ -4,12 +4,15 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import safetensors.torch
 import torch
 import transformers.modeling_utils
 from transformers import Trainer
+
+from hft_trl.checkpoints import whole
 
 
 def at_write(event: str, path: str, count: int = 1, number: int = signal.SIGKILL) -> None:
@@ -66,6 +69,18 @@ def signal_in_step(stage: str, step: int, number: int, rank: int = 0) -> None:
     """Send a signal to one process while it computes a step."""
     if int(os.environ.get("RANK", "0")) == rank:
         _in_step(stage, step, lambda: os.kill(os.getpid(), number))
+
+
+def slow_disk(stage: str, step: int, seconds: float) -> None:
+    """Send SIGTERM to the second process in a step. The first one's checkpoints take long to reach the disk."""
+    signal_in_step(stage, step, signal.SIGTERM, 1)
+    flush = whole.flush
+
+    def flush_slowly(folder: Path) -> None:
+        time.sleep(seconds)
+        flush(folder)
+
+    whole.flush = flush_slowly
 
 
 def full_from_step(stage: str, step: int, largest: int) -> None:

@@ -71,6 +71,8 @@ class StopAtStepEnd(TrainerCallback):
         self.stopping = self.asked = False
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         trainer._finish_current_push()
+        # A launcher kills the first process 30 seconds after another one has ended
+        trainer.accelerator.wait_for_everyone()
         folder = f"checkpoint-{trainer.state.global_step} in {trainer.args.output_dir}"
         first = trainer.is_world_process_zero()
         raise Stopped(f"SIGTERM; saved {folder}, the same command resumes from it." if first else "")

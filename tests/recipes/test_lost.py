@@ -233,6 +233,16 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(launch, who
     assert_same(output, whole_of_two)
 
 
+def test_no_process_ends_before_the_checkpoint_is_on_the_disk(launch, tmp_path):
+    """A launcher kills the first process, which writes it, 30 seconds after another one has ended."""
+    sft = tmp_path / "run" / "sft"
+    flags = [*HALVES, "--sft.save_steps", 100]
+    run = launch(tmp_path / "run", *flags, processes=2, before=faults.slow_disk, given=("sft", 3, 3))
+    run.processes[1].join(300)
+    assert last_whole_checkpoint(sft) == str(sft / "checkpoint-3"), run.output()[-2000:]
+    assert run.wait() == [143, 143]
+
+
 def one_error(run: Run) -> str:
     """The one line of a run that ended in a user's error."""
     assert run.wait() == [2], run.output()[-3000:]
