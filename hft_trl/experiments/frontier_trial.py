@@ -62,7 +62,12 @@ def parse_frontier(argv: list[str], help_text: str = "") -> tuple[Recipe, Fronti
 
 def frontier_points(recipe: Recipe, grid: FrontierArguments, flags: list[str]) -> list[Point]:
     """Check the settings of all trials, and return the trials' commands, the base first."""
-    stage, output = recipe.stages["sft"], Path(recipe.run.output_dir)
+    stage, output, launched = recipe.stages["sft"], Path(recipe.run.output_dir), PartialState().num_processes
+    if launched > 1:
+        raise HFTError(
+            f"num_processes is {launched}, but a frontier starts a process per GPU itself: run it with python, not "
+            "with accelerate launch."
+        )
     _check_unused(recipe, stage)
     check_tests()
     check_evaluation("tasks", grid.tasks, stage.model)

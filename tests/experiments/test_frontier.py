@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -108,6 +109,15 @@ def test_a_setting_that_a_frontier_has_no_use_for_is_rejected(flag, tmp_path):
     with pytest.raises(
         HFTError, match=f"{flag.partition('=')[0]} is .*, which a frontier does not use: (set|remove) "
     ):
+        frontier_points(recipe, grid, flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frontier_in_several_processes_is_rejected(tmp_path, monkeypatch):
+    """They would wait for each other's lock of the folder."""
+    recipe, grid, flags = parse_frontier(["--output_dir", str(tmp_path / "run")])
+    monkeypatch.setitem(PartialState()._shared_state, "num_processes", 2)
+    with pytest.raises(HFTError, match=r"^num_processes is 2, but a frontier starts a process per GPU itself: "):
         frontier_points(recipe, grid, flags)
     assert not list(tmp_path.iterdir())
 
