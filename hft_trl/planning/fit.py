@@ -81,13 +81,19 @@ class Planner:
         possible = [layout for layout in layouts if sum(self._placed(task, layout[0])[1].values()) <= limit]
         for least, way, (name, sync) in product((busy, candidates[0]), CHECKPOINTING[task.stage], possible):
             plan = partial(self.one, task, name, checkpointed=way, sync_each_batch=sync)
+            # The whole batch at once can need less than its parts, which keep gradients during later passes
+            if plan(candidates[-1]).fits:
+                return plan(candidates[-1])
             if plan(least).fits:
                 sizes_ = candidates[candidates.index(least) :]
                 too_large = bisect_left(sizes_, True, key=lambda size, plan=plan: not plan(size).fits)
                 return plan(sizes_[too_large - 1])
-        return min(
-            (self.one(task, name, candidates[0], 1, sync) for name, sync in layouts), key=lambda plan: plan.total
-        )
+        return min((self.smallest(task, name, sync) for name, sync in layouts), key=lambda plan: plan.total)
+
+    def smallest(self, task: Task, name: str, sync_each_batch: bool = False) -> Plan:
+        """Return the plan with the least memory: of single rows, or of the whole batch without accumulation."""
+        ends = task.micro_batches[0], task.micro_batches[-1]
+        return min((self.one(task, name, size, 1, sync_each_batch) for size in ends), key=lambda plan: plan.total)
 
     def both_stages(self, first: Task, second: Task) -> dict[str, tuple[Task, Plan]]:
         """Return tasks and plans by stage with the first layout name that fits both, else the last one."""

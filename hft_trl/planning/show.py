@@ -106,7 +106,7 @@ def what_helps(planner: Planner, task: Task, plan: Plan) -> list[tuple[str, Plan
             changes += [frozen, {**frozen, **eight}, *([] if storage.frozen_dtype else [{**nf4, **eight}])]
     for change in changes:
         other = dataclasses.replace(task, storage=dataclasses.replace(storage, **change), layouts=(plan.layout,))
-        smaller = planner.one(other, plan.layout, plan.micro_batch, 1)
+        smaller = planner.smallest(other, plan.layout)
         if smaller.total not in (plan.total, *(known.total for _, known in found)):  # else a flag saves nothing
             found.append((_flags(change), smaller))
     if any(other.fits for _, other in found):

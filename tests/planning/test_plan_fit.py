@@ -74,6 +74,19 @@ def test_dpo_is_planned_with_what_trl_can_checkpoint(planners):
     assert found <= {0, 1}
 
 
+@pytest.mark.parametrize("method", ["hft", "fft"])
+def test_the_whole_batch_is_planned_where_its_parts_do_not_fit(planners, method):
+    """Without accumulation a forward pass holds no gradients, so a small batch at once takes less than row by row."""
+    planner, asked = planners[method], task(80, length=2048, batch=2)
+    rows, whole = (planner.one(asked, "single", size, 1).total for size in (1, 2))
+    assert whole < rows
+    between = task((rows + whole) / 2e9, length=2048, batch=2)
+    plan = planner.plan(between)
+    assert plan.fits
+    assert (plan.micro_batch, plan.accumulation) == (2, 1)
+    assert planner.plan(task(1, length=2048, batch=2)).total == whole  # the smallest, where nothing fits
+
+
 def test_a_short_row_alone_does_not_keep_a_gpu_busy(planners):
     """With rows of 64 tokens, layers are rather computed again than taken one row at a time."""
     plan = planners["fft"].plan(task(24, length=64, batch=512))
