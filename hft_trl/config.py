@@ -65,8 +65,9 @@ class HFTConfig:
             Type in which the frozen half is held while training. By default the model's own. Needs mixed precision of
             that type. Saved models have the start model's own frozen half, never a rounded one.
         frozen_quantization (`str`, *optional*):
-            Hold the frozen matrices of attention and feed-forward in 8 or 4 bits while training. They are quantized
-            through bitsandbytes. Saved models have the start model's own frozen half. For one process and DDP.
+            Hold the frozen matrices of attention and feed-forward in 8 bits (`"int8"`) or 4 bits (`"nf4"`) while
+            training. They are quantized through bitsandbytes. Saved models have the start model's own frozen half. For
+            one process and DDP.
         share_reference (`bool`, *optional*, defaults to `True`):
             Store the frozen half of policy and reference once in preference training, where the backend can. These are
             one process, DDP, and FSDP2 with `replicate_frozen`. The losses are the same to the last bit.
