@@ -78,7 +78,8 @@ def exit_on_user_error() -> Iterator[None]:
         if main:
             signal.signal(signal.SIGTERM, before)
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            time.sleep(SETTLES)  # they need the interpreter's lock, and abort one that is ending (pytorch#190489)
+            # A thread that asks for the interpreter's lock later aborts the process (pytorch#190489)
+            time.sleep(SETTLES)
 
 
 def _end_with_launcher() -> None:

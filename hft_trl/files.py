@@ -30,8 +30,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     Yield a temporary file that replaces `path` at the end, completely or not at all.
 
-    The folder is made if it does not exist. A killed process can leave a partial file of this name with a leading dot,
-    which the next call overwrites. An `OSError` leaves the old file unchanged.
+    A missing folder is created. A killed process can leave a partial file of this name with a leading dot, which the
+    next call overwrites. An `OSError` leaves the old file unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

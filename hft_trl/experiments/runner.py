@@ -95,7 +95,7 @@ def check_settings(
     """
     Record settings and library versions of the folder's results, and reject different ones.
 
-    Those in `optional` may be missing in a call, as only some of the points need them.
+    Those in `optional` may be missing before or now, since only some of the points need them.
     """
     names = ("torch", "transformers", "trl", *packages)
     settings = {"versions": ", ".join(f"{name} {package_version(name)}" for name in names), **settings}

@@ -46,7 +46,7 @@ def check_resumable(selection: Selection, resume_from: str | os.PathLike | bool 
         return False
     if not Path(checkpoint).is_dir():
         raise HFTError(
-            f"resume_from_checkpoint is {str(checkpoint)!r}, which is no folder: give that of a checkpoint."
+            f"resume_from_checkpoint is {str(checkpoint)!r}, which is not a folder: give the folder of a checkpoint."
         )
     if not (Path(checkpoint) / SELECTION_FILE).is_file():
         if selection.config.method == "fft":

@@ -123,8 +123,8 @@ def _frozen_by_class(model: PreTrainedModel, names: Collection[str]) -> set[str]
     except Exception as error:
         raise HFTError(
             f"The model {type(model).__name__} cannot be rebuilt from its own config, which HFT needs to learn "
-            f"what the class itself keeps frozen ({type(error).__name__}: {explained(error)}): let its constructor "
-            "need the config alone."
+            f"what the class itself keeps frozen ({type(error).__name__}: {explained(error)}): give its constructor "
+            "no required argument but the config."
         ) from error
     made = twin.named_parameters(remove_duplicate=False)
     return {name for name, parameter in made if name in names and not parameter.requires_grad}

@@ -286,6 +286,7 @@ def test_a_class_whose_constructor_needs_more_than_the_config_is_told_so():
 
     model = Extended(tiny_llama(50).config, 2).requires_grad_(False)
     with pytest.raises(
-        HFTError, match=r"Extended cannot be rebuilt.*'heads'\): let its constructor need the config alone"
+        HFTError,
+        match=r"Extended cannot be rebuilt.*'heads'\): give its constructor no required argument but the config",
     ):
         find_units(model)

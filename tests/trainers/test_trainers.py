@@ -416,7 +416,7 @@ def test_resuming_with_another_selection_is_refused_with_both_digests_and_the_di
 @pytest.mark.parametrize("method", ["hft", "fft"])
 def test_resuming_from_a_folder_that_does_not_exist_says_so(base, tulu, tmp_path, method):
     trainer = sft_trainer(HFTSFTTrainer, base, tulu, tmp_path, HFTConfig(method=method))
-    with pytest.raises(HFTError, match="checkpoint-3', which is no folder"):
+    with pytest.raises(HFTError, match="checkpoint-3', which is not a folder"):
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
 
 
